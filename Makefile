@@ -1,0 +1,59 @@
+# The doors of the project. Each makes .venv when it is absent and needs a Python 3.11+ and a package index, nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The torch that `make constraints` resolves everything else around.
+TORCH ?= 2.13.0
+# A demo never overwrites an earlier one.
+DEMO_OUT := $(or $(DEMO_OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
+
+.PHONY: help demo test test-all lint check format constraints clean
+
+help: ## This list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
+
+demo: $(VENV)/installed-demo ## Learn a reading order on the bundled model and article
+	$(BIN)/preceptor run reading --preset default --out $(DEMO_OUT)
+	@echo "The page of this run: $(DEMO_OUT)/report.html"
+
+test: $(VENV)/installed-test ## All tests but the slow ones, with the examples of docstrings and docs
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/installed-test ## The slow tests too
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev ## Format, lint and types, changing nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test ## Everything that must hold before a merge
+
+format: $(VENV)/installed-dev ## Rewrite the sources in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# torch goes first: with it in place, nothing later can pull in another build of it (pip prefers a local CPU build it can
+# see, and the packages that depend on torch would otherwise be free to ask for the index's own).
+$(VENV)/installed-%: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(if $(filter-out demo,$*),[$*])'
+	@touch $@
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Preceptor needs Python 3.11 or newer, '$(PYTHON)' is not; say which with: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+constraints: ## Resolve every dependency anew into constraints.txt
+	rm -rf build/constraints
+	$(PYTHON) -m venv build/constraints
+	build/constraints/bin/pip install --quiet torch==$(TORCH)
+	build/constraints/bin/pip install --quiet -e '.[dev]'
+	{ echo "# Every package of the demo, the tests and the checks. Made by: make constraints (a fresh venv, pip freeze)"; \
+	  build/constraints/bin/pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f; } > constraints.txt
+	rm -rf build/constraints
+
+clean: ## Remove the virtual environment and every cache; runs stay
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,45 @@
+"""What an arm is worth: paired comparison, intervals over seeds and articles, and a verdict in words. No I/O."""
+
+from __future__ import annotations
+
+from preceptor.evaluation.intervals import (
+    Interval,
+    bootstrap_interval,
+    interquartile_mean,
+    mean,
+    paired_bootstrap,
+    probability_of_improvement,
+)
+from preceptor.evaluation.summary import (
+    Comparison,
+    Estimate,
+    Gap,
+    QueryText,
+    Record,
+    compare,
+    gap_closed,
+    percentile_among,
+    query_text,
+    summarise,
+)
+from preceptor.evaluation.verdict import verdict
+
+__all__ = [
+    "Comparison",
+    "Estimate",
+    "Gap",
+    "Interval",
+    "QueryText",
+    "Record",
+    "bootstrap_interval",
+    "compare",
+    "gap_closed",
+    "interquartile_mean",
+    "mean",
+    "paired_bootstrap",
+    "percentile_among",
+    "probability_of_improvement",
+    "query_text",
+    "summarise",
+    "verdict",
+]

@@ -1,0 +1,71 @@
+"""The mathematics of learning from rewards: tensors in, tensors out; needs torch alone.
+
+A loss ends in ``_loss`` and is minimised. A mask is always "True = counts". Randomness is an explicit generator.
+"""
+
+from preceptor.objectives.advantages import (
+    against_baseline,
+    gae,
+    group_normalised,
+    leave_one_out,
+    mean_reward_to_go,
+    reinforce_plus_plus,
+    reward_to_go,
+)
+from preceptor.objectives.aggregation import Aggregation, aggregate
+from preceptor.objectives.entropy import entropy
+from preceptor.objectives.filters import above_standard_deviations, best_fraction, everything
+from preceptor.objectives.kl import AdaptiveKLController, kl_exact, kl_k1, kl_k2, kl_k3
+from preceptor.objectives.policy_gradient import (
+    cispo_loss,
+    clip_fraction,
+    gspo_loss,
+    ppo_clip_loss,
+    reinforce_loss,
+)
+from preceptor.objectives.selection import (
+    calibrated_temperature,
+    relative_selection_entropy,
+    sample_selection,
+    selection_entropy,
+    selection_log_probs,
+)
+from preceptor.objectives.statistics import RunningMoments, masked_mean, masked_variance, whiten
+from preceptor.objectives.value import explained_variance, value_loss
+
+__all__ = [
+    "AdaptiveKLController",
+    "Aggregation",
+    "RunningMoments",
+    "above_standard_deviations",
+    "against_baseline",
+    "aggregate",
+    "best_fraction",
+    "calibrated_temperature",
+    "cispo_loss",
+    "clip_fraction",
+    "entropy",
+    "everything",
+    "explained_variance",
+    "gae",
+    "group_normalised",
+    "gspo_loss",
+    "kl_exact",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "leave_one_out",
+    "masked_mean",
+    "masked_variance",
+    "mean_reward_to_go",
+    "ppo_clip_loss",
+    "reinforce_loss",
+    "reinforce_plus_plus",
+    "relative_selection_entropy",
+    "reward_to_go",
+    "sample_selection",
+    "selection_entropy",
+    "selection_log_probs",
+    "value_loss",
+    "whiten",
+]

@@ -1,0 +1,183 @@
+"""``report.html``: one file that holds all it shows, asks nobody for anything and runs no text of an article.
+
+Every text goes through Jinja's escaping or through :func:`embedded_json`; the content security policy admits the one
+style sheet and the one script of this package, by their hashes, and nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from preceptor.errors import StorageError
+from preceptor.report.arms import COUNTS, LEARNED, Arms, metric_names, ordered, spelled, unit_of
+from preceptor.report.curves import panels, reward_by_position
+from preceptor.report.drawing import arm_chart, interval_text, line_chart, number, position_chart
+from preceptor.report.run_folder import RunFolder, is_finite, read_run
+from preceptor.report.trajectories import Selection, clipped, select_episodes
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+MAXIMUM_BYTES = 5_000_000
+
+
+def build_report(run_dir: Path) -> Path:
+    """Write ``run_dir / "report.html"`` from the files of the run folder and return its path.
+
+    What the run folder lacks is left out and the page says so. Raises :class:`DataError` for a malformed file and
+    :class:`StorageError` when the page cannot be written; an older page is replaced only by a complete one.
+    """
+    run_dir = Path(run_dir)
+    page = render(read_run(run_dir)).replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", errors="replace")
+    target = run_dir / "report.html"
+    temporary = target.with_suffix(".html.tmp")
+    try:
+        temporary.write_bytes(page)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise StorageError(f"{target} could not be written: {error.strerror or error}.") from error
+    return target
+
+
+def render(run: RunFolder) -> str:
+    """The page of a run as HTML."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    style, script = (
+        files("preceptor.report").joinpath("templates", name).read_text(encoding="utf-8")
+        for name in ("report.css", "report.js")
+    )
+    environment = Environment(
+        loader=PackageLoader("preceptor.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": _number_or_word, "spelled": spelled, "shade": shade, "clipped": clipped}
+    drawn, left_out = panels(run.metrics)
+    if (positions := reward_by_position(run.metrics)) is not None:
+        drawn.append(position_chart(positions))
+    else:
+        left_out.append("Reward by position")
+    charts = [line_chart(panel) for panel in drawn]
+    arms: Arms = (run.result or {}).get("arms", {})
+    selection = select_episodes(run.decisions, run.articles) if run.decisions else Selection([], 0, {})
+    return environment.get_template("report.html.j2").render(
+        policy=content_security_policy(style, script),
+        style=Markup(style),  # this and the script are files of the package
+        script=Markup(script),
+        title=run.path.resolve().name,
+        result=run.result or {},
+        headline=list(headline(run)),
+        arms=arms_rows(arms),
+        metrics=[(spelled(metric), unit_of(arms, metric)) for metric in metric_names(arms)],
+        arm_charts=[arm_chart(arms, metric) for metric in metric_names(arms) if metric not in COUNTS],
+        charts=charts,
+        left_out=left_out,
+        selection=selection,
+        first=first_episode(selection),
+        facts=list(flattened(run.manifest)),
+        config=run.config,
+        data=embedded_json(
+            {
+                "charts": {chart.name: chart.data for chart in charts},
+                "episodes": selection.episodes,
+                "articles": selection.articles,
+                "first": selection.episodes.index(first_episode(selection)) if selection.episodes else 0,
+            }
+        ),
+    )
+
+
+def embedded_json(value: object) -> Markup:
+    r"""JSON that is safe inside ``<script type="application/json">``: nothing in it can close or open an element.
+
+    >>> print(embedded_json("</script><!--"))
+    "\u003c/script\u003e\u003c!--"
+    """
+    from markupsafe import Markup
+
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def content_security_policy(style: str, script: str) -> str:
+    """The policy that admits exactly this style sheet and this script."""
+
+    def source(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    return (
+        f"default-src 'none'; style-src {source(style)}; script-src {source(script)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def headline(run: RunFolder) -> Iterator[tuple[str, str, str]]:
+    """The figures at the top of the page: (what, how much, between what)."""
+    for split, gap in ((run.result or {}).get("gap_closed") or {}).items():
+        what = f"gap closed, {spelled(split)}"
+        if not is_finite(gap.get("mean")):
+            yield what, "\N{EN DASH}", str(gap.get("reason") or "undefined")
+            continue
+        interval = "no interval"
+        if gap.get("low") is not None:
+            interval = f"{100 * gap['low']:.0f} to {100 * gap['high']:.0f} %".replace("-", "\N{MINUS SIGN}")
+        against = f", to the {gap['oracle']}" if gap.get("oracle") else ""
+        yield what, f"{100 * gap['mean']:.0f} %".replace("-", "\N{MINUS SIGN}"), interval + against
+    if run.metrics:
+        yield "steps", f"{len(run.metrics):,}", f"last: step {run.metrics[-1]['step']:,}"
+    if seeds := (run.result or {}).get("seeds"):
+        listed = ", ".join(map(str, seeds)) if isinstance(seeds, list) else str(seeds)
+        yield "seeds", str(len(seeds)) if isinstance(seeds, list) else "1", clipped(listed, 60)
+
+
+def arms_rows(arms: Arms) -> list[tuple[str, list[str]]]:
+    """The arms as rows of text for the table, best first in the first metric."""
+    metrics = metric_names(arms)
+    ranked = ordered(arms, metrics[0]) if metrics else []
+    return [
+        (spelled(arm), [_cell(arms[arm].get(metric), count=metric in COUNTS) for metric in metrics])
+        for arm in [*ranked, *(arm for arm in arms if arm not in ranked)]
+    ]
+
+
+def first_episode(selection: Selection) -> dict[str, Any]:
+    """The episode that the page opens with: the last one of the learned arm, or of the first arm there is."""
+    learned = [episode for episode in selection.episodes if episode["arm"] == LEARNED]
+    return (learned or selection.episodes or [{}])[-1]
+
+
+def flattened(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested facts as (dotted name, text) rows."""
+    for key, entry in value.items():
+        if isinstance(entry, Mapping):
+            yield from flattened(entry, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", clipped(entry if isinstance(entry, str) else json.dumps(entry), 500)
+
+
+def shade(log_prob: float | None) -> int:
+    """The colour step, 0 (certain) to 7 (7 nats or less likely, or not finite), of a token's log-probability."""
+    return 7 if log_prob is None else min(7, max(0, int(-log_prob)))
+
+
+def _number_or_word(value: float | None) -> str:
+    return "not finite" if value is None else number(value)
+
+
+def _cell(estimate: Mapping[str, Any] | None, *, count: bool) -> str:
+    if estimate is None:
+        return "\N{EN DASH}"
+    return f"{estimate['mean']:,.0f}" if count else interval_text(estimate)

@@ -1,0 +1,340 @@
+"""The run folder and the ``Run`` that a system's ``train`` works with.
+
+config.yaml       the resolved configuration
+manifest.json     system, seed, streams, versions, commit, device, threads; written once, last, so that its presence
+                  means "this is a run"
+metrics.jsonl     one row a step
+decisions.jsonl   every action of the teacher
+checkpoints/      step-NNNNNN/
+notices.log       what was worth telling, with the time
+result.json       at the end
+run.lock          who is at work here
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import Tensor
+
+from preceptor.errors import CheckpointError, ConfigError, Interrupted
+from preceptor.run import environment as env
+from preceptor.run.checkpoint import Checkpoint, CheckpointStore
+from preceptor.run.device import choose_device, set_threads
+from preceptor.run.files import replace_file, storage_errors, write_all
+from preceptor.run.lock import FolderLock
+from preceptor.run.metrics import JsonlLog
+from preceptor.run.progress import COLUMNS, Progress
+from preceptor.run.random import RandomStreams, derived_seed, global_random_state, load_global_random_state
+from preceptor.run.record import plain_config, read_config, read_manifest, require_free, write_record
+from preceptor.run.signals import StopSignals
+from preceptor.run.strict_json import JSON, row_json
+from preceptor.run.trackers import Tracker, check_trackers, open_tracker
+
+
+class Run:
+    """One run at work in its folder, which it holds locked; made by ``create_run`` or ``open_run``.
+
+    Use it as a context manager: entered, it minds Ctrl-C and SIGTERM; left, it closes logs and trackers and unlocks.
+    A system's loop is::
+
+        checkpoint = run.restore()
+        for step in range(first_step, num_steps + 1):
+            ...
+            run.log(step, metrics)
+            if run.due(step) or run.stop_requested:
+                run.save(step, tensors, state)
+            if run.stop_requested:
+                run.stop(step)
+    """
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any], lock: FolderLock, *, quiet: bool) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.config: dict[str, Any] = manifest["config"]
+        self.seed: int = manifest["seed"]
+        self.device = torch.device(manifest["device"])
+        self.threads: int = manifest["environment"]["threads"]
+        self.save_every: int = manifest["save_every"]
+        self.streams = RandomStreams(self.seed, manifest["streams"])
+        torch.manual_seed(derived_seed(self.seed, "torch"))  # dropout and initial weights draw from torch's own
+        self.checkpoints = CheckpointStore(path / "checkpoints", keep_last=manifest["keep_last"])
+        self.metrics = JsonlLog(path / "metrics.jsonl", one_row_per_step=True)
+        self.decisions = JsonlLog(path / "decisions.jsonl", one_row_per_step=False)
+        self.quiet = quiet
+        self._lock = lock
+        self._signals = StopSignals()
+        self._progress: Progress | None = None
+        self._trackers: list[Tracker] | None = None
+        self._step = 0
+
+    def __enter__(self) -> Self:
+        self._signals.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes logs, trackers and the bar, puts the signal handlers back, unlocks; one failing stops none."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._lock.release)
+            stack.callback(self._signals.__exit__)
+            stack.callback(self.metrics.close)
+            stack.callback(self.decisions.close)
+            for tracker in self._trackers or []:
+                stack.callback(tracker.close)
+            if self._progress is not None:
+                stack.callback(self._progress.close)
+            self._trackers, self._progress = None, None
+
+    # What happened
+
+    def show_progress(self, total: int, columns: Mapping[str, str] = COLUMNS) -> None:
+        """Shows ``log``'s rows from now on: ``total`` steps in all, and ``columns`` (metric → label)."""
+        self._progress = Progress(total, first_step=self._step, columns=columns, enabled=not self.quiet)
+
+    def log(self, step: int, row: Mapping[str, Any]) -> None:
+        """Records the metrics of ``step``: to ``metrics.jsonl``, then the trackers and the screen."""
+        self.metrics.append({"step": step, **row})
+        for tracker in self._open_trackers(step):
+            tracker.log(step, row)
+        if self._progress is not None:
+            self._progress.update(step, row)
+        self._step = step
+
+    def record(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Records the teacher's actions; each row has its ``step``."""
+        self.decisions.append(*rows)
+
+    def notice(self, text: str) -> None:
+        """Tells the person now and ``notices.log`` for later."""
+        line = f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n".encode()
+        with storage_errors(f"append to {self.path / 'notices.log'}"):
+            descriptor = os.open(self.path / "notices.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            try:
+                write_all(descriptor, line)
+            finally:
+                os.close(descriptor)
+        if self._progress is not None:
+            self._progress.notice(text)
+        elif not self.quiet:
+            print(text, file=sys.stderr)
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Writes ``result.json`` in one step; numbers that are not finite become ``null`` and are named."""
+        text = json.dumps(json.loads(row_json(result)), indent=2, ensure_ascii=False)
+        replace_file(self.path / "result.json", text + "\n")
+
+    # Stopping and going on
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether Ctrl-C or SIGTERM has asked to stop after this step."""
+        return self._signals.requested
+
+    def stop(self, step: int) -> NoReturn:
+        """Ends the run on request, after ``save``; raises ``Interrupted`` with the signal's exit code."""
+        signal_number = self._signals.signal_number
+        assert signal_number is not None, "stop() without a signal"
+        text = f"stopped at step {step}; resume with: preceptor resume {self.path}"
+        raise Interrupted(text, signal_number)
+
+    def due(self, step: int) -> bool:
+        """Whether ``step`` is one of those after which a checkpoint is saved."""
+        return step > 0 and step % self.save_every == 0
+
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, JSON]) -> Path:
+        """Saves a checkpoint of all that the system gives, the random streams, and how far the logs were."""
+        self.metrics.sync()
+        self.decisions.sync()
+        own: dict[str, JSON] = {
+            "streams": self.streams.state_dict(),
+            "torch": global_random_state(),
+            "num_metrics": self.metrics.num_rows,
+            "num_decisions": self.decisions.num_rows,
+        }
+        return self.checkpoints.save(step, tensors, {"run": own, "system": dict(state)})
+
+    def restore(self) -> Checkpoint | None:
+        """The newest sound checkpoint, after putting streams and logs back to it; ``None`` when the run has none yet.
+
+        With ``None`` the logs are emptied and the streams are as created, so that training starts at its first step.
+        Raises ``CheckpointError`` when no checkpoint is sound, or when they are gone though the metrics say that there
+        were some; then nothing was changed.
+        """
+        checkpoint = self.checkpoints.latest()
+        if checkpoint is None:
+            last_step = self.metrics.last_step
+            if last_step > self.save_every:
+                raise CheckpointError(
+                    f"{self.checkpoints.root} has no checkpoint though the metrics reach step {last_step}; "
+                    "nothing was changed; put the folder back or start a new run"
+                )
+            if self.metrics.num_rows or self.decisions.num_rows:
+                self.notice("no checkpoint was saved before the stop; starting again from the first step")
+            self.metrics.truncate_after(-1)
+            self.decisions.truncate_after(-1)
+            return None
+        own = checkpoint.state["run"]
+        self.streams.load_state_dict(own["streams"])
+        load_global_random_state(own["torch"])
+        for text in self.checkpoints.notices:
+            self.notice(text)
+        for log, saved in ((self.metrics, own["num_metrics"]), (self.decisions, own["num_decisions"])):
+            log.truncate_after(checkpoint.step, num_rows=saved)
+            if log.num_rows < saved:
+                self.notice(
+                    f"{log.path.name} holds {log.num_rows} of the {saved} rows it had at {checkpoint.path.name}"
+                )
+        self._step = checkpoint.step
+        self.notice(f"resumed at step {checkpoint.step}")
+        return dataclasses.replace(checkpoint, state=checkpoint.state["system"])
+
+    def _open_trackers(self, first_step: int) -> list[Tracker]:
+        """The trackers, opened at the first row: only then is it known at which step a resumed run goes on."""
+        if self._trackers is None:
+            self._trackers = []
+            for name in self.manifest["trackers"]:
+                self._trackers.append(open_tracker(name, self.path, first_step=first_step, config=self.config))
+        return self._trackers
+
+
+def create_run(
+    path: Path,
+    *,
+    system: str,
+    config: Mapping[str, Any],
+    seed: int,
+    save_every: int,
+    streams: Iterable[str] = (),
+    device: str | torch.device = "auto",
+    threads: int | None = None,
+    float32_matmul_precision: str | None = None,
+    keep_last: int = 2,
+    trackers: Sequence[str] = (),
+    quiet: bool = False,
+) -> Run:
+    """A new run in ``path``, which must be absent or empty; locks it, writes ``config.yaml`` and ``manifest.json``.
+
+    Sets torch's threads (``None``: see ``set_threads``), its float32 matmul precision (``None``: left alone) and the
+    seed of its own generators, and records them. ``config`` holds plain values; ``save_every`` counts steps.
+
+    Raises ``ConfigError`` for a folder that is in use for something else or already a run, and for bad arguments;
+    ``MissingExtraError`` for a tracker that is not installed; ``LockedError``; ``StorageError``.
+    """
+    check_trackers(trackers)
+    if save_every < 1:
+        raise ConfigError(f"save_every must be at least 1 step, got {save_every}")
+    manifest: dict[str, Any] = {
+        "system": system,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "seed": seed,
+        "streams": list(streams),
+        "save_every": save_every,
+        "keep_last": keep_last,
+        "trackers": list(trackers),
+        "device": str(choose_device(device)),
+        "code": env.code_version(),
+        "config": plain_config(config),
+    }
+    require_free(path)
+    with storage_errors(f"create the run folder {path}"):
+        path.mkdir(parents=True, exist_ok=True)
+    with _locked(path) as lock:
+        require_free(path)  # again: another process may have been here before the lock was ours
+        manifest["environment"] = _prepare(manifest["device"], threads, float32_matmul_precision)
+        run = Run(path, manifest, lock, quiet=quiet)
+        write_record(path, manifest)
+        return run
+
+
+def open_run(
+    path: Path,
+    *,
+    allow_inexact: bool = False,
+    device: str | torch.device | None = None,
+    threads: int | None = None,
+    quiet: bool = False,
+) -> Run:
+    """The run in ``path``, locked, to be resumed with the configuration, device and threads it was started with.
+
+    Raises ``ConfigError`` when ``path`` is no run, and when versions, machine, device, threads or ``config.yaml``
+    differ from the start, so that the resume could not be bit-exact, unless ``allow_inexact``; ``LockedError``. Seeds
+    torch's own generators as ``create_run`` does, so that a run without a checkpoint starts with the same weights.
+    """
+    if not (path / "manifest.json").is_file():
+        raise ConfigError(f"{path} is not a run folder (no manifest.json); start one with: preceptor run SYSTEM")
+    with _locked(path) as lock:
+        manifest, config = read_manifest(path), read_config(path)
+        recorded = manifest["environment"]
+        manifest["device"] = str(choose_device(device or manifest["device"]))
+        here = _prepare(
+            manifest["device"],
+            recorded["threads"] if threads is None else threads,
+            recorded["float32_matmul_precision"],
+        )
+        differing = env.changes(recorded, here, env.EXACT)
+        differing += env.changes(env.flattened(manifest["config"]), env.flattened(config))
+        if differing and not allow_inexact:
+            raise ConfigError(f"not bit-exact: {', '.join(differing)}; pass --allow-inexact to resume all the same")
+        check_trackers(manifest["trackers"])
+        run = Run(path, manifest | {"environment": here, "config": config}, lock, quiet=quiet)
+        if differing:
+            run.notice(f"resuming though it is not bit-exact: {', '.join(differing)}")
+        if code := env.changes(manifest["code"], env.code_version()):
+            run.notice(f"the code has changed since the run began: {', '.join(code)}")
+        return run
+
+
+def check_run_name(name: str) -> str:
+    """``name`` if it may name a run folder, else ``ConfigError``: 1 to 64 of ``A-Z a-z 0-9 . _ -``, no leading dot."""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", name):
+        raise ConfigError(f"run name {name!r} is not allowed; use 1 to 64 of A-Z a-z 0-9 . _ - and no leading dot")
+    return name
+
+
+def default_run_path(root: Path, system: str, today: date) -> Path:
+    """``root/<system>-<date>-<n>``, an empty folder made here with the next free n; two processes never share it."""
+    stem = check_run_name(f"{system}-{today.isoformat()}-1").removesuffix("1")
+    with storage_errors(f"create a run folder in {root}"):
+        root.mkdir(parents=True, exist_ok=True)
+        taken = [match[1] for path in root.iterdir() if (match := re.fullmatch(re.escape(stem) + r"(\d+)", path.name))]
+        number = max(map(int, taken), default=0) + 1
+        while True:
+            path = root / f"{stem}{number}"
+            try:
+                path.mkdir()
+            except FileExistsError:
+                number += 1
+            else:
+                return path
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[FolderLock]:
+    """Locks ``path``; unlocks again if the block fails."""
+    lock = FolderLock(path)
+    try:
+        yield lock
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _prepare(device: str, threads: int | None, float32_matmul_precision: str | None) -> dict[str, Any]:
+    """Sets the process-wide numerics and returns the environment with them."""
+    num_threads = set_threads(threads)
+    if float32_matmul_precision is not None:
+        torch.set_float32_matmul_precision(float32_matmul_precision)
+    return env.environment(torch.device(device), num_threads)

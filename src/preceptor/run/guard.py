@@ -1,0 +1,72 @@
+"""Numbers that are not finite: found by name, skipped, counted, and fatal when they do not go away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from preceptor.errors import CheckpointError, ConfigError, NumericError
+
+
+def first_nonfinite(named_tensors: Mapping[str, Tensor | None] | Iterable[tuple[str, Tensor | None]]) -> str | None:
+    """``"<name> is NaN"`` (or ``+Inf``, ``-Inf``) for the first tensor with such a number, else ``None``.
+
+    Takes what ``named_parameters`` yields, mapped to gradients; ``None`` (no gradient) is skipped. Check gradients
+    *before* clipping: one NaN makes the norm NaN and clipping then spreads it to every parameter. The device is
+    waited for once.
+    """
+    pairs = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
+    present = [(name, tensor) for name, tensor in pairs if tensor is not None]
+    if not present:
+        return None
+    device = present[0][1].device
+    finite = torch.stack([tensor.detach().isfinite().all().to(device) for _, tensor in present])
+    for (name, tensor), all_finite in zip(present, finite.tolist(), strict=True):
+        if not all_finite:
+            kind = "NaN" if tensor.isnan().any() else "+Inf" if tensor.isposinf().any() else "-Inf"
+            return f"{name} is {kind}"
+    return None
+
+
+class NonFiniteGuard:
+    """Counts skipped steps; more than ``limit`` in a row end the run with ``NumericError``.
+
+    ``num_in_a_row`` and ``num_skipped`` are part of a run's state: ``state_dict``, ``load_state_dict``.
+    """
+
+    def __init__(self, limit: int = 5) -> None:
+        if limit < 0:
+            raise ConfigError(f"the limit of skipped steps in a row must be at least 0, got {limit}")
+        self.limit = limit
+        self.num_in_a_row = 0
+        self.num_skipped = 0
+
+    def skip(self, step: int, what: str) -> str:
+        """Counts ``step`` as skipped because of ``what`` (``"gradient of lm_head.weight is NaN"``); returns the notice.
+
+        Raises ``NumericError`` when that is one more in a row than allowed.
+        """
+        self.num_in_a_row += 1
+        self.num_skipped += 1
+        if self.num_in_a_row > self.limit:
+            raise NumericError(
+                f"step {step}: {what}; {self.num_in_a_row} steps in a row were not finite, {self.limit} are allowed; "
+                "lower the learning rate or look at the rewards"
+            )
+        return f"step {step} skipped: {what} ({self.num_in_a_row} of {self.limit} allowed in a row)"
+
+    def ok(self) -> None:
+        """Says that a step was finite, which ends the row."""
+        self.num_in_a_row = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The counters, fit for JSON."""
+        return {"num_in_a_row": self.num_in_a_row, "num_skipped": self.num_skipped}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Puts the counters back; raises ``CheckpointError`` when they are not exactly those of ``state_dict``."""
+        if set(state) != set(self.state_dict()):
+            raise CheckpointError(f"the guard's counters differ: got {sorted(state)}, need {sorted(self.state_dict())}")
+        self.num_in_a_row, self.num_skipped = state["num_in_a_row"], state["num_skipped"]

@@ -1,0 +1,102 @@
+"""TensorBoard and Weights & Biases as views of ``metrics.jsonl``, which stays the record."""
+
+from __future__ import annotations
+
+import importlib.util
+import secrets
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from preceptor.errors import ConfigError, MissingExtraError, ServiceError, nearest
+from preceptor.run.files import replace_file
+
+TRACKERS = ("tensorboard", "wandb")
+
+
+class Tracker(Protocol):
+    """Something that shows the metrics of a run elsewhere."""
+
+    def log(self, step: int, row: Mapping[str, Any]) -> None:
+        """Shows the numbers of ``row`` at ``step``."""
+
+    def close(self) -> None:
+        """Writes out what is buffered."""
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Raises before a run begins what ``open_tracker`` would raise in it.
+
+    ``ConfigError`` for a name that is not in ``TRACKERS``, ``MissingExtraError`` when its package is not installed.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise ConfigError(f"tracker {name!r} is not known{nearest(name, TRACKERS)}; allowed: {', '.join(TRACKERS)}")
+        if importlib.util.find_spec(name) is None:
+            raise MissingExtraError(f"tracking with {name}", package=name, extra=name)
+
+
+def open_tracker(name: str, folder: Path, *, first_step: int, config: Mapping[str, Any]) -> Tracker:
+    """The tracker ``name`` for the run in ``folder``; steps from ``first_step`` on that it has do not double."""
+    check_trackers([name])
+    return TensorBoard(folder, first_step=first_step) if name == "tensorboard" else WandB(folder, config=config)
+
+
+class TensorBoard:
+    """Event files under ``tensorboard/`` in the run folder; nothing leaves the machine."""
+
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Tells the reader to forget what an earlier process wrote from this step on.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+
+    def log(self, step: int, row: Mapping[str, Any]) -> None:
+        """Writes one scalar for each number; NaN stays NaN."""
+        for key, value in _numbers(row).items():
+            self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes the event file."""
+        self._writer.close()
+
+
+class WandB:
+    """A run at Weights & Biases; its id stays in the folder, so that a resumed run goes on in the same chart."""
+
+    def __init__(self, folder: Path, *, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        note = folder / "wandb-id"
+        if not note.exists():
+            replace_file(note, secrets.token_hex(4))
+        try:
+            self._run = wandb.init(
+                project="preceptor",
+                id=note.read_text().strip(),
+                resume="allow",
+                name=folder.name,
+                dir=str(folder),
+                config=dict(config),
+            )
+        except wandb.Error as error:
+            raise ServiceError(
+                f"W&B refused the run: {error}; log in with: wandb login, or leave the tracker out"
+            ) from error
+        # The service cannot take rows back. A resume repeats them bit for bit, so those it has are left out.
+        self._next_step = int(self._run.step)
+
+    def log(self, step: int, row: Mapping[str, Any]) -> None:
+        """Sends the numbers of ``row``, unless the service has this step."""
+        if step >= self._next_step:
+            self._run.log(_numbers(row), step=step)
+
+    def close(self) -> None:
+        """Waits until everything is sent."""
+        self._run.finish()
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """The scalars of ``row``; lists (parts per position) and text stay in the JSONL alone."""
+    is_scalar = {key: isinstance(value, int | float) or getattr(value, "ndim", None) == 0 for key, value in row.items()}
+    return {key: float(value) for key, value in row.items() if is_scalar[key]}

@@ -1,0 +1,234 @@
+"""The controls: orders in which to read an article that no teacher learned, each at a counted cost.
+
+The cost is counted in *value scorings*: evaluations of one value given one context by the reader. The learned arm's
+own cost is the values that it read while it trained.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from preceptor.systems.reading.material import Material
+from preceptor.systems.reading.reader import Reader, probe_curve
+
+Order = tuple[int, ...]
+
+EXHAUSTIVE_LIMIT = 7
+"""Pairs up to which every order is scored (7! = 5,040)."""
+
+
+class OrderScores:
+    """Scores of orders under one reader, values alone in the context, each computed once.
+
+    ``num_calls`` counts the value scorings that were asked for.
+    """
+
+    def __init__(self, reader: Reader, material: Material) -> None:
+        self.reader = reader
+        self.material = material
+        self.num_calls = 0
+        self._values: dict[Order, float] = {}
+        self._curves: dict[Order, Tensor] = {}
+
+    def values(self, orders: Iterable[Sequence[int]]) -> list[float]:
+        """Mean log-probability in nats per value token of each order (a prefix of an order is fine)."""
+        wanted = [tuple(order) for order in orders]
+        self.num_calls += sum(len(order) for order in wanted)
+        missing = [order for order in dict.fromkeys(wanted) if order not in self._values]
+        for order, scored in zip(
+            missing, self.reader.score([self.material.value_row(order) for order in missing]), strict=True
+        ):
+            self._values[order] = float(torch.cat(list(scored.log_probs)).double().mean())
+        return [self._values[order] for order in wanted]
+
+    def totals(self, orders: Iterable[Sequence[int]]) -> list[float]:
+        """Summed log-probability in nats of each order or prefix; comparable between prefixes of one length."""
+        wanted = [tuple(order) for order in orders]
+        lengths = [sum(len(self.material.values[pair]) for pair in order) for order in wanted]
+        return [value * length for value, length in zip(self.values(wanted), lengths, strict=True)]
+
+    def curve(self, order: Sequence[int]) -> Float[Tensor, " read"]:
+        """Mean log-probability in nats per probe token after 0, 1, … pairs of ``order``."""
+        key = tuple(order)
+        if key not in self._curves:
+            self._curves[key] = probe_curve(self.reader, self.material, key)
+        self.num_calls += len(key) + 1
+        return self._curves[key]
+
+
+@dataclass(frozen=True)
+class Control:
+    """Orders of one arm and what finding them cost in value scorings."""
+
+    orders: tuple[Order, ...]
+    num_calls: int
+
+
+def control_orders(
+    scores: OrderScores,
+    key_vectors: Float[Tensor, "pairs dimension"],
+    *,
+    num_orders: int,
+    best_of: int,
+    beam_width: int,
+    generator: torch.Generator,
+) -> dict[str, Control]:
+    """Every control arm of one article: those without a model first, then those that ask the reader, then the oracles.
+
+    Args:
+        scores: of the reader that judges.
+        key_vectors: of the article's keys, for the arms that follow similarity.
+        num_orders: random orders.
+        best_of: random orders of which the best is kept.
+        beam_width: of the beam oracle.
+        generator: draws the random orders.
+    """
+    num_pairs = scores.material.reading.num_pairs
+    document = tuple(range(num_pairs))
+    cosines = torch.nn.functional.normalize(key_vectors.double().cpu(), dim=-1)
+    similarity = cosines @ cosines.T
+    controls = {
+        "random": Control(tuple(random_orders(num_pairs, num_orders, generator=generator)), 0),
+        "document": Control((document,), 0),
+        "reverse": Control((document[::-1],), 0),
+        "nearest_chain": Control((nearest_chain(similarity),), 0),
+        "farthest_first": Control((farthest_first(similarity),), 0),
+        "mmr": Control((maximal_marginal_relevance(similarity),), 0),
+    }
+
+    def counted(find: Callable[[], Order]) -> Control:
+        before = scores.num_calls
+        order = find()
+        return Control((order,), scores.num_calls - before)
+
+    alone = counted(lambda: easy_to_hard(scores))
+    controls["easy_to_hard"] = alone
+    controls["hard_to_easy"] = Control((alone.orders[0][::-1],), alone.num_calls)
+    drawn = random_orders(num_pairs, best_of, generator=generator)
+    controls["best_of_n"] = counted(lambda: best_order(scores, drawn))
+    controls["greedy"] = counted(lambda: beam_search(scores, width=1))
+    controls["beam"] = counted(lambda: beam_search(scores, width=beam_width))
+    controls["local_search"] = counted(lambda: local_search(scores, controls["beam"].orders[0]))
+    if num_pairs <= EXHAUSTIVE_LIMIT:
+        controls["exhaustive"] = counted(lambda: best_order(scores, itertools.permutations(range(num_pairs))))
+    return controls
+
+
+def random_orders(num_pairs: int, count: int, *, generator: torch.Generator) -> list[Order]:
+    """Independent uniform orders."""
+    return [tuple(torch.randperm(num_pairs, generator=generator).tolist()) for _ in range(count)]
+
+
+def nearest_chain(similarity: Float[Tensor, "pairs pairs"]) -> Order:
+    """From the first pair, always to the most similar unread key (In-Context Pretraining, arXiv 2310.10638)."""
+    return _grow(similarity, lambda last, _read, rest: max(rest, key=lambda pair: (float(similarity[last, pair]), -pair)))
+
+
+def farthest_first(similarity: Float[Tensor, "pairs pairs"]) -> Order:
+    """From the first pair, always to the key whose most similar read key is least similar (k-centre traversal)."""
+
+    def choose(_last: int, read: Sequence[int], rest: Sequence[int]) -> int:
+        return min(rest, key=lambda pair: (float(similarity[pair, list(read)].max()), pair))
+
+    return _grow(similarity, choose)
+
+
+def maximal_marginal_relevance(similarity: Float[Tensor, "pairs pairs"], *, relevance_weight: float = 0.5) -> Order:
+    """Maximal marginal relevance (Carbonell and Goldstein 1998), relevance being mean similarity to the whole article."""
+    relevance = similarity.mean(1)
+
+    def choose(_last: int, read: Sequence[int], rest: Sequence[int]) -> int:
+        def score(pair: int) -> float:
+            redundancy = float(similarity[pair, list(read)].max())
+            return relevance_weight * float(relevance[pair]) - (1 - relevance_weight) * redundancy
+
+        return max(rest, key=lambda pair: (score(pair), -pair))
+
+    return _grow(similarity, choose, first=int(relevance.argmax()))
+
+
+def easy_to_hard(scores: OrderScores) -> Order:
+    """By falling log-probability per token of each value read alone."""
+    num_pairs = scores.material.reading.num_pairs
+    alone = scores.values((pair,) for pair in range(num_pairs))
+    return tuple(sorted(range(num_pairs), key=lambda pair: -alone[pair]))
+
+
+def best_order(scores: OrderScores, orders: Iterable[Sequence[int]]) -> Order:
+    """The best of ``orders`` (the first among equals)."""
+    candidates = [tuple(order) for order in orders]
+    values = scores.values(candidates)
+    return candidates[max(range(len(candidates)), key=values.__getitem__)]
+
+
+def beam_search(scores: OrderScores, *, width: int) -> Order:
+    """The best order found by keeping the ``width`` best prefixes; width 1 is greedy.
+
+    A prefix is judged by the summed log-probability of what it read minus what those values get alone, since prefixes
+    of one length hold different values, some of them hard wherever they stand.
+    """
+    num_pairs = scores.material.reading.num_pairs
+    alone = scores.totals((pair,) for pair in range(num_pairs))
+    beams: list[Order] = [()]
+    for _ in range(num_pairs):
+        candidates = [(*beam, pair) for beam in beams for pair in range(num_pairs) if pair not in beam]
+        gains = [
+            total - sum(alone[pair] for pair in candidate)
+            for candidate, total in zip(candidates, scores.totals(candidates), strict=True)
+        ]
+        ranked = sorted(range(len(candidates)), key=lambda index: -gains[index])
+        beams = [candidates[index] for index in ranked[:width]]
+    return beams[0]
+
+
+def local_search(scores: OrderScores, start: Order, *, max_rounds: int = 20) -> Order:
+    """The order reached from ``start`` by always taking the best swap or move of pairs until none improves it."""
+    best = start
+    for _ in range(max_rounds):
+        candidate = best_order(scores, [best, *_neighbours(best)])
+        if candidate == best:
+            break
+        best = candidate
+    return best
+
+
+def _neighbours(order: Order) -> list[Order]:
+    found = []
+    for first, second in itertools.permutations(range(len(order)), 2):
+        moved = list(order)
+        moved.insert(second, moved.pop(first))
+        found.append(tuple(moved))
+        if first < second:
+            swapped = list(order)
+            swapped[first], swapped[second] = swapped[second], swapped[first]
+            found.append(tuple(swapped))
+    return list(dict.fromkeys(found))
+
+
+def probe_greedy(scores: OrderScores) -> Order:
+    """An oracle for the probe: always the pair after which the probe's log-probability is highest."""
+    num_pairs = scores.material.reading.num_pairs
+    order: Order = ()
+    while len(order) < num_pairs:
+        rest = [pair for pair in range(num_pairs) if pair not in order]
+        rows = [scores.material.value_row((*order, pair), with_probe=True) for pair in rest]
+        scores.num_calls += len(rest)
+        gains = [float(scored.log_probs[-1].double().mean()) for scored in scores.reader.score(rows)]
+        order = (*order, rest[max(range(len(rest)), key=gains.__getitem__)])
+    return order
+
+
+def _grow(
+    similarity: Tensor, choose: Callable[[int, Sequence[int], Sequence[int]], int], *, first: int = 0
+) -> Order:
+    order = [first]
+    while len(order) < len(similarity):
+        rest = [pair for pair in range(len(similarity)) if pair not in order]
+        order.append(choose(order[-1], order, rest))
+    return tuple(order)

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from preceptor.evaluation.summary import Comparison, Gap, QueryText
+from preceptor.evaluation.verdict import claimable, verdict
+
+BOUND = "best of beam, greedy: a lower bound of the optimum"
+
+
+def comparison(mean: float, low: float | None, high: float | None, **changes: Any) -> Comparison:
+    base: dict[str, Any] = {
+        "arm": "learned",
+        "baseline": "random",
+        "metric": "order_gain",
+        "split": "train",
+        "mean": mean,
+        "low": low,
+        "high": high,
+        "unit": "nats per value token",
+        "n": 25,
+        "num_seeds": 5,
+        "num_articles": 5,
+        "share_improved": 1.0,
+    }
+    return Comparison(**{**base, **changes})  # type: ignore[typeddict-item]
+
+
+def gap(mean: float | None, low: float | None = None, high: float | None = None, **changes: Any) -> Gap:
+    base: dict[str, Any] = {
+        "mean": mean,
+        "low": low,
+        "high": high,
+        "unit": "share of the gap",
+        "n": 25,
+        "num_seeds": 5,
+        "num_articles": 5,
+        "oracle": "exhaustive optimum",
+        "reason": None,
+    }
+    return Gap(**{**base, **changes})  # type: ignore[typeddict-item]
+
+
+def test_a_real_gain_is_claimed_with_its_figures() -> None:
+    text = verdict(
+        [comparison(0.1241, 0.08, 0.171), comparison(0.11, 0.06, 0.16, baseline="untrained")],
+        gaps={"train": gap(0.86, 0.71, 0.97), "held_out": gap(0.03, -0.1, 0.2, oracle=BOUND)},
+    )
+    assert text == (
+        "On 5 training articles (5 seeds; 95 % intervals), "
+        "learned is 0.124 nats per value token above random in order gain (0.08 to 0.171); "
+        "learned is 0.11 nats per value token above untrained in order gain (0.06 to 0.16). "
+        "Share closed of the gap from random to the oracle: in training 86 % (71 to 97) to the exhaustive optimum; "
+        "on held-out articles 3 % (-10 to 20) to the best of beam, greedy: a lower bound of the optimum."
+    )
+
+
+def test_an_interval_over_zero_claims_nothing_and_a_loss_is_a_loss() -> None:
+    text = verdict([comparison(0.004, -0.01, 0.018, split="held_out"), comparison(-0.2, -0.3, -0.1)])
+    assert "learned is 0.2 nats per value token below random" in text
+    assert (
+        "no difference can be claimed between learned and random in order gain "
+        "(0.004 nats per value token (-0.01 to 0.018))"
+    ) in text
+    assert text.index("training") < text.index("held-out")
+
+
+@pytest.mark.parametrize("seeds", [1, 4])
+def test_too_few_seeds_is_said_however_clear_the_interval(seeds: int) -> None:
+    few = comparison(0.5, 0.4, 0.6, num_seeds=seeds)
+    text = verdict([few])
+    assert not claimable(few)
+    assert f"({seeds} seed{'s' if seeds > 1 else ''}; " in text
+    assert "no difference can be claimed, for that takes at least 5 seeds" in text
+    assert " above " not in text
+
+
+def test_few_articles_limit_what_a_claim_is_about() -> None:
+    alone = verdict([comparison(0.5, 0.4, 0.6, num_articles=1)])
+    assert alone.startswith("On this one training article alone (5 seeds")
+    assert verdict([comparison(0.5, 0.4, 0.6, num_articles=3, split="held_out")]).startswith(
+        "On these 3 held-out articles alone"
+    )
+
+
+def test_no_interval_claims_nothing() -> None:
+    assert "no difference can be claimed" in verdict([comparison(0.5, None, None)])
+
+
+def test_an_undefined_gap_says_why() -> None:
+    text = verdict([comparison(0.1, 0.05, 0.2)], gaps={"train": gap(None, reason="the oracle is not above random")})
+    assert "in training it is undefined (the oracle is not above random)" in text
+
+
+def test_query_text_is_named() -> None:
+    split = QueryText(
+        with_queries=comparison(0.3, 0.2, 0.4, metric="reward", baseline="untrained"),
+        without_queries=comparison(0.08, 0.05, 0.11, metric="reward_without_queries", baseline="untrained"),
+        query_text=comparison(0.22, 0.1, 0.3, metric="query text", baseline="untrained"),
+    )
+    text = verdict([comparison(0.1, 0.05, 0.2)], query_text=split)
+    assert (
+        "With the queries in the reader's context the gain over untrained is 0.3 nats per value token, "
+        "of which 0.22 (73 %) is query text; without the queries 0.08 (0.05 to 0.11) is left, which is order."
+    ) in text
+    nothing_left = QueryText(**{**split, "without_queries": comparison(0.0, -0.1, 0.1)})  # type: ignore[typeddict-item]
+    assert "is left, which is not distinguishable from zero." in verdict([], query_text=nothing_left)
+    no_gain = QueryText(**{**split, "with_queries": comparison(0.0, -0.1, 0.1)})  # type: ignore[typeddict-item]
+    assert "is not distinguishable from zero (0 nats" in verdict([], query_text=no_gain)

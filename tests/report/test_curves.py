@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from preceptor.report.curves import MAXIMUM_POINTS, curve, panels, reward_by_position
+
+
+def test_a_short_run_is_drawn_as_it_is() -> None:
+    drawn = curve([{"step": 3, "reward": 1.0}, {"step": 5, "reward": 2.0}], "reward", label="reward")
+    assert drawn is not None
+    assert (drawn.steps, drawn.values, drawn.low, drawn.high) == ([3, 5], [1.0, 2.0], [1.0, 2.0], [1.0, 2.0])
+
+
+def test_the_window_is_centred_and_the_band_one_standard_deviation() -> None:
+    """Forty rows have a window of three: at step 10 of 0, 1, 4, 9, ... it holds 81, 100, 121."""
+    drawn = curve([{"step": k, "x": float(k * k)} for k in range(40)], "x", label="x")
+    assert drawn is not None
+    mean = (81 + 100 + 121) / 3
+    deviation = math.sqrt(((81 - mean) ** 2 + (100 - mean) ** 2 + (121 - mean) ** 2) / 3)
+    assert (drawn.values[10], drawn.low[10], drawn.high[10]) == pytest.approx(
+        (mean, mean - deviation, mean + deviation)
+    )
+
+
+def test_a_long_run_is_thinned_and_keeps_its_ends() -> None:
+    drawn = curve([{"step": k, "x": 1.0} for k in range(10_000)], "x", label="x")
+    assert drawn is not None
+    assert len(drawn.steps) == MAXIMUM_POINTS
+    assert (drawn.steps[0], drawn.steps[-1]) == (0, 9_999)
+
+
+def test_missing_numbers_are_counted_and_absent_columns_named() -> None:
+    rows = [{"step": 1, "reward": 0.5}, {"step": 2, "reward": None}, {"step": 3, "reward": math.nan}, {"step": 4}]
+    drawn, left_out = panels(rows)
+    assert [panel.chart.name for panel in drawn] == ["reward"]
+    assert drawn[0].notes == ["reward: no finite value at 2 of the steps"]
+    assert "Query entropy" in left_out
+    assert len(left_out) == 11
+
+
+def test_reward_by_position_compares_first_and_last_tenth() -> None:
+    rows = [{"step": k, "reward_by_position": [float(k), 10.0 * k]} for k in range(20)]
+    rows[0]["reward_by_position"] = [0.0]  # a shorter trajectory
+    assert reward_by_position(rows) == ([0.5, 10.0], [18.5, 185.0])
+    assert reward_by_position([{"step": 1}]) is None

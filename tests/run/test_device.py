@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from preceptor.errors import ConfigError
+from preceptor.run import device as device_module
+from preceptor.run.device import choose_device, parse_dtype, peak_memory_mib, set_threads
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_devices_of_this_machine() -> None:
+    assert choose_device("cpu") == choose_device(torch.device("cpu")) == torch.device("cpu")
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ConfigError, match=r"device cup is not available \(did you mean 'cpu'\?\); here: auto, cpu"):
+        choose_device("cup")
+    with pytest.raises(ConfigError, match=r"device cuda:99 is not available.*; here: auto, cpu"):
+        choose_device("cuda:99")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_a_missing_gpu_is_not_replaced_by_the_cpu() -> None:
+    with pytest.raises(ConfigError, match="device cuda is not available"):
+        choose_device("cuda")
+
+
+@pytest.mark.gpu
+def test_gpu() -> None:
+    assert choose_device("cuda") == choose_device("auto") == torch.device("cuda:0")
+    torch.zeros(1 << 20, device="cuda")
+    assert peak_memory_mib(torch.device("cuda:0")) >= 4
+
+
+def test_dtypes() -> None:
+    assert parse_dtype("bfloat16") is parse_dtype("bf16") is torch.bfloat16
+    assert parse_dtype("fp32") is torch.float32
+    with pytest.raises(
+        ConfigError, match=r"dtype 'flot32' is not known \(did you mean 'float32'\?\); allowed: float32, fp32"
+    ):
+        parse_dtype("flot32")
+
+
+def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set_threads(2) == torch.get_num_threads() == 2
+    monkeypatch.setattr(device_module, "_num_cores", lambda: 8)
+    assert set_threads() == torch.get_num_threads() == 2, "many cores: torch's own choice stays"
+    monkeypatch.setattr(device_module, "_num_cores", lambda: 2)
+    assert set_threads() == torch.get_num_threads() == 1
+    with pytest.raises(ConfigError, match="must be at least 1, got 0"):
+        set_threads(0)
+
+
+def test_peak_memory_grows_with_what_is_held() -> None:
+    before = peak_memory_mib(torch.device("cpu"))
+    assert 50 < before < 100_000, "a process with torch in it, in MiB"
+    # Past whatever other tests have reached, so that the peak must move: 4 bytes a number.
+    block = torch.ones(int((before + 64) * 2**20 / 4))
+    assert peak_memory_mib(torch.device("cpu")) >= before + 32
+    assert block.numel()

@@ -1,0 +1,458 @@
+"""The command line: what it accepts, what it says, and the exit codes, on a small system made up for the purpose."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import preceptor.cli as cli
+from preceptor.cli import main
+from preceptor.config import schema
+from preceptor.errors import (
+    CheckpointError,
+    DataError,
+    Interrupted,
+    LockedError,
+    MissingExtraError,
+    ModelError,
+    NumericError,
+    ServiceError,
+    ShapeError,
+)
+from preceptor.systems import SYSTEMS, SystemInfo
+
+CONFIG = """
+from __future__ import annotations
+from dataclasses import dataclass
+from pathlib import Path
+from preceptor.config import option
+
+FLAGS = {"seed": "seed", "words": "data.words", "title": "data.title", "folders": "data.folders"}
+
+@dataclass(frozen=True)
+class Data:
+    title: str | None = option(None, "100 % text")
+    words: int = option(3, "words of a lesson")
+    folders: tuple[Path, ...] = option((), "where to look")
+
+@dataclass(frozen=True)
+class ToyConfig:
+    seed: int = option(0, "seed of every random stream")
+    save_every: int = option(1, "steps between checkpoints")
+    data: Data = option(Data(), "what is learned from")
+    steps: int = option(2, "steps")
+
+    def faults(self) -> list[str]:
+        return [] if self.steps >= 0 else [f"`steps` must be at least 0, got {self.steps}"]
+"""
+TRAIN = """
+STREAMS = ("toy",)
+failure = None
+seen = []
+
+def train(config, run, *, cache_dir, openai_api_key):
+    seen.append((config, cache_dir, openai_api_key))
+    start = 0 if (checkpoint := run.restore()) is None else checkpoint.step
+    for step in range(start + 1, config.steps + 1):
+        run.log(step, {"reward": float(step)})
+        run.save(step, {}, {})
+        if failure is not None:
+            raise failure
+    return {"system": "toy", "status": "finished"}
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Makes `toy` the only system, with a preset `smoke`, a made-up report, and an empty folder to work in."""
+    package = tmp_path / "source" / "toy_system"
+    package.mkdir(parents=True)
+    for name, text in {"__init__": "", "config": CONFIG, "train": TRAIN}.items():
+        (package / f"{name}.py").write_text(text)
+    presets = tmp_path / "presets"
+    presets.mkdir()
+    (presets / "smoke.yaml").write_text("# quick, to see that all works\ndata: {words: 1}\nsteps: 1\n")
+    work = tmp_path / "work"
+    work.mkdir()
+
+    page = ModuleType("preceptor.report.page")
+    page.build_report = lambda folder: written(folder / "report.html", "<p>")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "preceptor.report.page", page)
+    monkeypatch.syspath_prepend(package.parent)
+    info = SystemInfo("toy_system", "ToyConfig", "learns nothing", needs=("cache_dir", "openai_api_key"))
+    for name in list(SYSTEMS):
+        monkeypatch.delitem(SYSTEMS, name)
+    monkeypatch.setitem(SYSTEMS, "toy", info)
+    monkeypatch.setattr(cli, "_preset_folder", lambda name: presets)
+    monkeypatch.chdir(work)
+    for name in ("", ".config", ".train"):
+        monkeypatch.delitem(sys.modules, f"toy_system{name}", raising=False)
+    import toy_system.train
+
+    return toy_system.train  # type: ignore[no-any-return]
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What is said when ``argv`` is refused, in exactly one line, with exit code 2 and nothing on stdout."""
+    assert main(argv) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert said.err.startswith("preceptor: error: ")
+    return said.err.removeprefix("preceptor: error: ").rstrip("\n")
+
+
+# ---- what is accepted ----
+
+
+def test_a_run_from_start_to_report(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "toy", "--preset", "smoke", "--seed", "7", "--threads", "1", "--device", "cpu"]) == 0
+    (folder,) = Path("runs").iterdir()
+    assert json.loads((folder / "result.json").read_text())["status"] == "finished"
+    assert (folder / "report.html").is_file()
+    out = capsys.readouterr().out
+    assert f"results: {folder}\n" in out
+    assert f"report:  {folder}/report.html\n" in out
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["seed"], manifest["system"], manifest["streams"]) == (7, "toy", ["toy"])
+    assert (manifest["device"], manifest["environment"]["threads"]) == ("cpu", 1)
+
+
+def test_layers_from_preset_to_set(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.yaml").write_text("data: {words: 5, title: mine}\n")
+    layers = ["--preset", "smoke", "--config", "mine.yaml", "--words", "6", "--set", "data.words=7", "--print-config"]
+    for end, words, title in ((2, 1, "null"), (4, 5, "mine"), (6, 6, "mine"), (8, 7, "mine")):
+        assert main(["run", "toy", *layers[:end], "--print-config"]) == 0
+        out = capsys.readouterr().out
+        assert f"  words: {words}  # words of a lesson\n" in out
+        assert f"  title: {title}  # 100 % text\n" in out
+        assert "steps: 1  # steps\n" in out
+    assert list(Path().iterdir()) == [Path("mine.yaml")]  # printing makes no run
+
+
+def test_a_printed_configuration_is_a_file_for_config(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["run", "toy", "--title", "no: 'x' # 1984", "--folders", "a b", "c,d", "--folders", "é", "--print-config"]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    Path("mine.yaml").write_text(printed)
+    assert main(["run", "toy", "--config", "mine.yaml", "--print-config"]) == 0
+    assert capsys.readouterr().out == printed
+    assert """folders: ["a b", "c,d", "é"]""" in printed
+
+
+def test_the_environment_is_read_here_and_passed_down(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv("PRECEPTOR_CACHE_DIR", raising=False)
+    assert main(["run", "toy", "--no-report"]) == 0
+    monkeypatch.setenv("PRECEPTOR_CACHE_DIR", str(tmp_path / "own"))
+    assert main(["run", "toy", "--no-report"]) == 0
+    assert [(cache, key) for _, cache, key in toy.seen] == [
+        (tmp_path / "xdg" / "preceptor", "sk-canary"),
+        (tmp_path / "own", "sk-canary"),
+    ]
+    files = [path for path in Path().rglob("*") if path.is_file()]
+    assert len(files) >= 8
+    assert not [path for path in files if b"sk-canary" in path.read_bytes()]
+
+
+def test_a_relative_or_missing_xdg_folder_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    for environ in ({}, {"XDG_CACHE_HOME": "relative"}, {"XDG_CACHE_HOME": "", "PRECEPTOR_CACHE_DIR": ""}):
+        assert cli._cache_dir(environ) == Path("/home/someone/.cache/preceptor")
+
+
+def test_resume_goes_on_with_the_same_configuration(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["run", "toy", "--out", "r", "--title", "1e5", "--folders", "a", "--set", "steps=3"]
+    toy.failure = Interrupted("stopped at step 1; resume with: preceptor resume r", signal.SIGTERM)
+    assert main(argv) == 143
+    assert "preceptor: stopped at step 1; resume with: preceptor resume r\n" in capsys.readouterr().err
+    toy.failure = None
+    assert main(["resume", "r"]) == 0
+    first, second = (config for config, _, _ in toy.seen)
+    assert first == second
+    assert second.data.title == "1e5"
+    assert [json.loads(row)["step"] for row in Path("r/metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_list_names_systems_and_presets(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert "toy         learns nothing\n  default   the defaults\n  smoke     quick, to see that all works\n" in out
+    assert "pretrain    " in out
+
+
+def test_help_teaches(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["--help"], ["run", "-h"], ["run", "toy", "--help"], ["resume", "--help"], ["report", "-h"]):
+        assert main(argv) == 0
+        out = capsys.readouterr().out
+        for code in (2, 3, 4, 5, 6, 130):
+            assert f"  {code:<5}" in out
+    assert main(["run", "toy", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "toy: words of a lesson" in out
+    assert "toy: 100 % text" in out
+    assert main(["pretrain", "--help"]) == 0
+    assert "--print-config" in capsys.readouterr().out
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "the following arguments are required: COMMAND; see preceptor --help"),
+        (["rn"], "unknown command 'rn' (did you mean 'run'?)"),
+        (["zzz"], "unknown command 'zzz'; there are run, resume, report, pretrain, list"),
+        (["--hlp"], "unknown option '--hlp' (did you mean '--help'?)"),
+        (["run"], "the following arguments are required: SYSTEM; see preceptor run --help"),
+        (["run", "toi"], "unknown system 'toi' (did you mean 'toy'?)"),
+        (["run", "zzz"], "unknown system 'zzz'; there are toy"),
+        (["run", "toy", "--preset", "smok"], "unknown preset 'smok' of toy (did you mean 'smoke'?)"),
+        (["run", "toy", "--preset", "../x"], "unknown preset '../x' of toy; there are default, smoke"),
+        (["run", "toy", "--word", "3"], "unknown option '--word' (did you mean '--words'?)"),
+        (["run", "--presett=smoke", "toy"], "unknown option '--presett' (did you mean '--preset'?)"),
+        (["run", "toy", "--qqq"], "unknown option '--qqq'; see preceptor run --help"),
+        (["run", "toy", "extra"], "unexpected argument 'extra'; see preceptor run --help"),
+        (["run", "toy", "--seed"], "argument --seed: expected one argument; see preceptor run --help"),
+        (["run", "toy", "--seed", "x"], "`seed` must be a whole number, got 'x'"),
+        (["run", "toy", "--threads", "x"], "argument --threads: must be a whole number from 1 to 1024, got 'x'; see"),
+        (["run", "toy", "--set", "data.word=3"], "unknown key 'data.word' (did you mean 'data.words'?)"),
+        (["run", "toy", "--set", "steps=-1"], "`steps` must be at least 0, got -1"),
+        (["run", "toy", "--tracker", "wandbb"], "tracker 'wandbb' is not known (did you mean 'wandb'?); "),
+        (["run", "toy", "--device", "gpu"], "device gpu is not available"),
+        (["run", "toy", "--api-key", "x"], "unknown option '--api-key'; see preceptor run --help"),
+        (["run", "toy", "--title", "a\0"], "argument 'a\\x00' is not valid UTF-8 text"),
+        (["run", "toy", "--title", "a\udcff"], "argument 'a\\udcff' is not valid UTF-8 text"),
+        (["resume", "nowhere"], "nowhere is not a run folder (no manifest.json)"),
+        (["pretrain", "--article", "x"], "unknown option '--article'"),
+        (["compare"], "unknown command 'compare'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    toy: ModuleType, capsys: pytest.CaptureFixture[str], argv: list[str], said: str
+) -> None:
+    assert refusal(capsys, *argv).startswith(said)
+    runs = Path("runs")
+    assert not runs.exists() or not list(runs.iterdir())  # no empty run folder stays behind
+
+
+def test_an_option_of_another_system_is_named(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = tmp_path / "source" / "other_system"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "config.py").write_text(CONFIG.replace("FLAGS = {", 'FLAGS = {"steps": "steps"} or {'))
+    monkeypatch.setitem(SYSTEMS, "other", SystemInfo("other_system", "ToyConfig", "another"))
+    assert refusal(capsys, "run", "other", "--words", "3") == "--words is no option of other; its own are --steps"
+
+
+def test_every_fault_of_a_configuration_has_its_line(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.yaml").write_text("sed: 1\ndata:\n  words: many\n")
+    assert main(["run", "toy", "--config", "mine.yaml", "--set", "steps=-3", "--print-config"]) == 2
+    assert capsys.readouterr().err == (
+        "preceptor: error: mine.yaml:1: unknown key 'sed' (did you mean 'seed'?)\n"
+        "preceptor: error: mine.yaml:3: `data.words` must be a whole number, got 'many'\n"
+        "preceptor: error: `steps` must be at least 0, got -3\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("failure", "exit_code", "said"),
+    [
+        (DataError("too short"), 2, "preceptor: error: too short\n"),
+        (ModelError("two\nlines \x1b[31m"), 2, "preceptor: error: two lines  [31m\n"),
+        (ShapeError("shape"), 2, "preceptor: error: shape\n"),
+        (
+            MissingExtraError("LoRA", package="peft", extra="lora"),
+            2,
+            "install it with: pip install 'preceptor[lora]'\n",
+        ),
+        (NumericError("NaN"), 3, "preceptor: error: NaN\n"),
+        (LockedError("in use"), 4, "preceptor: error: in use\n"),
+        (CheckpointError("damaged"), 5, "preceptor: error: damaged\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "f"), 5, "preceptor: error: disk full: f; what was saved"),
+        (PermissionError(errno.EACCES, "Permission denied", "f"), 5, "preceptor: error: Permission denied: f; what"),
+        (ServiceError("refused"), 6, "preceptor: error: refused\n"),
+        (KeyboardInterrupt(), 130, "preceptor: stopped by Ctrl-C\n"),
+        (Interrupted("stopped", signal.SIGINT), 130, "preceptor: stopped\n"),
+    ],
+)
+def test_errors_end_as_one_line_and_their_exit_code(
+    toy: ModuleType, capsys: pytest.CaptureFixture[str], failure: BaseException, exit_code: int, said: str
+) -> None:
+    toy.failure = failure
+    assert main(["run", "toy", "--out", "r"]) == exit_code
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+    toy.failure = None
+    assert main(["resume", "r"]) == 0  # the run was closed: its lock is free
+
+
+@pytest.mark.parametrize("failure", [ZeroDivisionError("ours"), OSError(errno.EBADF, "ours"), RuntimeError("ours")])
+def test_a_bug_keeps_its_traceback(toy: ModuleType, capsys: pytest.CaptureFixture[str], failure: Exception) -> None:
+    toy.failure = failure
+    assert main(["run", "toy"]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in error
+    assert "toy_system/train.py" in error
+    assert error.endswith("preceptor: this is a bug of Preceptor; please report it with the lines above\n")
+
+
+# ---- the process ----
+
+
+def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    options = {"capture_output": True, "text": True, "timeout": 60} | options
+    return subprocess.run([sys.executable, *arguments], check=False, **options)
+
+
+def test_help_answers_in_half_a_second() -> None:
+    seconds = []
+    for _ in range(5):  # the quickest counts: others may be at work on this machine
+        began = time.perf_counter()
+        assert python("-m", "preceptor", "--help").returncode == 0
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["run", "--help"], ["list"], ["run", "reading", "--print-config"], ["rn"]]
+)
+def test_no_torch_before_a_run_begins(argv: list[str]) -> None:
+    code = f"import sys; from preceptor.cli import main; main({argv}); sys.exit('torch' in sys.modules)"
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_exit_codes_of_the_process() -> None:
+    for argv, exit_code in ((["list"], 0), (["rn"], 2), (["run", "reading", "--set", "x=1"], 2), ([], 2)):
+        done = python("-m", "preceptor", *argv)
+        assert done.returncode == exit_code
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_under_the_output_is_said() -> None:
+    with open("/dev/full", "w") as full:
+        done = python("-m", "preceptor", "list", capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 5
+    assert done.stderr == "preceptor: error: disk full; what was saved is safe\n"
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = python("-m", "preceptor", "list", capture_output=False, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert done.returncode == 141
+    assert done.stderr == ""
+
+
+def test_a_terminal_without_utf_8_is_no_error(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    argv = ["run", "reading", "--article", "Zoë", "--print-config"]
+    done = python("-m", "preceptor", *argv, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Zo\\xeb" in done.stdout
+
+
+# ---- the real systems ----
+
+
+def test_what_the_table_of_systems_promises_is_there() -> None:
+    assert list(SYSTEMS) == ["reading"]
+    checked = 0
+    for system in [*SYSTEMS.values(), cli.PRETRAINING]:
+        keys = schema(cli._config_class(system))
+        assert {"seed", "save_every"} <= keys.keys()
+        assert all(setting.help for setting in keys.values())
+        for flag, key in cli._flags(system).items():
+            checked += 1
+            assert key in keys, f"--{flag} stands for {key}, which is no key"
+        assert set(system.needs) <= {"cache_dir", "openai_api_key"}
+    assert checked >= 6
+
+
+# ---- hostile input ----
+
+
+def test_a_thousand_fuzzed_command_lines_leave_no_traceback(
+    toy: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chance = random.Random(11)
+    words = "run resume report pretrain list toy reading -h --help --version --preset --config --set --print-config"
+    words += " --seed --out --device --threads --tracker --no-report --words --title --folders --allow-inexact -- -x -"
+    words += " smoke default mine.yaml 3 -1 1e-5 nan cpu cuda:9 tensorboard data.words=2 steps=1 seed= =1 data={a: data"
+    values = [
+        *words.split(" "),
+        "",
+        " ",
+        "=",
+        "\n",
+        "[",
+        "{a: [",
+        "\x1b[2J",
+        "x" * 5000,
+        "9" * 5000,
+        "é\u202e",
+        "%s",
+        "@f",
+    ]
+    values += [
+        "--set=a",
+        "--seed=",
+        "--threads=9999999999999999999999",
+        "\0",
+        "\udc80",
+        "--words=\n",
+        "data.folders=[a",
+    ]
+    Path("mine.yaml").write_text("data: {words: 2}\n")
+    before = {path for path in tmp_path.rglob("*") if "work" not in path.parts}
+    codes: dict[int, int] = {}
+    for _ in range(1000):
+        argv = [chance.choice(values) for _ in range(chance.randrange(0, 5))]
+        if chance.random() < 0.8:
+            argv = ["run", "toy", "--out", f"r{chance.randrange(40)}", *argv]
+        if chance.random() < 0.7:
+            argv.append("--print-config")
+        began = time.perf_counter()
+        code = main(argv)
+        assert time.perf_counter() - began < 5, argv
+        error = capsys.readouterr().err
+        assert code in (0, 2, 5), (argv, error)
+        assert "Traceback" not in error, argv
+        assert len(error) < 5000
+        if code:
+            lines = error.rstrip("\n").split("\n")
+            assert all(line.startswith("preceptor: ") and line.isprintable() for line in lines), (argv, error)
+        codes[code] = codes.get(code, 0) + 1
+    assert codes[0] > 100
+    assert codes[2] > 300
+    assert {path for path in tmp_path.rglob("*") if "work" not in path.parts} - before <= set(
+        (tmp_path / "source").rglob("*")
+    )
