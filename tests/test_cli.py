@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -18,9 +20,10 @@ import pytest
 
 import preceptor.cli as cli
 from preceptor.cli import main
-from preceptor.config import schema
+from preceptor.config import load_config, schema
 from preceptor.errors import (
     CheckpointError,
+    ConfigError,
     DataError,
     Interrupted,
     LockedError,
@@ -194,6 +197,21 @@ def test_resume_goes_on_with_the_same_configuration(toy: ModuleType, capsys: pyt
     assert "report.html" in capsys.readouterr().out
 
 
+def test_a_run_of_a_system_that_is_gone_is_refused_and_let_go(
+    toy: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from preceptor.run.folder import Run
+
+    assert main(["run", "toy", "--out", "r", "--no-report"]) == 0
+    capsys.readouterr()
+    manifest = Path("r/manifest.json")
+    manifest.write_text(manifest.read_text().replace('"toy"', '"gone"', 1))
+    closed = []
+    monkeypatch.setattr(Run, "close", lambda run, close=Run.close: (closed.append(run.path), close(run)))
+    assert refusal(capsys, "resume", "r") == "unknown system 'gone'; there are toy"
+    assert closed == [Path("r")]
+
+
 def test_list_names_systems_and_presets(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     out = capsys.readouterr().out
@@ -325,17 +343,20 @@ def test_a_bug_keeps_its_traceback(toy: ModuleType, capsys: pytest.CaptureFixtur
 
 
 def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    options = {"capture_output": True, "text": True, "timeout": 60} | options
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    options = {"capture_output": True, "text": True, "timeout": 60, "env": environment} | options
     return subprocess.run([sys.executable, *arguments], check=False, **options)
 
 
 def test_help_answers_in_half_a_second() -> None:
+    # Processor time, not the clock: other work on this machine is not the command's fault, and nothing in it waits.
     seconds = []
-    for _ in range(5):  # the quickest counts: others may be at work on this machine
-        began = time.perf_counter()
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert python("-m", "preceptor", "--help").returncode == 0
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 0.5
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert 0 < min(seconds) < 0.5
 
 
 @pytest.mark.parametrize(
@@ -397,6 +418,18 @@ def test_what_the_table_of_systems_promises_is_there() -> None:
     assert checked >= 6
 
 
+def test_extreme_numbers_are_judged_and_never_crash_the_judgement() -> None:
+    tried = 0
+    for system in [*SYSTEMS.values(), cli.PRETRAINING]:
+        cls = cli._config_class(system)
+        for key, setting in schema(cls).items():
+            for value in ("0", "-1", "1", "1000000000000") if setting.type in (int, float) else ():
+                tried += 1
+                with contextlib.suppress(ConfigError):
+                    load_config(cls, overrides=[f"{key}={value}"])
+    assert tried > 150
+
+
 # ---- hostile input ----
 
 
@@ -440,9 +473,9 @@ def test_a_thousand_fuzzed_command_lines_leave_no_traceback(
             argv = ["run", "toy", "--out", f"r{chance.randrange(40)}", *argv]
         if chance.random() < 0.7:
             argv.append("--print-config")
-        began = time.perf_counter()
+        began = time.process_time()
         code = main(argv)
-        assert time.perf_counter() - began < 5, argv
+        assert time.process_time() - began < 5, argv
         error = capsys.readouterr().err
         assert code in (0, 2, 5), (argv, error)
         assert "Traceback" not in error, argv

@@ -28,10 +28,10 @@ class Source:
 @dataclass(frozen=True)
 class Data:
     article: str | None = option(None, "title, URL or file")
-    folder: Path = option(Path("articles"), "folder of articles")
+    folder: Path = option(Path("articles"), "folder of articles")  # noqa: RUF009 - `option` is `field`
     layers: tuple[int, ...] = option((1, 2), "layers")
     span: tuple[int, float] = option((0, 1.0), "from, to")
-    weights: dict[str, float] = option({}, "weight of each source (dimensionless)")
+    weights: dict[str, float] = option({}, "weight of each source (dimensionless)")  # noqa: RUF009 - `option` is `field`
     sources: tuple[Source, ...] = option((), "the mixture")
 
 
@@ -52,7 +52,7 @@ class Update:
 class Whole:
     seed: int = option(0, "seed of every random stream")
     verbose: bool = option(False, "say more")
-    data: Data = option(Data(), "what is read")
+    data: Data = option(Data(), "what is read")  # noqa: RUF009 - `option` is `field`
     update: Update = field(default_factory=lambda: Update(learning_rate=0.5))
 
     def faults(self) -> list[str]:
@@ -334,7 +334,7 @@ _configs = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(deadline=None, max_examples=100, derandomize=True)
 @given(config=_configs)
 def test_what_is_written_reads_back_exactly(tmp_path_factory: pytest.TempPathFactory, config: Whole) -> None:
     file = written(tmp_path_factory.getbasetemp() / "round.yaml", dump_yaml(config))
@@ -410,7 +410,7 @@ def test_a_thousand_mangled_configurations_end_in_a_config_error_or_a_config(tmp
         if chance.random() < 0.1:
             content = content[: chance.randrange(len(content))] + bytes(chance.randrange(256) for _ in range(5))
         file = written(tmp_path / "f.yaml", content)
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             load_config(Whole, file=file)
             error = None
@@ -420,12 +420,12 @@ def test_a_thousand_mangled_configurations_end_in_a_config_error_or_a_config(tmp
             refused += 1
             assert error.faults
             assert all(fault.isprintable() for fault in error.faults)
-        assert time.perf_counter() - began < 5
+        assert time.process_time() - began < 5
     assert refused > 500  # the mangling does reach the reader
 
 
 def test_the_largest_file_is_read_in_seconds(tmp_path: Path) -> None:
     file = written(tmp_path / "f.yaml", "data: {layers: [" + "1," * (MAX_BYTES // 2 - 20) + "]}")
-    began = time.perf_counter()
+    began = time.process_time()
     assert len(load_config(Whole, file=file).data.layers) == MAX_BYTES // 2 - 20
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5

@@ -77,14 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _complain(["stopped by Ctrl-C"], 130, label="")
     except BrokenPipeError:
-        # The reader of our output (`| head`) has left; without this, Python complains once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_unwritable_output()  # its reader (`| head`) has left
         return 141
     except OSError as error:
         if error.errno not in _STORAGE_ERRORS:
             return _bug()
         what = "disk full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
         where = f": {error.filename}" if error.filename else ""
+        _drop_unwritable_output()
         return _complain([f"{what}{where}; what was saved is safe"], StorageError.exit_code)
     except Exception:  # noqa: BLE001 - shown whole, with a request to report it
         return _bug()
@@ -101,6 +101,14 @@ def _complain(messages: Sequence[str], exit_code: int, *, label: str = "error: "
         line = "".join(character if character.isprintable() else " " for character in message)
         print(f"preceptor: {label}{line if len(line) <= 1000 else line[:997] + '...'}", file=sys.stderr)
     return exit_code
+
+
+def _drop_unwritable_output() -> None:
+    """Forgets what cannot be printed; Python would try again at exit, and complain with an exit code of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _bug() -> int:

@@ -24,6 +24,7 @@ from preceptor.data.embedders import TextEmbedder
 from preceptor.data.openai_answer import read_answer, retry_after
 from preceptor.data.openai_embedder import OpenAIEmbedder
 from preceptor.data.spend_ledger import SpendLedger
+from preceptor.data.vector_cache import VectorCache, vector_key
 from preceptor.errors import ConfigError, DataError, ServiceError, StorageError
 
 CANARY = "sk-canary-7Qz3kW9vTn"
@@ -135,6 +136,9 @@ def test_models_and_dimensions_do_not_share_vectors(play: Callable[..., Client])
         ("text-embedding-3-large", 8),
     ]:
         assert client.open(model, dimensions=dimensions).embed(["a"]).shape == (1, dimensions)
+        cache = VectorCache(client.folder / f"{model}-{dimensions}.vectors", dimension=dimensions)
+        cache.refresh()
+        assert vector_key(f"{model}/{dimensions}", "a") in cache
     assert len(client.server.requests) == 3
 
 

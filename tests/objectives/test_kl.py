@@ -164,6 +164,28 @@ def test_two_tokens_only_k1_in_the_reward_keeps_the_later_divergence(seed):
     assert errors(per_token)[1] < 1e-14  # the last token's is right
 
 
+@pytest.mark.parametrize(
+    ("shift", "expected"),
+    [
+        (0.1, {"k1": (0.0, 20.0), "k2": (0.002, 1.42), "k3": (0.0, 1.42)}),
+        (1.0, {"k1": (0.0, 2.0), "k2": (0.25, 1.73), "k3": (0.0, 1.7)}),
+    ],
+)
+def test_schulmans_table(shift, expected):
+    """Bias and deviation over the true KL, samples of N(0, 1) against N(shift, 1), joschu.net/blog/kl-approx."""
+    x = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
+    p, q = -x.square() / 2, -(x - shift).square() / 2  # one normaliser, which cancels
+    weights = p.exp() / p.exp().sum()  # the integral over all samples, in place of so many draws
+    true_kl = shift**2 / 2
+    for name, estimator in (("k1", kl_k1), ("k2", kl_k2), ("k3", kl_k3)):
+        estimates = estimator(p, q)
+        mean = (weights * estimates).sum()
+        deviation = (weights * (estimates - mean).square()).sum().sqrt()
+        bias_expected, deviation_expected = expected[name]
+        assert (mean.item() - true_kl) / true_kl == pytest.approx(bias_expected, abs=6e-4)  # as printed, rounded
+        assert deviation.item() / true_kl == pytest.approx(deviation_expected, abs=6e-3)
+
+
 # --- controller -----------------------------------------------------------------------------------------------------
 
 

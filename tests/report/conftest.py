@@ -200,7 +200,7 @@ def _episode(
                 pairs[position]["key"] if name == "hostile" else "how did the light reach ships before the lamps of"
             )
         remaining.remove(pair)
-        length = 12 + len(pairs[pair]["value"]) // 5
+        length = 14 + 3 * (pair % 4)
         span = {"kind": "value", "start": token, "end": token + length, "pair": pair}
         policy.append(span)
         texts.append(pairs[pair]["value"])

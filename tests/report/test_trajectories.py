@@ -110,8 +110,8 @@ def test_selection_shows_every_arm_and_article_learned_first(build_run: Callable
     assert groups[0][0] == "learned"
     assert selection.num_episodes == 64
     numbers = [e["episode"] for e in selection.episodes if (e["arm"], e["article"]) == ("learned", "lighthouse")]
-    # Of 0, 1, 8, 9, 16, ..., 57: first and last, and three in between, in the order of the file.
-    assert numbers == [0, 16, 32, 40, 57]
+    # Of the sixteen 0, 1, 8, 9, 16, 17, ..., 56, 57 those at 0, 3.75, 7.5, 11.25 and 15, rounded, in the file's order.
+    assert numbers == [0, 16, 32, 41, 57]
 
 
 def test_selection_keeps_to_its_budget(

@@ -77,7 +77,7 @@ class Disk:
         return hook
 
     def fails_at(self, chosen: int, number: int) -> Hook:
-        """Raises ``OSError`` number ``number`` in place of operation ``chosen``, after half of it when it is a write."""
+        """Raises ``OSError`` number ``number`` in place of operation ``chosen``, or after half of it in a write."""
 
         def hook(index: int, name: str, args: tuple[Any, ...]) -> None:
             if index == chosen:
@@ -104,7 +104,7 @@ class Child:
             status = 99
             try:
                 status = action() or 0
-            except BaseException:
+            except BaseException:  # noqa: BLE001 (a child must never fall into the parent's code)
                 traceback.print_exc()
             finally:
                 os._exit(status)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,10 +59,8 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         set_threads(0)
 
 
-def test_peak_memory_grows_with_what_is_held() -> None:
-    before = peak_memory_mib(torch.device("cpu"))
-    assert 50 < before < 100_000, "a process with torch in it, in MiB"
-    # Past whatever other tests have reached, so that the peak must move: 4 bytes a number.
-    block = torch.ones(int((before + 64) * 2**20 / 4))
-    assert peak_memory_mib(torch.device("cpu")) >= before + 32
-    assert block.numel()
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="compares with Linux's own record")
+def test_peak_memory_of_the_process() -> None:
+    peak = peak_memory_mib(torch.device("cpu"))
+    recorded = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    assert peak == pytest.approx(int(recorded.split()[1]) / 1024, rel=0.02)  # the kernel batches its counters

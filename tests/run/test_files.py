@@ -25,9 +25,9 @@ def test_a_device_that_takes_a_part_gets_the_rest(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
 def test_a_really_full_device_is_called_disk_full() -> None:
-    with pytest.raises(StorageError, match=r"disk full: cannot write it; free some space and resume; b is intact"):
-        with storage_errors("write it", safe="b is intact"):
-            write_file(Path("/dev/full"), [b"x"])
+    expected = "disk full: cannot write it; free some space and resume; b is intact"
+    with pytest.raises(StorageError, match=expected), storage_errors("write it", safe="b is intact"):
+        write_file(Path("/dev/full"), [b"x"])
 
 
 def test_replacing_is_all_or_nothing(tmp_path: Path, disk, fork) -> None:

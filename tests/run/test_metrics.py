@@ -115,7 +115,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path, line: str) -> Non
 
 
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="cannot read .*: No such file"):
+    with pytest.raises(StorageError, match=r"cannot read .*: No such file"):
         list(read_jsonl(tmp_path / "none.jsonl"))
 
 
@@ -124,7 +124,7 @@ def test_a_full_disk_takes_no_half_row(tmp_path: Path, disk) -> None:
     log.append({"step": 1})
     with (
         disk.watched(disk.fails_at(0, errno.ENOSPC)),
-        pytest.raises(StorageError, match="disk full: .*up to step 1 are"),
+        pytest.raises(StorageError, match=r"disk full: .*up to step 1 are"),
     ):
         log.append({"step": 2, "reward": 1.0})
     assert log.path.read_text() == '{"step": 1}\n'
@@ -173,7 +173,8 @@ def test_never_two_rows_for_one_step_whatever_is_killed(tmp_path_factory, data: 
         step = saved[0]
         log.truncate_after(step, num_rows=saved[1])
         assert log.num_rows == saved[1]
-    for step in range(step + 1, 12):
+    while step < 12:
+        step += 1
         log.append({"step": step, "reward": step / 3})
-    expected = "".join(json.dumps({"step": step, "reward": step / 3}) + "\n" for step in range(1, log.last_step + 1))
+    expected = "".join(json.dumps({"step": number, "reward": number / 3}) + "\n" for number in range(1, step + 1))
     assert (log.path.read_text() if log.path.exists() else "") == expected

@@ -27,22 +27,34 @@ def test_the_first_signal_only_asks(capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("second", SIGNALS)
 def test_the_second_stops_at_once_and_the_third_is_as_ever(second: signal.Signals) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
-    with pytest.raises(Interrupted, match=f"stopped at once by {second.name}") as caught, StopSignals():
-        os.kill(os.getpid(), signal.SIGINT)
-        try:
-            os.kill(os.getpid(), second)
-            time.sleep(5)
-        finally:
-            assert [signal.getsignal(number) for number in SIGNALS] == before
+    at_raise: list[object] = []
+
+    def work() -> None:
+        with StopSignals():
+            os.kill(os.getpid(), signal.SIGINT)
+            try:
+                os.kill(os.getpid(), second)
+                time.sleep(5)
+            finally:
+                at_raise.extend(signal.getsignal(number) for number in SIGNALS)
+
+    with pytest.raises(Interrupted, match=f"stopped at once by {second.name}") as caught:
+        work()
+    assert at_raise == before
     assert caught.value.exit_code == 128 + second
     assert isinstance(caught.value, PreceptorError)
 
 
 def test_handlers_are_back_after_an_error() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
-    with pytest.raises(RuntimeError, match="inside"), StopSignals():
-        assert [signal.getsignal(number) for number in SIGNALS] != before
-        raise RuntimeError("inside")
+
+    def work() -> None:
+        with StopSignals():
+            assert [signal.getsignal(number) for number in SIGNALS] != before
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        work()
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 

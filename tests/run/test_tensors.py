@@ -68,7 +68,8 @@ def test_views_are_stored_as_the_values_they_show(tmp_path: Path) -> None:
     base = torch.arange(12.0).reshape(3, 4)
     views = {
         "base": base, "transposed": base.T, "row": base[1], "strided": base[:, ::2], "flat": base.view(12),
-        "expanded": torch.tensor([5.0]).expand(4), "bits": base.view(torch.int32), "parameter": torch.nn.Parameter(base),
+        "expanded": torch.tensor([5.0]).expand(4), "bits": base.view(torch.int32),
+        "parameter": torch.nn.Parameter(base),
     }  # fmt: skip
     write_tensors(tmp_path / "x", views)
     loaded = read_tensors(tmp_path / "x")
@@ -119,7 +120,7 @@ def test_any_state_is_split_and_joined_through_json() -> None:
 
 
 def test_states_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="state 'a.f' is a function; it cannot be saved without pickle"):
+    with pytest.raises(CheckpointError, match=r"state 'a\.f' is a function; it cannot be saved without pickle"):
         split_state({"a": {"f": raw}})
     with pytest.raises(CheckpointError, match=r"has the key \(1, 2\); allowed are text and integers"):
         split_state({"a": {(1, 2): 3}})

@@ -69,8 +69,8 @@ ADAPTERS: dict[str, Callable[[Row], str]] = {
 def read_documents(path: Path, *, adapter: str = "text", join: int = 1) -> Iterator[str]:
     """Documents of ``path``, stripped and non-empty.
 
-    A ``.jsonl`` file gives a document per ``join`` rows (pieces are joined by a blank line); any other file is one plain
-    text document in UTF-8, with ``== heading ==`` lines left out; a folder gives the documents of its files by name.
+    A ``.jsonl`` file gives a document per ``join`` rows (pieces are joined by a blank line); any other file is one
+    plain text document in UTF-8, without its ``== heading ==`` lines; a folder gives its files' documents by name.
 
     Args:
         path: a file or a folder of files.

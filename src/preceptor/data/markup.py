@@ -38,7 +38,6 @@ _CITATION_MARK = re.compile(
     r"(?<=\S)\[(?:\d{1,3}|(?:n|nb|note|notes|fn|lower-alpha) ?\d+|edit|update|clarification needed|"
     r"(?:better source|citation|full citation|page|quotation|verification) needed|dubious[^\]]*|who\?|when\?|which\?)\]"
 )
-_EDIT_LINK = re.compile(r"\s*\[edit\]", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’)\]»]*\Z")
 
 
@@ -224,12 +223,14 @@ def wikitext_blocks(source: str) -> list[Block]:
     text = re.sub(r"__[A-Z]+__|'{2,}", "", text)
     # What a dropped template leaves behind: "(; born 1900)", "()", "word ,".
     text = re.sub(r"\([\s,;:]+", "(", text)
-    text = re.sub(r"[ \t]*\([\s,;:]*\)", "", text)
-    text = re.sub(r"[ \t]+(?=[,;:!?)]|\.(?![.\d]))", "", text)
+    text = re.sub(r"[ \t]?\([\s,;:]*\)", "", text)
+    text = re.sub(r"(?<![ \t])[ \t]+(?=[,;:!?)]|\.(?![.\d]))", "", text)
     return plain_blocks(text)
 
 
-_REFERENCE = re.compile(r"<ref\b[^<>]*/>|<ref\b[^<>]*>[^<]*(?:<(?!/?ref\b)[^<]*)*</ref\s*>", re.IGNORECASE)
+_REFERENCE = re.compile(
+    r"<ref\b[^<>]*/>|<ref\b[^<>]*>[^<]*(?:<(?!/?ref\b)[^<]*)*</ref\s*>|</?ref\b[^<>]*>?", re.IGNORECASE
+)
 _DROPPED_TAGS = frozenset(
     {
         "gallery",
@@ -336,5 +337,4 @@ def readable_formula(tex: str) -> str:
 
 def _clean(text: str) -> str:
     """``text`` on one line, without citation marks, edit links and invisible characters."""
-    text = _EDIT_LINK.sub("", _INVISIBLE.sub("", text))
-    return " ".join(_CITATION_MARK.sub("", text).split())
+    return _CITATION_MARK.sub("", " ".join(_INVISIBLE.sub("", text).split()).replace(" [edit]", ""))

@@ -13,7 +13,7 @@ from preceptor.errors import DataError, ServiceError, nearest
 
 _INVALID_IN_TITLE = re.compile(r"[#<>\[\]{}|\x00-\x1f\x7f]")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[a-z]+)*|simple")
-_DISPLAYED_TEX = re.compile(r"\{\\displaystyle\s*(.*)\}$")
+_TEX = "{\\displaystyle"  # … }, as a line's end
 _MAX_TITLE_BYTES = 255
 
 
@@ -97,7 +97,7 @@ def extract_blocks(extract: str) -> list[Block]:
 
 def _put_back(indented: list[str], lines: list[str]) -> bool:
     """Empty ``indented`` into ``lines``; whether it was a formula, which then ends the last line."""
-    formulas = [readable_formula(tex[1]) for text in indented if (tex := _DISPLAYED_TEX.search(text))]
+    formulas = [readable_formula(text.partition(_TEX)[2][:-1]) for text in indented if _TEX in text]
     if formulas and lines:
         lines[-1] = " ".join([lines[-1].rstrip(), *filter(None, formulas)])
     elif not formulas:

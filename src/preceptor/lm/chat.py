@@ -39,7 +39,9 @@ class Turns:
         ]
         rendered = str(lm.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
         if any(rendered.count(mark) != 1 for mark in _MARKS):
-            raise ModelError(f"the chat template of {lm.name} does not keep its texts; set model.use_chat_template to false")
+            raise ModelError(
+                f"the chat template of {lm.name} does not keep its texts; set model.use_chat_template to false"
+            )
         start, rest = rendered.split(zero)
         between, rest = rest.split(one)
         after, end = rest.split(two)

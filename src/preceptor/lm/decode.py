@@ -186,7 +186,12 @@ class Decoder:
         mask.masked_fill_(~visible, torch.finfo(self.lm.dtype).min)
         positions = (self._lengths[:, None] + counts.cumsum(1) - 1).clamp_min(0)
         output = self.lm.forward(
-            tokens, keep=keep, attention_mask=mask[:, None], positions=positions, cache=self._cache, capture=self._capture
+            tokens,
+            keep=keep,
+            attention_mask=mask[:, None],
+            positions=positions,
+            cache=self._cache,
+            capture=self._capture,
         )
         self._lengths = new_lengths
         return output.logits, output.captured

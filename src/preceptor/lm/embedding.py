@@ -75,7 +75,9 @@ MODEL_EMBEDDINGS = {"hidden_states": HiddenStates, "attention": AttentionProject
 
 
 @torch.no_grad()
-def key_vectors(lm: LanguageModel, embedding: ModelEmbedding, keys: Sequence[Sequence[int]]) -> Float[Tensor, "pairs dimension"]:
+def key_vectors(
+    lm: LanguageModel, embedding: ModelEmbedding, keys: Sequence[Sequence[int]]
+) -> Float[Tensor, "pairs dimension"]:
     """Mean of the embedding over each key's tokens, each key read alone after the begin token; float32, no gradient."""
     rows = [[lm.begin_token, *key] for key in keys]
     tokens = pad_rows(rows, filler=lm.begin_token, device=lm.device)
@@ -99,4 +101,6 @@ def _projections(layer: nn.Module, name: str) -> tuple[nn.Module, nn.Module, boo
     for fused in ("c_attn", "qkv_proj"):
         if fused in modules:
             return modules[fused], modules[fused], True
-    raise ModelError(f"the attention of {name} has no q_proj/k_proj, c_attn or qkv_proj; use the hidden_states embedding")
+    raise ModelError(
+        f"the attention of {name} has no q_proj/k_proj, c_attn or qkv_proj; use the hidden_states embedding"
+    )

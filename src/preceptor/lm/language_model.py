@@ -60,7 +60,9 @@ class LanguageModel:
         self._decoder: nn.Module = self._causal_model.base_model
         self._head: nn.Module = self._causal_model.get_output_embeddings()
         if self._head is None or getattr(self._causal_model, "_is_stateful", False):
-            raise ModelError(f"{name} is not an attention language model with an output head; use a decoder-only transformer")
+            raise ModelError(
+                f"{name} is not an attention language model with an output head; use a decoder-only transformer"
+            )
         self.context_length = _context_length(self._causal_model)
         self.begin_token = self._begin_token()
         self.special_tokens: tuple[int, ...] = tuple(sorted(set(tokenizer.all_special_ids)))
@@ -151,14 +153,18 @@ class LanguageModel:
         """A copy of the model as it is now, with its own storage and no gradient."""
         frozen = copy.deepcopy(self.model).requires_grad_(False)
         live = {parameter.data_ptr() for parameter in self.model.parameters()}
-        assert not any(parameter.data_ptr() in live for parameter in frozen.parameters()), "a frozen copy shares storage"
+        assert not any(parameter.data_ptr() in live for parameter in frozen.parameters()), (
+            "a frozen copy shares storage"
+        )
         return LanguageModel(frozen, self.tokenizer, name=f"{self.name} (frozen)", adapter_enabled=self.adapter_enabled)
 
     def _begin_token(self) -> int:
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return int(token)
-        raise ModelError(f"the tokenizer of {self.name} has neither a begin nor an end token; add one with add_special_tokens")
+        raise ModelError(
+            f"the tokenizer of {self.name} has neither a begin nor an end token; add one with add_special_tokens"
+        )
 
     @torch.no_grad()
     def _check_head(self) -> bool:

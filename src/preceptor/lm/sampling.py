@@ -70,7 +70,9 @@ class Sampling:
         if 0 < self.top_k < logits.shape[-1]:
             allowed &= logits >= logits.topk(self.top_k, dim=-1).values[..., -1:]
         if self.top_p < 1:
-            ordered, indices = logits.masked_fill(~allowed, -torch.inf).softmax(-1).sort(-1, descending=True, stable=True)
+            ordered, indices = (
+                logits.masked_fill(~allowed, -torch.inf).softmax(-1).sort(-1, descending=True, stable=True)
+            )
             before = ordered.cumsum(-1) - ordered
             allowed &= torch.zeros_like(allowed).scatter(-1, indices, before < self.top_p)
         return allowed

@@ -33,9 +33,7 @@ def span_mask(
     return mask.to(device)
 
 
-def chosen_log_probs(
-    logits: Float[Tensor, "kept vocab"], tokens: Int[Tensor, " kept"]
-) -> Float[Tensor, " kept"]:
+def chosen_log_probs(logits: Float[Tensor, "kept vocab"], tokens: Int[Tensor, " kept"]) -> Float[Tensor, " kept"]:
     """Log-probability in nats of each chosen token, without materialising a full log-softmax."""
     return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
 
@@ -68,7 +66,9 @@ def token_log_probs(
     """
     for row, row_spans in zip(rows, spans, strict=True):
         if len(row) > lm.context_length:
-            raise ModelError(f"a row of {len(row)} tokens does not fit the context of {lm.context_length} tokens of {lm.name}")
+            raise ModelError(
+                f"a row of {len(row)} tokens does not fit the context of {lm.context_length} tokens of {lm.name}"
+            )
         if any(not 0 < start <= end <= len(row) for start, end in row_spans):
             raise ShapeError(f"spans must satisfy 0 < start <= end <= {len(row)}, got {list(row_spans)}")
     results: list[Tensor] = [torch.empty(0)] * len(rows)
@@ -104,7 +104,9 @@ def branch_log_probs(
         if not 0 < at <= len(trunk):
             raise ShapeError(f"a branch must start in 1..{len(trunk)} tokens of its trunk, got {at}")
         if at + len(tokens) > lm.context_length:
-            raise ModelError(f"a branch of {at + len(tokens)} tokens does not fit the context of {lm.context_length} tokens of {lm.name}")
+            raise ModelError(
+                f"a branch of {at + len(tokens)} tokens does not fit the context of {lm.context_length} tokens of {lm.name}"
+            )
     results: list[Tensor] = []
     start = 0
     while start < len(branches):

@@ -23,6 +23,15 @@ from preceptor.objectives.policy_gradient import (
     ppo_clip_loss,
     reinforce_loss,
 )
+from preceptor.objectives.sac import (
+    gaussian_log_prob,
+    sac_actor_loss,
+    sac_critic_loss,
+    sac_temperature_loss,
+    sample_squashed_gaussian,
+    soft_q_targets,
+    squashed_gaussian_log_prob,
+)
 from preceptor.objectives.selection import (
     calibrated_temperature,
     relative_selection_entropy,
@@ -48,6 +57,7 @@ __all__ = [
     "everything",
     "explained_variance",
     "gae",
+    "gaussian_log_prob",
     "group_normalised",
     "gspo_loss",
     "kl_exact",
@@ -63,9 +73,15 @@ __all__ = [
     "reinforce_plus_plus",
     "relative_selection_entropy",
     "reward_to_go",
+    "sac_actor_loss",
+    "sac_critic_loss",
+    "sac_temperature_loss",
     "sample_selection",
+    "sample_squashed_gaussian",
     "selection_entropy",
     "selection_log_probs",
+    "soft_q_targets",
+    "squashed_gaussian_log_prob",
     "value_loss",
     "whiten",
 ]

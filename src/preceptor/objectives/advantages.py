@@ -164,9 +164,9 @@ def gae(
 ) -> Float[Tensor, "batch step"]:
     """Generalised advantage estimates; 0 where ``mask`` is False.
 
-    Â_t = δ_t + γ λ Â_{t+1} with δ_t = r_t + γ V_{t+1} − V_t. λ = 0 gives the one-step error δ_t, λ = 1 the reward to go minus
-    V_t. Targets for the value function are Â + ``values``. Steps that do not count are passed over as if they were not
-    there. No gradient.
+    Â_t = δ_t + γ λ Â_{t+1} with δ_t = r_t + γ V_{t+1} − V_t. λ = 0 gives the one-step error δ_t, λ = 1 the reward to
+    go minus V_t. Targets for the value function are Â + ``values``. Steps that do not count are passed over as if they
+    were not there. No gradient.
 
     Args:
         rewards: what the action of each step earned, any unit.

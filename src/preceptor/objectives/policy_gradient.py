@@ -1,8 +1,8 @@
 """Policy-gradient losses on the log-probabilities of sampled actions; every loss is to be minimised.
 
 All of them have REINFORCE's gradient while the policy is still the one that sampled (ratio 1); they differ in what
-they do with a token whose probability has moved since. None of them is known to be the best: published rankings contradict
-each other.
+they do with a token whose probability has moved since. None of them is known to be the best: published rankings
+contradict each other.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from preceptor.errors import ConfigError
+from preceptor.errors import ConfigError, ShapeError
 from preceptor.objectives.aggregation import aggregate
 from preceptor.objectives.shapes import check_same_shape
 from preceptor.objectives.statistics import masked_mean
@@ -97,8 +97,8 @@ def ppo_clip_loss(
     >>> log_probs = torch.tensor([[1.5, 1.1]]).log().requires_grad_()
     >>> loss = ppo_clip_loss(log_probs, old, torch.ones(1, 2), mask=mask)  # ratios 1.5 and 1.1; 1.5 is clipped to 1.2
     >>> loss.backward()
-    >>> loss.item(), log_probs.grad
-    (-1.15..., tensor([[ 0.0000, -0.5500]]))
+    >>> loss.detach(), log_probs.grad
+    (tensor(-1.1500), tensor([[ 0.0000, -0.5500]]))
     """
     check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask)
     _check_clip(clip_epsilon_low, clip_epsilon_high)
@@ -192,8 +192,8 @@ def gspo_loss(
 ) -> Float[Tensor, ""]:
     """PPO's clipped loss with one ratio a sequence, s = (π(y) / π_old(y))^(1/|y|); the mean over sequences.
 
-    s is the geometric mean of the ratios of the counted tokens, hence the small clip. Sequences without a counted token are
-    left out of the mean. No gradient into ``old_log_probs`` and ``advantages``; what is masked out may be anything.
+    s is the geometric mean of the ratios of the counted tokens, hence the small clip. Sequences without a counted token
+    are left out of the mean. No gradient into ``old_log_probs`` and ``advantages``; what is masked out may be anything.
 
     Args:
         log_probs: of the sampled tokens under the present policy, nats.
@@ -215,7 +215,8 @@ def gspo_loss(
     '-1.00020'
     """
     check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, mask=mask)
-    check_same_shape(one_sequence_of_log_probs=log_probs[:, 0], advantages=advantages)
+    if advantages.shape != log_probs.shape[:1]:
+        raise ShapeError(f"advantages has shape {tuple(advantages.shape)}; {len(log_probs)} sequences need one each")
     _check_clip(clip_epsilon_low, clip_epsilon_high)
     num_tokens = mask.sum(dim=-1)
     mean_log_ratios = _log_ratios(log_probs, old_log_probs, mask).sum(dim=-1) / num_tokens.clamp(min=1)

@@ -67,7 +67,8 @@ class PretrainConfig:
             found.append("`data.sources` is empty; name at least one text file")
         if self.model.width % self.model.num_heads or (self.model.width // self.model.num_heads) % 2:
             found.append(
-                f"`model.width` must be an even multiple of `model.num_heads`, got {self.model.width} and {self.model.num_heads}"
+                "`model.width` must be an even multiple of `model.num_heads`, got "
+                f"{self.model.width} and {self.model.num_heads}"
             )
         if self.model.num_heads % self.model.num_key_value_heads:
             found.append(

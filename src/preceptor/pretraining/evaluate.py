@@ -34,10 +34,10 @@ def bits_per_byte(
 def previous_sentence_preference(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, articles: Sequence[Sequence[str]]
 ) -> tuple[float, float]:
-    """Mean gain in nats per token of a sentence after its true predecessor over after a foreign one, and its standard error.
+    """Mean gain in nats per token of a sentence after its true predecessor over a foreign one, and its standard error.
 
-    ``articles`` are lists of sentences. The foreign predecessor of sentence ``i`` of one article is the sentence at the
-    same relative place of the next article in the list, so the comparison is deterministic and never within one article.
+    ``articles`` are lists of sentences. The foreign predecessor of a sentence is the one at the same relative place of
+    the next article in the list, so the comparison is deterministic and never within one article.
     """
     gains = []
     for index, sentences in enumerate(articles):

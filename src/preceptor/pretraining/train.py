@@ -40,7 +40,10 @@ def train(config: PretrainConfig, run: Run) -> dict[str, Any]:
     """
     root = Path(config.data.root)
     held_out = held_out_documents(config.data)
-    corpora = [_training_documents(root, config.data, source.path, source.adapter, source.join) for source in config.data.sources]
+    corpora = [
+        _training_documents(root, config.data, source.path, source.adapter, source.join)
+        for source in config.data.sources
+    ]
     tokenizer = _tokenizer(run.path, corpora, config)
     streams = [_encode(tokenizer, documents) for documents in corpora]
     shares = torch.tensor([source.share for source in config.data.sources])
@@ -130,7 +133,7 @@ def build_model(model: Model, tokenizer: PreTrainedTokenizerBase) -> LlamaForCau
 
 
 def build_optimisers(model: torch.nn.Module, optimisation: Optimisation) -> dict[str, torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for embeddings and norms (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982)."""
+    """Muon for the layers' matrices, AdamW for embeddings and norms (Liu et al. 2025, arXiv 2502.16982)."""
     matrices, rest = [], []
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and "embed" not in name else rest).append(parameter)

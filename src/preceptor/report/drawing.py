@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from preceptor.report.arms import LEARNED, RANDOM, Arms, is_oracle, ordered, spelled, unit_of
-from preceptor.report.curves import Curve, Panel
+from preceptor.report.curves import Chart, Curve, Panel
 
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 18, 10, 24
@@ -157,8 +157,6 @@ def arm_chart(arms: Arms, metric: str) -> ArmChart:
 
 def position_chart(positions: tuple[Sequence[float], Sequence[float]]) -> Panel:
     """Reward by position as a panel whose horizontal axis is the position: early steps against late ones."""
-    from preceptor.report.curves import Chart
-
     chart = Chart("reward_by_position", "Reward by position", "nats per value token", ())
     curves = [
         Curve(label, list(range(1, len(values) + 1)), list(values), list(values), list(values), 0)

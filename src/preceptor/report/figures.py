@@ -98,7 +98,7 @@ def arms_figure(arms: Arms, metric: str) -> Figure:
     for label, name in zip(axes.get_yticklabels(), reversed(names), strict=True):
         label.set_fontweight("bold" if name == LEARNED else "normal")
         label.set_fontstyle("italic" if is_oracle(name) else "normal")
-    _label(axes, title=spelled(metric), x=unit_of(arms, metric), y="", legend=True)
+    _label(axes, title=spelled(metric), x=unit_of(arms, metric), y="", legend=bool(axes.get_legend_handles_labels()[1]))
     return figure
 
 

@@ -42,6 +42,7 @@ def build_report(run_dir: Path) -> Path:
         temporary.write_bytes(page)
         os.replace(temporary, target)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise StorageError(f"{target} could not be written: {error.strerror or error}.") from error
     return target
 

@@ -46,7 +46,8 @@ class Run:
     """One run at work in its folder, which it holds locked; made by ``create_run`` or ``open_run``.
 
     Use it as a context manager: entered, it minds Ctrl-C and SIGTERM; left, it closes logs and trackers and unlocks.
-    A system's loop is::
+    All rows of a step are written before its ``save``, since a resume drops what came after: rows written after the
+    last save (a final evaluation) are those that the system writes again. A system's loop is::
 
         checkpoint = run.restore()
         for step in range(first_step, num_steps + 1):

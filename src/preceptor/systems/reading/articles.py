@@ -35,17 +35,17 @@ def load_readings(options: DataOptions, lm: LanguageModel, *, cache_dir: Path) -
         train = [read_article(options.article, cache_dir=cache_dir, language=options.language)]
     else:
         train = [bundled_article()]
-    held_out = [read_file(path) for path in article_folder(Path(options.eval_articles))] if options.eval_articles else []
+    held_out = (
+        [read_file(path) for path in article_folder(Path(options.eval_articles))] if options.eval_articles else []
+    )
     texts = {article.sha256: article.title for article in train}
     for article in held_out:
         if article.sha256 in texts:
             raise DataError(
-                f"'{article.title}' is among the training articles as '{texts[article.sha256]}'; a held-out article must not be "
-                "trained on, so remove it from one of the two folders"
+                f"'{article.title}' is among the training articles as '{texts[article.sha256]}'; a held-out article "
+                "must not be trained on, so remove it from one of the two folders"
             )
-    return Readings(
-        train=tuple(_named(train, options, lm)), held_out=tuple(_named(held_out, options, lm))
-    )
+    return Readings(train=tuple(_named(train, options, lm)), held_out=tuple(_named(held_out, options, lm)))
 
 
 def bundled_article() -> Article:
@@ -82,8 +82,8 @@ def to_reading(article: Article, options: DataOptions, lm: LanguageModel, *, nam
     wanted = options.num_pairs or len(pairs) - options.num_probes
     if wanted < 2 or len(pairs) < wanted + options.num_probes:
         raise DataError(
-            f"'{name}' has {len(pairs)} usable pairs, and {max(wanted, 2)} pairs with {options.num_probes} probes are wanted; "
-            "lower data.num_pairs or data.num_probes, raise data.max_value_tokens, or take a longer article"
+            f"'{name}' has {len(pairs)} usable pairs, and {max(wanted, 2)} with {options.num_probes} probes are "
+            "wanted; lower data.num_pairs or data.num_probes, raise data.max_value_tokens, or take a longer article"
         )
     places = spread(len(pairs), wanted + options.num_probes)
     probe_places = {places[index] for index in spread(len(places), options.num_probes)}

@@ -66,14 +66,23 @@ def prepare(config: ReadingConfig, run: Run, *, cache_dir: Path, openai_api_key:
         PreceptorError: a model, article or embedder that cannot be had, or a budget that does not fit.
     """
     adapter = Adapter(config.model.adapter_rank, config.model.adapter_alpha) if config.model.adapter_rank else None
-    lm = load_language_model(config.model.name, device=run.device, dtype=parse_dtype(config.model.dtype), adapter=adapter)
+    lm = load_language_model(
+        config.model.name, device=run.device, dtype=parse_dtype(config.model.dtype), adapter=adapter
+    )
     untrained_lm = lm.untrained()
     readings = load_readings(config.data, lm, cache_dir=cache_dir)
     everything = (*readings.train, *readings.held_out)
 
     def encoded(language_model: LanguageModel) -> dict[str, Material]:
-        settings = {"prompt": config.model.prompt, "use_chat_template": config.model.use_chat_template}
-        return {reading.name: encode_reading(reading, language_model, **settings) for reading in everything}
+        return {
+            reading.name: encode_reading(
+                reading,
+                language_model,
+                prompt=config.model.prompt,
+                use_chat_template=config.model.use_chat_template,
+            )
+            for reading in everything
+        }
 
     materials = encoded(lm)
     for material in materials.values():
@@ -87,7 +96,9 @@ def prepare(config: ReadingConfig, run: Run, *, cache_dir: Path, openai_api_key:
         top_p=config.episode.top_p,
         suppressed=tuple(token for token in lm.special_tokens if token < lm.vocab_size),
     )
-    text_embedder = _text_embedder(config.selection, cache_dir=cache_dir, openai_api_key=openai_api_key, device=run.device)
+    text_embedder = _text_embedder(
+        config.selection, cache_dir=cache_dir, openai_api_key=openai_api_key, device=run.device
+    )
     policy, untrained = (
         Policy(
             model,
@@ -146,7 +157,7 @@ def calibrate(
     query_tokens: int,
     generators: dict[str, torch.Generator],
 ) -> float:
-    """The temperature at which the untrained policy's first selections have ``target_fraction`` of their maximum entropy.
+    """The temperature at which the untrained policy's first selections have ``target_fraction`` of maximum entropy.
 
     The geometric mean over the first training articles.
     """
@@ -184,7 +195,9 @@ def _text_embedder(
             **named, api_key=openai_api_key, cache_dir=cache_dir / "embeddings", max_usd=options.max_usd
         )
     if options.embedder == "sentence_transformers":
-        return SentenceTransformerEmbedder(**(named or {"model": "sentence-transformers/all-MiniLM-L6-v2"}), device=str(device))
+        return SentenceTransformerEmbedder(
+            **(named or {"model": "sentence-transformers/all-MiniLM-L6-v2"}), device=str(device)
+        )
     return None
 
 

@@ -19,7 +19,7 @@ SIGNS: dict[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
     ),
     "selection_entropy": (
         lambda row: row["selection_entropy"] < FLOOR,
-        "the selection has collapsed: its entropy is under 1 % of ln(remaining), so nothing is explored any more; lower "
+        "the selection has collapsed: its entropy is under 1 % of ln(remaining), so nothing is explored; lower "
         "update.projection_learning_rate or raise selection.temperature",
     ),
     "gradient": (

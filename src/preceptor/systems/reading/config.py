@@ -83,7 +83,9 @@ class RewardOptions:
     normalisation: Literal["none", "untrained_query", "untrained_reader"] = option(
         "none", "subtract what a value gets after the untrained model's query, or from the untrained reader"
     )
-    credit: Literal["following", "trajectory"] = option("following", "a step is credited with what follows it, or with all")
+    credit: Literal["following", "trajectory"] = option(
+        "following", "a step is credited with what follows it, or with all"
+    )
     pair_baseline: bool = option(True, "subtract each value's running mean log-prob from its reward before crediting")
 
 
@@ -98,9 +100,7 @@ class UpdateOptions:
     weight_decay: float = option(0.0, "of adamw")
     clip_norm: float = option(1.0, "global gradient norm")
     micro_batch_size: int = option(0, "episodes per backward pass, for less memory; 0 is the whole batch")
-    reward_filter: Literal["none", "standard_deviations", "best_fraction"] = option(
-        "none", "which trajectories teach"
-    )
+    reward_filter: Literal["none", "standard_deviations", "best_fraction"] = option("none", "which trajectories teach")
     filter_standard_deviations: float = option(1.0, "above the running mean (reward_filter: standard_deviations)")
     filter_warm_up: int = option(15, "trajectories before any passes (reward_filter: standard_deviations)")
     filter_fraction: float = option(0.25, "of a batch that passes (reward_filter: best_fraction), in (0, 1]")
@@ -114,6 +114,7 @@ class UpdateOptions:
     value_kl_coefficient: float = option(0.01, "KL on value tokens, exact over the vocabulary (the text's)")
     query_kl_coefficient: float = option(0.02, "KL on query tokens, exact over the vocabulary; 0 lets queries collapse")
     query_entropy_coefficient: float = option(0.0, "entropy bonus on query tokens")
+    selection_entropy_coefficient: float = option(0.0, "entropy bonus on the selection (embedders with gradient)")
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,9 @@ class EvaluationOptions:
     num_orders: int = option(200, "random orders an article, at least 200 for a percentile")
     selection_budget: int = option(0, "pairs read for the selection gain; 0 is half of them")
     beam_width: int = option(8, "of the beam oracle")
-    best_of: int = option(0, "random orders of the best-of-N arm; 0 matches the learned arm's model calls, capped at 2,000")
+    best_of: int = option(
+        0, "random orders of the best-of-N arm; 0 matches the learned arm's model calls, capped at 2,000"
+    )
     max_train_articles: int = option(12, "training articles evaluated at the end")
 
 
@@ -174,7 +177,9 @@ class ReadingConfig:
         if self.selection.temperature < 0:
             found.append(f"`selection.temperature` must be at least 0 (0 calibrates), got {self.selection.temperature}")
         if self.episode.temperature <= 0:
-            found.append(f"`episode.temperature` must be above 0 (a greedy policy cannot learn), got {self.episode.temperature}")
+            found.append(
+                f"`episode.temperature` must be above 0 (a greedy policy cannot learn), got {self.episode.temperature}"
+            )
         if not 0 < self.episode.top_p <= 1:
             found.append(f"`episode.top_p` must lie in (0, 1], got {self.episode.top_p}")
         if self.episode.top_k < 0:
@@ -194,10 +199,13 @@ class ReadingConfig:
             found.append("`reward.kind` probe needs `data.num_probes` of at least 1, got 0")
         if self.reward.normalisation == "untrained_reader" and self.reward.reader != "policy":
             found.append(
-                "`reward.normalisation` untrained_reader is identically zero under a frozen reader, which is its own untrained "
-                "self; set `reward.reader` to 'policy', or choose untrained_query or none"
+                "`reward.normalisation` untrained_reader is identically zero under a frozen reader, which is its own "
+                "untrained self; set `reward.reader` to 'policy', or choose untrained_query or none"
             )
-        if self.reward.normalisation == "untrained_query" and (self.reward.context, self.reward.kind) != ("queries", "values"):
+        if self.reward.normalisation == "untrained_query" and (self.reward.context, self.reward.kind) != (
+            "queries",
+            "values",
+        ):
             found.append(
                 "`reward.normalisation` untrained_query compares queries in the reader's context, so it needs "
                 "`reward.context` queries and `reward.kind` values"
@@ -206,8 +214,8 @@ class ReadingConfig:
             found.append("`model.prompt` may hold {title} and no other braces")
         if self.update.advantage != "running_mean" and self.episode.batch_size < 2:
             found.append(
-                f"`update.advantage` {self.update.advantage} compares episodes of a batch, so `episode.batch_size` must be at "
-                f"least 2, got {self.episode.batch_size}; or use running_mean"
+                f"`update.advantage` {self.update.advantage} compares episodes of a batch, so `episode.batch_size` "
+                f"must be at least 2, got {self.episode.batch_size}; or use running_mean"
             )
         return found
 

@@ -150,7 +150,9 @@ class PairBaseline:
         self._decay = decay
         self._means: dict[str, dict[int, float]] = {}
 
-    def subtract(self, article: str, order: Tensor, scored: Sequence[Scored], rewards: Rewards) -> Float[Tensor, "batch step"]:
+    def subtract(
+        self, article: str, order: Tensor, scored: Sequence[Scored], rewards: Rewards
+    ) -> Float[Tensor, "batch step"]:
         """``step_rewards`` less each value's mean, after taking this batch into the means."""
         self._update(article, order, rewards)
         means = self._means[article]

@@ -112,7 +112,9 @@ def check_budget(context_length: int, material: Material, *, budget: int, query_
     """
     name, num_pairs = material.reading.name, material.reading.num_pairs
     if not 1 <= budget <= num_pairs:
-        raise DataError(f"`episode.budget` must lie in 1..{num_pairs} for {name}, which has {num_pairs} pairs, got {budget}")
+        raise DataError(
+            f"`episode.budget` must lie in 1..{num_pairs} for {name}, which has {num_pairs} pairs, got {budget}"
+        )
     lengths = sorted((len(value) for value in material.values), reverse=True)
     step = query_tokens + len(material.turns.before_value) + len(material.turns.before_query)
     used, fitting = max(len(material.prompt), 1 + len(material.probe)), 0
@@ -123,8 +125,8 @@ def check_budget(context_length: int, material: Material, *, budget: int, query_
         fitting += 1
     if fitting < budget:
         raise DataError(
-            f"{budget} pairs of {name} do not fit the context of {context_length} tokens: {fitting} do; set episode.budget or "
-            f"data.num_pairs to at most {fitting}, or shorten data.max_value_tokens or episode.query_tokens"
+            f"{budget} pairs of {name} do not fit the context of {context_length} tokens: {fitting} do; set "
+            f"episode.budget or data.num_pairs to at most {fitting}, or lower data.max_value_tokens"
         )
 
 

@@ -160,7 +160,9 @@ def evaluate_article(
     }
     with_queries = {
         "learned": value_rewards(reader.score(reader_rows(reader, learned, context="queries"))).total.tolist(),
-        "untrained": value_rewards(reader.score(reader_rows(reader, before_training, context="queries"))).total.tolist(),
+        "untrained": value_rewards(
+            reader.score(reader_rows(reader, before_training, context="queries"))
+        ).total.tolist(),
     }
     for (arm, _), value in zip(
         imposed, value_rewards(reader.score(reader_rows(reader, walked, context="queries"))).total.tolist(), strict=True

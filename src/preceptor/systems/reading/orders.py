@@ -127,7 +127,9 @@ def random_orders(num_pairs: int, count: int, *, generator: torch.Generator) -> 
 
 def nearest_chain(similarity: Float[Tensor, "pairs pairs"]) -> Order:
     """From the first pair, always to the most similar unread key (In-Context Pretraining, arXiv 2310.10638)."""
-    return _grow(similarity, lambda last, _read, rest: max(rest, key=lambda pair: (float(similarity[last, pair]), -pair)))
+    return _grow(
+        similarity, lambda last, _read, rest: max(rest, key=lambda pair: (float(similarity[last, pair]), -pair))
+    )
 
 
 def farthest_first(similarity: Float[Tensor, "pairs pairs"]) -> Order:
@@ -140,7 +142,7 @@ def farthest_first(similarity: Float[Tensor, "pairs pairs"]) -> Order:
 
 
 def maximal_marginal_relevance(similarity: Float[Tensor, "pairs pairs"], *, relevance_weight: float = 0.5) -> Order:
-    """Maximal marginal relevance (Carbonell and Goldstein 1998), relevance being mean similarity to the whole article."""
+    """Maximal marginal relevance (Carbonell and Goldstein 1998); relevance is mean similarity to the whole article."""
     relevance = similarity.mean(1)
 
     def choose(_last: int, read: Sequence[int], rest: Sequence[int]) -> int:
@@ -224,9 +226,7 @@ def probe_greedy(scores: OrderScores) -> Order:
     return order
 
 
-def _grow(
-    similarity: Tensor, choose: Callable[[int, Sequence[int], Sequence[int]], int], *, first: int = 0
-) -> Order:
+def _grow(similarity: Tensor, choose: Callable[[int, Sequence[int], Sequence[int]], int], *, first: int = 0) -> Order:
     order = [first]
     while len(order) < len(similarity):
         rest = [pair for pair in range(len(similarity)) if pair not in order]

@@ -15,7 +15,8 @@ from preceptor.lm.embedding import ModelEmbedding, key_vectors
 from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.lm.score import pad_rows, span_mask
-from preceptor.objectives.selection import selection_log_probs
+from preceptor.objectives.entropy import entropy
+from preceptor.objectives.selection import selection_entropy, selection_log_probs
 from preceptor.systems.reading.material import Material
 
 
@@ -85,6 +86,7 @@ class ActionScores:
         query_log_probs: of the recorded query tokens under the sampling distribution, nats.
         query_entropy: of the sampling distribution at each query token, nats.
         selection_log_probs: of the recorded choices, nats.
+        selection_entropy: of the selection at each step, nats.
         query_logits: at query tokens, row-major over batch, step, token.
         value_logits: at value tokens, row-major over batch and position; None unless asked for.
     """
@@ -92,6 +94,7 @@ class ActionScores:
     query_log_probs: Float[Tensor, "batch step token"]
     query_entropy: Float[Tensor, "batch step token"]
     selection_log_probs: Float[Tensor, "batch step"]
+    selection_entropy: Float[Tensor, "batch step"]
     query_logits: Float[Tensor, "query vocab"]
     value_logits: Float[Tensor, "value vocab"]
 
@@ -164,11 +167,13 @@ class Policy:
     def select(
         self, keys: Keys, query_vectors: Float[Tensor, "*batch dimension"], available_mask: Bool[Tensor, "*batch pairs"]
     ) -> Float[Tensor, "*batch pairs"]:
-        """Log-probabilities over pairs: log-softmax of inner products over what is available, divided by temperature."""
-        return selection_log_probs(query_vectors, keys.vectors, available_mask=available_mask, temperature=self.temperature)
+        """Log-probabilities over pairs: log-softmax of inner products over temperature, over what is available."""
+        return selection_log_probs(
+            query_vectors, keys.vectors, available_mask=available_mask, temperature=self.temperature
+        )
 
     def score(self, trajectories: Trajectories, keys: Keys) -> ActionScores:
-        """One packed pass over the trajectories, with gradient; equals what was recorded while the weights are the same."""
+        """One packed pass over the trajectories, with gradient; equals what was recorded under equal weights."""
         lm, material = self.lm, trajectories.material
         rows = [
             material.query_row(order, queries)
@@ -190,15 +195,13 @@ class Policy:
         queries = trajectories.queries.to(lm.device)
         log_probs = self.sampling.log_probs(query_logits, drawn=queries.flatten())
         captured = None if output.captured is None else output.captured[at_query].unflatten(0, shape)
-        selections = self.select(
-            keys,
-            self.query_vectors(keys, captured=captured, queries=queries),
-            trajectories.available_mask.to(lm.device),
-        )
+        available = trajectories.available_mask.to(lm.device)
+        selections = self.select(keys, self.query_vectors(keys, captured=captured, queries=queries), available)
         return ActionScores(
             query_log_probs=log_probs.gather(-1, queries.flatten()[:, None])[:, 0].unflatten(0, shape),
-            query_entropy=-(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1).unflatten(0, shape),
+            query_entropy=entropy(log_probs).unflatten(0, shape),
             selection_log_probs=selections.gather(-1, trajectories.order.to(lm.device)[..., None])[..., 0],
+            selection_entropy=selection_entropy(selections, available),
             query_logits=query_logits,
             value_logits=value_logits,
         )

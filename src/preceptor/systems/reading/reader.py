@@ -43,10 +43,8 @@ class Reader(Protocol):
         """Every value and probe span of each row, given all that stands before it in its row."""
         ...
 
-    def branches(
-        self, row: Row, branches: Sequence[tuple[int, Sequence[int], int]]
-    ) -> list[Float[Tensor, " token"]]:
-        """Log-probabilities of continuations of prefixes of ``row`` (see :func:`~preceptor.lm.score.branch_log_probs`)."""
+    def branches(self, row: Row, branches: Sequence[tuple[int, Sequence[int], int]]) -> list[Float[Tensor, " token"]]:
+        """Log-probabilities of continuations of prefixes of ``row`` (:func:`~preceptor.lm.score.branch_log_probs`)."""
         ...
 
 
@@ -60,7 +58,11 @@ class LanguageModelReader:
     """
 
     def __init__(
-        self, lm: LanguageModel, *, policy_lm: LanguageModel | None = None, materials: Mapping[str, Material] | None = None
+        self,
+        lm: LanguageModel,
+        *,
+        policy_lm: LanguageModel | None = None,
+        materials: Mapping[str, Material] | None = None,
     ) -> None:
         self.lm = lm
         self._policy_lm = policy_lm
@@ -80,9 +82,7 @@ class LanguageModelReader:
             for row, row_spans, values in zip(rows, spans, log_probs, strict=True)
         ]
 
-    def branches(
-        self, row: Row, branches: Sequence[tuple[int, Sequence[int], int]]
-    ) -> list[Float[Tensor, " token"]]:
+    def branches(self, row: Row, branches: Sequence[tuple[int, Sequence[int], int]]) -> list[Float[Tensor, " token"]]:
         return branch_log_probs(self.lm, row.tokens, branches)
 
 

@@ -25,6 +25,7 @@ class Coefficients:
     value_kl: float
     query_kl: float
     query_entropy: float
+    selection_entropy: float
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def accumulate_gradient(
 
     loss = − query · mean A ln π(query token) − selection · mean A ln π(choice)
            + value_kl · mean KL(π ‖ old) at value tokens + query_kl · mean KL(π ‖ old) at query tokens
-           − query_entropy · mean H(π) at query tokens
+           − query_entropy · mean H(π) at query tokens − selection_entropy · mean H(π) of the choices
 
     Means run over the tokens (or choices) of the trajectories that passed, so the result does not depend on
     ``micro_batch_size`` beyond rounding. No gradient into ``advantages`` or the reference.
@@ -81,10 +82,20 @@ def accumulate_gradient(
         weights = advantages[indices].to(policy.lm.device)
         scores = policy.score(part, keys)
         policy_loss = _policy_loss(
-            scores, weights, policy=policy, coefficients=coefficients, num_choices=num_choices, num_query_tokens=num_query_tokens
+            scores,
+            weights,
+            policy=policy,
+            coefficients=coefficients,
+            num_choices=num_choices,
+            num_query_tokens=num_query_tokens,
         )
         query_entropy = scores.query_entropy.sum() / (num_choices * num_query_tokens)
-        loss = policy_loss - coefficients.query_entropy * query_entropy
+        selection_entropy = scores.selection_entropy.sum() / num_choices
+        loss = (
+            policy_loss
+            - coefficients.query_entropy * query_entropy
+            - coefficients.selection_entropy * policy.selection_has_gradient * selection_entropy
+        )
         if reference is not None:
             query_old, value_old = _reference(reference, part)
             value_kl = kl_exact(scores.value_logits, value_old).sum() / num_value_tokens
