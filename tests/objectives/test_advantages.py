@@ -162,7 +162,7 @@ def test_reinforce_plus_plus_by_hand():
 # --- generalised advantage estimation -------------------------------------------------------------------------------
 
 
-def slow_gae(rewards, values, mask, discount, gae_lambda, next_values, end_mask):
+def slow_gae(rewards, values, mask, discount, gae_lambda, next_values, ends_episode):
     """Â_t = Σ_n (γλ)^n δ_{t+n}, summed forward over the counted steps of the same episode."""
     result = np.zeros_like(rewards)
     for row in range(len(rewards)):
@@ -171,7 +171,7 @@ def slow_gae(rewards, values, mask, discount, gae_lambda, next_values, end_mask)
             weight = 1.0
             for j in range(i, len(steps)):
                 now, last = steps[j], j + 1 == len(steps)
-                ends = end_mask is not None and end_mask[row, now]
+                ends = ends_episode is not None and ends_episode[row, now]
                 if next_values is not None:
                     next_value = next_values[row, now]
                 else:
@@ -192,11 +192,13 @@ def test_gae_by_hand():
     assert advantages.tolist() == [[1.5625, 0.0, 2.25, 1.0]]
     # The episode ends with the third step: δ = 1; 2 − 1 = 1; 1. Â = 1; 1; 1 + ¼·1
     ends = torch.tensor([[False, True, True, False]])  # an end that does not count is none
-    assert gae(rewards, values, mask=mask, discount=0.5, gae_lambda=0.5, end_mask=ends).tolist() == [[1.25, 0, 1, 1]]
+    assert gae(rewards, values, mask=mask, discount=0.5, gae_lambda=0.5, ends_episode=ends).tolist() == [
+        [1.25, 0, 1, 1]
+    ]
     # A time limit there, in a state worth 4: δ = 1; 2 + ½·4 − 1 = 3; and the last continues into a state worth 6:
     # 3 + ½·6 − 2 = 4. Â = 4; 3; 1 + ¼·3
     next_values = torch.tensor([[1.0, NAN, 4.0, 6.0]])
-    cut = gae(rewards, values, mask=mask, discount=0.5, gae_lambda=0.5, next_values=next_values, end_mask=ends)
+    cut = gae(rewards, values, mask=mask, discount=0.5, gae_lambda=0.5, next_values=next_values, ends_episode=ends)
     assert cut.tolist() == [[1.75, 0, 3, 4]]
 
 
@@ -204,9 +206,9 @@ def test_gae_by_hand():
 def test_gae_equals_slow_reference(seed, batch, steps, bootstrapped, with_ends):
     rng = np.random.default_rng(seed)
     rewards, values, next_values = rng.normal(size=(3, batch, steps))
-    mask, end_mask = rng.random((batch, steps)) < 0.7, rng.random((batch, steps)) < 0.3
+    mask, ends_episode = rng.random((batch, steps)) < 0.7, rng.random((batch, steps)) < 0.3
     discount, gae_lambda = rng.random(2)
-    next_values, end_mask = next_values if bootstrapped else None, end_mask if with_ends else None
+    next_values, ends_episode = next_values if bootstrapped else None, ends_episode if with_ends else None
     result = gae(
         torch.tensor(rewards),
         torch.tensor(values),
@@ -214,9 +216,9 @@ def test_gae_equals_slow_reference(seed, batch, steps, bootstrapped, with_ends):
         discount=discount,
         gae_lambda=gae_lambda,
         next_values=None if next_values is None else torch.tensor(next_values),
-        end_mask=None if end_mask is None else torch.tensor(end_mask),
+        ends_episode=None if ends_episode is None else torch.tensor(ends_episode),
     )
-    expected = slow_gae(rewards, values, mask, discount, gae_lambda, next_values, end_mask)
+    expected = slow_gae(rewards, values, mask, discount, gae_lambda, next_values, ends_episode)
     np.testing.assert_allclose(result, expected, atol=1e-13)
 
 

@@ -160,7 +160,7 @@ def gae(
     discount: float,
     gae_lambda: float,
     next_values: Float[Tensor, "batch step"] | None = None,
-    end_mask: Bool[Tensor, "batch step"] | None = None,
+    ends_episode: Bool[Tensor, "batch step"] | None = None,
 ) -> Float[Tensor, "batch step"]:
     """Generalised advantage estimates; 0 where ``mask`` is False.
 
@@ -177,7 +177,7 @@ def gae(
         next_values: V of the state after each step: 0 where that state is terminal, and the true one where a time
             limit or the end of a rollout cut the episode. ``None``: the ``values`` of the next counted step, and 0
             after the last, which is right for sequences that end by themselves, as texts do.
-        end_mask: True = an episode ends with this step, so nothing after it counts for what was before. ``None``: every
+        ends_episode: True = an episode ends with this step, so nothing after it counts for what was before. ``None``: every
             row is one episode.
 
     Raises:
@@ -191,15 +191,15 @@ def gae(
     tensor([[0.1250, 0.7500]])
     """
     _check_in_unit_interval(discount=discount, gae_lambda=gae_lambda)
-    given = {"next_values": next_values, "end_mask": end_mask}
+    given = {"next_values": next_values, "ends_episode": ends_episode}
     check_same_shape(rewards=rewards, values=values, mask=mask, **{k: t for k, t in given.items() if t is not None})
     rewards, values = rewards.detach(), values.detach()
     advantages = torch.zeros_like(rewards)
     following_value = following_advantage = rewards.new_zeros(rewards.shape[0])
     for step in reversed(range(rewards.shape[1])):
         counts = mask[:, step]
-        if end_mask is not None:
-            ends = end_mask[:, step] & counts
+        if ends_episode is not None:
+            ends = ends_episode[:, step] & counts
             following_value = following_value.masked_fill(ends, 0.0)
             following_advantage = following_advantage.masked_fill(ends, 0.0)
         next_value = following_value if next_values is None else next_values[:, step].detach()

@@ -177,7 +177,8 @@ def cispo_loss(
     check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask)
     if not max_ratio > 0:
         raise ConfigError(f"max_ratio must be positive, got {max_ratio}.")
-    weights = _log_ratios(log_probs, old_log_probs, mask).exp().clamp(max=max_ratio).detach()
+    weights = _log_ratios(log_probs, old_log_probs, mask).exp().clamp(max=max_ratio)
+    # No gradient goes into the weights: reinforce_loss lets none into its advantages.
     return reinforce_loss(log_probs, weights * advantages, mask=mask, aggregation=aggregation, divisor=divisor)
 
 

@@ -57,7 +57,7 @@ def value_loss(
         check_same_shape(values=values, old_values=old_values)
         old_values = old_values.detach().masked_fill(~mask, 0.0)
         clipped = old_values + (values - old_values).clamp(-clip_epsilon, clip_epsilon)
-        squared_errors = torch.minimum(squared_errors, (clipped - returns).square())
+        squared_errors = torch.maximum(squared_errors, (clipped - returns).square())
     return aggregate(0.5 * squared_errors, mask, aggregation=aggregation, divisor=divisor)
 
 

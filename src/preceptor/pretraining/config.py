@@ -65,7 +65,20 @@ class PretrainConfig:
         found = []
         if not self.data.sources:
             found.append("`data.sources` is empty; name at least one text file")
-        if self.model.width % self.model.num_heads or (self.model.width // self.model.num_heads) % 2:
+        for name, value in (
+            ("model.num_heads", self.model.num_heads),
+            ("model.num_key_value_heads", self.model.num_key_value_heads),
+            ("model.context_length", self.model.context_length),
+            ("optimisation.batch_size", self.optimisation.batch_size),
+            ("optimisation.warm_up_steps", self.optimisation.warm_up_steps),
+            ("evaluate_every", self.evaluate_every),
+            ("save_every", self.save_every),
+        ):
+            if value < 1:
+                found.append(f"`{name}` must be at least 1, got {value}")
+        if found:
+            return found
+        if self.model.width % (2 * self.model.num_heads):
             found.append(
                 "`model.width` must be an even multiple of `model.num_heads`, got "
                 f"{self.model.width} and {self.model.num_heads}"

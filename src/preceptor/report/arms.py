@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 LEARNED, RANDOM = "learned", "random"
-ORACLES = ("exhaustive", "beam", "greedy")
+ORACLES = ("exhaustive", "local_search", "beam", "greedy", "probe_greedy")
 COUNTS = ("model_calls",)
 """Costs: shown as whole numbers and not drawn as intervals."""
 

@@ -9,6 +9,8 @@ from preceptor.evaluation.summary import SPLITS, Comparison, Gap, compare, gap_c
 from preceptor.evaluation.verdict import verdict
 from preceptor.systems.reading.evaluate import ORACLES, UNITS
 
+NOT_MEASURED = {"mean": None, "low": None, "high": None, "n": 0, "reason": "no such articles were given"}
+
 
 def reading_result(
     records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], seeds: Sequence[int]
@@ -45,11 +47,20 @@ def reading_result(
         "status": "finished",
         "config": config,
         "seeds": list(seeds),
-        "arms": summarise(records, units=UNITS, split=splits[0]),
-        "arms_held_out": summarise(records, units=UNITS, split="held_out") if "held_out" in splits else {},
+        "arms": _arms(records, splits),
         "comparisons": comparisons,
-        "gap_closed": {split: gaps.get(split) for split in SPLITS},
+        "gap_closed": {split: gaps.get(split) or NOT_MEASURED for split in SPLITS},
         "query_text": text,
         "verdict": verdict(comparisons, gaps=gaps, query_text=text),
         "records": list(records),
     }
+
+
+def _arms(records: Sequence[Mapping[str, Any]], splits: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Every arm's metrics; those of held-out articles carry the prefix ``held_out_``."""
+    arms: dict[str, dict[str, Any]] = {}
+    for split in splits:
+        prefix = "held_out_" if split == "held_out" else ""
+        for arm, metrics in summarise(records, units=UNITS, split=split).items():
+            arms.setdefault(arm, {}).update({prefix + metric: estimate for metric, estimate in metrics.items()})
+    return arms
