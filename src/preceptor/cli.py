@@ -302,8 +302,21 @@ def _train(system: SystemInfo, config: Any, run: Any, environ: Mapping[str, str]
     with run:
         result = _module(system, "train").train(config, run, **{need: surroundings[need] for need in system.needs})
         run.write_result(result)
+    _show(result)
     print(f"results: {run.path}")
     return _report(run.path) if report else 0
+
+
+def _show(result: Mapping[str, Any]) -> None:
+    """The arms as a table and the verdict below it, where a result has them."""
+    if "arms" in result:
+        from rich.console import Console
+
+        from preceptor.report.table import arms_table
+
+        Console().print(arms_table(result["arms"], title=f"{result['system']}: every arm"))
+    if "verdict" in result:
+        print(f"\n{result['verdict']}\n")
 
 
 def _report(folder: Path) -> int:

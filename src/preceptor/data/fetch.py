@@ -178,7 +178,7 @@ class Fetcher:
             body += part
             if len(body) > self.max_bytes:
                 raise DataError(f"{url} is over {self.max_bytes:,} bytes; save the part you want and pass it as a file")
-            if False:  # each wait has its limit, but drip by drip they would add up
+            if time.monotonic() > deadline:  # each wait has its limit, but drip by drip they would add up
                 raise TransientError(f"no complete answer within {self.timeout_seconds:g} s")
         media_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         return Fetched(str(url), media_type, response.charset_encoding, bytes(body))

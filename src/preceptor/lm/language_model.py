@@ -1,8 +1,8 @@
 """A causal language model as Preceptor uses it: one forward pass that gives exactly the logits and states asked for.
 
-Any ``AutoModelForCausalLM`` whose layers are attention layers fits: by hub name, by local folder, or the bundled starter.
-The model is always in evaluation mode (dropout off), when acting as when learning, so that what is scored is what was
-sampled; the mode never changes.
+Any ``AutoModelForCausalLM`` that attends where it is told to fits: by hub name, by local folder, or the bundled starter.
+That it does is measured when it is wrapped, not read off a list of names. The model is always in evaluation mode
+(dropout off), when acting as when learning, so that what is scored is what was sampled; the mode never changes.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import contextlib
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from preceptor.errors import ModelError
 
@@ -40,61 +41,80 @@ class LanguageModel:
         model: a causal language model; put into evaluation mode.
         tokenizer: its tokenizer.
         name: how the user named it.
-        adapter_enabled: False makes a view in which the LoRA adapter is switched off (the untrained model).
+
+    Attributes:
+        adapter_enabled: False in a view in which the LoRA adapter is switched off (the untrained model).
+        context_length: tokens that a row may hold.
+        begin_token: starts a row, and fills what rows of a batch lack in length.
+        special_tokens: ids of the control tokens that the model knows, ascending; text never becomes one of them.
+
+    Raises:
+        ModelError: the model or its tokenizer is not what Preceptor needs.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        name: str,
-        adapter_enabled: bool = True,
-    ) -> None:
-        self.model = model.eval()
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
         self.tokenizer = tokenizer
         self.name = name
-        self.adapter_enabled = adapter_enabled
-        self.has_adapter = hasattr(model, "peft_config")
-        self._causal_model: PreTrainedModel = model.get_base_model() if self.has_adapter else model
-        self._decoder: nn.Module = self._causal_model.base_model
-        self._head: nn.Module = self._causal_model.get_output_embeddings()
-        if self._head is None or getattr(self._causal_model, "_is_stateful", False):
-            raise ModelError(
-                f"{name} is not an attention language model with an output head; use a decoder-only transformer"
-            )
-        self.context_length = _context_length(self._causal_model)
+        self.adapter_enabled = True
+        self._bind(model)
+        self.context_length = _context_length(self._causal_model.config.get_text_config(), name)
+        control_tokens = _control_tokens(tokenizer)
+        self._check_vocabulary(control_tokens)
         self.begin_token = self._begin_token()
-        self.special_tokens: tuple[int, ...] = tuple(sorted(set(tokenizer.all_special_ids)))
-        self._head_is_linear = self._check_head()
+        self.special_tokens = tuple(sorted(token for token in control_tokens if token < self.vocab_size))
+        self._prepends_space = self._tokenize("a") == self._tokenize_piece("▁a")
+        self._head_is_linear = self._measure()
+
+    def _bind(self, model: Any) -> None:
+        """Take ``model`` apart; typed loosely, since Transformers and peft leave these methods untyped."""
+        self.model: PreTrainedModel = model.eval()
+        self.has_adapter = hasattr(model, "peft_config")
+        self._causal_model = model.get_base_model() if self.has_adapter else model
+        self._decoder = self._causal_model.base_model
+        self._head = self._causal_model.get_output_embeddings()
+        if self._head is None or self._decoder is self._causal_model:
+            raise ModelError(f"{self.name} has no output head over a decoder; use a decoder-only transformer")
 
     @property
     def device(self) -> torch.device:
-        return self._causal_model.device
+        """Where the weights live."""
+        return torch.device(self._causal_model.device)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._causal_model.dtype
+        """Of the weights (with an adapter: of the model under it)."""
+        dtype: torch.dtype = self._causal_model.dtype
+        return dtype
 
     @property
     def vocab_size(self) -> int:
+        """Number of logits; it may exceed the tokenizer's entries."""
         return int(self._head.weight.shape[0])
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The decoder layers, first to last: the longest module list of the model."""
-        lists = [module for module in self._decoder.modules() if isinstance(module, nn.ModuleList)]
-        if not lists:
-            raise ModelError(f"{self.name} has no list of layers; use hidden states of a layered transformer")
-        return max(lists, key=len)
+        """The decoder layers, first to last."""
+        num_layers = self._causal_model.config.get_text_config().num_hidden_layers
+        for module in self._decoder.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+                return module
+        raise ModelError(f"{self.name} has no list of {num_layers} layers; use a layered transformer")
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that an optimiser moves, by name: all of them, or the adapter's."""
+        """The parameters that an optimiser moves, by name: all of them, the adapter's, or none of a frozen model."""
+        if not self.adapter_enabled:
+            return {}
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text`` alone. Text that spells a control token is encoded as plain text, never as that token."""
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        """Token ids of ``text``, which stands alone or continues what is before it.
+
+        Text that spells a control token is encoded as plain text, never as that token. Where the tokenizer puts a space
+        before every text of its own accord (Llama 2), a leading space of ``text`` is that space, not a second one.
+        """
+        if self._prepends_space and text.startswith(" "):
+            text = text[1:]
+        return self._encode_text(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of ``tokens``, control tokens spelled out."""
@@ -105,31 +125,34 @@ class LanguageModel:
         tokens: Int[Tensor, "batch time"],
         *,
         keep: Bool[Tensor, "batch time"],
-        attention_mask: Float[Tensor, "batch 1 time slots"] | None = None,
+        attention_mask: Bool[Tensor, "batch time slots"] | None = None,
         positions: Int[Tensor, "batch time"] | None = None,
         cache: Cache | None = None,
         capture: nn.Module | None = None,
     ) -> Output:
         """One pass over ``tokens``, with logits at the positions that ``keep`` marks and nowhere else.
 
+        Carries gradient into the trainable parameters, unless the caller switches it off.
+
         Args:
             tokens: token ids; rows padded on the right need no mask, since attention is causal.
             keep: True = logits are wanted here. ``logits[i]`` predicts the token after the i-th kept position.
-            attention_mask: additive mask (0 = attend, lowest float = not); None is plain causal attention.
+            attention_mask: True = this token attends to that slot (of the cache, then of ``tokens``); every token must
+                attend to something. None is plain causal attention.
             positions: position of each token in its row; None counts from 0 (or from the cache's length).
             cache: kept keys and values, which this pass extends.
             capture: a module of the model whose output is wanted too.
         """
         arguments = {
             "input_ids": tokens,
-            "attention_mask": attention_mask,
+            "attention_mask": None if attention_mask is None else _additive(attention_mask, self.dtype),
             "position_ids": positions,
             "past_key_values": cache,
             "use_cache": cache is not None,
         }
         captured: list[Tensor] = []
         with contextlib.ExitStack() as stack:
-            if self.has_adapter and not self.adapter_enabled:
+            if not self.adapter_enabled:
                 stack.enter_context(self.model.disable_adapter())
             if capture is not None:
                 hook = capture.register_forward_hook(lambda _module, _inputs, output: captured.append(_tensor(output)))
@@ -145,51 +168,134 @@ class LanguageModel:
 
         Call it before the first update.
         """
-        if self.has_adapter:
-            return LanguageModel(self.model, self.tokenizer, name=f"{self.name} (untrained)", adapter_enabled=False)
-        return self.frozen_copy()
+        if not self.has_adapter:
+            return self.frozen_copy()
+        view = copy.copy(self)
+        view.name, view.adapter_enabled = f"{self.name} (untrained)", False
+        return view
 
     def frozen_copy(self) -> LanguageModel:
-        """A copy of the model as it is now, with its own storage and no gradient."""
-        frozen = copy.deepcopy(self.model).requires_grad_(False)
-        live = {parameter.data_ptr() for parameter in self.model.parameters()}
-        assert not any(parameter.data_ptr() in live for parameter in frozen.parameters()), (
-            "a frozen copy shares storage"
-        )
-        return LanguageModel(frozen, self.tokenizer, name=f"{self.name} (frozen)", adapter_enabled=self.adapter_enabled)
+        """A copy of the model as it is now, which no gradient reaches and no update of the model changes.
+
+        It shares no storage with what is trained. With an adapter, the weights under it, which nothing moves, are not
+        copied.
+        """
+        trained = set(self.trainable_parameters().values())
+        shared = [parameter for parameter in self.model.parameters() if self.has_adapter and parameter not in trained]
+        model = copy.deepcopy(self.model, {id(parameter): parameter for parameter in shared}).requires_grad_(False)
+        storages = {parameter.data_ptr() for parameter in trained}
+        assert storages.isdisjoint(parameter.data_ptr() for parameter in model.parameters()), "a frozen copy shares storage"
+        frozen = copy.copy(self)
+        frozen.name = f"{self.name} (frozen)"
+        frozen._bind(model)
+        return frozen
+
+    # ---- text -------------------------------------------------------------------------------------------------------
+
+    def _tokenize(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def _tokenize_piece(self, piece: str) -> list[int]:
+        return [self.tokenizer.get_vocab()[piece]] if piece in self.tokenizer.get_vocab() else []
+
+    def _encode_text(self, text: str) -> list[int]:
+        tokens = self._tokenize(text)
+        if len(text) < 2 or not set(self.special_tokens).intersection(tokens):
+            return tokens
+        # A unigram vocabulary holds control tokens among its pieces; cut in two, their spelling is text.
+        middle = len(text) // 2
+        return self._encode_text(text[:middle]) + self._encode_text(text[middle:])
 
     def _begin_token(self) -> int:
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return int(token)
-        raise ModelError(
-            f"the tokenizer of {self.name} has neither a begin nor an end token; add one with add_special_tokens"
-        )
+        raise ModelError(f"the tokenizer of {self.name} has no begin or end token; set its bos_token and save it again")
+
+    def _check_vocabulary(self, control_tokens: set[int]) -> None:
+        """Refuse a tokenizer whose text the model cannot read; control tokens beyond its entries are never used."""
+        largest = max((token for token in self.tokenizer.get_vocab().values() if token not in control_tokens), default=0)
+        if largest >= self.vocab_size:
+            raise ModelError(
+                f"the tokenizer of {self.name} has {largest + 1} entries and the model {self.vocab_size}; "
+                "use the tokenizer that the model was trained with"
+            )
+
+    # ---- what the model can do --------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _check_head(self) -> bool:
+    def _measure(self) -> bool:
         """Whether logits are the output embedding of the last hidden state and nothing more.
 
         Some families scale or cap their logits; for those the whole model computes every position's logits, which costs
-        memory but is exact. The answer is measured on a short input instead of being read from a list of names.
+        memory but is exact.
+
+        Raises:
+            ModelError: a hole in the middle of a row, hidden by mask and positions, changes what the model says: it is
+                not causal, or it takes positions from elsewhere (ALiBi), or keeps a state.
         """
-        tokens = torch.arange(4, device=self.device)[None] % self.vocab_size
-        output = self._causal_model(input_ids=tokens, use_cache=False)
+        tokens = torch.arange(5, device=self.device)[None] % self.vocab_size
+        with_hole = torch.cat([tokens[:, :2], tokens[:, :1], tokens[:, 2:]], dim=1)
+        visible = torch.ones(6, 6, dtype=torch.bool, device=self.device).tril()
+        visible[3:, 2] = False
+        keep = torch.tensor([[True, True, False, True, True, True]], device=self.device)
+        positions = torch.tensor([[0, 1, 1, 2, 3, 4]], device=self.device)
+        plain = self._causal_model(input_ids=tokens, use_cache=False).logits[0].float()
         states = self._decoder(input_ids=tokens, use_cache=False).last_hidden_state
-        return torch.allclose(self._head(states).float(), output.logits.float(), rtol=1e-3, atol=1e-3)
+        self._head_is_linear = False
+        try:
+            told = self.forward(with_hole, keep=keep, attention_mask=visible[None], positions=positions).logits
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ModelError(f"{self.name} {_UNFIT}") from error
+        if not _alike(told, plain, self.dtype):
+            raise ModelError(f"{self.name} {_UNFIT}")
+        return _alike(self._head(states)[0].float(), plain, self.dtype)
+
+
+_UNFIT = (
+    "does not attend as it is told to by mask and positions (ALiBi, recurrent and bidirectional models do not); "
+    "use a decoder-only transformer with rotary or learned positions"
+)
+
+
+def _alike(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Equal up to the rounding of ``dtype``; what the model computes otherwise differs by more."""
+    tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 5e-2
+    return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+def _additive(mask: Bool[Tensor, "batch time slots"], dtype: torch.dtype) -> Float[Tensor, "batch 1 time slots"]:
+    """0 where ``mask`` is True and the lowest finite number elsewhere, the form that every attention takes."""
+    additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return additive.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
 
 
 def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _context_length(model: PreTrainedModel) -> int:
-    """Tokens that one pass may span: position limit, and the attention window where there is one."""
-    text_config = model.config.get_text_config()
-    limits = [getattr(text_config, name, None) for name in ("max_position_embeddings", "n_positions")]
-    if "sliding_attention" in (getattr(text_config, "layer_types", None) or ()):
-        limits.append(text_config.sliding_window)
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of the named special tokens and of added ones that are marked special (all of a chat template's)."""
+    added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def _context_length(config: PreTrainedConfig, name: str) -> int:
+    """Tokens that a row may hold: the limit of its positions, and whatever else changes attention beyond a length.
+
+    Within an attention window (or chunk), a windowed layer sees what a full one does. Rotary positions that are
+    rescaled beyond a length are rescaled for all tokens, also for those whose keys are kept.
+    """
+    limits = [getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None)]
+    windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size", "local": "window_size"}
+    # Where a configuration does not list the kinds of its layers, a window that it states holds for all of them.
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or tuple(windows)
+    limits += [getattr(config, windows[kind], None) for kind in windows if kind in kinds]
+    rotary = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rotary, *rotary.values()):
+        if isinstance(parameters, dict) and parameters.get("rope_type") in ("dynamic", "longrope"):
+            limits.append(parameters.get("original_max_position_embeddings"))
     known = [int(limit) for limit in limits if limit]
     if not known:
-        raise ModelError("the model's configuration states no context length (max_position_embeddings)")
+        raise ModelError(f"the configuration of {name} states no context length; set max_position_embeddings in config.json")
     return min(known)

@@ -177,8 +177,8 @@ def gae(
         next_values: V of the state after each step: 0 where that state is terminal, and the true one where a time
             limit or the end of a rollout cut the episode. ``None``: the ``values`` of the next counted step, and 0
             after the last, which is right for sequences that end by themselves, as texts do.
-        ends_episode: True = an episode ends with this step, so nothing after it counts for what was before. ``None``: every
-            row is one episode.
+        ends_episode: True = an episode ends with this step, so nothing after it counts for what was before. ``None``:
+            every row is one episode.
 
     Raises:
         ConfigError: ``discount`` or ``gae_lambda`` outside [0, 1].

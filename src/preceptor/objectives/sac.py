@@ -55,7 +55,7 @@ def squashed_gaussian_log_prob(
     tensor([-0.9189])
     """
     log_slopes = 2 * (math.log(2) - unsquashed - softplus(-2 * unsquashed))
-    return gaussian_log_prob(unsquashed, mean, log_standard_deviation) + log_slopes.sum(dim=-1)
+    return gaussian_log_prob(unsquashed, mean, log_standard_deviation) - log_slopes.sum(dim=-1)
 
 
 def sample_squashed_gaussian(

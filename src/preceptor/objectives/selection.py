@@ -183,11 +183,9 @@ def calibrated_temperature(
             f"{fraction_at(low):.6f} and {fraction_at(high):.6f} of its maximum; "
             "choose a target in between, or keys that differ more."
         )
-    for _ in range(200):
+    for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if fraction_at(middle) < target_fraction else (low, middle)
-        if high - low < 1e-14:
-            break
     return math.exp((low + high) / 2)
 
 

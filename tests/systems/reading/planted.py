@@ -1,7 +1,7 @@
-"""A planted task: an article of five nonsense pairs and a reader with a known table, so that the best order is known.
+"""A planted task: an article of four nonsense pairs and a reader with a known table, so that the best order is known.
 
 The reader gives every token of value ``v`` read after value ``u`` the log-probability ``-cost[u, v]`` (row 0 is the
-empty context), so an order's worth is a sum over its steps and the optimum is found by trying all 120 orders.
+empty context), so an order's worth is a sum over its steps and the optimum is found by trying all 24 orders.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from preceptor.systems.reading.policy import Policy
 from preceptor.systems.reading.reader import Scored
 from preceptor.systems.reading.train import STREAMS
 
-KEYS = ("red apples fall", "nine ships wait", "old towers lean", "small birds sing", "deep wells dry")
-VALUES = ("They rot in grass.", "No wind comes up.", "Masons shore them.", "Dawn is loud now.", "Goats go thirsty.")
+KEYS = ("red apples fall", "nine ships wait", "old towers lean", "small birds sing")
+VALUES = ("They rot in grass.", "No wind comes up.", "Masons shore them.", "Dawn is loud now.")
 SETTINGS = (
-    "data.num_pairs=5",
+    "data.num_pairs=4",
     "data.num_probes=0",
     "episode.batch_size=16",
     "episode.query_tokens=2",
@@ -42,9 +42,10 @@ SETTINGS = (
     "update.value_kl_coefficient=0",
     "update.query_kl_coefficient=0",
     "update.query_entropy_coefficient=0.01",
+    "update.selection_entropy_coefficient=0.2",
     "evaluation.every=0",
     "evaluation.num_episodes=32",
-    "evaluation.num_orders=200",
+    "evaluation.num_orders=240",
     "evaluation.best_of=20",
     "record_every=1000",
     "save_every=1000",
