@@ -95,6 +95,7 @@ HTML = """<!DOCTYPE html><html><head><title>The Heron - A Site</title><script>va
 <h2>Habits<span class="mw-editsection">[edit]</span></h2>
 <p>It stands still for a long time, and then strikes at great speed.[2] It nests in tall trees near the water.</p>
 <p>In winter it may fly to the south, where the water does not freeze over.</p>
+<ul><li>Some herons stay for the whole of the winter.</li><li>Heron in snow</li></ul>
 <h2>References</h2><ol><li>Smith, A. Birds of Europe. Penguin.</li></ol>
 </article><footer>Copyright 2020 by the people of the site.</footer></body></html>"""
 
@@ -162,7 +163,8 @@ def test_html() -> None:
     assert article_text(blocks) == (
         "The grey heron is a long-legged wader that stands in shallow water. It eats fish.\n\n\n"
         "It stands still for a long time, and then strikes at great speed. It nests in tall trees near the water.\n\n"
-        "In winter it may fly to the south, where the water does not freeze over."
+        "In winter it may fly to the south, where the water does not freeze over.\n\n"
+        "Some herons stay for the whole of the winter."
     )
 
 

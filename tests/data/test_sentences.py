@@ -82,6 +82,10 @@ def test_what_may_go_on_is_not_cut() -> None:
     ]
 
 
+def test_a_lone_sign_is_no_sentence() -> None:
+    assert split_sentences("He left. ***") == ["He left. ***"]
+
+
 def test_a_paragraph_ends_its_sentence() -> None:
     text = "A line without a full stop\n\nAnother line\nbroken in two. And more.\n \n\nLast"
     assert split_sentences(text) == [

@@ -206,11 +206,12 @@ def test_killed_at_random_moments(tmp_path: Path, fork) -> None:
 
         child = fork(work)
         os.close(writer)
-        time.sleep(chance.uniform(0.005, 0.06))
+        told = os.read(reader, 4)  # one save for certain, however busy the machine is
+        time.sleep(chance.uniform(0.0, 0.02))
         os.kill(child.pid, signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL
         with open(reader, "rb") as file:
-            told = file.read()[-4:]
+            told = (told + file.read())[-4:]
         latest = store.latest()
         reached = max(reached, int.from_bytes(told, "big"))
         assert (latest.step if latest else 0) in (reached, reached + 1), "a save that was told done must be found"
@@ -218,7 +219,7 @@ def test_killed_at_random_moments(tmp_path: Path, fork) -> None:
         if latest:
             assert_is(latest, latest.step)
         assert not store.notices
-    assert reached > 20
+    assert reached >= 20
 
 
 def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-CONTACT_URL = "https://pypi.org/project/preceptor/"
+CONTACT_URL = "https://github.com/preceptor-rl/preceptor"
 USER_AGENT = f"Preceptor/{__version__} ({CONTACT_URL}) python-httpx"
 
 _TRANSIENT_STATUSES = frozenset({408, 429, 500, 502, 503, 504})

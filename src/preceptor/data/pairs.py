@@ -131,7 +131,7 @@ def hold_out_probes(
         held_out = set(order[:num_probes].tolist())
     readable = [pair for position, pair in enumerate(pairs) if position not in held_out]
     probes = [pairs[position].value for position in sorted(held_out)]
-    return [pair for index, pair in enumerate(readable)], probes
+    return [replace(pair, index=index) for index, pair in enumerate(readable)], probes
 
 
 def _has_two_words(sentence: str) -> bool:

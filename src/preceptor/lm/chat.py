@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jinja2 import TemplateError
+
 from preceptor.errors import ModelError
 from preceptor.lm.language_model import LanguageModel
 
-_MARKS = ("\u2e28zero\u2e29", "\u2e28one\u2e29", "\u2e28two\u2e29")
+_MARKS = tuple(f"\u2e28{number}\u2e29" for number in ("zero", "one", "two", "three", "four"))
 
 
 @dataclass(frozen=True)
@@ -28,26 +30,33 @@ class Turns:
     def of(cls, lm: LanguageModel) -> Turns:
         """The markers of ``lm``'s template, read off a rendered conversation of marked texts.
 
+        They are those of past turns. Where a template opens the assistant's *next* turn otherwise (with an invitation
+        to think), that is left out: on a kept cache a query is a past turn as soon as its value is read.
+
         Raises:
-            ModelError: the template changes or drops the texts that it is given.
+            ModelError: the template changes or drops the texts that it is given, or renders later turns unlike
+                earlier ones.
         """
-        zero, one, two = _MARKS
+        if not lm.tokenizer.chat_template:
+            return cls()
         conversation = [
-            {"role": "user", "content": zero},
-            {"role": "assistant", "content": one},
-            {"role": "user", "content": two},
+            {"role": "assistant" if number % 2 else "user", "content": mark} for number, mark in enumerate(_MARKS)
         ]
-        rendered = str(lm.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
-        if any(rendered.count(mark) != 1 for mark in _MARKS):
-            raise ModelError(
-                f"the chat template of {lm.name} does not keep its texts; set model.use_chat_template to false"
-            )
-        start, rest = rendered.split(zero)
-        between, rest = rest.split(one)
-        after, end = rest.split(two)
-        # ``end`` closes the user's turn and opens the assistant's as every later step needs it; ``between`` does so for
-        # the first, and some templates differ there.
-        return cls(_markers(lm, start), _markers(lm, end), _markers(lm, after)) if between else cls()
+        remedy = "set model.use_chat_template to false"
+        try:
+            rendered = str(lm.tokenizer.apply_chat_template(conversation, tokenize=False))
+        except TemplateError as error:
+            raise ModelError(f"the chat template of {lm.name} fails ({error}); {remedy}") from error
+        between: list[str] = []
+        for mark in _MARKS:
+            before, found, rendered = rendered.partition(mark)
+            if not found or mark in rendered:
+                raise ModelError(f"the chat template of {lm.name} does not keep its texts as they are; {remedy}")
+            between.append(before)
+        start, query, value, later_query, later_value = between
+        if (query, value) != (later_query, later_value):
+            raise ModelError(f"the chat template of {lm.name} renders later turns unlike earlier ones; {remedy}")
+        return cls(*(_markers(lm, text) for text in (start, query, value)))
 
     def opening(self, lm: LanguageModel, text: str) -> tuple[int, ...]:
         """The first user turn holding ``text``, and the assistant's turn opened."""

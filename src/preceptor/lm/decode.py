@@ -7,40 +7,49 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from preceptor.errors import ModelError
+from preceptor.errors import ModelError, ShapeError
 from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.sampling import Sampling, draw
+from preceptor.lm.score import pad_rows
+
+_FIRST_SLOTS = 256
 
 
 class KeptLayer(CacheLayerMixin):
-    """Keys and values of one layer in buffers that grow by doubling and are written in place; it can be rewound."""
+    """Keys and values of one layer in buffers that grow by doubling and are written in place.
+
+    Setting ``length`` back forgets what came after.
+    """
 
     is_sliding = False
-    is_croppable = True
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Buffers for tensors like these: batch, heads, slots, width of a head."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._keys, self._values = (_buffer(states, 256) for states in (key_states, value_states))
+        self.keys, self.values = (_buffer(states, _FIRST_SLOTS) for states in (key_states, value_states))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
+        """Append, and give everything that is kept."""
+        if self.keys is None or self.values is None:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
         start, self.length = self.length, self.length + key_states.shape[-2]
-        if self.length > self._keys.shape[-2]:
-            self._keys, self._values = (self._grown(buffer, start) for buffer in (self._keys, self._values))
-        self._keys[..., start : self.length, :] = key_states
-        self._values[..., start : self.length, :] = value_states
-        return self._keys[..., : self.length, :], self._values[..., : self.length, :]
+        if self.length > self.keys.shape[-2]:
+            self.keys, self.values = (self._grown(buffer, start) for buffer in (self.keys, self.values))
+        self.keys[..., start : self.length, :] = key_states
+        self.values[..., start : self.length, :] = value_states
+        return self.keys[..., : self.length, :], self.values[..., : self.length, :]
 
     def _grown(self, buffer: Tensor, used: int) -> Tensor:
         grown = _buffer(buffer, 2 * self.length)
@@ -48,12 +57,15 @@ class KeptLayer(CacheLayerMixin):
         return grown
 
     def get_seq_length(self) -> int:
+        """Slots in use."""
         return self.length
 
     def get_max_length(self) -> int:
+        """−1: no limit."""
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Slots that a block of ``query_length`` tokens may attend to, and the first of them."""
         return self.length + query_length, 0
 
 
@@ -78,11 +90,21 @@ class Generated:
     captured: Float[Tensor, "batch token dimension"] | None
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A place in what a :class:`Decoder` has read."""
+
+    filled: Bool[Tensor, "batch slots"]
+    lengths: Int[Tensor, " batch"]
+    next_logits: Float[Tensor, "batch vocab"] | None
+
+
 class Decoder:
     """A batch of open sequences that advance together on one kept cache.
 
-    Rows may differ in length: what a row lacks beside a longer one is a hole that no query attends to, and each row
-    counts its own positions, so a row's numbers do not depend on its neighbours. No gradient is recorded.
+    Rows may differ in length: what a row lacks beside a longer one is a hole that no later token attends to, and each
+    row counts its own positions, so a row's numbers do not depend on its neighbours beyond rounding. No gradient is
+    recorded. A call that is refused leaves the rows as they were.
 
     Args:
         lm: the model.
@@ -94,7 +116,8 @@ class Decoder:
         self.lm = lm
         self.batch_size = batch_size
         self._capture = capture
-        self._cache = Cache(layers=[KeptLayer() for _ in lm.layers])
+        self._layers = [KeptLayer() for _ in lm.layers]
+        self._cache = Cache(layers=list(self._layers))
         self._filled = torch.zeros(batch_size, 0, dtype=torch.bool, device=lm.device)
         self._lengths = torch.zeros(batch_size, dtype=torch.long, device=lm.device)
         self._next_logits: Tensor | None = None
@@ -108,34 +131,42 @@ class Decoder:
         """Read each row's own tokens; rows may differ in length, and be empty but for the first call.
 
         Raises:
-            ModelError: a row would outgrow the model's context.
+            ShapeError: not one sequence a row.
+            ModelError: a row would outgrow the model's context, or starts empty.
         """
+        if len(sequences) != self.batch_size:
+            raise ShapeError(f"`sequences` must hold one for each of {self.batch_size} rows, got {len(sequences)}")
         lengths = torch.tensor([len(sequence) for sequence in sequences], device=self.lm.device)
-        width = int(lengths.max())
-        if width == 0:
+        if self._next_logits is None and not bool(lengths.all()):
+            raise ModelError("a row of the batch starts empty; give every row at least one token first")
+        if not bool(lengths.any()):
             return
-        tokens = torch.tensor(
-            [[*sequence, *([self.lm.begin_token] * (width - len(sequence)))] for sequence in sequences],
-            device=self.lm.device,
-        )
-        counts = torch.arange(width, device=self.lm.device) < lengths[:, None]
-        last = torch.arange(width, device=self.lm.device) == (lengths[:, None] - 1)
-        logits, _ = self._advance(tokens, counts, keep=last)
+        self._check_room(lengths)
+        tokens = pad_rows(sequences, filler=self.lm.begin_token, device=self.lm.device)
+        steps = torch.arange(tokens.shape[1], device=self.lm.device)
+        logits, _ = self._advance(tokens, steps < lengths[:, None], keep=steps == lengths[:, None] - 1)
         if self._next_logits is None:
-            if int(lengths.min()) == 0:
-                raise ModelError("a row of the batch starts empty; give every row at least one token first")
             self._next_logits = logits
         else:
             self._next_logits = self._next_logits.masked_scatter((lengths > 0)[:, None], logits)
 
+    @torch.no_grad()
     def generate(self, num_tokens: int, *, sampling: Sampling, generator: torch.Generator) -> Generated:
         """Draw ``num_tokens`` for every row and read them.
 
         Log-probabilities come from the very forward pass that the tokens were drawn from.
+
+        Raises:
+            ShapeError: ``num_tokens`` is not at least 1.
+            ModelError: a row would outgrow the model's context, or nothing has been read yet.
+            NumericError: the model's logits are NaN.
         """
+        if num_tokens < 1:
+            raise ShapeError(f"`num_tokens` must be at least 1, got {num_tokens}")
         if self._next_logits is None:
             raise ModelError("nothing has been read yet; append a prompt before generating")
-        counts = torch.ones(self.batch_size, 1, dtype=torch.bool, device=self.lm.device)
+        self._check_room(torch.tensor(num_tokens, device=self.lm.device))
+        every = torch.ones(self.batch_size, 1, dtype=torch.bool, device=self.lm.device)
         tokens, token_log_probs, entropies, captured = [], [], [], []
         for _ in range(num_tokens):
             log_probs = sampling.log_probs(self._next_logits)
@@ -143,7 +174,7 @@ class Decoder:
             tokens.append(token)
             token_log_probs.append(log_probs.gather(-1, token[:, None])[:, 0])
             entropies.append(-(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1))
-            self._next_logits, state = self._advance(token[:, None], counts, keep=counts)
+            self._next_logits, state = self._advance(token[:, None], every, keep=every)
             if state is not None:
                 captured.append(state[:, 0])
         return Generated(
@@ -153,45 +184,42 @@ class Decoder:
             captured=torch.stack(captured, 1) if captured else None,
         )
 
-    def mark(self) -> tuple[int, Tensor, Tensor | None]:
-        """A place to :meth:`rewind` to."""
-        return self._filled.shape[1], self._lengths, self._next_logits
+    def mark(self) -> Mark:
+        """A place to :meth:`rewind` to, as often as wanted, until the decoder is rewound to before it."""
+        return Mark(self._filled, self._lengths, self._next_logits)
 
-    def rewind(self, mark: tuple[int, Tensor, Tensor | None]) -> None:
+    def rewind(self, mark: Mark) -> None:
         """Forget everything read since ``mark``."""
-        slots, self._lengths, self._next_logits = mark
-        self._filled = self._filled[:, :slots]
-        for layer in self._cache.layers:
+        slots = mark.filled.shape[1]
+        assert slots <= self._filled.shape[1], "a mark lies beyond what has been read"
+        for layer in self._layers:
             layer.length = slots
+        self._filled, self._lengths, self._next_logits = mark.filled, mark.lengths, mark.next_logits
+
+    def _check_room(self, new_tokens: Tensor) -> None:
+        longest = int((self._lengths + new_tokens).max())
+        if longest > self.lm.context_length:
+            raise ModelError(
+                f"a sequence of {longest} tokens does not fit the context of {self.lm.context_length} tokens of "
+                f"{self.lm.name}; read fewer or shorter pairs"
+            )
 
     @torch.no_grad()
     def _advance(self, tokens: Tensor, counts: Tensor, *, keep: Tensor) -> tuple[Tensor, Tensor | None]:
         """Read one block; ``counts`` is False at holes."""
-        new_lengths = self._lengths + counts.sum(1)
-        if int(new_lengths.max()) > self.lm.context_length:
-            raise ModelError(
-                f"a sequence of {int(new_lengths.max())} tokens does not fit the context of {self.lm.context_length} tokens "
-                f"of {self.lm.name}; read fewer or shorter pairs"
-            )
-        width, slots = tokens.shape[1], self._filled.shape[1]
-        self._filled = torch.cat([self._filled, counts], dim=1)
-        visible = self._filled[:, None, :].expand(-1, width, -1)
-        if width > 1:
-            causal = torch.ones(width, width, dtype=torch.bool, device=tokens.device).tril()
-            # A hole attends to itself alone: a row without any key would give NaN, which sums would spread.
-            own = torch.eye(width, dtype=torch.bool, device=tokens.device)
-            block = (visible[..., slots:] & causal) | own
-            visible = torch.cat([visible[..., :slots], block], dim=-1)
-        mask = torch.zeros(visible.shape, dtype=self.lm.dtype, device=tokens.device)
-        mask.masked_fill_(~visible, torch.finfo(self.lm.dtype).min)
-        positions = (self._lengths[:, None] + counts.cumsum(1) - 1).clamp_min(0)
+        width = tokens.shape[1]
+        filled = torch.cat([self._filled, counts], dim=1)
+        causal = torch.ones(width, width, dtype=torch.bool, device=tokens.device).tril()
+        # A hole attends to itself too: a token without any key would give NaN, which sums would spread.
+        itself = torch.eye(width, dtype=torch.bool, device=tokens.device)
+        earlier = self._filled[:, None].expand(-1, width, -1)
         output = self.lm.forward(
             tokens,
             keep=keep,
-            attention_mask=mask[:, None],
-            positions=positions,
+            attention_mask=torch.cat([earlier, counts[:, None] & causal | itself], dim=-1),
+            positions=(self._lengths[:, None] + counts.cumsum(1) - 1).clamp_min(0),
             cache=self._cache,
             capture=self._capture,
         )
-        self._lengths = new_lengths
+        self._filled, self._lengths = filled, self._lengths + counts.sum(1)
         return output.logits, output.captured

@@ -13,43 +13,57 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from preceptor.errors import ConfigError, ModelError
+from preceptor.errors import ConfigError, ModelError, ShapeError
 from preceptor.lm.language_model import LanguageModel
-from preceptor.lm.score import pad_rows, span_mask
+from preceptor.lm.score import batches_by_length, pad_rows, span_mask
 
 
 class ModelEmbedding(Protocol):
-    """Which module's output becomes a query's vector, which a key's, and how."""
+    """Which module's output becomes a query's vector, which a key's, and how; ``version`` names all of that."""
 
     version: str
     query_module: nn.Module
     key_module: nn.Module
 
-    def queries(self, captured: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch dimension"]: ...
+    def queries(self, captured: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch dimension"]:
+        """Query vectors from what ``query_module`` gave; float32, with gradient."""
+        ...
 
-    def keys(self, captured: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch dimension"]: ...
+    def keys(self, captured: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch dimension"]:
+        """Key vectors from what ``key_module`` gave; float32, with gradient."""
+        ...
 
 
 class HiddenStates:
-    """The output of layer ``layer`` (negative counts from the end; −1 is the last layer, before the final norm)."""
+    """The output of layer ``layer`` (negative counts from the end; −1 is the last layer, before the final norm).
+
+    Raises:
+        ConfigError: the model has no such layer.
+    """
 
     def __init__(self, lm: LanguageModel, *, layer: int) -> None:
         self.version = f"hidden-states/{lm.name}/layer={layer}"
         self.query_module = self.key_module = _layer(lm, layer)
 
     def queries(self, captured: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch dimension"]:
+        """The states as they are."""
         return captured.float()
 
     def keys(self, captured: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch dimension"]:
+        """The states as they are."""
         return captured.float()
 
 
 class AttentionProjections:
-    """The query and key projections of layer ``layer``'s attention, before rotary positions.
+    """The query and key projections of layer ``layer``'s attention, before any norm of heads and rotary positions.
 
     The inner product of a query's and a key's vector is the mean over heads of ``q·k / √head_dim``; with grouped-query
     attention a key head serves all query heads of its group. Works for separate ``q_proj``/``k_proj`` (Llama, Qwen,
-    Mistral, Gemma, …) and fused ``c_attn`` (GPT-2) or ``qkv_proj`` (Phi) projections.
+    Mistral, Gemma, …) and fused ``c_attn`` (GPT-2) or ``qkv_proj`` (Phi-3) projections.
+
+    Raises:
+        ConfigError: the model has no such layer.
+        ModelError: its attention has no such projections.
     """
 
     def __init__(self, lm: LanguageModel, *, layer: int) -> None:
@@ -58,16 +72,25 @@ class AttentionProjections:
         self._num_heads = int(config.num_attention_heads)
         self._num_key_heads = int(getattr(config, "num_key_value_heads", None) or self._num_heads)
         self._head_width = int(getattr(config, "head_dim", None) or config.hidden_size // self._num_heads)
-        self.query_module, self.key_module, self._fused = _projections(_layer(lm, layer), lm.name)
+        modules = {path.rsplit(".", 1)[-1]: module for path, module in _layer(lm, layer).named_modules()}
+        fused = next((modules[name] for name in ("c_attn", "qkv_proj") if name in modules), None)
+        if fused is None and not {"q_proj", "k_proj"} <= modules.keys():
+            raise ModelError(
+                f"the attention of {lm.name} has no q_proj and k_proj, c_attn or qkv_proj; use hidden_states instead"
+            )
+        self.query_module = modules["q_proj"] if fused is None else fused
+        self.key_module = modules["k_proj"] if fused is None else fused
+        self._key_start = 0 if fused is None else self._num_heads * self._head_width
 
     def queries(self, captured: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch dimension"]:
+        """All heads' queries side by side, divided by ``heads · √head_dim``."""
         vectors = captured[..., : self._num_heads * self._head_width].float()
-        return vectors / (self._num_heads * self._head_width**0.5)
+        return vectors / float(self._num_heads * self._head_width**0.5)
 
     def keys(self, captured: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch dimension"]:
-        start = self._num_heads * self._head_width if self._fused else 0
-        vectors = captured[..., start : start + self._num_key_heads * self._head_width].float()
-        heads = vectors.unflatten(-1, (self._num_key_heads, self._head_width))
+        """All heads' keys side by side, each repeated for the query heads that it serves."""
+        vectors = captured[..., self._key_start : self._key_start + self._num_key_heads * self._head_width].float()
+        heads = vectors.reshape(*vectors.shape[:-1], self._num_key_heads, self._head_width)
         return heads.repeat_interleave(self._num_heads // self._num_key_heads, dim=-2).flatten(-2)
 
 
@@ -76,31 +99,40 @@ MODEL_EMBEDDINGS = {"hidden_states": HiddenStates, "attention": AttentionProject
 
 @torch.no_grad()
 def key_vectors(
-    lm: LanguageModel, embedding: ModelEmbedding, keys: Sequence[Sequence[int]]
+    lm: LanguageModel, embedding: ModelEmbedding, keys: Sequence[Sequence[int]], *, max_tokens: int = 8_192
 ) -> Float[Tensor, "pairs dimension"]:
-    """Mean of the embedding over each key's tokens, each key read alone after the begin token; float32, no gradient."""
+    """Mean of the embedding over each key's tokens, each key read alone after the begin token; float32, no gradient.
+
+    Args:
+        lm: the model that ``embedding`` was made for.
+        embedding: what is read off it.
+        keys: token ids, at least one a key.
+        max_tokens: padded tokens per pass.
+
+    Raises:
+        ShapeError: there is no key, or one is empty.
+        ModelError: a key is longer than the model's context.
+    """
     rows = [[lm.begin_token, *key] for key in keys]
-    tokens = pad_rows(rows, filler=lm.begin_token, device=lm.device)
-    counts = span_mask([[(1, len(row))] for row in rows], width=tokens.shape[1], device=lm.device)
-    captured = lm.forward(tokens, keep=torch.zeros_like(counts), capture=embedding.key_module).captured
-    assert captured is not None
-    vectors = embedding.keys(captured) * counts[..., None]
-    return vectors.sum(1) / counts.sum(1, keepdim=True)
+    if not rows or min(map(len, rows)) == 1:
+        raise ShapeError(f"every key must have at least one token, got {[len(key) for key in keys]}")
+    if (longest := max(map(len, rows))) > lm.context_length:
+        raise ModelError(
+            f"a key of {longest} tokens does not fit the context of {lm.context_length} tokens of {lm.name}; shorten it"
+        )
+    vectors: dict[int, Tensor] = {}
+    for batch in batches_by_length([len(row) for row in rows], max_tokens=max_tokens):
+        tokens = pad_rows([rows[index] for index in batch], filler=lm.begin_token, device=lm.device)
+        counts = span_mask([[(1, len(rows[index]))] for index in batch], width=tokens.shape[1], device=lm.device)
+        captured = lm.forward(tokens, keep=torch.zeros_like(counts), capture=embedding.key_module).captured
+        assert captured is not None, "the key module is no part of the model"
+        sums = (embedding.keys(captured) * counts[..., None]).sum(1)
+        vectors.update(zip(batch, sums / counts.sum(1, keepdim=True), strict=True))
+    return torch.stack([vectors[index] for index in range(len(rows))])
 
 
 def _layer(lm: LanguageModel, layer: int) -> nn.Module:
-    if not -len(lm.layers) <= layer < len(lm.layers):
-        raise ConfigError(f"`layer` must lie in -{len(lm.layers)}..{len(lm.layers) - 1} for {lm.name}, got {layer}")
-    return lm.layers[layer]
-
-
-def _projections(layer: nn.Module, name: str) -> tuple[nn.Module, nn.Module, bool]:
-    modules = {path.rsplit(".", 1)[-1]: module for path, module in layer.named_modules()}
-    if "q_proj" in modules and "k_proj" in modules:
-        return modules["q_proj"], modules["k_proj"], False
-    for fused in ("c_attn", "qkv_proj"):
-        if fused in modules:
-            return modules[fused], modules[fused], True
-    raise ModelError(
-        f"the attention of {name} has no q_proj/k_proj, c_attn or qkv_proj; use the hidden_states embedding"
-    )
+    layers = lm.layers
+    if not -len(layers) <= layer < len(layers):
+        raise ConfigError(f"`layer` must lie in -{len(layers)}..{len(layers) - 1} for {lm.name}, got {layer}")
+    return layers[layer]

@@ -1,8 +1,8 @@
 """A causal language model as Preceptor uses it: one forward pass that gives exactly the logits and states asked for.
 
-Any ``AutoModelForCausalLM`` that attends where it is told to fits: by hub name, by local folder, or the bundled starter.
-That it does is measured when it is wrapped, not read off a list of names. The model is always in evaluation mode
-(dropout off), when acting as when learning, so that what is scored is what was sampled; the mode never changes.
+Any ``AutoModelForCausalLM`` that attends where it is told to will do: by hub name, by local folder, or the bundled
+starter. That it does is measured when it is wrapped, not read off a list of names. The model is always in evaluation
+mode (dropout off), when acting as when learning, so that what is scored is what was sampled; the mode never changes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -62,7 +62,10 @@ class LanguageModel:
         self._check_vocabulary(control_tokens)
         self.begin_token = self._begin_token()
         self.special_tokens = tuple(sorted(token for token in control_tokens if token < self.vocab_size))
-        self._prepends_space = self._tokenize("a") == self._tokenize_piece("▁a")
+        # What a tokenizer gives for an unknown character is text, unless the same token ends a text too (GPT-2).
+        self._never_text = control_tokens - ({tokenizer.unk_token_id} - {self.begin_token, tokenizer.eos_token_id})
+        first_piece = str(tokenizer.convert_ids_to_tokens(self._tokenize("a")[:1]))
+        self._prepends_space = "▁" in first_piece
         self._head_is_linear = self._measure()
 
     def _bind(self, model: Any) -> None:
@@ -153,7 +156,7 @@ class LanguageModel:
         captured: list[Tensor] = []
         with contextlib.ExitStack() as stack:
             if not self.adapter_enabled:
-                stack.enter_context(self.model.disable_adapter())
+                stack.enter_context(cast(Any, self.model).disable_adapter())
             if capture is not None:
                 hook = capture.register_forward_hook(lambda _module, _inputs, output: captured.append(_tensor(output)))
                 stack.callback(hook.remove)
@@ -180,11 +183,11 @@ class LanguageModel:
         It shares no storage with what is trained. With an adapter, the weights under it, which nothing moves, are not
         copied.
         """
-        trained = set(self.trainable_parameters().values())
-        shared = [parameter for parameter in self.model.parameters() if self.has_adapter and parameter not in trained]
-        model = copy.deepcopy(self.model, {id(parameter): parameter for parameter in shared}).requires_grad_(False)
-        storages = {parameter.data_ptr() for parameter in trained}
-        assert storages.isdisjoint(parameter.data_ptr() for parameter in model.parameters()), "a frozen copy shares storage"
+        live = list(self.model.parameters())
+        shared = {id(parameter): parameter for parameter in live if self.has_adapter and not parameter.requires_grad}
+        storages = {parameter.data_ptr() for parameter in live if id(parameter) not in shared}
+        model = copy.deepcopy(self.model, dict(shared)).requires_grad_(False)
+        assert storages.isdisjoint(parameter.data_ptr() for parameter in model.parameters()), "storage is shared"
         frozen = copy.copy(self)
         frozen.name = f"{self.name} (frozen)"
         frozen._bind(model)
@@ -195,12 +198,9 @@ class LanguageModel:
     def _tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
-    def _tokenize_piece(self, piece: str) -> list[int]:
-        return [self.tokenizer.get_vocab()[piece]] if piece in self.tokenizer.get_vocab() else []
-
     def _encode_text(self, text: str) -> list[int]:
         tokens = self._tokenize(text)
-        if len(text) < 2 or not set(self.special_tokens).intersection(tokens):
+        if len(text) < 2 or self._never_text.isdisjoint(tokens):
             return tokens
         # A unigram vocabulary holds control tokens among its pieces; cut in two, their spelling is text.
         middle = len(text) // 2
@@ -208,13 +208,15 @@ class LanguageModel:
 
     def _begin_token(self) -> int:
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
+            if token is not None and int(token) < self.vocab_size:
                 return int(token)
-        raise ModelError(f"the tokenizer of {self.name} has no begin or end token; set its bos_token and save it again")
+        raise ModelError(
+            f"the tokenizer of {self.name} has no begin or end token that the model knows; set its bos_token"
+        )
 
     def _check_vocabulary(self, control_tokens: set[int]) -> None:
         """Refuse a tokenizer whose text the model cannot read; control tokens beyond its entries are never used."""
-        largest = max((token for token in self.tokenizer.get_vocab().values() if token not in control_tokens), default=0)
+        largest = max(set(self.tokenizer.get_vocab().values()) - control_tokens, default=0)
         if largest >= self.vocab_size:
             raise ModelError(
                 f"the tokenizer of {self.name} has {largest + 1} entries and the model {self.vocab_size}; "
@@ -231,37 +233,45 @@ class LanguageModel:
         memory but is exact.
 
         Raises:
-            ModelError: a hole in the middle of a row, hidden by mask and positions, changes what the model says: it is
-                not causal, or it takes positions from elsewhere (ALiBi), or keeps a state.
+            ModelError: a hole in a row, hidden by mask and positions, changes what the model says: it is not causal,
+                takes positions from elsewhere (ALiBi), or keeps a state.
         """
         tokens = torch.arange(5, device=self.device)[None] % self.vocab_size
         with_hole = torch.cat([tokens[:, :2], tokens[:, :1], tokens[:, 2:]], dim=1)
-        visible = torch.ones(6, 6, dtype=torch.bool, device=self.device).tril()
-        visible[3:, 2] = False
         keep = torch.tensor([[True, True, False, True, True, True]], device=self.device)
+        visible = torch.ones(6, 6, dtype=torch.bool, device=self.device).tril() & (keep | ~keep.T)
         positions = torch.tensor([[0, 1, 1, 2, 3, 4]], device=self.device)
-        plain = self._causal_model(input_ids=tokens, use_cache=False).logits[0].float()
-        states = self._decoder(input_ids=tokens, use_cache=False).last_hidden_state
-        self._head_is_linear = False
+        seen: dict[str, Tensor] = {}
+        with contextlib.ExitStack() as stack:
+            for module, note in (
+                (self._decoder, lambda _, __, output: seen.update(states=output[0])),
+                (self._head, lambda _, inputs, output: seen.update(given=inputs[0], projected=output)),
+            ):
+                stack.callback(module.register_forward_hook(note).remove)
+            logits = self._causal_model(input_ids=tokens, use_cache=False).logits
+            head_is_linear = (
+                seen.keys() == {"states", "given", "projected"}
+                and torch.equal(seen["states"], seen["given"])
+                and torch.equal(seen["projected"], logits)
+            )
+        self._head_is_linear = head_is_linear
         try:
             told = self.forward(with_hole, keep=keep, attention_mask=visible[None], positions=positions).logits
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ModelError(f"{self.name} {_UNFIT}") from error
-        if not _alike(told, plain, self.dtype):
+        tolerance = 1e-4 if self.dtype in (torch.float32, torch.float64) else 5e-2  # rounding; all else is larger
+        if (told - logits[0].float()).abs().max() > tolerance * logits.float().abs().max():
             raise ModelError(f"{self.name} {_UNFIT}")
-        return _alike(self._head(states)[0].float(), plain, self.dtype)
+        return head_is_linear
 
+
+_WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size", "local": "window_size"}
+"""Kind of layer, and the name of its window in a configuration."""
 
 _UNFIT = (
     "does not attend as it is told to by mask and positions (ALiBi, recurrent and bidirectional models do not); "
     "use a decoder-only transformer with rotary or learned positions"
 )
-
-
-def _alike(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Equal up to the rounding of ``dtype``; what the model computes otherwise differs by more."""
-    tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 5e-2
-    return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 def _additive(mask: Bool[Tensor, "batch time slots"], dtype: torch.dtype) -> Float[Tensor, "batch 1 time slots"]:
@@ -287,15 +297,14 @@ def _context_length(config: PreTrainedConfig, name: str) -> int:
     rescaled beyond a length are rescaled for all tokens, also for those whose keys are kept.
     """
     limits = [getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None)]
-    windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size", "local": "window_size"}
     # Where a configuration does not list the kinds of its layers, a window that it states holds for all of them.
-    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or tuple(windows)
-    limits += [getattr(config, windows[kind], None) for kind in windows if kind in kinds]
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or tuple(_WINDOWS)
+    limits += [getattr(config, window, None) for kind, window in _WINDOWS.items() if kind in kinds]
     rotary = getattr(config, "rope_parameters", None) or {}
     for parameters in (rotary, *rotary.values()):
         if isinstance(parameters, dict) and parameters.get("rope_type") in ("dynamic", "longrope"):
             limits.append(parameters.get("original_max_position_embeddings"))
     known = [int(limit) for limit in limits if limit]
     if not known:
-        raise ModelError(f"the configuration of {name} states no context length; set max_position_embeddings in config.json")
+        raise ModelError(f"the configuration of {name} states no context length; set max_position_embeddings there")
     return min(known)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
-from preceptor.errors import MissingExtraError, ModelError
+from preceptor.errors import ConfigError, MissingExtraError, ModelError
 from preceptor.lm.language_model import LanguageModel
 
 STARTER = "starter"
 """The name of the bundled model."""
+
+HUB_TIMEOUT = 10.0
+"""Seconds until a hub that does not answer counts as out of reach."""
 
 
 @dataclass(frozen=True)
@@ -24,17 +33,32 @@ class Adapter:
 
     Attributes:
         rank: rank of each update, at least 1.
-        alpha: scale; the update is multiplied by alpha / rank.
+        alpha: scale, > 0; the update is multiplied by alpha / rank.
+
+    Raises:
+        ConfigError: a value outside its range.
     """
 
     rank: int = 8
     alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.rank < 1:
+            faults.append(f"the adapter's `rank` must be at least 1, got {self.rank}")
+        if not self.alpha > 0:
+            faults.append(f"the adapter's `alpha` must be above 0, got {self.alpha}")
+        if faults:
+            raise ConfigError(*faults)
 
 
 def load_language_model(
     name: str, *, device: torch.device, dtype: torch.dtype = torch.float32, adapter: Adapter | None = None
 ) -> LanguageModel:
     """The model and tokenizer called ``name``, on ``device``, ready to act and to learn.
+
+    Only safetensors are read, and no code that comes with a model is run. A hub that cannot be reached is asked once;
+    what was downloaded before is then used.
 
     Args:
         name: ``starter``, a local folder, or a name on the Hugging Face hub.
@@ -48,47 +72,94 @@ def load_language_model(
     """
     source = _source(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, KeyError, HFValidationError, SafetensorError, RuntimeError) as error:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                **source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
+            model, report = loaded
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
         raise ModelError(
             f"model '{name}' cannot be loaded: {_first_line(error)}; give 'starter', a folder with config.json, "
             "model.safetensors and a tokenizer, or a hub name that this machine can reach"
         ) from error
-    if len(tokenizer) > model.get_output_embeddings().weight.shape[0]:
+    if missing := sorted(report["missing_keys"]):
         raise ModelError(
-            f"the tokenizer of '{name}' has {len(tokenizer)} entries and the model "
-            f"{model.get_output_embeddings().weight.shape[0]}; use the tokenizer the model was trained with"
+            f"the weights of model '{name}' lack {len(missing)} tensors, the first of them {missing[0]}; "
+            "config.json and model.safetensors must be of the same model"
         )
     model.to(device)
-    if adapter is not None:
-        model = _with_adapter(model, adapter)
-    return LanguageModel(model, tokenizer, name=name)
+    return LanguageModel(model if adapter is None else _with_adapter(model, adapter), tokenizer, name=name)
 
 
-def _source(name: str) -> str:
+def _source(name: str) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` that find ``name``."""
     if name == STARTER:
-        return str(resources.files("preceptor") / "starter")
+        return {
+            "pretrained_model_name_or_path": str(resources.files("preceptor") / "starter"),
+            "local_files_only": True,
+        }
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"model folder {name} has no config.json; give the folder that save_pretrained wrote")
-        return str(path)
+        return _folder(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(f"model folder {name} does not exist; check the path")
-    return name
+    return {"pretrained_model_name_or_path": name, **_hub_revision(name)}
+
+
+def _folder(path: object) -> dict[str, Any]:
+    return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
+
+
+def _hub_revision(name: str) -> dict[str, Any]:
+    """The commit of the hub's model ``name``, so that tokenizer and weights are of one; or the local cache alone.
+
+    Transformers itself would ask a hub that does not answer again and again, file by file, for about a minute.
+    """
+    import httpx
+
+    try:
+        return {"revision": HfApi().model_info(name, timeout=HUB_TIMEOUT).sha}
+    except GatedRepoError as error:
+        raise ModelError(f"model '{name}' is gated; accept its terms on the hub and set HF_TOKEN") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ModelError(
+            f"there is no model '{name}', neither as a folder here nor on the hub; check the name, or give 'starter'"
+        ) from error
+    except (httpx.HTTPError, OfflineModeIsEnabled):
+        return {"local_files_only": True}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Transformers' progress bars and advice; its settings are put back."""
+    verbosity, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _with_adapter(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
+def _with_adapter(model: PreTrainedModel, adapter: Adapter) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise MissingExtraError("training a LoRA adapter", package="peft", extra="lora") from error
+    alpha: Any = adapter.alpha  # peft annotates an integer and divides by the rank
     settings = LoraConfig(
-        r=adapter.rank, lora_alpha=adapter.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=adapter.rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    return get_peft_model(model, settings)
+    # peft draws one of an adapter's two matrices; here it is the same in every run and moves no other random stream.
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return get_peft_model(model, settings)

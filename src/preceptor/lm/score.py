@@ -11,9 +11,8 @@ from torch import Tensor
 from preceptor.errors import ModelError, ShapeError
 from preceptor.lm.language_model import LanguageModel
 
-
 MAX_LOGITS = 2**25
-"""Logits held at once (kept positions times vocabulary): 128 MiB in float32."""
+"""Logits held at once (positions times vocabulary): 128 MiB in float32."""
 
 
 def pad_rows(rows: Sequence[Sequence[int]], *, filler: int, device: torch.device) -> Int[Tensor, "batch time"]:
@@ -33,9 +32,20 @@ def span_mask(
     return mask.to(device)
 
 
-def chosen_log_probs(logits: Float[Tensor, "kept vocab"], tokens: Int[Tensor, " kept"]) -> Float[Tensor, " kept"]:
-    """Log-probability in nats of each chosen token, without materialising a full log-softmax."""
-    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+def batches_by_length(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
+    """Indices of rows in batches of similar length, each of at most ``max_tokens`` padded tokens or one row.
+
+    >>> batches_by_length([9, 2, 3, 2], max_tokens=9)
+    [[1, 3, 2], [0]]
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        # Sorted by length, so the newest row is the widest of its batch.
+        if batches and (len(batches[-1]) + 1) * lengths[index] <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
 
 
 @torch.no_grad()
@@ -61,23 +71,26 @@ def token_log_probs(
         one float32 tensor a row on the CPU, the log-probabilities of its scored tokens in order.
 
     Raises:
-        ShapeError: a span starts at 0 or leaves its row.
+        ShapeError: a span starts at 0 or leaves its row, spans overlap or are out of order, or not one list a row.
         ModelError: a row is longer than the model's context.
     """
+    if len(rows) != len(spans):
+        raise ShapeError(f"`spans` must hold one list for each of {len(rows)} rows, got {len(spans)}")
     for row, row_spans in zip(rows, spans, strict=True):
-        if len(row) > lm.context_length:
-            raise ModelError(
-                f"a row of {len(row)} tokens does not fit the context of {lm.context_length} tokens of {lm.name}"
+        _check_length(lm, len(row), "row")
+        edges = [1, *(edge for span in row_spans for edge in span), len(row)]
+        if edges != sorted(edges):
+            raise ShapeError(
+                f"spans must be in order, without overlap, in 1..{len(row)} of their row, got {list(row_spans)}"
             )
-        if any(not 0 < start <= end <= len(row) for start, end in row_spans):
-            raise ShapeError(f"spans must satisfy 0 < start <= end <= {len(row)}, got {list(row_spans)}")
-    results: list[Tensor] = [torch.empty(0)] * len(rows)
-    for batch in _batches([len(row) for row in rows], max_tokens=max_tokens or _max_tokens(lm)):
+    results = [torch.empty(0)] * len(rows)
+    for batch in batches_by_length([len(row) for row in rows], max_tokens=max_tokens or _max_tokens(lm)):
         tokens = pad_rows([rows[index] for index in batch], filler=lm.begin_token, device=lm.device)
         scored = span_mask([spans[index] for index in batch], width=tokens.shape[1], device=lm.device)
-        log_probs = _masked_token_log_probs(lm, tokens, scored)
-        counts = scored.sum(1).tolist()
-        for index, values in zip(batch, log_probs.cpu().split(counts), strict=True):
+        # The logits at t - 1 are of the token at t.
+        logits = lm.forward(tokens, keep=scored.roll(-1, dims=1)).logits
+        log_probs = _chosen_log_probs(logits, tokens[scored]).cpu()
+        for index, values in zip(batch, torch.split(log_probs, scored.sum(1).tolist()), strict=True):
             results[index] = values
     return results
 
@@ -88,7 +101,7 @@ def branch_log_probs(
     trunk: Sequence[int],
     branches: Sequence[tuple[int, Sequence[int], int]],
     *,
-    max_tokens: int = 2_048,
+    max_tokens: int | None = None,
 ) -> list[Float[Tensor, " token"]]:
     """Log-probabilities in nats of branches that grow out of one trunk, with the trunk encoded once per pass.
 
@@ -96,79 +109,81 @@ def branch_log_probs(
     scored. A branch sees the trunk up to ``at`` and itself, never another branch, and counts its positions from ``at``,
     so the result is what encoding ``trunk[:at] + tokens`` on its own gives.
 
+    Args:
+        lm: the model; no gradient is recorded.
+        trunk: token ids that the branches share.
+        branches: what grows out of it, in any order.
+        max_tokens: tokens of branches per pass, beside the trunk; None is 2,048, or fewer where ``MAX_LOGITS`` says so.
+
+    Returns:
+        one float32 tensor a branch on the CPU, in the order of ``branches``.
+
     Raises:
-        ShapeError: a branch starts at 0 or past the trunk's end.
-        ModelError: a branch is longer than the context allows.
+        ShapeError: a branch starts at 0 or past the trunk's end, or more of it is given than it has.
+        ModelError: trunk or branch is longer than the context allows.
     """
-    for at, tokens, _ in branches:
+    _check_length(lm, len(trunk), "trunk")
+    for at, tokens, given in branches:
         if not 0 < at <= len(trunk):
             raise ShapeError(f"a branch must start in 1..{len(trunk)} tokens of its trunk, got {at}")
-        if at + len(tokens) > lm.context_length:
-            raise ModelError(
-                f"a branch of {at + len(tokens)} tokens does not fit the context of {lm.context_length} tokens of {lm.name}"
-            )
-    results: list[Tensor] = []
-    start = 0
-    while start < len(branches):
-        end, size = start, len(trunk)
-        while end < len(branches) and (end == start or size + len(branches[end][1]) <= max_tokens):
-            size += len(branches[end][1])
-            end += 1
-        results += _packed_branches(lm, trunk, branches[start:end])
-        start = end
-    return results
+        if not 0 <= given <= len(tokens):
+            raise ShapeError(f"of a branch of {len(tokens)} tokens 0..{len(tokens)} can be given, got {given}")
+        _check_length(lm, at + len(tokens), "branch")
+    budget = max_tokens or min(2_048, _max_tokens(lm))
+    packs: list[list[tuple[int, Sequence[int], int]]] = []
+    room = 0
+    for branch in branches:
+        size = len(branch[1])
+        if not packs or size > room:
+            packs.append([])
+            room = budget
+        packs[-1].append(branch)
+        room -= size
+    return [log_probs for pack in packs for log_probs in _packed_branches(lm, trunk, pack)]
 
 
 def _packed_branches(
     lm: LanguageModel, trunk: Sequence[int], branches: Sequence[tuple[int, Sequence[int], int]]
 ) -> list[Tensor]:
     length = len(trunk) + sum(len(tokens) for _, tokens, _ in branches)
-    visible = torch.zeros(length, length, dtype=torch.bool)
-    visible[: len(trunk), : len(trunk)] = torch.ones(len(trunk), len(trunk), dtype=torch.bool).tril()
+    visible = torch.ones(length, length, dtype=torch.bool).tril()
     packed, positions = list(trunk), list(range(len(trunk)))
-    rows: list[int] = []
+    predictors: list[int] = []
     targets: list[int] = []
     for at, tokens, given in branches:
         begin, size = len(packed), len(tokens)
-        visible[begin : begin + size, :at] = True
-        visible[begin : begin + size, begin : begin + size] = torch.ones(size, size, dtype=torch.bool).tril()
+        visible[begin : begin + size, at:begin] = False
         packed += tokens
         positions += range(at, at + size)
-        # The row that predicts a branch's first token is the trunk's own last one; all others are inside the branch.
-        rows += [at - 1 if step == 0 else begin + step - 1 for step in range(given, size)]
+        # A branch's first token is predicted by the trunk, the others from inside the branch.
+        predictors += [at - 1, *range(begin, begin + size - 1)][given:size]
         targets += tokens[given:]
-    mask = torch.zeros(length, length, dtype=lm.dtype).masked_fill_(~visible, torch.finfo(lm.dtype).min)
     keep = torch.zeros(length, dtype=torch.bool)
-    keep[rows] = True
+    keep[predictors] = True
     logits = lm.forward(
         torch.tensor([packed], device=lm.device),
         keep=keep[None].to(lm.device),
-        attention_mask=mask[None, None].to(lm.device),
+        attention_mask=visible[None].to(lm.device),
         positions=torch.tensor([positions], device=lm.device),
     ).logits
-    place = (keep.cumsum(0) - 1)[rows].to(lm.device)
-    log_probs = logits.log_softmax(-1)[place, torch.tensor(targets, device=lm.device)].cpu()
-    return list(log_probs.split([len(tokens) - given for _, tokens, given in branches]))
+    # Branches that start at one place share its logits.
+    row = (keep.cumsum(0) - 1)[predictors].to(lm.device)
+    log_probs = logits[row, torch.tensor(targets, dtype=torch.long, device=lm.device)] - logits.logsumexp(-1)[row]
+    return list(torch.split(log_probs.cpu(), [len(tokens) - given for _, tokens, given in branches]))
 
 
-def _masked_token_log_probs(lm: LanguageModel, tokens: Tensor, scored: Tensor) -> Tensor:
-    """Log-probabilities of the scored tokens, row-major; scored[:, t] belongs to tokens[:, t]."""
-    keep = torch.zeros_like(scored)
-    keep[:, :-1] = scored[:, 1:]
-    logits = lm.forward(tokens, keep=keep).logits
-    return chosen_log_probs(logits, tokens[scored])
+def _chosen_log_probs(logits: Float[Tensor, "kept vocab"], tokens: Int[Tensor, " kept"]) -> Float[Tensor, " kept"]:
+    """Log-probability in nats of each chosen token, without a second tensor of the logits' size."""
+    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def _check_length(lm: LanguageModel, length: int, what: str) -> None:
+    if not 0 < length <= lm.context_length:
+        raise ModelError(
+            f"a {what} of {length} tokens does not fit the context of {lm.context_length} tokens of {lm.name}; "
+            "it must hold at least one and at most that many"
+        )
 
 
 def _max_tokens(lm: LanguageModel) -> int:
     return max(MAX_LOGITS // lm.vocab_size, 512)
-
-
-def _batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
-        # Sorted by length, so the newest row is the widest of its batch.
-        if batches and (len(batches[-1]) + 1) * lengths[index] <= max_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches

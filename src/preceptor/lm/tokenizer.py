@@ -30,7 +30,7 @@ def train_bpe_tokenizer(texts: Iterable[str], *, vocab_size: int, context_length
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token=BEGIN,
         eos_token=END,

@@ -84,14 +84,16 @@ def planted_cost(seed: int) -> Tensor:
     return 5 + torch.randn(len(KEYS) + 1, len(KEYS), generator=torch.Generator().manual_seed(1000 + seed))
 
 
+def order_value(material: Material, cost: Tensor, order: Sequence[int]) -> float:
+    """What the table says of ``order``: mean log-probability per value token."""
+    lengths = [len(material.values[pair]) for pair in order]
+    costs = [float(cost[before + 1, pair]) for before, pair in zip((-1, *order), order, strict=False)]
+    return -sum(each * length for each, length in zip(costs, lengths, strict=True)) / sum(lengths)
+
+
 def best_order_value(material: Material, cost: Tensor) -> float:
     """The optimum by enumeration, mean log-probability per value token."""
-    lengths = [len(value) for value in material.values]
-    best = -float("inf")
-    for order in itertools.permutations(range(len(KEYS))):
-        total = sum(-float(cost[before + 1, pair]) * lengths[pair] for before, pair in zip((-1, *order), order, strict=False))
-        best = max(best, total / sum(lengths))
-    return best
+    return max(order_value(material, cost, order) for order in itertools.permutations(range(len(KEYS))))
 
 
 def tiny_language_model(seed: int) -> LanguageModel:

@@ -111,7 +111,7 @@ class UpdateOptions:
     selection_coefficient: float = option(1.0, "weight of the selection's policy gradient (embedders with gradient)")
     kl_reference: Literal["untrained", "snapshot"] = option("untrained", "the old model of both KL terms")
     snapshot_every: int = option(10, "updates between refreshes of the snapshot (kl_reference: snapshot)")
-    value_kl_coefficient: float = option(0.01, "KL on value tokens, exact over the vocabulary (the text's)")
+    value_kl_coefficient: float = option(0.0, "KL on value tokens, exact over the vocabulary (the text's); 0 skips it")
     query_kl_coefficient: float = option(0.02, "KL on query tokens, exact over the vocabulary; 0 lets queries collapse")
     query_entropy_coefficient: float = option(0.0, "entropy bonus on query tokens")
     selection_entropy_coefficient: float = option(0.0, "entropy bonus on the selection (embedders with gradient)")

@@ -88,7 +88,7 @@ class ActionScores:
         selection_log_probs: of the recorded choices, nats.
         selection_entropy: of the selection at each step, nats.
         query_logits: at query tokens, row-major over batch, step, token.
-        value_logits: at value tokens, row-major over batch and position; None unless asked for.
+        value_logits: at value tokens, row-major over batch and position; none unless asked for.
     """
 
     query_log_probs: Float[Tensor, "batch step token"]
@@ -172,7 +172,7 @@ class Policy:
             query_vectors, keys.vectors, available_mask=available_mask, temperature=self.temperature
         )
 
-    def score(self, trajectories: Trajectories, keys: Keys) -> ActionScores:
+    def score(self, trajectories: Trajectories, keys: Keys, *, with_values: bool) -> ActionScores:
         """One packed pass over the trajectories, with gradient; equals what was recorded under equal weights."""
         lm, material = self.lm, trajectories.material
         rows = [
@@ -183,7 +183,7 @@ class Policy:
         width = tokens.shape[1]
         at_query = span_mask([row.stretches("query") for row in rows], width=width, device=lm.device)
         at_value = span_mask([row.stretches("value") for row in rows], width=width, device=lm.device)
-        predicts_query, predicts_value = _before(at_query), _before(at_value)
+        predicts_query, predicts_value = _before(at_query), _before(at_value) & with_values
         output = lm.forward(
             tokens,
             keep=predicts_query | predicts_value,

@@ -245,7 +245,7 @@ def _one_update(
         "policy_loss": measured.policy_loss,
         "value_kl": measured.value_kl,
         "query_kl": measured.query_kl,
-        "kl": measured.value_kl,
+        "kl": measured.query_kl if measured.value_kl is None else measured.value_kl,
         "gradient_norm": gradient_norm,
         "query_entropy": measured.query_entropy,
         "query_entropy_maximum": _maximum_query_entropy(policy),

@@ -80,7 +80,7 @@ def accumulate_gradient(
     for indices in chosen.split(micro_batch_size):
         part = subset(trajectories, indices)
         weights = advantages[indices].to(policy.lm.device)
-        scores = policy.score(part, keys)
+        scores = policy.score(part, keys, with_values=reference is not None and coefficients.value_kl > 0)
         policy_loss = _policy_loss(
             scores,
             weights,
@@ -97,18 +97,18 @@ def accumulate_gradient(
             - coefficients.selection_entropy * policy.selection_has_gradient * selection_entropy
         )
         if reference is not None:
-            query_old, value_old = _reference(reference, part)
-            value_kl = kl_exact(scores.value_logits, value_old).sum() / num_value_tokens
+            query_old, value_old = _reference(reference, part, with_values=coefficients.value_kl > 0)
             query_kl = kl_exact(scores.query_logits, query_old).sum() / (num_choices * num_query_tokens)
-            loss = loss + coefficients.value_kl * value_kl + coefficients.query_kl * query_kl
-            totals["value_kl"] += float(value_kl.detach())
+            value_kl = kl_exact(scores.value_logits, value_old).sum() / num_value_tokens
+            loss = loss + coefficients.query_kl * query_kl + coefficients.value_kl * value_kl
             totals["query_kl"] += float(query_kl.detach())
+            totals["value_kl"] += float(value_kl.detach())
         loss.backward()
         totals["policy_loss"] += float(policy_loss.detach())
         totals["query_entropy"] += float(query_entropy.detach())
     return UpdateMetrics(
         policy_loss=totals["policy_loss"],
-        value_kl=None if reference is None else totals["value_kl"],
+        value_kl=totals["value_kl"] if reference is not None and coefficients.value_kl > 0 else None,
         query_kl=None if reference is None else totals["query_kl"],
         query_entropy=totals["query_entropy"],
     )
@@ -156,7 +156,7 @@ def _policy_loss(
     return loss
 
 
-def _reference(reference: LanguageModel, part: Trajectories) -> tuple[Tensor, Tensor]:
+def _reference(reference: LanguageModel, part: Trajectories, *, with_values: bool) -> tuple[Tensor, Tensor]:
     """Logits of the old model at the query and the value tokens, ordered as :class:`ActionScores` orders them."""
     rows = [
         part.material.query_row(order, queries)
@@ -165,6 +165,7 @@ def _reference(reference: LanguageModel, part: Trajectories) -> tuple[Tensor, Te
     width = max(len(row.tokens) for row in rows)
     at_query = span_mask([row.stretches("query") for row in rows], width=width, device=reference.device)
     at_value = span_mask([row.stretches("value") for row in rows], width=width, device=reference.device)
+    at_value &= with_values
     logits = reference_logits(reference, [row.tokens for row in rows], at_query | at_value)
     is_query = at_query[at_query | at_value]
     return logits[is_query], logits[~is_query]
