@@ -1,8 +1,9 @@
 """What a batch of reading episodes costs on one kept cache, beside the naive way, with equal outputs shown first.
 
 Ours is ``preceptor.systems.reading.episode.run_episodes``: all episodes advance together and nothing is encoded twice.
-The naive way (``benchmarks/naive_episode.py``) is plain Transformers: ``generate()`` on the whole context at every step,
-one episode at a time. Both have the same weights, tokens, orders and threads, and take turns in one process.
+The naive way (``benchmarks/naive_episode.py``) is plain Transformers: one episode at a time, and at every step
+``generate()`` on the whole context. Both have the same weights, tokens, orders and threads, and take turns in one
+process.
 
 Before anything is timed, both must say the same: identical greedy query tokens, and log-probabilities of the selection
 and of sampled queries within 1e-4. The bar: ours costs at most a quarter of the naive way, in wall time.
@@ -184,8 +185,8 @@ def largest_differences(case: Case) -> dict[str, float]:
     num_different = int((greedy.queries != expected.queries).sum())
     if num_different:
         raise NumericError(
-            f"{num_different} of {greedy.queries.numel()} greedy query tokens differ between both ways; one is wrong, or "
-            "two logits tie within rounding: try another --seed, and if it persists report it"
+            f"{num_different} of {greedy.queries.numel()} greedy query tokens differ between both ways; one is wrong, "
+            "or two logits tie within rounding: try another --seed, and if it persists report it"
         )
     sampled = ours(case, sampling=replace(case.policy.sampling, temperature=1.0))
     query_log_probs = naive_query_log_probs(
@@ -206,8 +207,8 @@ def largest_differences(case: Case) -> dict[str, float]:
         differences[name] = float(difference.max())
         if not differences[name] <= TOLERANCE:
             raise NumericError(
-                f"{name} differ by {differences[name]:.2e} nats between both ways, at most {TOLERANCE:.0e} is rounding; "
-                "report it"
+                f"{name} differ by {differences[name]:.2e} nats between both ways, and rounding explains at most "
+                f"{TOLERANCE:.0e}; report it"
             )
     return differences
 
@@ -261,10 +262,11 @@ def table(row: Mapping[str, Any]) -> Table:
     """The row for a terminal."""
     sizes = row["sizes"]
     found = Table(
-        title=f"{sizes['episodes']} episodes x {sizes['pairs']} pairs x {sizes['query_tokens']} query tokens, contexts of "
-        f"{row['context_tokens']} tokens: {row['model']} ({row['parameters'] / 1e6:.1f}M), {row['threads']} thread(s)",
-        caption=f"median (min-max) of {row['rounds']} rounds; tokens identical, log-probabilities within "
-        f"{max(row['largest_difference'].values()):.0e} nats; load average {row['load_average']:.1f}",
+        title=f"{sizes['episodes']} episodes x {sizes['pairs']} pairs x {sizes['query_tokens']} query tokens, contexts "
+        f"of {row['context_tokens']} tokens; {row['model']} ({row['parameters'] / 1e6:.1f}M parameters), "
+        f"{row['threads']} thread(s)",
+        caption=f"median (min-max) of {row['rounds']} rounds; tokens identical, log-probabilities differ by at "
+        f"most {max(row['largest_difference'].values()):.1e} nats; load average {row['load_average']:.1f}",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -280,13 +282,13 @@ def table(row: Mapping[str, Any]) -> Table:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print and record; returns the exit code."""
+def main(argv: Sequence[str] | None = None, *, root: Path = record.ROOT) -> int:
+    """Measure, print and record in the checkout at ``root``; returns the exit code."""
     options = _parser().parse_args(argv)
     sizes = Sizes(options.episodes, options.pairs, options.query_tokens, options.value_tokens)
     try:
-        record.measured_package()
-        measured = record.revision()
+        record.require_own_package(root)
+        measured = record.revision(root)
         if not options.allow_dirty:
             measured.require_clean()
         row = measure(options.model, sizes, rounds=options.rounds, threads=options.threads, seed=options.seed)
@@ -297,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if measured.dirty:
             console.print("Not recorded: the checkout has uncommitted changes.")
         else:
-            console.print(f"Recorded in {record.append(row, measured).relative_to(record.ROOT)}.")
+            console.print(f"Recorded in {record.append(row, measured, root=root).relative_to(root)}.")
     except PreceptorError as error:
         print(f"benchmark: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -63,6 +64,7 @@ def naive_episodes(
         temperature: of the softmax, in units of the inner product.
         suppressed: tokens that a query never holds.
     """
+    generate: Any = model.generate  # Transformers types it as a submodule
     centre = keys.mean(0)
     queries, selections = [], []
     for order in orders:
@@ -70,7 +72,7 @@ def naive_episodes(
         gone: list[int] = []
         for pair in order:
             tokens = torch.tensor([context])
-            written = model.generate(
+            written = generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
                 max_new_tokens=query_tokens,

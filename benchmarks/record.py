@@ -15,7 +15,7 @@ from preceptor.run.strict_json import row_json
 
 ROOT = Path(__file__).resolve().parents[1]
 HISTORY = "benchmarks/history.jsonl"
-"""Within a checkout. Its own new lines do not make the checkout dirty, or a second benchmark could never be recorded."""
+"""Within a checkout. Its new lines do not make the checkout dirty, or a second measurement could never be recorded."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Revision:
             )
 
 
-def revision(root: Path = ROOT) -> Revision:
+def revision(root: Path) -> Revision:
     """The commit and the changes of the checkout at ``root``.
 
     Raises:
@@ -57,7 +57,7 @@ def revision(root: Path = ROOT) -> Revision:
     return Revision(commit=_git(root, "rev-parse", "HEAD").strip(), changes=tuple(changes.splitlines()))
 
 
-def measured_package(root: Path = ROOT) -> None:
+def require_own_package(root: Path) -> None:
     """Refuse to measure a Preceptor that is not the checkout's own: the commit would be of other code.
 
     Raises:
@@ -70,7 +70,7 @@ def measured_package(root: Path = ROOT) -> None:
         )
 
 
-def append(row: Mapping[str, Any], measured: Revision, root: Path = ROOT) -> Path:
+def append(row: Mapping[str, Any], measured: Revision, *, root: Path) -> Path:
     """Add ``row`` and its commit to the history of the checkout at ``root``; returns the file.
 
     Args:

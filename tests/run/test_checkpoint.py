@@ -132,6 +132,7 @@ def test_dying_at_any_operation_leaves_the_old_or_the_new(tmp_path: Path, disk, 
         store = CheckpointStore(root, keep_last=2)
         checkpoint = store.latest()
         found.add(checkpoint.step if checkpoint else None)
+        assert all(len(os.listdir(path)) == 4 for path in root.glob("step-*")), "no half-removed checkpoint"
         assert found <= allowed, f"after operation {index}, {operations[index]}"
         if checkpoint:
             assert_is(checkpoint, checkpoint.step)

@@ -8,7 +8,7 @@ import torch
 
 from preceptor.errors import ConfigError
 from preceptor.run import device as device_module
-from preceptor.run.device import choose_device, parse_dtype, peak_memory_mib, set_threads
+from preceptor.run.device import choose_device, exact_matmul_precision, parse_dtype, peak_memory_mib, set_threads
 
 
 @pytest.fixture(autouse=True)
@@ -64,3 +64,23 @@ def test_peak_memory_of_the_process() -> None:
     peak = peak_memory_mib(torch.device("cpu"))
     recorded = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     assert peak == pytest.approx(int(recorded.split()[1]) / 1024, rel=0.02)  # the kernel batches its counters
+
+
+def test_the_faster_matmul_setting_is_taken_only_at_equal_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a kernel that is exact under both settings, and one that rounds to bfloat16 under ``medium``."""
+    before = torch.get_float32_matmul_precision()
+    exact = torch.Tensor.__matmul__
+
+    def always_exact(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return exact(left.double(), right.double()).to(left.dtype)
+
+    def rounding(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        if left.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium":
+            left, right = left.bfloat16().float(), right.bfloat16().float()
+        return always_exact(left, right)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", always_exact)
+    assert exact_matmul_precision(torch.device("cpu")) == "medium"
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounding)
+    assert exact_matmul_precision(torch.device("cpu")) == "highest"
+    assert torch.get_float32_matmul_precision() == before

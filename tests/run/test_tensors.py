@@ -68,7 +68,8 @@ def test_views_are_stored_as_the_values_they_show(tmp_path: Path) -> None:
     base = torch.arange(12.0).reshape(3, 4)
     square = torch.arange(9.0).reshape(3, 3)  # its transpose has the same address and shape, not the same strides
     views = {
-        "base": base, "square": square, "square_transposed": square.T, "transposed": base.T, "row": base[1], "strided": base[:, ::2], "flat": base.view(12),
+        "base": base, "square": square, "square_transposed": square.T,
+        "transposed": base.T, "row": base[1], "strided": base[:, ::2], "flat": base.view(12),
         "expanded": torch.tensor([5.0]).expand(4), "bits": base.view(torch.int32),
         "parameter": torch.nn.Parameter(base),
     }  # fmt: skip

@@ -7,16 +7,29 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from preceptor.errors import ConfigError
+
 BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 
 
 def train_bpe_tokenizer(texts: Iterable[str], *, vocab_size: int, context_length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of ``vocab_size`` entries fitted on ``texts``.
+    """A byte-level BPE tokenizer of at most ``vocab_size`` entries fitted on ``texts``, the same for the same texts.
 
     Byte-level means that every string round-trips exactly and nothing is unknown. The three control tokens come first
     (begin 0, end 1, pad 2); text that spells one of them stays text under ``split_special_tokens=True``. Digits are
     split one by one, so that numbers do not fill the vocabulary.
+
+    Args:
+        texts: what it is fitted on.
+        vocab_size: entries, at least 259 (256 bytes and the control tokens); fewer come out where texts are too few.
+        context_length: tokens that the model will hold; recorded beside the vocabulary.
+
+    Raises:
+        ConfigError: ``vocab_size`` has no room for every byte.
     """
+    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 3
+    if vocab_size < smallest:
+        raise ConfigError(f"`vocab_size` must be at least {smallest}, got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

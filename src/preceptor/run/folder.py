@@ -30,7 +30,7 @@ from torch import Tensor
 from preceptor.errors import CheckpointError, ConfigError, Interrupted
 from preceptor.run import environment as env
 from preceptor.run.checkpoint import Checkpoint, CheckpointStore
-from preceptor.run.device import choose_device, set_threads
+from preceptor.run.device import choose_device, exact_matmul_precision, set_threads
 from preceptor.run.files import replace_file, storage_errors, write_all
 from preceptor.run.lock import FolderLock
 from preceptor.run.metrics import JsonlLog
@@ -228,7 +228,8 @@ def create_run(
 ) -> Run:
     """A new run in ``path``, which must be absent or empty; locks it, writes ``config.yaml`` and ``manifest.json``.
 
-    Sets torch's threads (``None``: see ``set_threads``), its float32 matmul precision (``None``: left alone) and the
+    Sets torch's threads (``None``: see ``set_threads``), its float32 matmul precision (``None``: see
+    ``exact_matmul_precision``) and the
     seed of its own generators, and records them. ``config`` holds plain values; ``save_every`` counts steps.
 
     Raises ``ConfigError`` for a folder that is in use for something else or already a run, and for bad arguments;
@@ -336,6 +337,5 @@ def _locked(path: Path) -> Iterator[FolderLock]:
 def _prepare(device: str, threads: int | None, float32_matmul_precision: str | None) -> dict[str, Any]:
     """Sets the process-wide numerics and returns the environment with them."""
     num_threads = set_threads(threads)
-    if float32_matmul_precision is not None:
-        torch.set_float32_matmul_precision(float32_matmul_precision)
+    torch.set_float32_matmul_precision(float32_matmul_precision or exact_matmul_precision(torch.device(device)))
     return env.environment(torch.device(device), num_threads)

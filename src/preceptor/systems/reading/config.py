@@ -54,7 +54,7 @@ class EpisodeOptions:
     temperature: float = option(1.0, "of query sampling")
     top_k: int = option(0, "query tokens are drawn from the k likeliest; 0 is all")
     top_p: float = option(1.0, "query tokens are drawn from the smallest set with this probability")
-    batch_size: int = option(32, "episodes of one article that run together")
+    batch_size: int = option(24, "episodes of one article that run together")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class RewardOptions:
 class UpdateOptions:
     """How the policy learns."""
 
-    steps: int = option(60, "updates; each is one batch of episodes")
+    steps: int = option(30, "updates; each is one batch of episodes")
     optimiser: Literal["adamw", "adam"] = option("adamw", "Adam with or without decoupled weight decay")
     learning_rate: float = option(1e-4, "of the language model")
     projection_learning_rate: float = option(1e-3, "of the query projection")
@@ -121,7 +121,7 @@ class UpdateOptions:
 class EvaluationOptions:
     """What is measured at the end (and on the way)."""
 
-    every: int = option(15, "updates between measurements of the learned arm on the training article; 0 never")
+    every: int = option(5, "updates between measurements of the learned arm on the training article; 0 never")
     num_episodes: int = option(32, "episodes of each sampled arm an article")
     num_orders: int = option(200, "random orders an article, at least 200 for a percentile")
     selection_budget: int = option(0, "pairs read for the selection gain; 0 is half of them")

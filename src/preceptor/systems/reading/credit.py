@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -153,17 +154,24 @@ class PairBaseline:
     def subtract(
         self, article: str, order: Tensor, scored: Sequence[Scored], rewards: Rewards
     ) -> Float[Tensor, "batch step"]:
-        """``step_rewards`` less each value's mean, after taking this batch into the means."""
+        """``step_rewards`` less each value's mean, after taking this batch into the means.
+
+        What is not finite stays out of the means; a value that never had a finite log-probability gives NaN.
+        """
         self._update(article, order, rewards)
         means = self._means[article]
-        expected = torch.tensor([[means[pair] for pair in row] for row in order.tolist()])
+        expected = torch.tensor([[means.get(pair, math.nan) for pair in row] for row in order.tolist()])
         _, counts = _value_sums(scored)
         return rewards.step_rewards - expected * counts / counts.sum(1, keepdim=True)
 
     def _update(self, article: str, order: Tensor, rewards: Rewards) -> None:
         means = self._means.setdefault(article, {})
         for pair in order.unique().tolist():
-            batch_mean = float(rewards.position_means[order == pair].double().mean())
+            seen = rewards.position_means[order == pair]
+            seen = seen[seen.isfinite()]
+            if len(seen) == 0:
+                continue
+            batch_mean = float(seen.double().mean())
             old = means.get(pair, batch_mean)
             means[pair] = self._decay * old + (1 - self._decay) * batch_mean
 

@@ -209,7 +209,7 @@ def _one_update(
         ),
         micro_batch_size=update.micro_batch_size or config.episode.batch_size,
     )
-    gradient_norm = _apply(learner, run, step, clip_norm=update.clip_norm, passed=passed)
+    gradient_norm = _apply(learner, run, step, clip_norm=update.clip_norm, passed=passed, usable=usable)
 
     # 6. What happened.
     seconds = time.perf_counter() - began
@@ -271,8 +271,19 @@ def _filter(rewards: Float[Tensor, " batch"], update: UpdateOptions, moments: Ru
     return everything(rewards)
 
 
-def _apply(learner: Learner, run: Run, step: int, *, clip_norm: float, passed: Bool[Tensor, " batch"]) -> float:
-    """The optimiser's step, and the gradient's norm before clipping; skipped, and said, if a gradient is not finite."""
+def _apply(
+    learner: Learner,
+    run: Run,
+    step: int,
+    *,
+    clip_norm: float,
+    passed: Bool[Tensor, " batch"],
+    usable: Bool[Tensor, " batch"],
+) -> float:
+    """The optimiser's step, and the gradient's norm before clipping; skipped, and said, if numbers are not finite."""
+    if not usable.any():
+        run.notice(learner.guard.skip(step, "every reward of the batch is NaN or infinite"))
+        return float("nan")
     if not passed.any():
         return 0.0
     gradients = ((f"gradient of {name}", parameter.grad) for name, parameter in learner.parameters.items())

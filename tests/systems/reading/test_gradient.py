@@ -1,0 +1,441 @@
+"""Where gradient goes and where it does not, and that it is the gradient of the loss that the documentation states."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.systems.reading.planted import PlantedReader, planted_classroom, planted_config, planted_cost, planted_run
+from tests.systems.reading.small import HashedBytes, language_model, perturb, policies, rollout
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from preceptor.errors import NumericError
+from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.load import Adapter, load_language_model
+from preceptor.lm.sampling import Sampling
+from preceptor.systems.reading.classroom import identity_projection
+from preceptor.systems.reading.policy import Keys, Policy, Trajectories
+from preceptor.systems.reading.train import learn
+from preceptor.systems.reading.update import Coefficients, UpdateMetrics, accumulate_gradient, trainable
+
+NOTHING = Coefficients(query=0, selection=0, value_kl=0, query_kl=0, query_entropy=0, selection_entropy=0)
+ALL = Coefficients(query=1.0, selection=0.7, value_kl=0.3, query_kl=0.4, query_entropy=0.05, selection_entropy=0.06)
+
+
+def only(**coefficients: float) -> Coefficients:
+    return dataclasses.replace(NOTHING, **coefficients)
+
+
+def advantages_of(trajectories: Trajectories) -> Tensor:
+    """Different numbers of either sign for every step."""
+    batch, steps = trajectories.order.shape
+    return torch.linspace(-1.3, 1.7, batch * steps).reshape(batch, steps).cos()
+
+
+def gradients(
+    policy: Policy,
+    trajectories: Trajectories,
+    keys: Keys,
+    *,
+    coefficients: Coefficients,
+    reference: LanguageModel | None = None,
+    passed: Tensor | None = None,
+    micro_batch_size: int = 99,
+) -> tuple[dict[str, Tensor], UpdateMetrics]:
+    """The gradient of every trainable parameter (zeros where none came), starting from none."""
+    parameters = dict(trainable(policy))
+    for parameter in parameters.values():
+        parameter.grad = None
+    measured = accumulate_gradient(
+        policy,
+        trajectories,
+        keys,
+        advantages=advantages_of(trajectories).to(keys.vectors.dtype),
+        passed=torch.ones(len(trajectories), dtype=torch.bool) if passed is None else passed,
+        reference=reference,
+        coefficients=coefficients,
+        micro_batch_size=micro_batch_size,
+    )
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in parameters.items()
+    }, measured
+
+
+def reached(found: dict[str, Tensor]) -> set[str]:
+    return {name for name, gradient in found.items() if bool(gradient.ne(0).any())}
+
+
+# ---- which parameters move -------------------------------------------------------------------------------------------
+
+
+def test_training_moves_the_policy_and_the_projection_and_nothing_else(tmp_path: Path) -> None:
+    config = planted_config("update.steps=2", "update.query_kl_coefficient=0.01")
+    with planted_run(tmp_path / "run", config) as run:
+        classroom = planted_classroom(config, run)
+        moving = {name: p.detach().clone() for name, p in trainable(classroom.policy)}
+        still = {name: p.detach().clone() for name, p in classroom.untrained.lm.model.named_parameters()}
+        keys, table = classroom.keys["planted"], planted_cost(config.seed)
+        vectors, centre = keys.vectors.clone(), keys.centre.clone()
+        learn(config, run, classroom)
+    assert {name for name, p in trainable(classroom.policy) if not torch.equal(p, moving[name])} == set(moving)
+    assert len(moving) == 2 * 9 + 1 + 1 + 1  # nine weights a layer, tied embedding, final norm, projection
+    for name, parameter in classroom.untrained.lm.model.named_parameters():
+        assert torch.equal(parameter, still[name]), name
+        assert parameter.grad is None
+    assert torch.equal(keys.vectors, vectors)
+    assert torch.equal(keys.centre, centre)
+    assert torch.equal(classroom.reader.cost, table)  # type: ignore[attr-defined]
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # peft asks Transformers for it
+def test_with_an_adapter_only_the_adapter_and_the_projection_get_gradient(tmp_path: Path) -> None:
+    plain = language_model()
+    plain.model.save_pretrained(tmp_path)
+    plain.tokenizer.save_pretrained(tmp_path)
+    lm = load_language_model(str(tmp_path), device=torch.device("cpu"), adapter=Adapter(rank=2))
+    policy, untrained, material, keys = policies(lm)
+    perturb(policy, scale=0.05)  # B starts at zero, where A has no gradient yet
+    trajectories = rollout(policy, material, keys)
+    found, _ = gradients(policy, trajectories, keys, coefficients=ALL, reference=untrained.lm)
+    assert reached(found) == set(found)
+    assert {name.split(".")[0] for name in found} == {"model", "projection"}
+    assert all("lora_" in name for name in found if name.startswith("model."))
+    frozen = [p for name, p in lm.model.named_parameters() if "lora_" not in name]
+    assert len(frozen) == 3 * 9 + 3  # nothing of the model under it: three layers, embedding, norm, head
+    assert all(not p.requires_grad and p.grad is None for p in frozen)
+
+
+def test_the_reference_gets_no_gradient_and_keeps_its_weights() -> None:
+    policy, untrained, material, keys = policies(language_model())
+    perturb(policy, scale=0.05)
+    before = {name: p.clone() for name, p in untrained.lm.model.named_parameters()}
+    gradients(policy, rollout(policy, material, keys), keys, coefficients=ALL, reference=untrained.lm)
+    for name, parameter in untrained.lm.model.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name])
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_a_text_embedder_teaches_through_query_tokens_and_a_projection_alone(projected: bool) -> None:
+    lm = language_model()
+    own, _, material, _ = policies(lm)
+    policy = Policy(lm, sampling=own.sampling, embedding=None, text_embedder=HashedBytes(), temperature=3.0)
+    keys = policy.embed_keys(material)
+    if projected:
+        policy.projection = identity_projection(32, device=lm.device)
+    assert policy.selection_has_gradient == projected
+    trajectories = rollout(policy, material, keys)
+    selection, _ = gradients(policy, trajectories, keys, coefficients=only(selection=1.0, selection_entropy=1.0))
+    assert reached(selection) == ({"projection.weight"} if projected else set())
+    query, _ = gradients(policy, trajectories, keys, coefficients=only(query=1.0))
+    assert reached(query) == set(query) - {"projection.weight"}
+
+
+# ---- which layers ----------------------------------------------------------------------------------------------------
+
+
+def test_the_selection_reaches_the_layers_up_to_the_tapped_one_and_the_query_reaches_the_head() -> None:
+    policy, _, material, keys = policies(language_model(), layer=-2)
+    trajectories = rollout(policy, material, keys)
+
+    selection, _ = gradients(policy, trajectories, keys, coefficients=only(selection=1.0))
+    below = {name for name in selection if ".layers.0." in name or ".layers.1." in name or "embed_tokens" in name}
+    assert len(below) == 2 * 9 + 1
+    assert reached(selection) == below | {"projection.weight"}
+
+    query, _ = gradients(policy, trajectories, keys, coefficients=only(query=1.0))
+    assert reached(query) == set(query) - {"projection.weight"}
+    assert "model.lm_head.weight" in reached(query)
+
+
+def test_an_attention_embedding_reaches_its_query_projection_and_not_its_key_projection() -> None:
+    from preceptor.lm.embedding import AttentionProjections
+
+    lm = language_model()
+    own, _, material, _ = policies(lm)
+    policy = Policy(lm, sampling=own.sampling, embedding=AttentionProjections(lm, layer=1), temperature=0.1)
+    keys = policy.embed_keys(material)
+    found, _ = gradients(policy, rollout(policy, material, keys), keys, coefficients=only(selection=1.0))
+    assert {name for name in reached(found) if ".layers.1." in name} == {
+        "model.model.layers.1.input_layernorm.weight",
+        "model.model.layers.1.self_attn.q_proj.weight",
+    }
+    assert not any(".layers.2." in name for name in reached(found))
+
+
+# ---- what is scored is what was sampled ------------------------------------------------------------------------------
+
+SAMPLINGS = {
+    "plain": {},
+    "temperature": {"temperature": 0.6},
+    "top_k": {"top_k": 7},
+    "top_p": {"top_p": 0.7},
+    "all": {"temperature": 1.7, "top_k": 40, "top_p": 0.9},
+}
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+def test_scoring_a_rollout_gives_back_its_log_probs(sampling: dict[str, Any]) -> None:
+    policy, _, material, keys = policies(language_model(), **sampling)
+    trajectories = rollout(policy, material, keys, num_episodes=6)
+    assert len(set(map(tuple, trajectories.order.tolist()))) > 1  # rows of different length and content
+    scores = policy.score(trajectories, keys, with_values=True)
+    torch.testing.assert_close(scores.query_log_probs, trajectories.query_log_probs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores.query_entropy, trajectories.query_entropy, rtol=0, atol=1e-5)
+    chosen = trajectories.selection_log_probs.gather(-1, trajectories.order[..., None])[..., 0]
+    torch.testing.assert_close(scores.selection_log_probs, chosen, rtol=0, atol=1e-5)
+    ratios = (scores.query_log_probs - trajectories.query_log_probs).exp()
+    torch.testing.assert_close(ratios, torch.ones_like(ratios), rtol=0, atol=1e-5)
+
+
+# ---- KL --------------------------------------------------------------------------------------------------------------
+
+
+def test_kl_and_its_gradient_are_zero_before_the_first_step_and_not_after_it() -> None:
+    policy, untrained, material, keys = policies(language_model())
+    trajectories = rollout(policy, material, keys)
+    coefficients = only(value_kl=1.0, query_kl=1.0)
+    found, measured = gradients(policy, trajectories, keys, coefficients=coefficients, reference=untrained.lm)
+    assert measured.value_kl == pytest.approx(0.0, abs=1e-6)
+    assert measured.query_kl == pytest.approx(0.0, abs=1e-6)
+    assert max(float(gradient.abs().max()) for gradient in found.values()) < 1e-5
+
+    perturb(policy, scale=0.02)
+    found, measured = gradients(policy, trajectories, keys, coefficients=coefficients, reference=untrained.lm)
+    assert measured.value_kl is not None
+    assert measured.query_kl is not None
+    assert measured.value_kl > 1e-3
+    assert measured.query_kl > 1e-3
+    assert reached(found) == set(found) - {"projection.weight"}
+    for part, other in (("value_kl", "query_kl"), ("query_kl", "value_kl")):
+        alone, _ = gradients(
+            policy, trajectories, keys, coefficients=dataclasses.replace(coefficients, **{other: 0}),
+            reference=untrained.lm,
+        )
+        assert "model.lm_head.weight" in reached(alone), part
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
+    policy, untrained, material, keys = policies(language_model(), temperature=1.0)
+    perturb(policy, scale=0.02)
+    trajectories = rollout(policy, material, keys, num_episodes=7, budget=3)
+    passed = torch.tensor([True, False, True, True, True, False, True])
+    arguments: dict[str, Any] = {"coefficients": ALL, "reference": untrained.lm, "passed": passed}
+    whole, whole_metrics = gradients(policy, trajectories, keys, **arguments)
+    for size in (1, 2, 3):
+        parts, metrics = gradients(policy, trajectories, keys, micro_batch_size=size, **arguments)
+        for name, gradient in whole.items():
+            torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+        assert dataclasses.astuple(metrics) == pytest.approx(dataclasses.astuple(whole_metrics), abs=1e-5)
+
+
+def test_nothing_passing_gives_no_gradient() -> None:
+    policy, untrained, material, keys = policies(language_model())
+    trajectories = rollout(policy, material, keys)
+    nobody = torch.zeros(4, dtype=torch.bool)
+    found, measured = gradients(policy, trajectories, keys, coefficients=ALL, reference=untrained.lm, passed=nobody)
+    assert reached(found) == set()
+    assert (measured.policy_loss, measured.value_kl, measured.query_kl) == (0.0, None, None)
+
+
+def slow_loss(
+    policy: Policy, reference: LanguageModel, trajectories: Trajectories, keys: Keys, *, advantages: Tensor,
+    passed: list[int], weights: Coefficients, layer: int,
+) -> Tensor:
+    """The loss of the documentation, one trajectory, one token at a time, with the bare Transformers model."""
+    sampling, material = policy.sampling, trajectories.material
+    terms: dict[str, list[Tensor]] = {field.name: [] for field in dataclasses.fields(Coefficients)}
+    for episode in passed:
+        tokens, places = list(material.prompt), []
+        for pair, query in zip(trajectories.order[episode].tolist(), trajectories.queries[episode].tolist(), strict=True):
+            start = len(tokens)
+            tokens += query
+            middle = len(tokens)
+            tokens += material.values[pair]
+            places.append((pair, start, middle, len(tokens)))
+        ids = torch.tensor([tokens])
+        output = policy.lm.model(input_ids=ids, output_hidden_states=True)
+        logits, states = output.logits[0], output.hidden_states[layer + 1][0]
+        with torch.no_grad():
+            old = reference.model(input_ids=ids).logits[0].log_softmax(-1)
+        now = logits.log_softmax(-1)
+        allowed = torch.ones(logits.shape[-1], dtype=torch.bool)
+        allowed[list(sampling.suppressed)] = False
+        remaining = list(range(len(keys.vectors)))
+        for step, (pair, start, middle, end) in enumerate(places):
+            advantage = advantages[episode, step]
+            for at in range(start, middle):
+                acting = (logits[at - 1][allowed] / sampling.temperature).log_softmax(-1)
+                token = int(allowed[: tokens[at]].sum())  # its place among the allowed ones
+                terms["query"].append(-advantage * acting[token])
+                terms["query_entropy"].append(acting.exp() @ acting)
+                terms["query_kl"].append(now[at - 1].exp() @ (now[at - 1] - old[at - 1]))
+            for at in range(middle, end):
+                terms["value_kl"].append(now[at - 1].exp() @ (now[at - 1] - old[at - 1]))
+            vector = states[start:middle].mean(0) - keys.centre
+            if policy.projection is not None:
+                vector = policy.projection.weight @ vector
+            choice = (keys.vectors[remaining] @ vector / policy.temperature).log_softmax(-1)
+            terms["selection"].append(-advantage * choice[remaining.index(pair)])
+            terms["selection_entropy"].append(choice.exp() @ choice)
+            remaining.remove(pair)
+    return sum(
+        (getattr(weights, name) * torch.stack(values).mean() for name, values in terms.items()), start=torch.zeros(())
+    )
+
+
+def rms_norm(norm: LlamaRMSNorm, states: Tensor) -> Tensor:
+    return norm.weight * states * (states.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+
+
+def test_the_gradient_is_that_of_the_documented_loss_by_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The system computes its losses in float32; in float64 differences are exact enough to tell terms of 1 % apart.
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    monkeypatch.setattr(LlamaRMSNorm, "forward", rms_norm)  # Transformers' own computes in float32 whatever it gets
+    lm = language_model()
+    lm.model.double()
+    policy, untrained, material, keys = policies(lm, layer=1, temperature=0.8)
+    policy.temperature = 1.5
+    perturb(policy, scale=0.05)
+    trajectories = rollout(policy, material, keys, num_episodes=3, budget=3, query_tokens=2)
+    passed, advantages = [0, 2], advantages_of(trajectories).double()
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(
+                slow_loss(
+                    policy, untrained.lm, trajectories, keys, advantages=advantages, passed=passed, weights=ALL, layer=1
+                )
+            )
+
+    found, measured = gradients(
+        policy, trajectories, keys, coefficients=ALL, reference=untrained.lm, passed=torch.tensor([True, False, True])
+    )
+    kinds = {name.replace("layers.0", "layers.N").replace("layers.1", "layers.N").replace("layers.2", "layers.N")
+             for name in found}
+    assert len(kinds) == 9 + 3 + 1
+    step = 1e-5
+    for name, parameter in trainable(policy):
+        place = found[name].abs().argmax()
+        with torch.no_grad():
+            entry = parameter.view(-1)[place : place + 1]
+            entry += step
+            above = loss()
+            entry -= 2 * step
+            below = loss()
+            entry += step
+        expected = (above - below) / (2 * step)
+        assert found[name].view(-1)[place].item() == pytest.approx(expected, rel=1e-5, abs=1e-9), name
+    plain = only(query=ALL.query, selection=ALL.selection)
+    assert measured.policy_loss == pytest.approx(
+        float(slow_loss(policy, untrained.lm, trajectories, keys, advantages=advantages, passed=passed, weights=plain, layer=1)),
+        abs=1e-9,
+    )
+
+
+# ---- numbers that are not finite -------------------------------------------------------------------------------------
+
+
+class FaultyReader(PlantedReader):
+    """Gives NaN for the values of some episodes at some updates (each update scores twice, once a context)."""
+
+    def __init__(self, cost: Tensor, *, steps: set[int], episodes: slice = slice(None)) -> None:
+        super().__init__(cost)
+        self.steps, self.episodes, self.num_calls = steps, episodes, 0
+
+    def score(self, rows: Any) -> Any:
+        step = self.num_calls // 2 + 1
+        self.num_calls += 1
+        scored = super().score(rows)
+        if step in self.steps:
+            for index in range(len(scored))[self.episodes]:
+                broken = tuple(torch.full_like(values, math.nan) for values in scored[index].log_probs)
+                scored[index] = dataclasses.replace(scored[index], log_probs=broken)
+        return scored
+
+
+def run_with(
+    path: Path, *, reader_steps: set[int] = frozenset(), gradient_steps: set[int] = frozenset(),  # type: ignore[assignment]
+    episodes: slice = slice(None), num_steps: int = 3,
+) -> tuple[list[dict[str, Any]], list[dict[str, Tensor]], str]:
+    """Metrics, the weights after each update (first: before any) and the notices of a planted run with faults."""
+    config = planted_config(f"update.steps={num_steps}")
+    history: list[dict[str, Tensor]] = []
+    with planted_run(path, config) as run:
+        classroom = planted_classroom(config, run)
+        reader = FaultyReader(planted_cost(config.seed), steps=reader_steps, episodes=episodes)
+        classroom = dataclasses.replace(classroom, reader=reader)
+        weights = dict(trainable(classroom.policy))
+
+        def keep() -> None:
+            history.append({name: p.detach().clone() for name, p in weights.items()})
+
+        log = run.log
+
+        def logged(step: int, row: Any) -> None:
+            log(step, row)
+            keep()
+
+        run.log = logged  # type: ignore[method-assign]
+        assert classroom.policy.projection is not None
+        classroom.policy.projection.weight.register_hook(
+            lambda gradient: gradient * math.nan if len(history) in gradient_steps else gradient
+        )
+        keep()
+        try:
+            learn(config, run, classroom)
+        finally:
+            rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+            notices = (path / "notices.log").read_text() if (path / "notices.log").exists() else ""
+            run_with.last = rows, history, notices  # type: ignore[attr-defined]
+    return rows, history, notices
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", ["reader_steps", "gradient_steps"])
+def test_a_step_that_is_not_finite_is_skipped_named_and_counted(tmp_path: Path, kind: str) -> None:
+    rows, history, notices = run_with(tmp_path / "run", **{kind: {2}})  # type: ignore[arg-type]
+    assert not same(history[0], history[1])
+    assert same(history[1], history[2])  # bit for bit
+    assert not same(history[2], history[3])
+    assert [row["skipped_steps"] for row in rows] == [0, 1, 1]
+    assert [row["rewards_excluded"] for row in rows] == ([0, 16, 16] if kind == "reader_steps" else [0, 0, 0])
+    assert "step 2 skipped: " in notices
+    assert ("every reward" if kind == "reader_steps" else "gradient of projection.weight is NaN") in notices
+    assert "gradient_norm" in rows[1]["nonfinite"]
+
+
+@pytest.mark.parametrize("kind", ["reader_steps", "gradient_steps"])
+def test_five_in_a_row_are_allowed_and_six_end_the_run(tmp_path: Path, kind: str) -> None:
+    rows, _, _ = run_with(tmp_path / "five", num_steps=7, **{kind: {2, 3, 4, 5, 6}})  # type: ignore[arg-type]
+    assert rows[-1]["skipped_steps"] == 5
+    with pytest.raises(NumericError, match="6 steps in a row were not finite") as error:
+        run_with(tmp_path / "six", num_steps=9, **{kind: {2, 3, 4, 5, 6, 7}})  # type: ignore[arg-type]
+    assert error.value.exit_code == 3
+    _, history, _ = run_with.last  # type: ignore[attr-defined]
+    assert same(history[1], history[-1])
+
+
+def test_a_reward_that_is_nan_is_left_out_and_the_others_still_teach(tmp_path: Path) -> None:
+    rows, history, _ = run_with(tmp_path / "run", reader_steps={1, 2}, episodes=slice(0, 3), num_steps=4)
+    assert [row["rewards_excluded"] for row in rows] == [3, 6, 6, 6]
+    assert [row["passed_fraction"] for row in rows] == [13 / 16, 13 / 16, 1.0, 1.0]  # nothing lingers
+    assert not any("nonfinite" in row for row in rows)
+    assert all(not same(before, after) for before, after in zip(history, history[1:], strict=False))
+
+
+def test_sampling_of_both_policies_is_the_same_object_of_numbers() -> None:
+    policy, untrained, _, _ = policies(language_model(), top_k=3)
+    assert policy.sampling == untrained.sampling == Sampling(top_k=3, suppressed=policy.lm.special_tokens)
