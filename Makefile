@@ -8,13 +8,13 @@ TORCH ?= 2.13.0
 # A demo never overwrites an earlier one.
 DEMO_OUT := $(or $(DEMO_OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: help demo test test-all lint check format constraints clean
+.PHONY: help demo test test-all bench lint check format constraints clean
 
 help: ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
 
 demo: $(VENV)/installed-demo ## Learn a reading order on the bundled model and article
-	$(BIN)/preceptor run reading --preset default --out $(DEMO_OUT)
+	$(BIN)/preceptor run reading --preset default --threads 2 --out $(DEMO_OUT)
 	@echo "The page of this run: $(DEMO_OUT)/report.html"
 
 test: $(VENV)/installed-test ## All tests but the slow ones, with the examples of docstrings and docs
@@ -22,6 +22,9 @@ test: $(VENV)/installed-test ## All tests but the slow ones, with the examples o
 
 test-all: $(VENV)/installed-test ## The slow tests too
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/installed-test ## Cost of an episode batch beside the naive way; a clean commit adds a line to benchmarks/history.jsonl
+	$(BIN)/python -m benchmarks.episode
 
 lint: $(VENV)/installed-dev ## Format, lint and types, changing nothing
 	$(BIN)/ruff format --check .

@@ -1,7 +1,7 @@
 """Runs of reading over seeds and articles, and one result over all of them: the table in docs/systems/reading.md.
 
-    python -m benchmarks.reading_results --out runs/one-article --seeds 0 1 2 3 4 --articles A.txt B.txt -- --set KEY=VALUE
-    python -m benchmarks.reading_results --out runs/transfer --seeds 0 1 2 3 4 -- --train-articles DIR --eval-articles DIR
+    python -m benchmarks.reading_results --out runs/one --seeds 0 1 2 3 4 --articles A.txt B.txt -- --set KEY=VALUE
+    python -m benchmarks.reading_results --out runs/many --seeds 0 1 2 3 4 -- --train-articles A/ --eval-articles B/
 
 Each cell is a ``preceptor run reading`` of its own with one thread; several run at once. A cell that has its
 ``result.json`` is not run again, so a killed sweep goes on. The words after ``--`` are passed to every run.
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(own)
     cells = [(seed, article) for seed in options.seeds for article in options.articles or [""]]
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(lambda cell: _run(options.out, *cell, passed), cells))
+        results = list(pool.map(lambda cell: _run(options.out, cell[0], cell[1], passed), cells))
     records = [record for result in results for record in result["records"]]
     merged = reading_result(records, config=results[0]["config"], seeds=options.seeds)
     merged["code"], merged["command"] = code_version(), words

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from preceptor.lm.language_model import LanguageModel
-from preceptor.lm.load import load_language_model
+from preceptor.lm.load import Adapter, _with_adapter, load_language_model
 from preceptor.lm.tokenizer import train_bpe_tokenizer
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
@@ -55,8 +55,12 @@ FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
     "qwen2": lambda **changes: Qwen2Config(**_SHAPE | changes),  # biases
     "qwen3": lambda **changes: Qwen3Config(**_SHAPE | changes),  # norms of heads
     # Capped attention and capped logits: the head is not linear. Half of the layers see a window.
-    "gemma2": lambda **changes: Gemma2Config(**_SHAPE | {"final_logit_softcapping": 5.0, "sliding_window": 64} | changes),
-    "mistral": lambda **changes: MistralConfig(**_SHAPE | {"sliding_window": 64} | changes),  # every layer sees a window
+    "gemma2": lambda **changes: Gemma2Config(
+        **_SHAPE | {"final_logit_softcapping": 5.0, "sliding_window": 64} | changes
+    ),
+    "mistral": lambda **changes: MistralConfig(
+        **_SHAPE | {"sliding_window": 64} | changes
+    ),  # every layer sees a window
 }
 
 
@@ -91,6 +95,18 @@ def make_lm(tokenizer: PreTrainedTokenizerBase) -> MakeLM:
             if parameter.ndim == 1:
                 parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
         return LanguageModel(model.to(dtype), tokenizer, name=f"tiny {family}")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_lora(make_lm: MakeLM) -> MakeLM:
+    """As ``make_lm``, with a LoRA adapter of rank 2."""
+    pytest.importorskip("peft", reason="needs the extra lora")
+
+    def make(family: str = "llama", **changes: Any) -> LanguageModel:
+        lm = make_lm(family, **changes)
+        return LanguageModel(_with_adapter(lm.model, Adapter(rank=2, alpha=4)), lm.tokenizer, name=f"{lm.name} + LoRA")
 
     return make
 

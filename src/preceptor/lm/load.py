@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -12,7 +13,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,  # type: ignore[attr-defined]  # of whichever client the hub is reached by
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -118,8 +126,6 @@ def _hub_revision(name: str) -> dict[str, Any]:
 
     Transformers itself would ask a hub that does not answer again and again, file by file, for about a minute.
     """
-    import httpx
-
     try:
         return {"revision": HfApi().model_info(name, timeout=HUB_TIMEOUT).sha}
     except GatedRepoError as error:
@@ -128,22 +134,27 @@ def _hub_revision(name: str) -> dict[str, Any]:
         raise ModelError(
             f"there is no model '{name}', neither as a folder here nor on the hub; check the name, or give 'starter'"
         ) from error
-    except (httpx.HTTPError, OfflineModeIsEnabled):
+    except (HTTPError, OfflineModeIsEnabled):
         return {"local_files_only": True}
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Transformers' progress bars and advice; its settings are put back."""
+    """Without Transformers' progress bars and advice, but with a download's; all settings are put back."""
     verbosity, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    shows_downloads = not are_progress_bars_disabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # switches off downloads' too
+    if shows_downloads:
+        enable_progress_bars()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if had_bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        if not shows_downloads:
+            disable_progress_bars()
 
 
 def _first_line(error: Exception) -> str:
@@ -160,6 +171,7 @@ def _with_adapter(model: PreTrainedModel, adapter: Adapter) -> Any:
         r=adapter.rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     # peft draws one of an adapter's two matrices; here it is the same in every run and moves no other random stream.
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(0)
+        warnings.simplefilter("ignore")  # peft on what Transformers deprecates, and on what it sets right by itself
         return get_peft_model(model, settings)

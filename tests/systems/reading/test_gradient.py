@@ -309,13 +309,10 @@ def test_the_gradient_is_that_of_the_documented_loss_by_finite_differences(monke
     trajectories = rollout(policy, material, keys, num_episodes=3, budget=3, query_tokens=2)
     passed, advantages = [0, 2], advantages_of(trajectories).double()
 
-    def loss() -> float:
+    def loss(weights: Coefficients = ALL) -> float:
+        others: dict[str, Any] = {"advantages": advantages, "passed": passed, "weights": weights, "layer": 1}
         with torch.no_grad():
-            return float(
-                slow_loss(
-                    policy, untrained.lm, trajectories, keys, advantages=advantages, passed=passed, weights=ALL, layer=1
-                )
-            )
+            return float(slow_loss(policy, untrained.lm, trajectories, keys, **others))
 
     found, measured = gradients(
         policy, trajectories, keys, coefficients=ALL, reference=untrained.lm, passed=torch.tensor([True, False, True])
@@ -335,11 +332,10 @@ def test_the_gradient_is_that_of_the_documented_loss_by_finite_differences(monke
             entry += step
         expected = (above - below) / (2 * step)
         assert found[name].view(-1)[place].item() == pytest.approx(expected, rel=1e-5, abs=1e-9), name
-    plain = only(query=ALL.query, selection=ALL.selection)
-    assert measured.policy_loss == pytest.approx(
-        float(slow_loss(policy, untrained.lm, trajectories, keys, advantages=advantages, passed=passed, weights=plain, layer=1)),
-        abs=1e-9,
-    )
+    assert measured.policy_loss == pytest.approx(loss(only(query=ALL.query, selection=ALL.selection)), abs=1e-9)
+    assert measured.query_kl == pytest.approx(loss(only(query_kl=1.0)), abs=1e-9)
+    assert measured.value_kl == pytest.approx(loss(only(value_kl=1.0)), abs=1e-9)
+    assert measured.query_entropy == pytest.approx(-loss(only(query_entropy=1.0)), abs=1e-9)
 
 
 # ---- numbers that are not finite -------------------------------------------------------------------------------------

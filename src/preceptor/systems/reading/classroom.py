@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,11 +85,7 @@ def prepare(config: ReadingConfig, run: Run, *, cache_dir: Path, openai_api_key:
         }
 
     materials = encoded(lm)
-    for material in materials.values():
-        # The final measurement reads every pair, whatever the budget of training is.
-        check_budget(
-            lm.context_length, material, budget=material.reading.num_pairs, query_tokens=config.episode.query_tokens
-        )
+    _check_budgets(config, materials, lm.context_length, train=[reading.name for reading in readings.train])
     sampling = Sampling(
         temperature=config.episode.temperature,
         top_k=config.episode.top_k,
@@ -120,7 +116,9 @@ def prepare(config: ReadingConfig, run: Run, *, cache_dir: Path, openai_api_key:
     else:
         reader_lm = load_language_model(config.reward.reader, device=run.device)
         reader_lm.model.requires_grad_(False)
-        reader = LanguageModelReader(reader_lm, policy_lm=lm, materials=encoded(reader_lm))
+        reader_materials = encoded(reader_lm)
+        _check_budgets(config, reader_materials, reader_lm.context_length)
+        reader = LanguageModelReader(reader_lm, policy_lm=lm, materials=reader_materials)
     classroom = Classroom(
         policy=policy,
         untrained=untrained,
@@ -140,6 +138,24 @@ def prepare(config: ReadingConfig, run: Run, *, cache_dir: Path, openai_api_key:
     )
     replace_file(run.path / "articles.json", row_json(_articles(classroom)) + "\n")
     return classroom
+
+
+def _check_budgets(
+    config: ReadingConfig, materials: Mapping[str, Material], context_length: int, *, train: Sequence[str] = ()
+) -> None:
+    """Refuse what does not fit before anything is computed.
+
+    The final measurement reads every pair, whatever the budget of training is. A query is taken to be as long for a
+    reader of another vocabulary as for the policy.
+    """
+    needs: dict[str, Any] = {
+        "query_tokens": config.episode.query_tokens,
+        "probe_after_queries": config.reward.kind == "probe" and config.reward.context == "queries",
+    }
+    for name, material in materials.items():
+        check_budget(context_length, material, budget=material.reading.num_pairs, **needs)
+        if name in train and config.episode.budget:
+            check_budget(context_length, material, budget=config.episode.budget, **needs)
 
 
 def identity_projection(dimension: int, *, device: torch.device) -> nn.Linear:

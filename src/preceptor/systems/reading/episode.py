@@ -102,31 +102,35 @@ def run_episodes(
     )
 
 
-def check_budget(context_length: int, material: Material, *, budget: int, query_tokens: int) -> None:
+def check_budget(
+    context_length: int, material: Material, *, budget: int, query_tokens: int, probe_after_queries: bool = False
+) -> None:
     """Refuse a budget that the pairs or the context cannot hold.
 
-    The longest possible episode counts, so that no run fails half-way.
+    The longest possible rows count, so that no run fails half-way: prompt, queries and values; values and probe; and
+    with ``probe_after_queries`` (a probe reward in a context that holds the queries) all of them in one row.
 
     Raises:
         DataError: and says how many pairs fit.
     """
-    name, num_pairs = material.reading.name, material.reading.num_pairs
+    name, num_pairs, turns = material.reading.name, material.reading.num_pairs, material.turns
     if not 1 <= budget <= num_pairs:
         raise DataError(
             f"`episode.budget` must lie in 1..{num_pairs} for {name}, which has {num_pairs} pairs, got {budget}"
         )
-    lengths = sorted((len(value) for value in material.values), reverse=True)
-    step = query_tokens + len(material.turns.before_value) + len(material.turns.before_query)
-    used, fitting = max(len(material.prompt), 1 + len(material.probe)), 0
-    for length in lengths:
-        used += step + length
-        if used > context_length:
+    prompt = len(material.prompt) - len(turns.before_query)  # the prompt has opened the first query already
+    values, fitting = 0, 0
+    for length in sorted((len(value) for value in material.values), reverse=True):
+        values += length
+        queries = (fitting + 1) * (query_tokens + len(turns.before_value) + len(turns.before_query))
+        with_queries = prompt + queries + values + len(material.probe) * probe_after_queries
+        if max(with_queries, 1 + values + len(material.probe)) > context_length:
             break
         fitting += 1
     if fitting < budget:
         raise DataError(
-            f"{budget} pairs of {name} do not fit the context of {context_length} tokens: {fitting} do; set "
-            f"episode.budget or data.num_pairs to at most {fitting}, or lower data.max_value_tokens"
+            f"{budget} pairs of {name} do not fit the context of {context_length} tokens: {fitting} do; lower "
+            "data.num_pairs to that, or data.max_value_tokens, data.num_probes or episode.query_tokens"
         )
 
 

@@ -114,7 +114,9 @@ def control_orders(
     controls["best_of_n"] = counted(lambda: best_order(scores, drawn))
     controls["greedy"] = counted(lambda: beam_search(scores, width=1))
     controls["beam"] = counted(lambda: beam_search(scores, width=beam_width))
-    controls["local_search"] = counted(lambda: local_search(scores, controls["beam"].orders[0]))
+    beam = controls["beam"]
+    improved = counted(lambda: local_search(scores, beam.orders[0]))
+    controls["local_search"] = Control(improved.orders, beam.num_calls + improved.num_calls)  # it needs the beam first
     if num_pairs <= EXHAUSTIVE_LIMIT:
         controls["exhaustive"] = counted(lambda: best_order(scores, itertools.permutations(range(num_pairs))))
     return controls
