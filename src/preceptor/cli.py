@@ -261,7 +261,7 @@ def _run(system: SystemInfo, name: str, options: argparse.Namespace, environ: Ma
     if options.print_config:
         print(dump_yaml(config), end="")
         return 0
-    from preceptor.run.folder import create_run, default_run_path
+    from preceptor.run.folder import create_run, default_run_path, discard_unbegun
 
     path: Path = options.out or default_run_path(Path("runs"), name, date.today())
     try:
@@ -281,7 +281,13 @@ def _run(system: SystemInfo, name: str, options: argparse.Namespace, environ: Ma
             with contextlib.suppress(OSError):  # no longer empty: then it holds something to look at
                 path.rmdir()
         raise
-    return _train(system, config, run, environ, report=not options.no_report)
+    try:
+        return _train(system, config, run, environ, report=not options.no_report)
+    except Interrupted:
+        raise
+    except PreceptorError:
+        discard_unbegun(path)  # an article or a model that was refused must not block the next try
+        raise
 
 
 def _resume(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -314,7 +320,7 @@ def _show(result: Mapping[str, Any]) -> None:
 
         from preceptor.report.table import arms_table
 
-        Console().print(arms_table(result["arms"], title=f"{result['system']}: every arm"))
+        Console().print(arms_table(result["arms"], title=f"{result['system']}: every arm", metrics=result.get("table")))
     if "verdict" in result:
         print(f"\n{result['verdict']}\n")
 

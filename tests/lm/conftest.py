@@ -49,18 +49,15 @@ _SHAPE: dict[str, Any] = {
 }
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}
 _GPT2 |= {name: _SHAPE[name] for name in ("vocab_size", "initializer_range", "bos_token_id", "eos_token_id")}
+_WINDOW = {"sliding_window": 64}
 FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
     "llama": lambda **changes: LlamaConfig(**_SHAPE | changes),  # grouped queries
     "gpt2": lambda **changes: GPT2Config(**_GPT2 | changes),  # learned positions, tied head, fused projections, dropout
     "qwen2": lambda **changes: Qwen2Config(**_SHAPE | changes),  # biases
     "qwen3": lambda **changes: Qwen3Config(**_SHAPE | changes),  # norms of heads
     # Capped attention and capped logits: the head is not linear. Half of the layers see a window.
-    "gemma2": lambda **changes: Gemma2Config(
-        **_SHAPE | {"final_logit_softcapping": 5.0, "sliding_window": 64} | changes
-    ),
-    "mistral": lambda **changes: MistralConfig(
-        **_SHAPE | {"sliding_window": 64} | changes
-    ),  # every layer sees a window
+    "gemma2": lambda **changes: Gemma2Config(**_SHAPE | _WINDOW | {"final_logit_softcapping": 5.0} | changes),
+    "mistral": lambda **changes: MistralConfig(**_SHAPE | _WINDOW | changes),  # every layer sees a window
 }
 
 
@@ -80,7 +77,7 @@ MakeLM = Callable[..., LanguageModel]
 
 @pytest.fixture(scope="session")
 def make_lm(tokenizer: PreTrainedTokenizerBase) -> MakeLM:
-    """``make_lm(family, attention=…, dtype=…, **changes of the configuration)``: always a new model, always the same."""
+    """``make_lm(family, attention=…, dtype=…, **changes of the configuration)``: a new model, always the same."""
 
     def make(
         family: str = "llama", *, attention: str | None = None, dtype: torch.dtype = torch.float32, **changes: Any
@@ -106,7 +103,9 @@ def make_lora(make_lm: MakeLM) -> MakeLM:
 
     def make(family: str = "llama", **changes: Any) -> LanguageModel:
         lm = make_lm(family, **changes)
-        return LanguageModel(_with_adapter(lm.model, Adapter(rank=2, alpha=4)), lm.tokenizer, name=f"{lm.name} + LoRA")
+        return LanguageModel(
+            _with_adapter(lm.model, Adapter(rank=2, alpha=4.0)), lm.tokenizer, name=f"{lm.name} + LoRA"
+        )
 
     return make
 

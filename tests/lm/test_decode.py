@@ -102,7 +102,7 @@ def test_a_row_does_not_depend_on_its_neighbours(
     family: str, make_lm: Callable[..., LanguageModel], random_tokens: Any
 ) -> None:
     """Greedy, so that the same draws need no shared generator."""
-    lm, greedy = make_lm(family), Sampling(temperature=0)
+    lm, greedy = make_lm(family), Sampling(temperature=0.0)
     prompts = [[0, *random_tokens(length)] for length in (2, 7, 4, 11, 1)]
     values = [random_tokens(length) for length in (5, 0, 9, 1, 3)]
 
@@ -147,9 +147,8 @@ def test_holes_do_not_use_up_the_context(
 
 def test_nothing_is_encoded_twice(make_lm: Callable[..., LanguageModel], random_tokens: Any) -> None:
     lm, seen = make_lm(), []
-    lm.model.get_input_embeddings().register_forward_hook(
-        lambda _module, inputs, _output: seen.append(inputs[0].numel())
-    )
+    embedding = lm.model.get_input_embeddings()
+    embedding.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].numel()))
     decoder = Decoder(lm, batch_size=2)
     decoder.append([random_tokens(5)] * 2)
     decoder.generate(4, sampling=SAMPLING, generator=seeded())
@@ -206,9 +205,8 @@ def test_no_gradient_is_recorded(make_lm: Callable[..., LanguageModel]) -> None:
     decoder = Decoder(lm, batch_size=1, capture=lm.layers[0])
     decoder.append([[0]])
     generated = decoder.generate(2, sampling=SAMPLING, generator=seeded())
-    assert not (
-        generated.log_probs.requires_grad or generated.entropy.requires_grad or generated.captured.requires_grad
-    )
+    for values in (generated.log_probs, generated.entropy, generated.captured):
+        assert not values.requires_grad
 
 
 def test_a_full_context_is_refused_and_leaves_the_rows_as_they_were(
@@ -271,7 +269,7 @@ def test_greedy_text_of_a_real_model_is_the_known_one(real_lm: Any, test_data: P
     lm = real_lm("stories260k")
     decoder = Decoder(lm, batch_size=1)
     decoder.append([[lm.begin_token]])
-    tokens = decoder.generate(260, sampling=Sampling(temperature=0), generator=seeded()).tokens[0].tolist()
+    tokens = decoder.generate(260, sampling=Sampling(temperature=0.0), generator=seeded()).tokens[0].tolist()
     assert lm.decode(tokens)[: len(known)] == known
 
 

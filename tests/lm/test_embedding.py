@@ -16,8 +16,17 @@ from preceptor.lm.language_model import LanguageModel
 
 MakeLM = Callable[..., LanguageModel]
 ROW = [0, 5, 17, 40, 8]
-TINY = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "max_position_embeddings": 64, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}  # fmt: skip
+TINY = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 2,
+    "eos_token_id": 1,
+}
 
 
 def captured(lm: LanguageModel, module: torch.nn.Module) -> Tensor:
@@ -27,7 +36,7 @@ def captured(lm: LanguageModel, module: torch.nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("layer", [0, 1, -1, -2])
 def test_hidden_states(family: str, layer: int, make_lm: MakeLM) -> None:
-    """Transformers' own ``hidden_states``; its last entry is after the final norm, so the next layer's norm is undone."""
+    """Transformers' own ``hidden_states``; its last entry is after the final norm, which is applied to ours here."""
     lm = make_lm(family)
     embedding = HiddenStates(lm, layer=layer)
     assert embedding.query_module is embedding.key_module is lm.layers[layer]
@@ -70,9 +79,8 @@ def test_grouped_queries_meet_their_own_keys(grouped: str, make_lm: MakeLM) -> N
 
 
 def test_fused_projections_of_phi3(tokenizer: PreTrainedTokenizerBase) -> None:
-    lm = LanguageModel(
-        AutoModelForCausalLM.from_config(Phi3Config(**TINY, num_key_value_heads=2)), tokenizer, name="phi"
-    )
+    model = AutoModelForCausalLM.from_config(Phi3Config(**TINY, num_key_value_heads=2))
+    lm = LanguageModel(model, tokenizer, name="phi")
     embedding = AttentionProjections(lm, layer=0)
     fused = captured(lm, embedding.query_module)[0]
     assert fused.shape == (5, 32 + 16 + 16)
@@ -138,7 +146,7 @@ def test_keys_that_cannot_be_embedded_are_refused(make_lm: MakeLM) -> None:
 
 def test_attention_of_another_build_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     lm = LanguageModel(AutoModelForCausalLM.from_config(GPTNeoXConfig(**TINY)), tokenizer, name="neox")
-    with pytest.raises(ModelError, match="neox has no q_proj and k_proj.*use hidden_states"):
+    with pytest.raises(ModelError, match=r"neox has no q_proj and k_proj.*use hidden_states"):
         AttentionProjections(lm, layer=0)
     assert HiddenStates(lm, layer=0)
 

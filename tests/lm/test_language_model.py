@@ -34,13 +34,8 @@ from preceptor.lm.language_model import LanguageModel, _context_length
 
 MakeLM = Callable[..., LanguageModel]
 TINY = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-TINY_LLAMA = TINY | {
-    "num_key_value_heads": 4,
-    "intermediate_size": 48,
-    "initializer_range": 0.2,
-    "pad_token_id": 2,
-    "eos_token_id": 1,
-}
+LARGE_WEIGHTS = {"initializer_range": 0.2}
+TINY_LLAMA = TINY | LARGE_WEIGHTS | {"num_key_value_heads": 4, "intermediate_size": 48, "pad_token_id": 2}
 
 
 def logits_of(lm: LanguageModel, tokens: Tensor) -> Tensor:
@@ -67,9 +62,8 @@ def test_logits_and_states_are_those_of_the_model(family: str, make_lm: MakeLM, 
 def test_logits_are_computed_where_they_are_kept_alone(family: str, make_lm: MakeLM) -> None:
     """But for Gemma 2, which caps its logits after the head."""
     lm, rows = make_lm(family), []
-    lm.model.get_output_embeddings().register_forward_hook(
-        lambda _module, _inputs, out: rows.append(out.numel() // 300)
-    )
+    head = lm.model.get_output_embeddings()
+    head.register_forward_hook(lambda _module, _inputs, output: rows.append(output.numel() // 300))
     keep = torch.zeros(2, 5, dtype=torch.bool)
     keep[1, 3] = True
     lm.forward(TOKENS, keep=keep)
@@ -111,11 +105,9 @@ def wrapped(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Lan
 @pytest.mark.parametrize(
     "config",
     [
-        BloomConfig(
-            vocab_size=300, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2, max_position_embeddings=64
-        ),
-        FalconConfig(**TINY, alibi=True, initializer_range=0.2, bos_token_id=0, eos_token_id=1),
-        BertConfig(**TINY, intermediate_size=48, is_decoder=False, initializer_range=0.2),
+        BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4, **LARGE_WEIGHTS, max_position_embeddings=64),
+        FalconConfig(**TINY, **LARGE_WEIGHTS, alibi=True),
+        BertConfig(**TINY, **LARGE_WEIGHTS, intermediate_size=48, is_decoder=False),
         MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, max_position_embeddings=64),
     ],
     ids=["bloom: ALiBi", "falcon: ALiBi", "bert: bidirectional", "mamba: recurrent"],
@@ -134,6 +126,7 @@ def test_scaled_logits_are_exact(tokenizer: PreTrainedTokenizerBase, plain: Any)
 
 LONG = {"max_position_embeddings": 512}
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10_000.0, "original_max_position_embeddings": 128}
+GPT_NEO = {"vocab_size": 300, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
 
@@ -146,11 +139,11 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.
         (Qwen2Config(**TINY_LLAMA | LONG, sliding_window=16, use_sliding_window=False), 512),
         (Qwen2Config(**TINY_LLAMA | LONG, sliding_window=16, use_sliding_window=True, max_window_layers=1), 16),
         (Gemma3TextConfig(**TINY_LLAMA | LONG, sliding_window=32, head_dim=8), 32),
-        (GPTNeoConfig(**{**LONG, "vocab_size": 300, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 24,
-                         "attention_types": [[["global", "local"], 1]], "bos_token_id": 0, "eos_token_id": 1}), 24),
+        (GPTNeoConfig(**GPT_NEO | LONG, window_size=24, attention_types=[[["global", "local"], 1]]), 24),
+        (GPTNeoConfig(**GPT_NEO | LONG, window_size=24, attention_types=[[["global"], 2]]), 512),
     ],
-    ids=["llama", "llama yarn", "phi3 longrope", "qwen2 full", "qwen2 window", "gemma3 window", "gpt_neo window"],
-)  # fmt: skip
+    ids=["llama", "llama yarn", "phi3 longrope", "qwen2 full", "qwen2 window", "gemma3 window", "neo window", "neo"],
+)
 def test_the_context_ends_where_attention_changes(
     config: PreTrainedConfig, expected: int, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -268,6 +261,15 @@ def test_a_continuation_gets_one_space(test_data: Path, with_tokenizer: Any) -> 
     for name in ("lm/stories260k", "tokenizers/gpt2"):
         lm = with_tokenizer(AutoTokenizer.from_pretrained(test_data / name, local_files_only=True))
         assert lm.decode([*lm.encode("One."), *lm.encode(" Two  words."), *lm.encode(" 3")]) == "One. Two  words. 3"
+
+
+def test_a_long_text_is_encoded_without_advice(
+    make_lm: MakeLM, tokenizer: PreTrainedTokenizerBase, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lm = LanguageModel(make_lm().model, deepcopy(tokenizer), name="tiny")
+    capfd.readouterr()
+    assert len(lm.encode("sea " * 500)) > 96
+    assert capfd.readouterr().err == ""
 
 
 def test_a_tokenizer_of_another_model_is_refused(make_lm: MakeLM, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -135,7 +135,7 @@ def test_a_broken_distribution_is_refused() -> None:
 def test_a_drawn_token_keeps_its_probability() -> None:
     """A rounding error has moved the drawn token just below the edge of the truncation."""
     moved = torch.tensor([[2.0, 1.0, 1.0 - 1e-6, 0.0]])
-    for sampling in (Sampling(top_k=2), Sampling(top_p=0.7), Sampling(temperature=0)):
+    for sampling in (Sampling(top_k=2), Sampling(top_p=0.7), Sampling(temperature=0.0)):
         assert sampling.log_probs(moved)[0, 2] == -math.inf
         kept = sampling.log_probs(moved, drawn=torch.tensor([2]))
         assert kept[0, 2] > -3
@@ -166,7 +166,7 @@ def test_leading_axes_are_free() -> None:
 
 def test_values_out_of_range_are_all_named() -> None:
     with pytest.raises(ConfigError) as caught:
-        Sampling(temperature=-1, top_k=-2, top_p=0)
+        Sampling(temperature=-1.0, top_k=-2, top_p=0.0)
     assert len(caught.value.faults) == 3
     for settings in ({"temperature": math.nan}, {"temperature": math.inf}, {"top_p": 1.01}, {"top_p": math.nan}):
         with pytest.raises(ConfigError, match=f"`{next(iter(settings))}`"):

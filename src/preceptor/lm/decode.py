@@ -210,13 +210,12 @@ class Decoder:
         width = tokens.shape[1]
         filled = torch.cat([self._filled, counts], dim=1)
         causal = torch.ones(width, width, dtype=torch.bool, device=tokens.device).tril()
-        # A hole attends to itself too: a token without any key would give NaN, which sums would spread.
-        itself = torch.eye(width, dtype=torch.bool, device=tokens.device)
         earlier = self._filled[:, None].expand(-1, width, -1)
         output = self.lm.forward(
             tokens,
             keep=keep,
-            attention_mask=torch.cat([earlier, counts[:, None] & causal | itself], dim=-1),
+            # Every row begins with a token, so that a hole too has something to attend to.
+            attention_mask=torch.cat([earlier, counts[:, None] & causal], dim=-1),
             positions=(self._lengths[:, None] + counts.cumsum(1) - 1).clamp_min(0),
             cache=self._cache,
             capture=self._capture,

@@ -7,7 +7,7 @@ so that the vectors come from a forward pass that happens anyway.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.score import batches_by_length, pad_rows, span_mask
 
 
+@runtime_checkable
 class ModelEmbedding(Protocol):
     """Which module's output becomes a query's vector, which a key's, and how; ``version`` names all of that."""
 

@@ -196,7 +196,10 @@ class LanguageModel:
     # ---- text -------------------------------------------------------------------------------------------------------
 
     def _tokenize(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        # `verbose` is advice on texts longer than a context.
+        return list(
+            self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        )
 
     def _encode_text(self, text: str) -> list[int]:
         tokens = self._tokenize(text)

@@ -12,15 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    HTTPError,  # type: ignore[attr-defined]  # of whichever client the hub is reached by
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub import HfApi, errors, try_to_load_from_cache
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -103,10 +96,7 @@ def load_language_model(
 def _source(name: str) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` that find ``name``."""
     if name == STARTER:
-        return {
-            "pretrained_model_name_or_path": str(resources.files("preceptor") / "starter"),
-            "local_files_only": True,
-        }
+        return _folder(resources.files("preceptor") / "starter")
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -114,28 +104,35 @@ def _source(name: str) -> dict[str, Any]:
         return _folder(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(f"model folder {name} does not exist; check the path")
-    return {"pretrained_model_name_or_path": name, **_hub_revision(name)}
+    return _hub_source(name)
 
 
 def _folder(path: object) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
 
 
-def _hub_revision(name: str) -> dict[str, Any]:
-    """The commit of the hub's model ``name``, so that tokenizer and weights are of one; or the local cache alone.
+def _hub_source(name: str) -> dict[str, Any]:
+    """The hub's model ``name`` at its newest commit, so that tokenizer and weights are of one; or what is cached of it.
 
     Transformers itself would ask a hub that does not answer again and again, file by file, for about a minute.
     """
+    remedy = "give 'starter', a folder that save_pretrained wrote, or a hub name that this machine can reach"
     try:
-        return {"revision": HfApi().model_info(name, timeout=HUB_TIMEOUT).sha}
-    except GatedRepoError as error:
+        commit = HfApi().model_info(name, timeout=HUB_TIMEOUT).sha
+        return {"pretrained_model_name_or_path": name, "revision": commit}
+    except errors.GatedRepoError as error:
         raise ModelError(f"model '{name}' is gated; accept its terms on the hub and set HF_TOKEN") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise ModelError(f"there is no model '{name}', neither as a folder here nor on the hub; {remedy}") from error
+    # The errors of whichever client the hub is reached by.
+    except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:  # type: ignore[attr-defined]
+        cached = try_to_load_from_cache(name, "config.json")
+        if isinstance(cached, str):
+            return _folder(Path(cached).parent)
         raise ModelError(
-            f"there is no model '{name}', neither as a folder here nor on the hub; check the name, or give 'starter'"
+            f"model '{name}' is no folder here, the hub cannot be reached ({_first_line(error)}), and it was not "
+            f"downloaded before; {remedy}"
         ) from error
-    except (HTTPError, OfflineModeIsEnabled):
-        return {"local_files_only": True}
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from preceptor.report.arms import COUNTS, LEARNED, RANDOM, Arms, is_oracle, metric_names, ordered, spelled, unit_of
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def arms_table(arms: Arms, *, title: str | None = None) -> Table:
+def arms_table(arms: Arms, *, title: str | None = None, metrics: Sequence[str] | None = None) -> Table:
     """Arms by metrics, each with its interval, best first in the first metric; units stand in the headers.
 
-    ``arms`` is that of ``result.json``. The learned arm is bold, oracles are set in italics (they peek). Print it with
+    ``arms`` is that of ``result.json``; ``metrics`` chooses columns (None: all). The learned arm is bold, oracles are set in italics (they peek). Print it with
     ``rich.print``.
     """
     from rich import box
@@ -23,7 +23,7 @@ def arms_table(arms: Arms, *, title: str | None = None) -> Table:
 
     table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("arm", no_wrap=True)
-    metrics = metric_names(arms)
+    metrics = [metric for metric in metrics or metric_names(arms) if metric in metric_names(arms)]
     for metric in metrics:
         table.add_column(Text(f"{spelled(metric)}\n{unit_of(arms, metric)}"), justify="right")
     ranked = ordered(arms, metrics[0]) if metrics else []

@@ -36,7 +36,7 @@ from preceptor.run.lock import FolderLock
 from preceptor.run.metrics import JsonlLog
 from preceptor.run.progress import COLUMNS, Progress
 from preceptor.run.random import RandomStreams, derived_seed, global_random_state, load_global_random_state
-from preceptor.run.record import plain_config, read_config, read_manifest, require_free, write_record
+from preceptor.run.record import RECORD, plain_config, read_config, read_manifest, require_free, write_record
 from preceptor.run.signals import StopSignals
 from preceptor.run.strict_json import JSON, row_json
 from preceptor.run.trackers import Tracker, check_trackers, open_tracker
@@ -297,6 +297,20 @@ def open_run(
         if code := env.changes(manifest["code"], env.code_version()):
             run.notice(f"the code has changed since the run began: {', '.join(code)}")
         return run
+
+
+def discard_unbegun(path: Path) -> None:
+    """Removes the run in ``path`` if it did nothing before it failed: a folder that holds its own record alone.
+
+    Whatever a system has written, be it one row, makes it a run that has begun; then nothing is changed.
+    """
+    with contextlib.ExitStack() as on_exit, storage_errors(f"remove {path}"):
+        on_exit.callback(FolderLock(path).release)
+        if set(os.listdir(path)) <= set(RECORD):
+            for name in RECORD:
+                (path / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # no longer empty: another process has begun a run here
+                path.rmdir()
 
 
 def check_run_name(name: str) -> str:

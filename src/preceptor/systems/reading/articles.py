@@ -45,7 +45,8 @@ def load_readings(options: DataOptions, lm: LanguageModel, *, cache_dir: Path) -
                 f"'{article.title}' is among the training articles as '{texts[article.sha256]}'; a held-out article "
                 "must not be trained on, so remove it from one of the two folders"
             )
-    return Readings(train=tuple(_named(train, options, lm)), held_out=tuple(_named(held_out, options, lm)))
+    readings = _named((*train, *held_out), options, lm)
+    return Readings(train=tuple(readings[: len(train)]), held_out=tuple(readings[len(train) :]))
 
 
 def bundled_article() -> Article:

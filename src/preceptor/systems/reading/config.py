@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -163,22 +164,32 @@ class ReadingConfig:
             ("update.steps", self.update.steps, 0),
             ("update.snapshot_every", self.update.snapshot_every, 1),
             ("update.micro_batch_size", self.update.micro_batch_size, 0),
+            ("update.learning_rate", self.update.learning_rate, 0),
+            ("update.projection_learning_rate", self.update.projection_learning_rate, 0),
+            ("update.weight_decay", self.update.weight_decay, 0),
+            ("update.filter_warm_up", self.update.filter_warm_up, 0),
+            ("update.value_kl_coefficient", self.update.value_kl_coefficient, 0),
+            ("update.query_kl_coefficient", self.update.query_kl_coefficient, 0),
+            ("evaluation.every", self.evaluation.every, 0),
             ("evaluation.num_episodes", self.evaluation.num_episodes, 1),
             ("evaluation.num_orders", self.evaluation.num_orders, 2),
+            ("evaluation.selection_budget", self.evaluation.selection_budget, 0),
             ("evaluation.beam_width", self.evaluation.beam_width, 1),
+            ("evaluation.best_of", self.evaluation.best_of, 0),
+            ("evaluation.max_train_articles", self.evaluation.max_train_articles, 1),
+            ("selection.temperature", self.selection.temperature, 0),
+            ("selection.max_usd", self.selection.max_usd, 0),
             ("save_every", self.save_every, 1),
             ("record_every", self.record_every, 1),
             ("model.adapter_rank", self.model.adapter_rank, 0),
         ):
-            if value < low:
-                found.append(f"`{name}` must be at least {low}, got {value}")
+            if not low <= value < math.inf:
+                found.append(f"`{name}` must be at least {low}{'' if value < low else ' and finite'}, got {value}")
         if not 0 < self.selection.entropy_fraction < 1:
             found.append(f"`selection.entropy_fraction` must lie in (0, 1), got {self.selection.entropy_fraction}")
-        if self.selection.temperature < 0:
-            found.append(f"`selection.temperature` must be at least 0 (0 calibrates), got {self.selection.temperature}")
-        if self.episode.temperature <= 0:
+        if not 0 < self.episode.temperature < math.inf:
             found.append(
-                f"`episode.temperature` must be above 0 (a greedy policy cannot learn), got {self.episode.temperature}"
+                f"`episode.temperature` must be finite and above 0 (a greedy policy cannot learn), got {self.episode.temperature}"
             )
         if not 0 < self.episode.top_p <= 1:
             found.append(f"`episode.top_p` must lie in (0, 1], got {self.episode.top_p}")
@@ -186,8 +197,8 @@ class ReadingConfig:
             found.append(f"`episode.top_k` must be at least 0, got {self.episode.top_k}")
         if not 0 < self.update.filter_fraction <= 1:
             found.append(f"`update.filter_fraction` must lie in (0, 1], got {self.update.filter_fraction}")
-        if self.update.learning_rate < 0 or self.update.projection_learning_rate < 0:
-            found.append("`update.learning_rate` and `update.projection_learning_rate` must be at least 0")
+        if self.update.clip_norm <= 0:
+            found.append(f"`update.clip_norm` must be above 0 (.inf clips nothing), got {self.update.clip_norm}")
         if self.data.num_pairs == 1 or self.episode.budget > self.data.num_pairs > 0:
             found.append(
                 f"`episode.budget` must be at most `data.num_pairs`, which must be at least 2 (or 0 for all), got "
@@ -212,7 +223,7 @@ class ReadingConfig:
             )
         if "{title}" in self.model.prompt and self.model.prompt.replace("{title}", "").count("{"):
             found.append("`model.prompt` may hold {title} and no other braces")
-        if self.update.advantage != "running_mean" and self.episode.batch_size < 2:
+        if self.update.advantage != "running_mean" and self.episode.batch_size == 1:
             found.append(
                 f"`update.advantage` {self.update.advantage} compares episodes of a batch, so `episode.batch_size` "
                 f"must be at least 2, got {self.episode.batch_size}; or use running_mean"

@@ -108,7 +108,8 @@ class _RowBuilder:
         self.add(kind, tokens)
 
     def add(self, kind: Kind, tokens: Sequence[int], pair: int = -1) -> None:
-        if tokens:
+        # A query may be nothing in another vocabulary than that it was written in; its place is kept.
+        if tokens or kind == "query":
             start = len(self._tokens)
             self._tokens += tokens
             self._spans.append(Span(kind, start, len(self._tokens), pair))

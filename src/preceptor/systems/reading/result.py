@@ -9,6 +9,9 @@ from preceptor.evaluation.summary import SPLITS, Comparison, Gap, compare, gap_c
 from preceptor.evaluation.verdict import verdict
 from preceptor.systems.reading.evaluate import ORACLES, UNITS
 
+TABLE = ("order_gain", "order_gain_with_queries", "selection_gain", "progress_auc", "random_percentile", "model_calls")
+"""Metrics that the terminal shows; the page shows all."""
+
 NOT_MEASURED = {"mean": None, "low": None, "high": None, "n": 0, "reason": "no such articles were given"}
 
 
@@ -48,6 +51,7 @@ def reading_result(
         "config": config,
         "seeds": list(seeds),
         "arms": _arms(records, splits),
+        "table": list(TABLE),
         "comparisons": comparisons,
         "gap_closed": {split: gaps.get(split) or NOT_MEASURED for split in SPLITS},
         "query_text": text,
