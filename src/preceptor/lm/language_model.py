@@ -38,7 +38,7 @@ class LanguageModel:
     """A model and its tokenizer behind one forward pass.
 
     Args:
-        model: a causal language model; put into evaluation mode.
+        model: a causal language model of Transformers, or peft's wrapper around one; put into evaluation mode.
         tokenizer: its tokenizer.
         name: how the user named it.
 
@@ -52,7 +52,7 @@ class LanguageModel:
         ModelError: the model or its tokenizer is not what Preceptor needs.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
         self.tokenizer = tokenizer
         self.name = name
         self.adapter_enabled = True
@@ -69,7 +69,7 @@ class LanguageModel:
         self._head_is_linear = self._measure()
 
     def _bind(self, model: Any) -> None:
-        """Take ``model`` apart; typed loosely, since Transformers and peft leave these methods untyped."""
+        """Take ``model`` apart; typed loosely, since peft's wrapper passes on what a model of Transformers has."""
         self.model: PreTrainedModel = model.eval()
         self.has_adapter = hasattr(model, "peft_config")
         self._causal_model = model.get_base_model() if self.has_adapter else model

@@ -1,4 +1,4 @@
-"""What the tests of reading share: a tiny model that reads English, an article of our own, and runs in a temporary folder."""
+"""What the tests of reading share: a tiny model that spells English, and seeded streams."""
 
 from __future__ import annotations
 
@@ -58,6 +58,4 @@ def tiny(tiny_folder: Path) -> LanguageModel:
 def generators() -> Callable[[int], dict[str, torch.Generator]]:
     """Streams for episodes, from a seed."""
     names = ("query", "selection", "reference", "orders")
-    return lambda seed: {
-        name: torch.Generator().manual_seed(100 * seed + number) for number, name in enumerate(names)
-    }
+    return lambda seed: {name: torch.Generator().manual_seed(100 * seed + number) for number, name in enumerate(names)}

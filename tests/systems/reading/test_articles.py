@@ -21,7 +21,9 @@ from preceptor.systems.reading.material import encode_reading
 
 def text_of(num_pairs: int, *, name: str = "bird") -> str:
     """An article of ``num_pairs`` pairs whose sentences say their number in words."""
-    return "\n\n".join(f"Key of {name} {letter} is here. Value of {name} {letter} is there." for letter in words(num_pairs))
+    return "\n\n".join(
+        f"Key of {name} {letter} is here. Value of {name} {letter} is there." for letter in words(num_pairs)
+    )
 
 
 def words(count: int) -> list[str]:
@@ -70,9 +72,7 @@ def test_zero_pairs_takes_all_that_the_probes_leave(tiny: LanguageModel) -> None
 
 
 def test_long_values_are_left_out_by_the_models_own_count(tiny: LanguageModel) -> None:
-    lengths = {
-        len(tiny.encode(" " + pair.value)) for pair in sentence_pairs(article(30).text)
-    }
+    lengths = {len(tiny.encode(" " + pair.value)) for pair in sentence_pairs(article(30).text)}
     assert len(lengths) > 1
     limit = sorted(lengths)[0]
     reading = to_reading(article(30), options(num_pairs=2, num_probes=0, max_value_tokens=limit), tiny, name="birds")
@@ -173,9 +173,7 @@ def test_every_real_article_is_prepared_or_refused_for_what_it_lacks(test_data: 
             assert "usable pairs, and 8 with 4 probes are wanted" in str(error)  # noqa: PT017
             count = int(str(error).split(" has ")[1].split()[0])
             assert count < 12
-            usable = [
-                pair for pair in sentence_pairs(read_file(path).text) if len(lm.encode(" " + pair.value)) <= 48
-            ]
+            usable = [pair for pair in sentence_pairs(read_file(path).text) if len(lm.encode(" " + pair.value)) <= 48]
             assert len(usable) == count
             continue
         material = encode_reading(reading, lm, prompt="{title}\n", use_chat_template=True)

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.systems.reading.planted import PlantedReader
-from tests.systems.reading.small import language_model, policies, rollout
 from torch import Tensor
 
 from preceptor.objectives.statistics import RunningMoments
@@ -27,6 +25,8 @@ from preceptor.systems.reading.credit import (
 )
 from preceptor.systems.reading.material import Row, Span
 from preceptor.systems.reading.reader import LanguageModelReader, Scored
+from tests.systems.reading.planted import PlantedReader
+from tests.systems.reading.small import language_model, policies, rollout
 
 
 def scored(values: Sequence[Sequence[float]], order: Sequence[int], probe: Sequence[float] = ()) -> Scored:
@@ -85,9 +85,7 @@ def test_the_pair_baseline_by_hand() -> None:
     order = torch.tensor([[1, 0], [0, 1]])
     # pair 0 got −3 and −3 a token, pair 1 −2 and −1.5: means −3 and −1.75 (the first batch is taken as it is)
     found = baseline.subtract("a", order, ROWS, value_rewards(ROWS))
-    expected = torch.tensor(
-        [[-0.8 + 1.75 * 2 / 5, -1.8 + 3 * 3 / 5], [-1.8 + 3 * 3 / 5, -0.6 + 1.75 * 2 / 5]]
-    )
+    expected = torch.tensor([[-0.8 + 1.75 * 2 / 5, -1.8 + 3 * 3 / 5], [-1.8 + 3 * 3 / 5, -0.6 + 1.75 * 2 / 5]])
     torch.testing.assert_close(found, expected)
     # A second batch in which pair 1 gets −1.75 + 1: the mean moves half the way, to −1.25.
     second = (scored([[-0.75, -0.75], [-3.0, -3.0, -3.0]], [1, 0]),)
@@ -102,7 +100,9 @@ def test_the_pair_baseline_leaves_the_objective_as_it_was_when_all_pairs_are_rea
     """The sum over a row falls by the same number for every order, so differences between orders stay."""
     lengths, generator = (2, 5, 1, 4), torch.Generator().manual_seed(0)
     orders = list(itertools.permutations(range(4)))
-    rows = [scored([(-5 * torch.rand(lengths[p], generator=generator)).tolist() for p in order], order) for order in orders]
+    rows = [
+        scored([(-5 * torch.rand(lengths[p], generator=generator)).tolist() for p in order], order) for order in orders
+    ]
     rewards = value_rewards(rows)
     found = PairBaseline().subtract("a", torch.tensor(orders), rows, rewards)
     dropped = rewards.step_rewards.sum(1) - found.sum(1)
@@ -151,9 +151,7 @@ def test_leave_one_out_compares_each_step_with_the_same_step_of_the_others() -> 
 
 
 def test_trajectory_credit_gives_every_step_the_whole() -> None:
-    torch.testing.assert_close(
-        advantages(credit="trajectory"), torch.tensor([[-1.5, -1.5], [-1.5, -1.5], [3.0, 3.0]])
-    )
+    torch.testing.assert_close(advantages(credit="trajectory"), torch.tensor([[-1.5, -1.5], [-1.5, -1.5], [3.0, 3.0]]))
 
 
 def test_group_normalised_divides_by_the_batch_deviation() -> None:

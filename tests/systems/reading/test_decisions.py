@@ -1,4 +1,4 @@
-"""decisions.jsonl and the model are enough: every number is computed again with plain Transformers, and nothing of ours.
+"""decisions.jsonl and the model are enough: every number is computed again with plain Transformers, nothing of ours.
 
 Below the line that says so, only json, torch and transformers are used.
 """
@@ -32,7 +32,17 @@ KINDS = {
 
 def run_on(folder: Path, model: Path, article: Path, *overrides: str) -> list[dict[str, Any]]:
     sets = [argument for override in (*TINY, *overrides) for argument in ("--set", override)]
-    arguments = ["run", "reading", "--model", str(model), "--article", str(article), "--out", str(folder), "--no-report"]
+    arguments = [
+        "run",
+        "reading",
+        "--model",
+        str(model),
+        "--article",
+        str(article),
+        "--out",
+        str(folder),
+        "--no-report",
+    ]
     assert main([*arguments, "--threads", "1", *sets]) == 0
     return [json.loads(line) for line in (folder / "decisions.jsonl").read_text().splitlines()]
 
@@ -128,7 +138,10 @@ def check_queries(row: dict[str, Any], policy: Plain, *, config: dict[str, Any])
     for span in row["policy_spans"]:
         if span["kind"] == "query":
             expected = policy.sampling_log_probs(
-                row["policy_token_ids"], span["start"], span["end"], temperature=episode["temperature"],
+                row["policy_token_ids"],
+                span["start"],
+                span["end"],
+                temperature=episode["temperature"],
                 top_k=episode["top_k"],
             )
             close(span["sampled_log_probs"], expected)
@@ -138,13 +151,20 @@ def check_queries(row: dict[str, Any], policy: Plain, *, config: dict[str, Any])
     return compared
 
 
+def check_all_queries(rows: list[dict[str, Any]], policy: Plain, *, config: dict[str, Any]) -> None:
+    for row in rows:
+        check_queries(row, policy, config=config)
+
+
 def check_selection(row: dict[str, Any], num_pairs: int) -> None:
     order = [span["pair"] for span in row["policy_spans"] if span["kind"] == "value"]
     assert len(row["selection_probabilities"]) == len(order)
     for step, probabilities in enumerate(row["selection_probabilities"]):
         assert len(probabilities) == num_pairs
         assert sum(probabilities) == pytest.approx(1.0, abs=1e-5)
-        assert [probability == 0 for probability in probabilities] == [pair in order[:step] for pair in range(num_pairs)]
+        assert [probability == 0 for probability in probabilities] == [
+            pair in order[:step] for pair in range(num_pairs)
+        ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -189,6 +209,5 @@ def test_everything_can_be_computed_again_from_outside(
     # The weights did move: the learned arm's queries at the end are not the untrained model's.
     learned = [row for row in rows if row["arm"] == "learned" and row["episode"] >= num_training]
     with pytest.raises(AssertionError):
-        for row in learned:
-            check_queries(row, untrained, config=config)
+        check_all_queries(learned, untrained, config=config)
     capsys.readouterr()

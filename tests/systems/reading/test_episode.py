@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.systems.reading.small import READING, language_model, perturb, policies, rollout
 
 from preceptor.errors import DataError, ShapeError
 from preceptor.lm.chat import Turns
 from preceptor.systems.reading.episode import check_budget
 from preceptor.systems.reading.material import Material, Reading, encode_reading
 from preceptor.systems.reading.policy import Policy, Trajectories
+from tests.systems.reading.small import READING, language_model, perturb, policies, rollout
 
 PLAIN_TURNS = Turns()
 TURNS = Turns(before_prompt=(0, 40), before_query=(41, 42), before_value=(43,))
@@ -114,7 +114,7 @@ def test_an_imposed_order_is_followed_and_the_probabilities_are_still_the_policy
 
 
 def test_the_reference_writes_its_queries_in_the_same_places() -> None:
-    """The untrained model sees the policy's queries and values before a step, and its own query never enters a context."""
+    """The untrained model sees what the policy has read before a step; its own query enters no context."""
     lm = language_model()
     policy, untrained, material, keys = policies(lm)
     perturb(policy, scale=0.3)

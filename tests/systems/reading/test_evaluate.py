@@ -8,17 +8,31 @@ from typing import Any
 
 import pytest
 import torch
-from tests.systems.reading.planted import best_order_value, order_value, planted_classroom, planted_config, planted_cost, planted_run
-from tests.systems.reading.small import READING, language_model, perturb, policies
 
 from preceptor.config import load_config
 from preceptor.systems.reading.classroom import Classroom
 from preceptor.systems.reading.config import ReadingConfig
 from preceptor.systems.reading.episode import run_episodes
-from preceptor.systems.reading.evaluate import MAX_BEST_OF, RECORDED_EPISODES, UNITS, Evaluation, GapMeter, evaluate_article
+from preceptor.systems.reading.evaluate import (
+    MAX_BEST_OF,
+    RECORDED_EPISODES,
+    UNITS,
+    Evaluation,
+    GapMeter,
+    evaluate_article,
+)
 from preceptor.systems.reading.orders import random_orders
 from preceptor.systems.reading.policy import Trajectories
 from preceptor.systems.reading.reader import LanguageModelReader
+from tests.systems.reading.planted import (
+    best_order_value,
+    order_value,
+    planted_classroom,
+    planted_config,
+    planted_cost,
+    planted_run,
+)
+from tests.systems.reading.small import READING, language_model, perturb, policies
 
 NUM_EPISODES = 10
 OVERRIDES = (
@@ -55,7 +69,12 @@ class Measured:
         self.arms = {record["arm"]: record for record in self.evaluation.records}
         # The same episodes again: the learned policy acts first, then the untrained one, from the same streams.
         generators = streams()
-        settings: dict[str, Any] = {"num_episodes": NUM_EPISODES, "budget": 5, "query_tokens": 2, "generators": generators}
+        settings: dict[str, Any] = {
+            "num_episodes": NUM_EPISODES,
+            "budget": 5,
+            "query_tokens": 2,
+            "generators": generators,
+        }
         self.learned = run_episodes(self.policy, self.material, self.keys, **settings)
         self.before = run_episodes(self.untrained, self.material, self.keys, **settings)
         self.random = random_orders(5, 12, generator=generators["orders"])
@@ -159,11 +178,18 @@ def test_with_queries_a_control_is_read_with_the_untrained_policys(measured: Mea
     for row in measured.evaluation.decisions:
         if row["order_imposed"]:
             tokens = row["policy_token_ids"]
-            scored = [at for span in row["policy_spans"] if span["kind"] == "value" for at in range(span["start"], span["end"])]
+            scored = [
+                at
+                for span in row["policy_spans"]
+                if span["kind"] == "value"
+                for at in range(span["start"], span["end"])
+            ]
             rewards.setdefault(row["arm"], []).append(measured.mean_log_prob(tokens, scored))
     for arm in ("document", "greedy", "hard_to_easy"):
         assert len(rewards[arm]) == 1
-    difference = measured.arms["document"]["order_gain_with_queries"] - measured.arms["greedy"]["order_gain_with_queries"]
+    difference = (
+        measured.arms["document"]["order_gain_with_queries"] - measured.arms["greedy"]["order_gain_with_queries"]
+    )
     assert difference == pytest.approx(rewards["document"][0] - rewards["greedy"][0], abs=1e-5)
 
 
@@ -238,7 +264,12 @@ def test_the_gap_meter_by_hand(tmp_path: Path) -> None:
         found = [meter.measure(streams()) for _ in range(2)]
         assert found[0] == found[1]  # the same streams, the same measurement: nothing is drawn anew
         trajectories = run_episodes(
-            classroom.policy, material, classroom.keys["planted"], num_episodes=20, budget=4, query_tokens=2,
+            classroom.policy,
+            material,
+            classroom.keys["planted"],
+            num_episodes=20,
+            budget=4,
+            query_tokens=2,
             generators=streams(),
         )
         own = mean(order_value(material, cost, order) for order in trajectories.order.tolist())

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.systems.reading.planted import PlantedReader, planted_classroom, planted_config, planted_cost, planted_run
-from tests.systems.reading.small import HashedBytes, language_model, perturb, policies, rollout
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from preceptor.errors import NumericError
 from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import Adapter, load_language_model
-from preceptor.lm.sampling import Sampling
 from preceptor.systems.reading.classroom import identity_projection
 from preceptor.systems.reading.policy import Keys, Policy, Trajectories
 from preceptor.systems.reading.train import learn
 from preceptor.systems.reading.update import Coefficients, UpdateMetrics, accumulate_gradient, trainable
+from tests.systems.reading.planted import planted_classroom, planted_config, planted_cost, planted_run
+from tests.systems.reading.small import HashedBytes, language_model, perturb, policies, rollout
 
 NOTHING = Coefficients(query=0, selection=0, value_kl=0, query_kl=0, query_entropy=0, selection_entropy=0)
 ALL = Coefficients(query=1.0, selection=0.7, value_kl=0.3, query_kl=0.4, query_entropy=0.05, selection_entropy=0.06)
@@ -62,9 +58,7 @@ def gradients(
         coefficients=coefficients,
         micro_batch_size=micro_batch_size,
     )
-    return {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in parameters.items()
-    }, measured
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in parameters.items()}, measured
 
 
 def reached(found: dict[str, Tensor]) -> set[str]:
@@ -215,7 +209,10 @@ def test_kl_and_its_gradient_are_zero_before_the_first_step_and_not_after_it() -
     assert reached(found) == set(found) - {"projection.weight"}
     for part, other in (("value_kl", "query_kl"), ("query_kl", "value_kl")):
         alone, _ = gradients(
-            policy, trajectories, keys, coefficients=dataclasses.replace(coefficients, **{other: 0}),
+            policy,
+            trajectories,
+            keys,
+            coefficients=dataclasses.replace(coefficients, **{other: 0}),
             reference=untrained.lm,
         )
         assert "model.lm_head.weight" in reached(alone), part
@@ -234,7 +231,9 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
     for size in (1, 2, 3):
         parts, metrics = gradients(policy, trajectories, keys, micro_batch_size=size, **arguments)
         for name, gradient in whole.items():
-            torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(
+                parts[name], gradient, rtol=1e-3, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
+            )
         assert dataclasses.astuple(metrics) == pytest.approx(dataclasses.astuple(whole_metrics), abs=1e-5)
 
 
@@ -248,15 +247,24 @@ def test_nothing_passing_gives_no_gradient() -> None:
 
 
 def slow_loss(
-    policy: Policy, reference: LanguageModel, trajectories: Trajectories, keys: Keys, *, advantages: Tensor,
-    passed: list[int], weights: Coefficients, layer: int,
+    policy: Policy,
+    reference: LanguageModel,
+    trajectories: Trajectories,
+    keys: Keys,
+    *,
+    advantages: Tensor,
+    passed: list[int],
+    weights: Coefficients,
+    layer: int,
 ) -> Tensor:
     """The loss of the documentation, one trajectory, one token at a time, with the bare Transformers model."""
     sampling, material = policy.sampling, trajectories.material
     terms: dict[str, list[Tensor]] = {field.name: [] for field in dataclasses.fields(Coefficients)}
     for episode in passed:
         tokens, places = list(material.prompt), []
-        for pair, query in zip(trajectories.order[episode].tolist(), trajectories.queries[episode].tolist(), strict=True):
+        for pair, query in zip(
+            trajectories.order[episode].tolist(), trajectories.queries[episode].tolist(), strict=True
+        ):
             start = len(tokens)
             tokens += query
             middle = len(tokens)
@@ -317,8 +325,10 @@ def test_the_gradient_is_that_of_the_documented_loss_by_finite_differences(monke
     found, measured = gradients(
         policy, trajectories, keys, coefficients=ALL, reference=untrained.lm, passed=torch.tensor([True, False, True])
     )
-    kinds = {name.replace("layers.0", "layers.N").replace("layers.1", "layers.N").replace("layers.2", "layers.N")
-             for name in found}
+    kinds = {
+        name.replace("layers.0", "layers.N").replace("layers.1", "layers.N").replace("layers.2", "layers.N")
+        for name in found
+    }
     assert len(kinds) == 9 + 3 + 1
     step = 1e-5
     for name, parameter in trainable(policy):
@@ -336,102 +346,3 @@ def test_the_gradient_is_that_of_the_documented_loss_by_finite_differences(monke
     assert measured.query_kl == pytest.approx(loss(only(query_kl=1.0)), abs=1e-9)
     assert measured.value_kl == pytest.approx(loss(only(value_kl=1.0)), abs=1e-9)
     assert measured.query_entropy == pytest.approx(-loss(only(query_entropy=1.0)), abs=1e-9)
-
-
-# ---- numbers that are not finite -------------------------------------------------------------------------------------
-
-
-class FaultyReader(PlantedReader):
-    """Gives NaN for the values of some episodes at some updates (each update scores twice, once a context)."""
-
-    def __init__(self, cost: Tensor, *, steps: set[int], episodes: slice = slice(None)) -> None:
-        super().__init__(cost)
-        self.steps, self.episodes, self.num_calls = steps, episodes, 0
-
-    def score(self, rows: Any) -> Any:
-        step = self.num_calls // 2 + 1
-        self.num_calls += 1
-        scored = super().score(rows)
-        if step in self.steps:
-            for index in range(len(scored))[self.episodes]:
-                broken = tuple(torch.full_like(values, math.nan) for values in scored[index].log_probs)
-                scored[index] = dataclasses.replace(scored[index], log_probs=broken)
-        return scored
-
-
-def run_with(
-    path: Path, *, reader_steps: set[int] = frozenset(), gradient_steps: set[int] = frozenset(),  # type: ignore[assignment]
-    episodes: slice = slice(None), num_steps: int = 3,
-) -> tuple[list[dict[str, Any]], list[dict[str, Tensor]], str]:
-    """Metrics, the weights after each update (first: before any) and the notices of a planted run with faults."""
-    config = planted_config(f"update.steps={num_steps}")
-    history: list[dict[str, Tensor]] = []
-    with planted_run(path, config) as run:
-        classroom = planted_classroom(config, run)
-        reader = FaultyReader(planted_cost(config.seed), steps=reader_steps, episodes=episodes)
-        classroom = dataclasses.replace(classroom, reader=reader)
-        weights = dict(trainable(classroom.policy))
-
-        def keep() -> None:
-            history.append({name: p.detach().clone() for name, p in weights.items()})
-
-        log = run.log
-
-        def logged(step: int, row: Any) -> None:
-            log(step, row)
-            keep()
-
-        run.log = logged  # type: ignore[method-assign]
-        assert classroom.policy.projection is not None
-        classroom.policy.projection.weight.register_hook(
-            lambda gradient: gradient * math.nan if len(history) in gradient_steps else gradient
-        )
-        keep()
-        try:
-            learn(config, run, classroom)
-        finally:
-            rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-            notices = (path / "notices.log").read_text() if (path / "notices.log").exists() else ""
-            run_with.last = rows, history, notices  # type: ignore[attr-defined]
-    return rows, history, notices
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize("kind", ["reader_steps", "gradient_steps"])
-def test_a_step_that_is_not_finite_is_skipped_named_and_counted(tmp_path: Path, kind: str) -> None:
-    rows, history, notices = run_with(tmp_path / "run", **{kind: {2}})  # type: ignore[arg-type]
-    assert not same(history[0], history[1])
-    assert same(history[1], history[2])  # bit for bit
-    assert not same(history[2], history[3])
-    assert [row["skipped_steps"] for row in rows] == [0, 1, 1]
-    assert [row["rewards_excluded"] for row in rows] == ([0, 16, 16] if kind == "reader_steps" else [0, 0, 0])
-    assert "step 2 skipped: " in notices
-    assert ("every reward" if kind == "reader_steps" else "gradient of projection.weight is NaN") in notices
-    assert "gradient_norm" in rows[1]["nonfinite"]
-
-
-@pytest.mark.parametrize("kind", ["reader_steps", "gradient_steps"])
-def test_five_in_a_row_are_allowed_and_six_end_the_run(tmp_path: Path, kind: str) -> None:
-    rows, _, _ = run_with(tmp_path / "five", num_steps=7, **{kind: {2, 3, 4, 5, 6}})  # type: ignore[arg-type]
-    assert rows[-1]["skipped_steps"] == 5
-    with pytest.raises(NumericError, match="6 steps in a row were not finite") as error:
-        run_with(tmp_path / "six", num_steps=9, **{kind: {2, 3, 4, 5, 6, 7}})  # type: ignore[arg-type]
-    assert error.value.exit_code == 3
-    _, history, _ = run_with.last  # type: ignore[attr-defined]
-    assert same(history[1], history[-1])
-
-
-def test_a_reward_that_is_nan_is_left_out_and_the_others_still_teach(tmp_path: Path) -> None:
-    rows, history, _ = run_with(tmp_path / "run", reader_steps={1, 2}, episodes=slice(0, 3), num_steps=4)
-    assert [row["rewards_excluded"] for row in rows] == [3, 6, 6, 6]
-    assert [row["passed_fraction"] for row in rows] == [13 / 16, 13 / 16, 1.0, 1.0]  # nothing lingers
-    assert not any("nonfinite" in row for row in rows)
-    assert all(not same(before, after) for before, after in zip(history, history[1:], strict=False))
-
-
-def test_sampling_of_both_policies_is_the_same_object_of_numbers() -> None:
-    policy, untrained, _, _ = policies(language_model(), top_k=3)
-    assert policy.sampling == untrained.sampling == Sampling(top_k=3, suppressed=policy.lm.special_tokens)

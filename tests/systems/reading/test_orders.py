@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.systems.reading.planted import PlantedReader, order_value
-from tests.systems.reading.small import READING, language_model
 from torch import Tensor
 
 from preceptor.lm.language_model import LanguageModel
@@ -28,6 +26,8 @@ from preceptor.systems.reading.orders import (
     random_orders,
 )
 from preceptor.systems.reading.reader import LanguageModelReader
+from tests.systems.reading.planted import PlantedReader, order_value
+from tests.systems.reading.small import READING, language_model
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,9 @@ def test_similarity_of_the_keys_is_their_cosine(lm: LanguageModel) -> None:
 
     assert orders(keys) == orders(keys * torch.tensor([[1.0], [9.0], [0.1], [3.0], [2.0]]))
     cosine = torch.nn.functional.cosine_similarity
-    assert orders(keys)["nearest_chain"][1] == max(range(1, 5), key=lambda pair: float(cosine(keys[0], keys[pair], dim=0)))
+    assert orders(keys)["nearest_chain"][1] == max(
+        range(1, 5), key=lambda pair: float(cosine(keys[0], keys[pair], dim=0))
+    )
 
 
 # ---- a real reader ---------------------------------------------------------------------------------------------------

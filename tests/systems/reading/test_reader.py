@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.systems.reading.small import READING, language_model, perturb, policies, rollout
 
 from preceptor.errors import DataError
 from preceptor.lm.language_model import LanguageModel
@@ -21,6 +20,7 @@ from preceptor.systems.reading.reader import (
     reader_rows,
     scores_after_reference_queries,
 )
+from tests.systems.reading.small import READING, language_model, perturb, policies, rollout
 
 
 def slow_log_probs(lm: LanguageModel, before: list[int], tokens: tuple[int, ...]) -> torch.Tensor:
@@ -102,14 +102,20 @@ def check_other_vocabulary(policy_lm: LanguageModel, reader_lm: LanguageModel) -
     ):
         before = [reader_lm.begin_token]
         for found, pair in zip(row.log_probs, order, strict=True):
-            torch.testing.assert_close(found, slow_log_probs(reader_lm, before, theirs.values[pair]), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                found, slow_log_probs(reader_lm, before, theirs.values[pair]), rtol=1e-5, atol=1e-5
+            )
             before += theirs.values[pair]
     rows = reader_rows(reader, trajectories, context="queries")
     for row, queries in zip(rows, trajectories.queries.tolist(), strict=True):
         written = [list(row.tokens[span.start : span.end]) for span in row.spans if span.kind == "query"]
         assert written == [reader_lm.encode(policy_lm.decode(query)) for query in queries]
     judged = judge(
-        trajectories, reader=reader, untrained_reader=reader, kind="values", context="queries",
+        trajectories,
+        reader=reader,
+        untrained_reader=reader,
+        kind="values",
+        context="queries",
         normalisation="untrained_query",
     )
     assert judged.normalised.total.isfinite().all()

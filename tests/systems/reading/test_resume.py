@@ -93,7 +93,11 @@ def recorded() -> Iterator[Saves]:
 
     def saving(run: Run, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
         copies = {group: {name: t.detach().clone() for name, t in named.items()} for group, named in tensors.items()}
-        own = {"streams": run.streams.state_dict(), "metrics": run.metrics.num_rows, "decisions": run.decisions.num_rows}
+        own = {
+            "streams": run.streams.state_dict(),
+            "metrics": run.metrics.num_rows,
+            "decisions": run.decisions.num_rows,
+        }
         saves[step] = copies, json.loads(json.dumps([state, own]))
         return save(run, step, tensors, state)
 
@@ -168,7 +172,9 @@ def same_files(first: Path, second: Path) -> None:
         assert path.read_bytes() == (second / name / path.name).read_bytes(), path.name
 
 
-def test_two_halves_are_the_whole_bit_for_bit(whole: tuple[Path, Saves], half: tuple[Path, Saves], tmp_path: Path) -> None:
+def test_two_halves_are_the_whole_bit_for_bit(
+    whole: tuple[Path, Saves], half: tuple[Path, Saves], tmp_path: Path
+) -> None:
     # What the negative control below drops is there to be dropped.
     tensors, (state, _) = half[1][STOP]
     assert any(not torch.equal(t, whole[1][1][0]["policy"][n]) for n, t in tensors["policy"].items())
@@ -261,9 +267,8 @@ def test_a_resume_that_forgets_a_piece_is_found_out(
 
 def test_nothing_that_the_learner_holds_is_outside_the_control() -> None:
     """A new piece of state must be saved, and come into the control above."""
-    from tests.systems.reading.small import language_model, policies
-
     from preceptor.systems.reading.config import UpdateOptions
+    from tests.systems.reading.small import language_model, policies
 
     policy, untrained, _, _ = policies(language_model())
     known = {*PIECES, "parameters", "old_lm"}  # policy and snapshot by their names in the checkpoint
@@ -293,7 +298,9 @@ def test_after_a_kill_at_any_moment_the_run_goes_on(
     os.close(go)
     kill_after = chance.randrange(1, STEPS)
     deadline = time.monotonic() + 120
-    while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < kill_after:
+    while (
+        not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < kill_after
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.002)
     time.sleep(chance.uniform(0, 0.15))  # into the next step, or its checkpoint
@@ -310,7 +317,10 @@ def test_a_terminated_process_says_how_to_go_on(
 ) -> None:
     folder = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, "-m", "preceptor", *arguments(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "preceptor", *arguments(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 240
     while not (folder / "metrics.jsonl").exists():

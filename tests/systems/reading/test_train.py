@@ -58,10 +58,12 @@ def written(path: Path, content: str | bytes) -> str:
     return str(path)
 
 
-def sentences(count: int, *, extra: str = "") -> str:
+def sentences(count: int) -> str:
+    """As many sentences, each with its number in words, in one line."""
     numerals = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
     return " ".join(
-        f"The {numerals[n % 10]} birds of group {numerals[n // 10 % 10]} {extra}sing well." for n in range(count)
+        f"The birds of group {' '.join(numerals[int(digit)] for digit in str(number))} sing well."
+        for number in range(count)
     )
 
 
@@ -104,7 +106,8 @@ FAULTS: dict[str, tuple[list[str], int, str]] = {
     "no such layer": (["--set", "selection.layer=7"], 2, "`layer` must lie in -2..1"),
     "no key": (["--set", "selection.embedder=openai"], 2, "set the environment variable OPENAI_API_KEY"),
     "over the context": (
-        ["--set", "data.num_pairs=0", "--set", "episode.query_tokens=150"], 2, "do not fit the context of 1024 tokens: ",
+        ["--set", "data.num_pairs=0", "--set", "episode.query_tokens=150"], 2,
+        "do not fit the context of 1024 tokens: ",
     ),
     "budget over the pairs": (["--set", "episode.budget=4"], 2, "`episode.budget` must be at most `data.num_pairs`"),
     "unknown key": (["--set", "update.learning_rat=1"], 2, "did you mean 'update.learning_rate'?"),
@@ -133,9 +136,7 @@ def test_a_budget_over_all_pairs_of_an_article_is_refused_before_the_first_step(
     assert not (tmp_path / "run").exists()
 
 
-def test_over_the_context_says_a_number_that_then_fits(
-    command: Command, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_over_the_context_says_a_number_that_then_fits(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ("data.num_pairs=0", "episode.query_tokens=150")
     line = refusal(capsys, command(settings=settings))
     match = re.search(r"(\d+) pairs of .* do not fit the context of 1024 tokens: (\d+) do; lower data\.num_pairs", line)
@@ -234,7 +235,10 @@ def test_a_full_disk_is_said_and_the_run_goes_on_later(
     assert "checkpoint step-000001 is intact" in said
     assert "Traceback" not in said
     assert main(["resume", "run", "--no-report"]) == 0
-    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+    ]
 
 
 def test_a_failure_of_the_first_step_keeps_the_run(
@@ -254,8 +258,10 @@ def test_a_failure_of_the_first_step_keeps_the_run(
 HOSTILE = "\n\n".join(
     f"{text} stands at the head of this sentence. And {text} may also follow in the next one."
     for text in (
-        "<script>alert(1)</script>", "<|begin|> with <|end|>", "</s> or <unk>", "‮The reversed mark‬", "{title} {0} %s",
-        "A \"quoted\" 'word' & more", "The path ../../etc/passwd", "An emoji 👩‍👩‍👧", "$(reboot) and `reboot`", "{{ 7*7 }}",
+        "<script>alert(1)</script>", "<|begin|> with <|end|>", "</s> or <unk>",
+        "\u202eThe reversed mark\u202c", "{title} {0} %s",
+        "A \"quoted\" 'word' & more", "The path ../../etc/passwd", "An emoji 👩‍👩‍👧", "$(reboot) and `reboot`",
+        "{{ 7*7 }}",
     )
 )  # fmt: skip
 
@@ -345,7 +351,7 @@ def test_smoke_takes_under_a_minute_and_leaves_every_file(
         "report.html", "result.json",
     }  # fmt: skip
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert METRICS <= set(rows[-1])
+    assert set(rows[-1]) >= METRICS
     result = json.loads((folder / "result.json").read_text())
     assert set(result) >= {"system", "status", "config", "seeds", "arms", "gap_closed", "verdict"}
     for metric in ("order_gain", "selection_gain", "progress_auc", "reward"):
@@ -371,7 +377,9 @@ def test_metrics_are_what_their_names_say(command: Command, tmp_path: Path, caps
     assert row["reward_queries_context"] == pytest.approx(row["reward"], abs=1e-6)
     assert row["reward_values_context"] != pytest.approx(row["reward"], abs=1e-4)
     for position in range(3):
-        values = [[span for span in d["reader_spans"] if span["kind"] == "value"][position]["log_probs"] for d in decisions]
+        values = [
+            [span for span in d["reader_spans"] if span["kind"] == "value"][position]["log_probs"] for d in decisions
+        ]
         assert row["reward_by_position"][position] == pytest.approx(mean(map(mean, values)), abs=1e-5)
     import math
 

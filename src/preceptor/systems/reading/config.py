@@ -189,7 +189,8 @@ class ReadingConfig:
             found.append(f"`selection.entropy_fraction` must lie in (0, 1), got {self.selection.entropy_fraction}")
         if not 0 < self.episode.temperature < math.inf:
             found.append(
-                f"`episode.temperature` must be finite and above 0 (a greedy policy cannot learn), got {self.episode.temperature}"
+                f"`episode.temperature` must be finite and above 0 (a greedy policy cannot learn), "
+                f"got {self.episode.temperature}"
             )
         if not 0 < self.episode.top_p <= 1:
             found.append(f"`episode.top_p` must lie in (0, 1], got {self.episode.top_p}")
