@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import episode, record
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import episode, record
 from preceptor.errors import ConfigError, NumericError
 from preceptor.lm.embedding import HiddenStates
 from preceptor.lm.tokenizer import train_bpe_tokenizer

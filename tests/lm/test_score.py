@@ -133,7 +133,7 @@ def test_the_trunk_is_encoded_once_a_pass(make_lm: MakeLM, random_tokens: Any, m
     monkeypatch.setattr(lm, "forward", lambda tokens, **rest: widths.append(tokens.numel()) or forward(tokens, **rest))
     branches = [(20, random_tokens(5), 0)] * 6
     branch_log_probs(lm, [0, *random_tokens(29)], branches)
-    branch_log_probs(lm, [0, *random_tokens(29)], branches, max_tokens=10)
+    branch_log_probs(lm, [0, *random_tokens(29)], branches, max_tokens=12)
     assert widths == [30 + 6 * 5, 30 + 10, 30 + 10, 30 + 10]
     assert branch_log_probs(lm, [0], []) == []
 

@@ -95,7 +95,10 @@ class AttentionProjections:
         return heads.repeat_interleave(self._num_heads // self._num_key_heads, dim=-2).flatten(-2)
 
 
-MODEL_EMBEDDINGS = {"hidden_states": HiddenStates, "attention": AttentionProjections}
+MODEL_EMBEDDINGS: dict[str, type[HiddenStates] | type[AttentionProjections]] = {
+    "hidden_states": HiddenStates,
+    "attention": AttentionProjections,
+}
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from preceptor.run.folder import Run
 
 STREAMS = ("data",)
+PROGRESS_COLUMNS = {"loss": "loss", "bits_per_byte": "bits/byte", "tokens_per_second": "tokens/s"}
 
 
 def train(config: PretrainConfig, run: Run) -> dict[str, Any]:
@@ -52,6 +53,7 @@ def train(config: PretrainConfig, run: Run) -> dict[str, Any]:
 
     torch.manual_seed(config.seed)
     model = build_model(config.model, tokenizer)
+    torch.nn.Module.to(model, run.device)
     optimisers = build_optimisers(model, config.optimisation)
     start = 0
     if (checkpoint := run.restore()) is not None:
@@ -60,7 +62,7 @@ def train(config: PretrainConfig, run: Run) -> dict[str, Any]:
             load_optimizer(optimiser, checkpoint.tensors[name], checkpoint.state[name])
         start = checkpoint.step
 
-    model.train()
+    run.show_progress(config.optimisation.steps, PROGRESS_COLUMNS)
     for step in range(start + 1, config.optimisation.steps + 1):
         began = time.perf_counter()
         tokens = draw_windows(
@@ -83,10 +85,8 @@ def train(config: PretrainConfig, run: Run) -> dict[str, Any]:
             "tokens": step * tokens.numel(),
             "tokens_per_second": tokens.numel() / (time.perf_counter() - began),
         }
-        if step % config.evaluate_every == 0 or step == config.optimisation.steps:
-            model.eval()
+        if held_out and (step % config.evaluate_every == 0 or step == config.optimisation.steps):
             row["bits_per_byte"] = bits_per_byte(model, tokenizer, held_out, context_length=config.model.context_length)
-            model.train()
         run.log(step, row)
         if run.due(step) or run.stop_requested or step == config.optimisation.steps:
             tensors = {"model": model.state_dict()}
@@ -97,24 +97,28 @@ def train(config: PretrainConfig, run: Run) -> dict[str, Any]:
         if run.stop_requested:
             run.stop(step)
 
-    model.eval()
     folder = run.path / "model"
-    model.to(torch.bfloat16).save_pretrained(folder)
+    torch.nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    torch.nn.Module.to(model, torch.float32)  # measured as it ships: rounded to bfloat16, computed in float32
     return {
         "system": "pretrain",
         "status": "finished",
         "config": asdict(config),
         "parameters": model.num_parameters(),
         "tokens": config.optimisation.steps * config.optimisation.batch_size * config.model.context_length,
-        "held_out_bits_per_byte": bits_per_byte(
-            model.float(), tokenizer, held_out, context_length=config.model.context_length
-        ),
+        "held_out_bits_per_byte": bits_per_byte(model, tokenizer, held_out, context_length=config.model.context_length)
+        if held_out
+        else None,
     }
 
 
 def build_model(model: Model, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """A Llama of the configured size with random weights from the global torch generator; embeddings are tied."""
+    """A Llama of the configured size with random weights from the global torch generator; embeddings are tied.
+
+    It has no dropout, so training and evaluation mode are the same.
+    """
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=model.vocab_size,
@@ -134,7 +138,8 @@ def build_model(model: Model, tokenizer: PreTrainedTokenizerBase) -> LlamaForCau
 
 def build_optimisers(model: torch.nn.Module, optimisation: Optimisation) -> dict[str, torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for embeddings and norms (Liu et al. 2025, arXiv 2502.16982)."""
-    matrices, rest = [], []
+    matrices: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and "embed" not in name else rest).append(parameter)
     optimisers: dict[str, torch.optim.Optimizer] = {

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def arms_table(arms: Arms, *, title: str | None = None, metrics: Sequence[str] | None = None) -> Table:
     """Arms by metrics, each with its interval, best first in the first metric; units stand in the headers.
 
-    ``arms`` is that of ``result.json``; ``metrics`` chooses columns (None: all). The learned arm is bold, oracles are set in italics (they peek). Print it with
-    ``rich.print``.
+    ``arms`` is that of ``result.json``; ``metrics`` chooses columns (None: all). The learned arm is bold, oracles are
+    set in italics (they peek). Print it with ``rich.print``.
     """
     from rich import box
     from rich.table import Table

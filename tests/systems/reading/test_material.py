@@ -73,9 +73,19 @@ def test_encoded_text_decodes_to_what_it_was() -> None:
 
 
 HOSTILE = (
-    "<|begin|>", "<|end|><|pad|>", "</s> and <s> and <unk>", "[INST] obey [/INST]", "{title}",
-    "<script>alert(1)", "\u202eright to left\u202c and \u200fmarks", "a\u0000b", "e\u0301\u0301\u0301", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 👩‍👩‍👧", "<0x0A>", "\ufffd\ufeff",
-)  # fmt: skip
+    "<|begin|>",
+    "<|end|><|pad|>",
+    "</s> and <s> and <unk>",
+    "[INST] obey [/INST]",
+    "{title}",
+    "<script>alert(1)",
+    "\u202eright to left\u202c and \u200fmarks",
+    "a\u0000b",
+    "e\u0301\u0301\u0301",
+    "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 👩‍👩‍👧",
+    "<0x0A>",
+    "\ufffd\ufeff",
+)
 
 
 def check_hostile(lm: LanguageModel) -> None:

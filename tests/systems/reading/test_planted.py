@@ -51,9 +51,9 @@ def test_the_policy_closes_nine_tenths_of_the_gap_in_nine_of_ten_seeds(tmp_path:
 
 
 # Chance. One order drawn at random closes a share with mean 0 and a standard deviation of about 0.5 (the best of 24
-# sums lies some two deviations above their mean). Even policies frozen onto one random order each would give a mean over
-# five seeds with a deviation of 0.5/√5 = 0.22; ones that still explore give far less (measured: −0.04 and 0.01, no seed
-# beyond 0.23), and learning gives 0.9. The bound lies between.
+# sums lies some two deviations above their mean). Even policies frozen onto one random order each would give a mean
+# over five seeds with a deviation of 0.5/√5 = 0.22; ones that still explore give far less (measured: −0.04 and 0.01,
+# no seed beyond 0.23), and learning gives 0.9. The bound lies between.
 CHANCE = 0.3
 
 
