@@ -51,7 +51,7 @@ class Progress:
         self._last_line: float | None = None
         self._console = Console(file=stream or sys.stderr, soft_wrap=True, highlight=False, markup=False, emoji=False)
         self._bar: RichProgress | None = None
-        if enabled and self._console.is_terminal:
+        if enabled and self._console.is_interactive:  # a dumb terminal gets lines
             self._bar = RichProgress(
                 BarColumn(bar_width=20),
                 MofNCompleteColumn(),
