@@ -73,7 +73,7 @@ ARTICLES: dict[str, tuple[str | bytes, str]] = {
     "empty": ("", "is empty"),
     "white": (" \n\n \t\n", "is empty"),
     "one sentence": ("The birds of the north sing well.", "too short for one pair"),
-    "two sentences": (sentences(2), "has 1 usable pairs, and 3 with 1 probes are wanted"),
+    "two sentences": (sentences(2), "has 1 usable pairs, and at least 2 are to be read"),
     "binary": (b"\x7fELF\0\0\0" * 99, "is binary"),
     "latin-1": ("Die Vögel singen. Sie fliegen.".encode("latin-1"), "is not UTF-8"),
     "utf-16": (sentences(20).encode("utf-16"), "is UTF-16"),

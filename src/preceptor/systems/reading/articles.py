@@ -70,24 +70,26 @@ def _named(articles: Sequence[Article], options: DataOptions, lm: LanguageModel)
 def to_reading(article: Article, options: DataOptions, lm: LanguageModel, *, name: str) -> Reading:
     """``num_pairs`` pairs and ``num_probes`` probes of an article, both spread evenly over it, none shared.
 
-    Pairs whose value is longer than ``max_value_tokens`` are left out first.
+    Pairs whose value is longer than ``max_value_tokens`` are passed over, but never below the shortest three. An article
+    with too few pairs gives what it has: a third of them, at most ``num_probes``, as probes, and the rest to read.
 
     Raises:
-        DataError: fewer than two pairs, or too few for the probes; the message says how many there are.
+        DataError: fewer than two pairs to read.
     """
+    found = _pairs(article, options, lm)
+    lengths = {pair.index: len(lm.encode(" " + pair.value)) for pair in found if lm.encode(pair.key)}
+    shortest = sorted((index for index, length in lengths.items() if length), key=lambda index: lengths[index])[:3]
     pairs = [
-        pair
-        for pair in _pairs(article, options, lm)
-        if 0 < len(lm.encode(" " + pair.value)) <= options.max_value_tokens and lm.encode(pair.key)
+        pair for pair in found if 0 < lengths.get(pair.index, 0) <= options.max_value_tokens or pair.index in shortest
     ]
-    wanted = options.num_pairs or len(pairs) - options.num_probes
-    if wanted < 2 or len(pairs) < wanted + options.num_probes:
-        raise DataError(
-            f"'{name}' has {len(pairs)} usable pairs, and {max(wanted, 2)} with {options.num_probes} probes are "
-            "wanted; lower data.num_pairs or data.num_probes, raise data.max_value_tokens, or take a longer article"
-        )
-    places = spread(len(pairs), wanted + options.num_probes)
-    probe_places = {places[index] for index in spread(len(places), options.num_probes)}
+    num_probes = options.num_probes
+    if len(pairs) < (options.num_pairs or 2) + num_probes:
+        num_probes = min(num_probes, len(pairs) // 3)
+    num_pairs = min(options.num_pairs or len(pairs), len(pairs) - num_probes)
+    if num_pairs < 2:
+        raise DataError(f"'{name}' has {len(pairs)} usable pairs, and at least 2 are to be read; take a longer article")
+    places = spread(len(pairs), num_pairs + num_probes)
+    probe_places = {places[index] for index in spread(len(places), num_probes)}
     read = [pairs[place] for place in places if place not in probe_places]
     return Reading(
         name=name,

@@ -71,6 +71,9 @@ def prepare(config: ReadingConfig, run: Run, *, cache_dir: Path, openai_api_key:
     )
     untrained_lm = lm.untrained()
     readings = load_readings(config.data, lm, cache_dir=cache_dir)
+    for reading in (*readings.train, *readings.held_out):
+        if reading.num_pairs < config.data.num_pairs:
+            run.notice(f"'{reading.name}' is short: {reading.num_pairs} of {config.data.num_pairs} pairs can be read")
     everything = (*readings.train, *readings.held_out)
 
     def encoded(language_model: LanguageModel) -> dict[str, Material]:

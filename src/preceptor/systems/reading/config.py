@@ -41,9 +41,9 @@ class DataOptions:
     pairing: Literal["sentences", "chunks"] = option("sentences", "pairs of sentences, or of fixed-length token chunks")
     key_tokens: int = option(24, "tokens of a chunk's key (pairing: chunks)")
     value_tokens: int = option(40, "tokens of a chunk's value (pairing: chunks)")
-    num_pairs: int = option(8, "pairs of an article that can be read, spread evenly over it; 0 takes all")
-    max_value_tokens: int = option(48, "a pair with a longer value is left out (tokens)")
-    num_probes: int = option(4, "values of further pairs held out as probe sentences")
+    num_pairs: int = option(8, "pairs of an article that can be read, at most, spread evenly over it; 0 takes all")
+    max_value_tokens: int = option(48, "pairs with a longer value are passed over (tokens)")
+    num_probes: int = option(4, "values of further pairs held out as probe sentences, at most")
 
 
 @dataclass(frozen=True)
