@@ -111,7 +111,7 @@ class SentenceTransformerEmbedder:
             show_progress_bar=False,
         )
         # encode() runs under inference mode; a clone made outside of it may take part in autograd again.
-        vectors = vectors.to(device="cpu", dtype=torch.float32).clone()
+        vectors = torch.Tensor.clone(vectors.to(device="cpu", dtype=torch.float32))
         finite = vectors.isfinite().all(dim=1)
         if not finite.all():
             position = int((~finite).nonzero()[0])

@@ -97,7 +97,7 @@ def test_a_short_article_gives_what_it_has(
 
 
 def test_one_pair_is_refused(tiny: LanguageModel) -> None:
-    with pytest.raises(DataError, match="'birds' has 1 usable pairs, and at least 2 are to be read; take a longer one"):
+    with pytest.raises(DataError, match="'birds' has 1 usable pairs, and at least 2 are to be read; take a longer"):
         to_reading(article(1), options(), tiny, name="birds")
 
 

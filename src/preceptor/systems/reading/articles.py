@@ -70,8 +70,8 @@ def _named(articles: Sequence[Article], options: DataOptions, lm: LanguageModel)
 def to_reading(article: Article, options: DataOptions, lm: LanguageModel, *, name: str) -> Reading:
     """``num_pairs`` pairs and ``num_probes`` probes of an article, both spread evenly over it, none shared.
 
-    Pairs whose value is longer than ``max_value_tokens`` are passed over, but never below the shortest three. An article
-    with too few pairs gives what it has: a third of them, at most ``num_probes``, as probes, and the rest to read.
+    Pairs whose value is longer than ``max_value_tokens`` are passed over, but never below the shortest three. An
+    article with too few pairs gives what it has: a third of them, at most ``num_probes``, as probes, the rest to read.
 
     Raises:
         DataError: fewer than two pairs to read.
