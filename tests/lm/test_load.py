@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
 from transformers.utils import logging as transformers_logging
 
@@ -376,9 +378,21 @@ def test_a_model_downloaded_before_loads_while_the_hub_is_down(session: Session)
     assert [request for request in session.requests if "cached" in request] == ["GET /api/models/someone/cached"]
 
 
-def test_transformers_is_quiet_only_while_loading(folder: Path) -> None:
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    load_language_model(str(folder), device=CPU)
-    (folder / "config.json").unlink()
-    refusal(folder)
-    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == (verbosity, bars)
+@pytest.mark.parametrize("bars", [True, False])
+def test_transformers_is_quiet_only_while_loading(folder: Path, bars: bool) -> None:
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+
+    def choose(verbosity: int, bars: bool) -> None:
+        transformers_logging.set_verbosity(verbosity)
+        (transformers_logging.enable_progress_bar if bars else transformers_logging.disable_progress_bar)()
+
+    try:
+        choose(logging.INFO, bars)
+        load_language_model(str(folder), device=CPU)
+        (folder / "tokenizer.json").unlink()
+        refusal(folder)
+        assert transformers_logging.get_verbosity() == logging.INFO
+        assert transformers_logging.is_progress_bar_enabled() == bars
+        assert are_progress_bars_disabled() == (not bars)
+    finally:
+        choose(*before)
