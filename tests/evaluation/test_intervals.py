@@ -127,10 +127,10 @@ def test_paired_bootstrap_with_one_article_is_the_bootstrap_over_seeds() -> None
 
 
 def test_paired_bootstrap_does_not_count_copies_as_evidence() -> None:
-    """Five seeds that agree on every article say no more than one: the interval stays that of the articles."""
-    articles = dict(zip("abcde", [0.1, 0.4, -0.2, 0.3, 0.6], strict=True))
-    copied = {(seed, a): v for seed in range(5) for a, v in articles.items()}
-    expected = bootstrap_interval(list(articles.values()), num_resamples=40_000)
+    """Five seeds that agree on every item say no more than one: the interval stays that of the items."""
+    items = dict(zip("abcde", [0.1, 0.4, -0.2, 0.3, 0.6], strict=True))
+    copied = {(seed, a): v for seed in range(5) for a, v in items.items()}
+    expected = bootstrap_interval(list(items.values()), num_resamples=40_000)
     naive = bootstrap_interval(list(copied.values()))
     got = paired_bootstrap(copied, num_resamples=40_000)
     assert got == pytest.approx(expected, abs=0.03)
@@ -148,7 +148,7 @@ def test_paired_bootstrap_ignores_the_order_of_cells_and_allows_holes() -> None:
 
 
 def test_satterthwaite_by_hand() -> None:
-    """Seed means 1, 3, 5 (variance 4, /3 = 4/3, 2 df), article means 2, 4 (variance 2, /2 = 1, 1 df).
+    """Seed means 1, 3, 5 (variance 4, /3 = 4/3, 2 df), item means 2, 4 (variance 2, /2 = 1, 1 df).
 
     (4/3 + 1)^2 / ((4/3)^2 / 2 + 1^2 / 1) = 5.444 / 1.889 = 2.88, rounded down: 2.
     """
@@ -159,7 +159,7 @@ def test_satterthwaite_by_hand() -> None:
 
 
 def test_no_effect_is_rarely_found_and_one_standard_deviation_usually() -> None:
-    """Ten seeds on one article: about 5 % false claims, at least 80 % found (100 trials each, so coarse bounds)."""
+    """Ten seeds on one item: about 5 % false claims, at least 80 % found (100 trials each, so coarse bounds)."""
     generator = np.random.default_rng(5)
 
     def excludes_zero(effect: float) -> float:

@@ -13,12 +13,12 @@ from preceptor.evaluation.summary import compare, gap_closed, percentile_among, 
 UNITS = {"order_gain": "nats per value token", "model_calls": "calls"}
 
 
-def record(arm: str, article: str, seed: int | None, split: str = "train", **metrics: Any) -> dict[str, Any]:
-    return {"arm": arm, "article": article, "split": split, "seed": seed, **metrics}
+def record(arm: str, item: str, seed: int | None, split: str = "train", **metrics: Any) -> dict[str, Any]:
+    return {"arm": arm, "item": item, "split": split, "seed": seed, **metrics}
 
 
 def grid(arm: str, values: dict[tuple[int | None, str], float], metric: str = "order_gain") -> list[dict[str, Any]]:
-    return [record(arm, article, seed, **{metric: value}) for (seed, article), value in values.items()]
+    return [record(arm, item, seed, **{metric: value}) for (seed, item), value in values.items()]
 
 
 def test_summarise_by_hand() -> None:
@@ -43,7 +43,7 @@ def test_summarise_by_hand() -> None:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ({"arm": "x", "article": "a", "seed": 0, "order_gain": 1.0}, "lacks split"),
+        ({"arm": "x", "item": "a", "seed": 0, "order_gain": 1.0}, "lacks split"),
         (record("x", "a", 0, "test", order_gain=1.0), "allowed: train, held_out"),
         (record("x", "a", 0, order_gain=math.nan), "must be a finite number, got nan"),
         (record("x", "a", 0, order_gain=None), "must be a finite number, got None"),
@@ -66,9 +66,9 @@ def test_compare_pairs_cells_and_leaves_out_what_only_one_arm_has() -> None:
         baseline="random",
         unit="nats",
     )
-    # The article's level (1 against 5) cancels in every pair.
+    # The item's level (1 against 5) cancels in every pair.
     assert (result["mean"], result["low"], result["high"]) == pytest.approx((0.3, 0.3, 0.3))
-    assert (result["n"], result["num_seeds"], result["num_articles"]) == (10, 5, 2)
+    assert (result["n"], result["num_seeds"], result["num_items"]) == (10, 5, 2)
     assert result["share_improved"] == 1.0
 
 
@@ -92,7 +92,7 @@ def test_arms_without_a_common_cell_are_refused() -> None:
 
 
 def gap_records(oracle: str = "exhaustive") -> list[dict[str, Any]]:
-    """Two articles with gaps 1 and 0.001, of which 0.8 and -0.05 are gained: 0.75 / 1.001 of the gap by sums."""
+    """Two items with gaps 1 and 0.001, of which 0.8 and -0.05 are gained: 0.75 / 1.001 of the gap by sums."""
     return (
         grid("random", {(0, "a"): -6.0, (0, "b"): -3.0})
         + grid("learned", {(0, "a"): -5.2, (0, "b"): -3.05})
@@ -104,14 +104,14 @@ def test_gap_closed_is_a_ratio_of_sums() -> None:
     result = gap_closed(gap_records(), metric="order_gain")
     assert result["mean"] == pytest.approx(0.75 / 1.001)
     mean_of_ratios = (0.8 / 1.0 - 0.05 / 0.001) / 2
-    assert mean_of_ratios < -20  # what one flat article would have done to the headline
+    assert mean_of_ratios < -20  # what one flat item would have done to the headline
     assert (result["oracle"], result["reason"], result["n"]) == ("exhaustive optimum", None, 2)
 
 
 def test_an_oracle_that_is_not_the_optimum_is_called_a_lower_bound() -> None:
     records = gap_records("greedy") + grid("beam", {(None, "a"): -4.0, (None, "b"): -9.0})
     result = gap_closed(records, metric="order_gain")
-    assert result["mean"] == pytest.approx(0.75 / 2.001)  # the better oracle of each article: beam on a, greedy on b
+    assert result["mean"] == pytest.approx(0.75 / 2.001)  # the better oracle of each item: beam on a, greedy on b
     assert result["oracle"] == "best of beam, greedy: a lower bound of the optimum"
     partly = gap_closed(records + grid("exhaustive", {(None, "a"): -4.0}), metric="order_gain")
     assert partly["oracle"].endswith("a lower bound of the optimum")
@@ -140,11 +140,11 @@ def test_a_gap_whose_sign_is_uncertain_has_no_interval() -> None:
 
 
 def test_one_cell_has_a_share_but_no_interval() -> None:
-    records = [r for r in gap_records() if r["article"] == "a"]
+    records = [r for r in gap_records() if r["item"] == "a"]
     result = gap_closed(records, metric="order_gain")
     assert result["mean"] == pytest.approx(0.8)
     assert (result["low"], result["high"]) == (None, None)
-    assert result["reason"] == "one seed on one article has no interval"
+    assert result["reason"] == "one seed on one item has no interval"
 
 
 def test_the_gap_interval_of_equal_gaps_is_that_of_the_mean() -> None:

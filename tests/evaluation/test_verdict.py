@@ -22,7 +22,7 @@ def comparison(mean: float, low: float | None, high: float | None, **changes: An
         "unit": "nats per value token",
         "n": 25,
         "num_seeds": 5,
-        "num_articles": 5,
+        "num_items": 5,
         "share_improved": 1.0,
     }
     return Comparison(**{**base, **changes})  # type: ignore[typeddict-item]
@@ -36,7 +36,7 @@ def gap(mean: float | None, low: float | None = None, high: float | None = None,
         "unit": "share of the gap",
         "n": 25,
         "num_seeds": 5,
-        "num_articles": 5,
+        "num_items": 5,
         "oracle": "exhaustive optimum",
         "reason": None,
     }
@@ -47,6 +47,7 @@ def test_a_real_gain_is_claimed_with_its_figures() -> None:
     text = verdict(
         [comparison(0.1241, 0.08, 0.171), comparison(0.11, 0.06, 0.16, baseline="untrained")],
         gaps={"train": gap(0.86, 0.71, 0.97), "held_out": gap(0.03, -0.1, 0.2, oracle=BOUND)},
+        noun="article",
     )
     assert text == (
         "On 5 training articles (5 seeds; 95 % intervals), "
@@ -58,7 +59,7 @@ def test_a_real_gain_is_claimed_with_its_figures() -> None:
 
 
 def test_an_interval_over_zero_claims_nothing_and_a_loss_is_a_loss() -> None:
-    text = verdict([comparison(0.004, -0.01, 0.018, split="held_out"), comparison(-0.2, -0.3, -0.1)])
+    text = verdict([comparison(0.004, -0.01, 0.018, split="held_out"), comparison(-0.2, -0.3, -0.1)], noun="article")
     assert "learned is 0.2 nats per value token below random" in text
     assert (
         "no difference can be claimed between learned and random in order gain "
@@ -70,7 +71,7 @@ def test_an_interval_over_zero_claims_nothing_and_a_loss_is_a_loss() -> None:
 @pytest.mark.parametrize("seeds", [1, 4])
 def test_too_few_seeds_is_said_however_clear_the_interval(seeds: int) -> None:
     few = comparison(0.5, 0.4, 0.6, num_seeds=seeds)
-    text = verdict([few])
+    text = verdict([few], noun="article")
     assert not claimable(few)
     assert f"({seeds} seed{'s' if seeds > 1 else ''}; " in text
     assert "no difference can be claimed, for that takes at least 5 seeds" in text
@@ -78,11 +79,16 @@ def test_too_few_seeds_is_said_however_clear_the_interval(seeds: int) -> None:
 
 
 def test_few_articles_limit_what_a_claim_is_about() -> None:
-    alone = verdict([comparison(0.5, 0.4, 0.6, num_articles=1)])
+    alone = verdict([comparison(0.5, 0.4, 0.6, num_items=1)], noun="article")
     assert alone.startswith("On this one training article alone (5 seeds")
-    assert verdict([comparison(0.5, 0.4, 0.6, num_articles=3, split="held_out")]).startswith(
-        "On these 3 held-out articles alone"
-    )
+    three = verdict([comparison(0.5, 0.4, 0.6, num_items=3, split="held_out")], noun="article")
+    assert three.startswith("On these 3 held-out articles alone")
+
+
+def test_without_a_noun_it_speaks_of_seeds_alone() -> None:
+    text = verdict([comparison(0.5, 0.4, 0.6, split="held_out"), comparison(0.5, 0.4, 0.6)])
+    assert text.startswith("Over 5 seeds (95 % intervals), learned is 0.5 ")
+    assert " Held out, over 5 seeds (95 % intervals), learned is 0.5 " in text
 
 
 def test_no_interval_claims_nothing() -> None:

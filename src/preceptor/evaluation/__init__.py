@@ -1,4 +1,4 @@
-"""What an arm is worth: paired comparison, intervals over seeds and articles, and a verdict in words. No I/O."""
+"""What an arm is worth: paired comparison, intervals over seeds and items, and a verdict in words. No I/O."""
 
 from __future__ import annotations
 

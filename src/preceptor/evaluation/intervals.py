@@ -1,9 +1,9 @@
-"""Bootstrap intervals for few seeds and few articles.
+"""Bootstrap intervals for few seeds and few items.
 
 Two resampling schemes, one way to read an interval off the resamples:
 
 * :func:`bootstrap_interval` resamples one list of independent values;
-* :func:`paired_bootstrap` resamples seeds and articles, both, for values that sit in (seed, article) cells.
+* :func:`paired_bootstrap` resamples seeds and items, both, for values that sit in (seed, item) cells.
 
 **Why the expanded percentile.** The plain percentile interval is too narrow for few values: it lacks the
 ``n / (n - 1)`` of an unbiased variance and uses normal where Student quantiles belong, so that at n = 5 a "95 %"
@@ -31,7 +31,7 @@ from preceptor.errors import DataError
 Array = NDArray[np.float64]
 Statistic = Callable[[Array], Array]
 Cell = tuple[Hashable, Hashable]
-"""(seed, article)."""
+"""(seed, item)."""
 
 _CHUNK = 2_000_000
 """Numbers resampled at once, so that memory does not grow with the number of values."""
@@ -106,12 +106,12 @@ def bootstrap_interval(
 def paired_bootstrap(
     differences: Mapping[Cell, float], *, level: float = 0.95, num_resamples: int = 10_000, seed: int = 0
 ) -> Interval:
-    """The interval of the mean of paired differences, one for each (seed, article) cell.
+    """The interval of the mean of paired differences, one for each (seed, item) cell.
 
-    Cells that share a seed, or an article, are not independent, so seeds and articles are each drawn with replacement
-    and a cell counts as often as its seed times as its article came (the pigeonhole bootstrap, Owen 2007, Ann. Appl.
+    Cells that share a seed, or an item, are not independent, so seeds and items are each drawn with replacement
+    and a cell counts as often as its seed times as its item came (the pigeonhole bootstrap, Owen 2007, Ann. Appl.
     Stat. 1:386). For the noise that belongs to a cell alone this overstates the variance, up to three times: it errs
-    towards claiming less. A factor with one level is held fixed: with one article the interval speaks of that article
+    towards claiming less. A factor with one level is held fixed: with one item the interval speaks of that item
     alone. Missing cells are allowed; a resample that draws none of the cells is left out.
 
     One cell gives ``Interval(None, None)``. Raises :class:`DataError` for no cells or a non-finite value.
@@ -128,25 +128,25 @@ def paired_bootstrap(
 
 
 def crossed_sums(*grids: Mapping[Cell, float], num_resamples: int, seed: int) -> Array:
-    """The sum of each grid under the same resamples of seeds and articles: (num_grids, num_resamples).
+    """The sum of each grid under the same resamples of seeds and items: (num_grids, num_resamples).
 
     All grids must have the cells of the first.
     """
-    seeds, articles = _levels(grids[0])
+    seeds, items = _levels(grids[0])
     generator = np.random.default_rng(seed)
     seed_counts = _resample_counts(generator, len(seeds), num_resamples)
-    article_counts = _resample_counts(generator, len(articles), num_resamples)
+    item_counts = _resample_counts(generator, len(items), num_resamples)
     sums = []
     for grid in grids:
-        table = np.array([[grid.get((s, a), 0.0) for a in articles] for s in seeds])
-        sums.append(((seed_counts @ table) * article_counts).sum(axis=-1))
+        table = np.array([[grid.get((s, a), 0.0) for a in items] for s in seeds])
+        sums.append(((seed_counts @ table) * item_counts).sum(axis=-1))
     return np.stack(sums)
 
 
 def crossed_degrees_of_freedom(grid: Mapping[Cell, float]) -> int:
-    """Satterthwaite's degrees of freedom of the mean of ``grid``, from the variances of its seed and article means.
+    """Satterthwaite's degrees of freedom of the mean of ``grid``, from the variances of its seed and item means.
 
-    Rounded down, at least 1. With one article it is the number of seeds less one, with one seed that of articles less
+    Rounded down, at least 1. With one item it is the number of seeds less one, with one seed that of items less
     one.
     """
     variances = []
@@ -210,7 +210,7 @@ def _resample_counts(generator: np.random.Generator, num_levels: int, num_resamp
 
 
 def _levels(grid: Mapping[Cell, float]) -> tuple[list[Hashable], list[Hashable]]:
-    """The seeds and the articles of a grid, ordered by their text so that the order of records does not matter."""
+    """The seeds and the items of a grid, ordered by their text so that the order of records does not matter."""
     return sorted({s for s, _ in grid}, key=repr), sorted({a for _, a in grid}, key=repr)
 
 

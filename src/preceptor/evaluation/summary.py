@@ -1,6 +1,6 @@
 """Numbers over arms, from flat records: means with intervals, paired comparisons, the share of the gap closed.
 
-A record is one measured cell, ``{"arm", "article", "split", "seed", metric: value, ...}``: ``split`` is ``"train"`` or
+A record is one measured cell, ``{"arm", "item", "split", "seed", metric: value, ...}``: ``split`` is ``"train"`` or
 ``"held_out"``, every other key is a metric, and a metric that was not measured is left out. ``seed`` is ``None`` for
 what is the same under every seed (document order, an oracle under a frozen reader); it then pairs with each seed of the
 other arm.
@@ -27,11 +27,11 @@ from preceptor.evaluation.intervals import (
 Record = Mapping[str, Any]
 SPLITS = ("train", "held_out")
 GAP_UNIT = "share of the gap"
-_KEYS = ("arm", "article", "split", "seed")
+_KEYS = ("arm", "item", "split", "seed")
 
 
 class Estimate(TypedDict):
-    """A mean over ``n`` (seed, article) cells with its interval; the ends are null where there is one cell."""
+    """A mean over ``n`` (seed, item) cells with its interval; the ends are null where there is one cell."""
 
     mean: float
     low: float | None
@@ -53,7 +53,7 @@ class Comparison(TypedDict):
     unit: str
     n: int
     num_seeds: int
-    num_articles: int
+    num_items: int
     share_improved: float
 
 
@@ -66,7 +66,7 @@ class Gap(TypedDict):
     unit: str
     n: int
     num_seeds: int
-    num_articles: int
+    num_items: int
     oracle: str
     reason: str | None
 
@@ -84,7 +84,7 @@ def summarise(
 ) -> dict[str, dict[str, Estimate]]:
     """``{arm: {metric: estimate}}`` of one split, arms and metrics in the order in which they first appear.
 
-    ``units`` names the unit of every metric. The interval resamples seeds and articles (:func:`paired_bootstrap`).
+    ``units`` names the unit of every metric. The interval resamples seeds and items (:func:`paired_bootstrap`).
     Raises :class:`DataError` for a malformed record, a metric without a unit, or two records of one cell.
     """
     _check_records(records)
@@ -97,7 +97,7 @@ def summarise(
                 raise DataError(f"the metric {metric!r} has no unit{nearest(metric, units)}; name one in units.")
         for metric in units:  # their order, not that of each record, so that all arms agree
             if metric in record:
-                key = (record["seed"], record["article"])
+                key = (record["seed"], record["item"])
                 cells.setdefault(record["arm"], {}).setdefault(metric, {})[key] = float(record[metric])
     return {
         arm: {
@@ -118,7 +118,7 @@ def compare(
     level: float = 0.95,
     seed: int = 0,
 ) -> Comparison:
-    """The paired difference ``arm - baseline`` in ``metric`` with its interval over seeds and articles.
+    """The paired difference ``arm - baseline`` in ``metric`` with its interval over seeds and items.
 
     ``share_improved`` is the share of cells where ``arm`` is above, a tie counting half. Raises :class:`DataError` when
     the arms share no cell.
@@ -128,7 +128,7 @@ def compare(
     pairs = _paired(ours, theirs, names=(arm, baseline), metric=metric, split=split)
     differences = {cell: a - b for cell, (a, b) in pairs.items()}
     low, high = paired_bootstrap(differences, level=level, seed=seed)
-    num_seeds, num_articles = _count_levels(differences)
+    num_seeds, num_items = _count_levels(differences)
     return Comparison(
         arm=arm,
         baseline=baseline,
@@ -140,7 +140,7 @@ def compare(
         unit=unit,
         n=len(differences),
         num_seeds=num_seeds,
-        num_articles=num_articles,
+        num_items=num_items,
         share_improved=float(np.mean([(d > 0) + 0.5 * (d == 0) for d in differences.values()])),
     )
 
@@ -158,14 +158,14 @@ def gap_closed(
     num_resamples: int = 10_000,
     seed: int = 0,
 ) -> Gap:
-    """``sum(R_learned - R_lower) / sum(R_oracle - R_lower)`` over the (seed, article) cells of one split.
+    """``sum(R_learned - R_lower) / sum(R_oracle - R_lower)`` over the (seed, item) cells of one split.
 
     ``R_oracle`` of a cell is the best of the arms in ``upper`` that it has. Only where every cell has ``optimum`` is it
     the true optimum; else it is a lower bound, which ``oracle`` says, and the share can exceed 1.
 
-    A ratio of sums, not a mean of ratios: an article whose orders hardly differ has a gap near zero, its own ratio is
-    then noise divided by nearly nothing, and a mean would let that one article decide. In the ratio of sums it weighs
-    as little as its gap. The interval resamples seeds and articles, numerator and denominator together
+    A ratio of sums, not a mean of ratios: an item whose orders hardly differ has a gap near zero, its own ratio is
+    then noise divided by nearly nothing, and a mean would let that one item decide. In the ratio of sums it weighs
+    as little as its gap. The interval resamples seeds and items, numerator and denominator together
     (:func:`paired_bootstrap`).
 
     The number is null, with a reason, where the oracle is not above ``lower``; the interval alone is null with one
@@ -181,9 +181,9 @@ def gap_closed(
     gains = {cell: ours - floor for cell, (ours, floor) in pairs.items() if math.isfinite(best[cell])}
     gaps = {cell: best[cell] - pairs[cell][1] for cell in gains}
     if not gains:
-        raise DataError(f"{learned!r} and the oracle share no (seed, article) on split {split!r}.")
+        raise DataError(f"{learned!r} and the oracle share no (seed, item) on split {split!r}.")
     exact = optimum in oracles and all(math.isfinite(_at(grids[optimum], cell)) for cell in gains)
-    num_seeds, num_articles = _count_levels(gains)
+    num_seeds, num_items = _count_levels(gains)
     result = Gap(
         mean=None,
         low=None,
@@ -191,7 +191,7 @@ def gap_closed(
         unit=GAP_UNIT,
         n=len(gains),
         num_seeds=num_seeds,
-        num_articles=num_articles,
+        num_items=num_items,
         oracle=f"{optimum} optimum" if exact else f"best of {', '.join(oracles)}: a lower bound of the optimum",
         reason=None,
     )
@@ -202,7 +202,7 @@ def gap_closed(
     ratio = sum(gains.values()) / total_gap
     result["mean"] = ratio
     if len(gains) == 1:
-        result["reason"] = "one seed on one article has no interval"
+        result["reason"] = "one seed on one item has no interval"
         return result
     gain_sums, gap_sums = crossed_sums(gains, gaps, num_resamples=num_resamples, seed=seed)
     residuals = {cell: gains[cell] - ratio * gaps[cell] for cell in gains}
@@ -272,7 +272,7 @@ def _check_records(records: Sequence[Record]) -> None:
             raise DataError(f"record {number} has split {record['split']!r}; allowed: {', '.join(SPLITS)}.")
         cell = tuple(record[key] for key in _KEYS)
         if cell in seen:
-            raise DataError(f"two records of arm, article, split, seed = {cell}; each cell is measured once.")
+            raise DataError(f"two records of arm, item, split, seed = {cell}; each cell is measured once.")
         seen.add(cell)
         for metric in record.keys() - set(_KEYS):
             value = record[metric]
@@ -284,7 +284,7 @@ def _check_records(records: Sequence[Record]) -> None:
 
 def _cells(records: Sequence[Record], *, arm: str, metric: str, split: str) -> dict[Cell, float]:
     return {
-        (record["seed"], record["article"]): float(record[metric])
+        (record["seed"], record["item"]): float(record[metric])
         for record in records
         if record["arm"] == arm and record["split"] == split and metric in record
     }
@@ -299,12 +299,12 @@ def _paired(
     first: Mapping[Cell, float], second: Mapping[Cell, float], *, names: tuple[str, str], metric: str, split: str
 ) -> dict[Cell, tuple[float, float]]:
     """The values of both arms in every cell that both have, a seedless value paired with each seed of the other arm."""
-    seeded = {article for grid in (first, second) for seed, article in grid if seed is not None}
+    seeded = {item for grid in (first, second) for seed, item in grid if seed is not None}
     cells = [c for c in {**first, **second} if c[0] is not None or c[1] not in seeded]
     pairs = {cell: (_at(first, cell), _at(second, cell)) for cell in cells}
     pairs = {cell: pair for cell, pair in pairs.items() if all(map(math.isfinite, pair))}
     if not pairs:
-        raise DataError(f"{names[0]!r} and {names[1]!r} share no (seed, article) with {metric!r} on split {split!r}.")
+        raise DataError(f"{names[0]!r} and {names[1]!r} share no (seed, item) with {metric!r} on split {split!r}.")
     return pairs
 
 
@@ -314,7 +314,7 @@ def _estimate(values: Mapping[Cell, float], *, unit: str, level: float, seed: in
 
 
 def _count_levels(grid: Mapping[Cell, float]) -> tuple[int, int]:
-    return len({seed for seed, _ in grid}), len({article for _, article in grid})
+    return len({seed for seed, _ in grid}), len({item for _, item in grid})
 
 
 def _mean(grid: Mapping[Cell, float]) -> float:

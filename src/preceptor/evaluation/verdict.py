@@ -9,8 +9,8 @@ from preceptor.evaluation.summary import SPLITS, Comparison, Gap, QueryText
 MINIMUM_SEEDS = 5
 """Below this no claim is made: with four seeds, even noise has all signs equal in one case of eight."""
 
-MINIMUM_ARTICLES = 5
-"""Below this a claim is made of the named articles alone."""
+MINIMUM_ITEMS = 5
+"""Below this a claim is made of the measured items alone."""
 
 
 def verdict(
@@ -18,13 +18,14 @@ def verdict(
     *,
     gaps: Mapping[str, Gap] | None = None,
     query_text: QueryText | None = None,
+    noun: str = "",
     level: float = 0.95,
 ) -> str:
     """One paragraph: a sentence for each split, one for the gap closed, one for the part of a gain that is query text.
 
     A difference is claimed only if its interval excludes zero and at least ``MINIMUM_SEEDS`` seeds were run; the
-    sentence then says of how many articles it speaks. ``gaps`` maps a split to its :class:`Gap`. ``level`` is that of
-    all intervals given.
+    sentence then says of how many items it speaks, calling one of them ``noun`` (``"article"``); without a noun it
+    speaks of seeds alone. ``gaps`` maps a split to its :class:`Gap`. ``level`` is that of all intervals given.
 
     >>> verdict([])
     'Nothing was compared, so no difference can be claimed.'
@@ -32,11 +33,11 @@ def verdict(
     sentences = []
     for split in SPLITS:
         if of_split := [comparison for comparison in comparisons if comparison["split"] == split]:
-            sentences.append(_comparison_sentence(of_split, level))
+            sentences.append(_comparison_sentence(of_split, noun, level))
     if not sentences:
         sentences.append("Nothing was compared, so no difference can be claimed.")
     if closed := [(split, gaps[split]) for split in SPLITS if gaps and split in gaps]:
-        sentences.append(_gap_sentence(closed))
+        sentences.append(_gap_sentence(closed, noun))
     if query_text is not None:
         sentences.append(_query_text_sentence(query_text))
     return " ".join(sentences)
@@ -48,9 +49,13 @@ def claimable(comparison: Comparison) -> bool:
     return comparison["num_seeds"] >= MINIMUM_SEEDS and low is not None and high is not None and (low > 0 or high < 0)
 
 
-def _comparison_sentence(comparisons: Sequence[Comparison], level: float) -> str:
+def _comparison_sentence(comparisons: Sequence[Comparison], noun: str, level: float) -> str:
     first = comparisons[0]
-    place = f"On {_articles(first)} ({_counted(first['num_seeds'], 'seed')}; {100 * level:g} % intervals)"
+    seeds = _counted(first["num_seeds"], "seed")
+    place = f"On {_items(first, noun)} ({seeds}; {100 * level:g} % intervals)"
+    if not noun:
+        over = "Over" if first["split"] == "train" else "Held out, over"
+        place = f"{over} {seeds} ({100 * level:g} % intervals)"
     if first["num_seeds"] < MINIMUM_SEEDS:
         measured = ", ".join(f"{_name(c)} {_number(c['mean'])} {c['unit']}{_interval(c)}" for c in comparisons)
         needed = f"that takes at least {MINIMUM_SEEDS} seeds"
@@ -73,10 +78,10 @@ def _clause(comparison: Comparison) -> str:
     )
 
 
-def _gap_sentence(closed: Sequence[tuple[str, Gap]]) -> str:
+def _gap_sentence(closed: Sequence[tuple[str, Gap]], noun: str) -> str:
     parts = []
     for split, gap in closed:
-        where = "in training" if split == "train" else "on held-out articles"
+        where = "in training" if split == "train" else f"on held-out {noun or 'item'}s"
         if gap["mean"] is None:
             parts.append(f"{where} it is undefined ({gap['reason']})")
             continue
@@ -99,12 +104,12 @@ def _query_text_sentence(split: QueryText) -> str:
     )
 
 
-def _articles(comparison: Comparison) -> str:
-    held_out, count = comparison["split"] == "held_out", comparison["num_articles"]
+def _items(comparison: Comparison, noun: str) -> str:
+    held_out, count = comparison["split"] == "held_out", comparison["num_items"]
     kind = "held-out" if held_out else "training"
-    if count >= MINIMUM_ARTICLES:
-        return f"{count} {kind} articles"
-    return f"this one {kind} article alone" if count == 1 else f"these {count} {kind} articles alone"
+    if count >= MINIMUM_ITEMS:
+        return f"{count} {kind} {noun}s"
+    return f"this one {kind} {noun} alone" if count == 1 else f"these {count} {kind} {noun}s alone"
 
 
 def _name(comparison: Comparison) -> str:

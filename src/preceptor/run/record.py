@@ -15,8 +15,8 @@ from preceptor.run.files import TEMPORARY, replace_file, storage_errors
 from preceptor.run.lock import LOCK_NAME
 from preceptor.run.strict_json import json_fault
 
-RECORD = ("manifest.json", "config.yaml", LOCK_NAME)
-"""What a run's folder holds when it is created; removed in this order, since without a manifest there is no run."""
+RECORD = ("manifest.json", "config.yaml", "notices.log", LOCK_NAME)
+"""What a run's folder holds before it has begun; removed in this order, since without a manifest there is no run."""
 
 _SCHEMA = 1
 _FIELDS = ("seed", "streams", "save_every", "keep_last", "trackers", "device", "code", "config", "environment")

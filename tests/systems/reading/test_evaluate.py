@@ -133,8 +133,8 @@ def test_every_arm_is_there_with_every_metric(measured: Measured) -> None:
         "easy_to_hard", "hard_to_easy", "best_of_n", "greedy", "beam", "local_search", "exhaustive", "probe_greedy",
     }  # fmt: skip
     for record in measured.arms.values():
-        assert set(record) == {"arm", "article", "split", "seed", *UNITS}
-        assert (record["article"], record["split"], record["seed"]) == ("bees", "train", 4)
+        assert set(record) == {"arm", "item", "split", "seed", *UNITS}
+        assert (record["item"], record["split"], record["seed"]) == ("bees", "train", 4)
 
 
 def test_order_gain_is_over_the_mean_of_the_random_orders(measured: Measured) -> None:

@@ -14,7 +14,7 @@ def record(
     arm: str, reward: float, *, article: str = "a", split: str = "train", seed: int = 0, **more: float
 ) -> dict[str, Any]:
     return {
-        "arm": arm, "article": article, "split": split, "seed": seed, "reward": reward,
+        "arm": arm, "item": article, "split": split, "seed": seed, "reward": reward,
         "order_gain": reward + 5.0, "order_gain_with_queries": reward + 5.1, "model_calls": 0.0, **more,
     }  # fmt: skip
 

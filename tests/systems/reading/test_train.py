@@ -157,6 +157,16 @@ def test_after_a_refusal_the_same_folder_can_be_used(
     assert (tmp_path / "run" / "result.json").is_file()
 
 
+def test_a_notice_before_the_refusal_does_not_keep_the_folder(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path / "birds.txt", sentences(6))  # three pairs, fewer than are asked for
+    assert main(command("--article", path, settings=("data.num_pairs=8", "selection.layer=7"))) == 2
+    said = capsys.readouterr().err
+    assert "'birds' is short: " in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_refusal_leaves_no_folder_of_the_default_name(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

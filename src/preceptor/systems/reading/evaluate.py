@@ -180,7 +180,7 @@ def evaluate_article(
     for arm, control in arms.items():
         record = {
             "arm": arm,
-            "article": name,
+            "item": name,
             "split": "train" if name in classroom.train else "held_out",
             "seed": config.seed,
             "reward": values[arm],

@@ -55,7 +55,7 @@ def reading_result(
         "comparisons": comparisons,
         "gap_closed": {split: gaps.get(split) or NOT_MEASURED for split in SPLITS},
         "query_text": text,
-        "verdict": verdict(comparisons, gaps=gaps, query_text=text),
+        "verdict": verdict(comparisons, gaps=gaps, query_text=text, noun="article"),
         "records": list(records),
     }
 
