@@ -1,9 +1,11 @@
-"""Language models by hub name, local folder or the bundled starter, whole or with a LoRA adapter."""
+"""Language models and tokenizers by hub name, local folder or the bundled starter; whole or with a LoRA adapter."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +17,14 @@ import torch
 from huggingface_hub import HfApi, errors, try_to_load_from_cache
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging as transformers_logging
 
 from preceptor.errors import ConfigError, MissingExtraError, ModelError
@@ -91,6 +100,61 @@ def load_language_model(
         )
     model.to(device)
     return LanguageModel(model if adapter is None else _with_adapter(model, adapter), tokenizer, name=name)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A tokenizer for a model that is built from random weights.
+
+    Args:
+        name: ``starter``, a local folder, a name on the Hugging Face hub, or ``tiktoken:gpt2`` for an encoding that
+            tiktoken knows (which it downloads once).
+
+    Raises:
+        ModelError: there is no such tokenizer, or it is out of reach.
+        MissingExtraError: tiktoken is asked for and not installed.
+    """
+    if name.startswith("tiktoken:"):
+        return _from_tiktoken(name.removeprefix("tiktoken:"))
+    path = Path(name).expanduser()
+    source = _folder(path) if path.is_dir() else _source(name)
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"tokenizer '{name}' cannot be loaded: {_first_line(error)}; give 'starter', a folder with tokenizer.json, "
+            "a hub name that this machine can reach, or 'tiktoken:gpt2'"
+        ) from error
+    loaded: PreTrainedTokenizerBase = tokenizer
+    return loaded
+
+
+def _from_tiktoken(name: str) -> PreTrainedTokenizerBase:
+    """The encoding ``name`` of tiktoken as a tokenizer of Transformers."""
+    try:
+        import tiktoken
+    except ImportError as error:
+        raise MissingExtraError(f"tokenizer 'tiktoken:{name}'", package="tiktoken", extra="tiktoken") from error
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except (ValueError, OSError) as error:  # its client's network errors are OSErrors
+        raise ModelError(
+            f"tiktoken's encoding '{name}' is out of reach ({_first_line(error)}); give 'tiktoken:gpt2' where the "
+            "network allows it, or a local folder with tokenizer.json"
+        ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = Path(folder) / "tokenizer.model"
+        with ranks.open("wb") as file:  # the format that the converter reads: a token in base64 and its rank a line
+            for token, rank in encoding._mergeable_ranks.items():
+                file.write(base64.b64encode(token) + b" " + str(rank).encode() + b"\n")
+        converter = TikTokenConverter(
+            vocab_file=str(ranks), pattern=encoding._pat_str, extra_special_tokens=encoding._special_tokens
+        )
+        converted = converter.converted()
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=converted, bos_token=end, eos_token=end, clean_up_tokenization_spaces=False
+    )
 
 
 def _source(name: str) -> dict[str, Any]:

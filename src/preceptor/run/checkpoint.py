@@ -230,6 +230,21 @@ def _read(path: Path, step: int) -> Checkpoint:
         return Checkpoint(step, path, tensors, json.loads((path / "state.json").read_bytes()))
 
 
+@torch.no_grad()
+def copy_tensors(saved: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
+    """Writes ``saved`` into ``live`` in place, so that whoever holds these tensors goes on with them.
+
+    Raises ``CheckpointError`` when the names differ; then nothing is changed.
+    """
+    if saved.keys() != live.keys():
+        name = sorted(saved.keys() ^ live.keys())[0]
+        raise CheckpointError(
+            f"the checkpoint's parameters are not this model's ('{name}'); resume with the same model"
+        )
+    for name, tensor in live.items():
+        tensor.copy_(saved[name])
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], JSON]:
     """The whole state of any torch optimizer as named tensors and JSON; ``load_optimizer`` is the inverse."""
     tensors, rest = split_state(optimizer.state_dict())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from preceptor.errors import CheckpointError, ConfigError, NumericError
 
@@ -70,3 +70,29 @@ class NonFiniteGuard:
         if set(state) != set(self.state_dict()):
             raise CheckpointError(f"the guard's counters differ: got {sorted(state)}, need {sorted(self.state_dict())}")
         self.num_in_a_row, self.num_skipped = state["num_in_a_row"], state["num_skipped"]
+
+
+def guarded_step(
+    guard: NonFiniteGuard,
+    optimiser: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    step: int,
+    clip_norm: float,
+    notice: Callable[[str], None],
+) -> float:
+    """Clips the gradients and takes one step of ``optimiser``, unless a gradient is not finite; clears them.
+
+    Gives the gradients' norm before clipping, NaN for a step that was skipped (``notice`` is told why). Raises
+    ``NumericError`` as :meth:`NonFiniteGuard.skip`.
+    """
+    gradients = ((f"gradient of {name}", parameter.grad) for name, parameter in parameters.items())
+    norm = float("nan")
+    if (what := first_nonfinite(gradients)) is None:
+        norm = float(nn.utils.clip_grad_norm_(parameters.values(), clip_norm))
+        optimiser.step()
+        guard.ok()
+    else:
+        notice(guard.skip(step, what))
+    optimiser.zero_grad(set_to_none=True)
+    return norm

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from preceptor.errors import CheckpointError
 from preceptor.lm.language_model import LanguageModel
 from preceptor.objectives.statistics import RunningMoments
-from preceptor.run.checkpoint import Checkpoint, load_optimizer, optimizer_tensors
+from preceptor.run.checkpoint import Checkpoint, copy_tensors, load_optimizer, optimizer_tensors
 from preceptor.run.folder import Run
 from preceptor.run.guard import NonFiniteGuard
 from preceptor.systems.reading.collapse import CollapseWatch
@@ -121,15 +120,3 @@ def build_optimiser(policy: Policy, update: UpdateOptions) -> torch.optim.Optimi
     if update.optimiser == "adamw":
         return torch.optim.AdamW(groups, weight_decay=update.weight_decay)
     return torch.optim.Adam(groups)
-
-
-@torch.no_grad()
-def copy_tensors(saved: Mapping[str, Tensor], live: Mapping[str, Tensor | nn.Parameter]) -> None:
-    """Write ``saved`` into ``live`` in place; the names must be the same."""
-    if saved.keys() != live.keys():
-        name = sorted(saved.keys() ^ live.keys())[0]
-        raise CheckpointError(
-            f"the checkpoint's parameters are not this model's ('{name}'); resume with the same model"
-        )
-    for name, tensor in live.items():
-        tensor.copy_(saved[name])

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from preceptor.config import to_dict
 from preceptor.objectives.filters import above_standard_deviations, best_fraction, everything
 from preceptor.objectives.selection import relative_selection_entropy
 from preceptor.objectives.statistics import RunningMoments
 from preceptor.run.device import peak_memory_mib
-from preceptor.run.guard import first_nonfinite
+from preceptor.run.guard import guarded_step
 from preceptor.run.random import derived_seed
 from preceptor.systems.reading.classroom import Classroom, prepare
 from preceptor.systems.reading.config import ReadingConfig, UpdateOptions
@@ -286,16 +286,9 @@ def _apply(
         return float("nan")
     if not passed.any():
         return 0.0
-    gradients = ((f"gradient of {name}", parameter.grad) for name, parameter in learner.parameters.items())
-    if (what := first_nonfinite(gradients)) is not None:
-        learner.optimiser.zero_grad(set_to_none=True)
-        run.notice(learner.guard.skip(step, what))
-        return float("nan")
-    norm = float(nn.utils.clip_grad_norm_(learner.parameters.values(), clip_norm))
-    learner.optimiser.step()
-    learner.optimiser.zero_grad(set_to_none=True)
-    learner.guard.ok()
-    return norm
+    return guarded_step(
+        learner.guard, learner.optimiser, learner.parameters, step=step, clip_norm=clip_norm, notice=run.notice
+    )
 
 
 def _finite_mean(values: Tensor) -> float:

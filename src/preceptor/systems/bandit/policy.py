@@ -1,0 +1,132 @@
+"""A language model that decides by words: probabilities over the words that a prompt names.
+
+A word may be several tokens. Its log-probability is the sum over them, and an exact log-softmax over the options makes
+the policy. A context is encoded once: its options grow out of it side by side in one row, and gradient flows through
+every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from preceptor.errors import ConfigError
+from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.score import pad_rows
+from preceptor.systems.bandit.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A context and its options, in tokens."""
+
+    context: tuple[int, ...]
+    options: tuple[tuple[int, ...], ...]
+
+
+class Vocabulary:
+    """The closed vocabulary: every word as the tokens that it is after a text, with its leading space.
+
+    Raises:
+        ConfigError: a word's tokens begin another's, so that the model could not choose the one without the other.
+    """
+
+    def __init__(self, lm: LanguageModel, words: Iterable[str]) -> None:
+        self.tokens = {word: tuple(lm.encode(f" {word}")) for word in words}
+        faults = [
+            f"the words '{first}' and '{second}' cannot be told apart: the tokens of '{first}' begin those of "
+            f"'{second}' in the tokenizer of {lm.name}; use other words"
+            for first, one in self.tokens.items()
+            for second, other in self.tokens.items()
+            if first != second and other[: len(one)] == one and (one != other or first < second)
+        ]
+        if faults:
+            raise ConfigError(*faults)
+
+    def options(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Tokens of ``words``."""
+        return tuple(self.tokens[word] for word in words)
+
+    def choice(self, lm: LanguageModel, prompt: Prompt) -> Choice:
+        """``prompt`` in tokens, behind the token that begins a text."""
+        return Choice((lm.begin_token, *lm.encode(prompt.text)), self.options(prompt.words))
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the model makes of a batch of choices.
+
+    Attributes:
+        log_probs: over the options, normalised, in nats; −inf where a choice has fewer options than the widest.
+        mass: probability that the whole vocabulary puts on the named options together, in [0, 1].
+    """
+
+    log_probs: Float[Tensor, "batch options"]
+    mass: Float[Tensor, " batch"]
+
+
+def decide(lm: LanguageModel, choices: Sequence[Choice]) -> Decision:
+    """The policy at every choice, in one forward pass; carries gradient unless the caller switches it off."""
+    packed = [_Packed(choice) for choice in choices]
+    tokens = pad_rows([row.tokens for row in packed], filler=lm.begin_token, device=lm.device)
+    time = tokens.shape[1]
+    # What fills a row up attends to what is before it; nothing attends to the filling.
+    visible = torch.ones(time, time, dtype=torch.bool).tril().repeat(len(packed), 1, 1)
+    positions = torch.zeros(len(packed), time, dtype=torch.long)
+    for number, row in enumerate(packed):
+        visible[number, : len(row.tokens), : len(row.tokens)] = row.visible
+        positions[number, : len(row.tokens)] = torch.tensor(row.positions)
+    # One entry for every token of every option: where it is predicted, which token, and the option's cell.
+    width = max(len(choice.options) for choice in choices)
+    entries = [
+        (number, at, token, number * width + column)
+        for number, row in enumerate(packed)
+        for column, at, token in row.entries
+    ]
+    numbers, places, wanted, cells = torch.tensor(entries).T
+    keep = torch.zeros(tokens.shape, dtype=torch.bool)
+    keep[numbers, places] = True
+    kept = keep.flatten().cumsum(0).view(keep.shape)[numbers, places] - 1  # where the logits of each entry stand
+    output = lm.forward(
+        tokens,
+        keep=keep.to(lm.device),
+        attention_mask=visible.to(lm.device),
+        positions=positions.to(lm.device),
+    )
+    log_probs = output.logits.log_softmax(-1)[kept.to(lm.device), wanted.to(lm.device)]
+    scores = log_probs.new_zeros(len(choices) * width).index_add(0, cells.to(lm.device), log_probs)
+    missing = torch.ones(len(choices) * width, dtype=torch.bool).index_fill(0, cells, False)
+    scores = scores.masked_fill(missing.to(lm.device), -torch.inf).view(len(choices), width)
+    return Decision(log_probs=scores.log_softmax(-1), mass=scores.detach().exp().sum(-1))
+
+
+class _Packed:
+    """One row: the context, then every option up to its last token, each seeing the context and itself alone.
+
+    Attributes:
+        tokens, positions: of the row.
+        visible: [time, time], True = the row's token attends to that column's.
+        entries: (option, place that predicts it, token) for every token of every option.
+    """
+
+    def __init__(self, choice: Choice) -> None:
+        start = len(choice.context)
+        self.tokens = list(choice.context)
+        self.positions = list(range(start))
+        self.entries: list[tuple[int, int, int]] = []
+        stretches = []
+        for column, option in enumerate(choice.options):
+            first = len(self.tokens)
+            self.tokens += option[:-1]
+            self.positions += range(start, start + len(option) - 1)
+            stretches.append((first, len(self.tokens)))
+            places = (start - 1, *range(first, len(self.tokens)))
+            self.entries += [(column, place, token) for place, token in zip(places, option, strict=True)]
+        time = len(self.tokens)
+        self.visible = torch.ones(time, time, dtype=torch.bool).tril()
+        for first, end in stretches:
+            self.visible[first:end, start:first] = False
