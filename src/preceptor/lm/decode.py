@@ -127,6 +127,17 @@ class Decoder:
         """Tokens that each row holds."""
         return self._lengths.clone()
 
+    @property
+    def next_log_probs(self) -> Float[Tensor, "batch vocab"]:
+        """Log-probabilities, in nats, of the token after each row; the whole vocabulary's.
+
+        Raises:
+            ModelError: nothing has been read yet.
+        """
+        if self._next_logits is None:
+            raise ModelError("nothing has been read yet; append a prompt before asking for the next token")
+        return self._next_logits.log_softmax(-1)
+
     def append(self, sequences: Sequence[Sequence[int]]) -> None:
         """Read each row's own tokens; rows may differ in length, and be empty but for the first call.
 

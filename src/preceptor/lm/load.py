@@ -129,6 +129,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return loaded
 
 
+def save_language_model(lm: LanguageModel, folder: Path) -> None:
+    """Write model and tokenizer so that :func:`load_language_model` finds them in ``folder``."""
+    with _quiet():
+        lm.model.save_pretrained(folder)
+        lm.tokenizer.save_pretrained(folder)
+
+
 def _from_tiktoken(name: str) -> PreTrainedTokenizerBase:
     """The encoding ``name`` of tiktoken as a tokenizer of Transformers."""
     try:

@@ -27,4 +27,19 @@ SYSTEMS: dict[str, SystemInfo] = {
         "a language model learns in which order to read an article",
         needs=("cache_dir", "openai_api_key"),
     ),
+    "bandit": SystemInfo(
+        "preceptor.systems.bandit",
+        "BanditConfig",
+        "a language model decides by words, and what it learned crosses contexts or does not",
+    ),
+    "curriculum": SystemInfo(
+        "preceptor.systems.curriculum",
+        "CurriculumConfig",
+        "a language model learns by PPO on datasets mixed by what it can learn next",
+    ),
+    "surgery": SystemInfo(
+        "preceptor.systems.surgery",
+        "SurgeryConfig",
+        "a language model learns to speak by reinforcement, a surgeon edits its attention",
+    ),
 }

@@ -105,17 +105,17 @@ class PromptOptions:
 
     templates: tuple[str, ...] = option(
         (
-            "Which do you prefer, {options}?",
-            "Choose one of {options}.",
-            "Between {options}, my choice is",
-            "What would you rather eat, {options}?",
-            "If you had to pick {options}, you would take",
-            "Today the kitchen offers {options}. I would like",
+            "Pick {options}:",
+            "Which, {options}?",
+            "I choose {options}:",
+            "{options}? I take",
+            "Say {options}:",
+            "{options}: my pick is",
         ),
         "seen in pretraining and by REINFORCE",
     )
     held_out: tuple[str, ...] = option(
-        ("Would you rather have {options}?", "There is {options} on the table. I take"),
+        ("Choose {options}:", "{options}? Give me"),
         "kept for validation and for crossing",
     )
 
@@ -124,9 +124,9 @@ class PromptOptions:
 class PretrainingOptions:
     """Cross-entropy on a balanced corpus, so that every named word is as likely as the others."""
 
-    steps: int = option(900, "optimiser steps; 0 takes the model as it is")
-    batch_size: int = option(8, "windows a step")
-    window: int = option(32, "tokens of a sliding window")
+    steps: int = option(800, "optimiser steps; 0 takes the model as it is")
+    batch_size: int = option(12, "windows a step")
+    window: int = option(24, "tokens of a sliding window")
     learning_rate: float = option(4e-4, "of AdamW")
     weight_decay: float = option(0.01, "of AdamW")
     clip_norm: float = option(1.0, "global gradient norm")

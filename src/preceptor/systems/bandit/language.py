@@ -61,7 +61,7 @@ def dropout_from(lm: LanguageModel, generator: torch.Generator | None) -> Iterat
         try:
             yield
         finally:
-            lm.model.eval()
+            lm.model.train(False)
 
 
 def token_stream(lm: LanguageModel, lines: Sequence[str], *, generator: torch.Generator) -> Int[Tensor, " time"]:

@@ -19,7 +19,9 @@ from preceptor.objectives.statistics import RunningMoments
 from preceptor.run.checkpoint import Checkpoint, copy_tensors, load_optimizer, optimizer_tensors
 from preceptor.run.folder import Run
 from preceptor.run.guard import NonFiniteGuard, guarded_step
+from preceptor.run.strict_json import JSON
 from preceptor.systems.bandit.config import UpdateOptions
+from preceptor.systems.bandit.environment import Bandit
 
 
 class Baseline:
@@ -109,9 +111,9 @@ class Learner:
     Attributes:
         optimiser: of the phase that runs.
         pretrained: the model before the first reward, frozen; None before that.
-        queue: prompts still to come in this epoch, the next batch last, as indices.
+        queue: batches still to come in this epoch, the next one last: number of the bandit, indices of its prompts.
         regret: of every bandit, in expected reward, after each of its steps.
-        num_best: pulls of the best arm, and all pulls, of every bandit.
+        num_pulls, num_best, reward_sum: pulls, pulls of the best word, and rewards, of every bandit.
     """
 
     def __init__(self, lm: LanguageModel, update: UpdateOptions, bandits: Sequence[str]) -> None:
@@ -121,7 +123,7 @@ class Learner:
         self.pretrained: LanguageModel | None = None
         self.baseline = Baseline(update.baseline, bandits)
         self.guard = NonFiniteGuard()
-        self.queue: list[list[int]] = []
+        self.queue: list[tuple[int, list[int]]] = []
         self.regret: dict[str, list[float]] = {name: [] for name in bandits}
         self.num_pulls = dict.fromkeys(bandits, 0)
         self.num_best = dict.fromkeys(bandits, 0)
@@ -133,10 +135,23 @@ class Learner:
 
     def apply(self, loss: Tensor, run: Run, step: int, *, clip_norm: float) -> float:
         """Backward and one step of the optimiser; the gradient's norm before clipping, NaN for a step skipped."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return guarded_step(
             self.guard, self.optimiser, self.parameters, step=step, clip_norm=clip_norm, notice=run.notice
         )
+
+    def count(self, bandit: Bandit, actions: Int[Tensor, " batch"], rewards: Float[Tensor, " batch"]) -> None:
+        """Take a batch of pulls into the sums: regret is against the best word's expected reward."""
+        name, expected = bandit.name, bandit.expected
+        before = self.regret[name][-1] if self.regret[name] else 0.0
+        self.regret[name].append(before + float((expected.max() - expected[actions]).sum()))
+        self.num_pulls[name] += len(actions)
+        self.num_best[name] += int((expected[actions] == expected.max()).sum())
+        self.reward_sum[name] += float(rewards.sum())
+
+    def mean_rewards(self) -> dict[str, float]:
+        """Mean reward so far of every bandit that was played."""
+        return {name: self.reward_sum[name] / pulls for name, pulls in self.num_pulls.items() if pulls}
 
     def save(self, run: Run, step: int) -> None:
         """Write a checkpoint of ``run`` at ``step``."""
@@ -147,11 +162,11 @@ class Learner:
         }
         if self.pretrained is not None:
             tensors["pretrained"] = dict(self.pretrained.model.named_parameters())
-        state = {
+        state: dict[str, JSON] = {
             "optimiser": optimiser_settings,
             "baseline": self.baseline.state_dict(),
             "guard": self.guard.state_dict(),
-            "queue": self.queue,
+            "queue": [[number, prompts] for number, prompts in self.queue],
             "regret": self.regret,
             "counts": [self.num_pulls, self.num_best, self.reward_sum],
         }
@@ -167,10 +182,10 @@ class Learner:
         copy_tensors(checkpoint.tensors["model"], self.parameters)
         load_optimizer(self.optimiser, checkpoint.tensors["optimiser"], state["optimiser"])
         if "pretrained" in checkpoint.tensors:
-            self.pretrained = self.lm.frozencopy_tensors()
+            self.pretrained = self.lm.frozen_copy()
             copy_tensors(checkpoint.tensors["pretrained"], dict(self.pretrained.model.named_parameters()))
         self.baseline.load_state_dict(state["baseline"])
         self.guard.load_state_dict(state["guard"])
-        self.queue = [list(batch) for batch in state["queue"]]
+        self.queue = [(number, list(prompts)) for number, prompts in state["queue"]]
         self.regret = {name: list(values) for name, values in state["regret"].items()}
         self.num_pulls, self.num_best, self.reward_sum = map(dict, state["counts"])

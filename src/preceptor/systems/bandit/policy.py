@@ -19,13 +19,26 @@ from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.score import pad_rows
 from preceptor.systems.bandit.prompts import Prompt
 
+Options = tuple[tuple[int, ...], ...]
+"""The words that may stand at a place, in tokens."""
+
 
 @dataclass(frozen=True)
-class Choice:
-    """A context and its options, in tokens."""
+class Context:
+    """A text in tokens and the places in it where a word is chosen.
 
-    context: tuple[int, ...]
-    options: tuple[tuple[int, ...], ...]
+    Attributes:
+        tokens: the whole text.
+        choices: (place, options): a word of the options follows ``tokens[:place]``.
+    """
+
+    tokens: tuple[int, ...]
+    choices: tuple[tuple[int, Options], ...]
+
+    @classmethod
+    def asking(cls, tokens: Sequence[int], options: Options) -> Context:
+        """A text that ends where the word is chosen."""
+        return cls(tuple(tokens), ((len(tokens), options),))
 
 
 class Vocabulary:
@@ -47,46 +60,46 @@ class Vocabulary:
         if faults:
             raise ConfigError(*faults)
 
-    def options(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    def options(self, words: Sequence[str]) -> Options:
         """Tokens of ``words``."""
         return tuple(self.tokens[word] for word in words)
 
-    def choice(self, lm: LanguageModel, prompt: Prompt) -> Choice:
+    def context(self, lm: LanguageModel, prompt: Prompt) -> Context:
         """``prompt`` in tokens, behind the token that begins a text."""
-        return Choice((lm.begin_token, *lm.encode(prompt.text)), self.options(prompt.words))
+        return Context.asking([lm.begin_token, *lm.encode(prompt.text)], self.options(prompt.words))
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What the model makes of a batch of choices.
+    """What the model makes of every choice of a batch, in the order of the contexts and of the places in them.
 
     Attributes:
         log_probs: over the options, normalised, in nats; −inf where a choice has fewer options than the widest.
         mass: probability that the whole vocabulary puts on the named options together, in [0, 1].
     """
 
-    log_probs: Float[Tensor, "batch options"]
-    mass: Float[Tensor, " batch"]
+    log_probs: Float[Tensor, "choices options"]
+    mass: Float[Tensor, " choices"]
 
 
-def decide(lm: LanguageModel, choices: Sequence[Choice]) -> Decision:
+def decide(lm: LanguageModel, contexts: Sequence[Context]) -> Decision:
     """The policy at every choice, in one forward pass; carries gradient unless the caller switches it off."""
-    packed = [_Packed(choice) for choice in choices]
+    packed = [_Packed(context) for context in contexts]
     tokens = pad_rows([row.tokens for row in packed], filler=lm.begin_token, device=lm.device)
     time = tokens.shape[1]
     # What fills a row up attends to what is before it; nothing attends to the filling.
     visible = torch.ones(time, time, dtype=torch.bool).tril().repeat(len(packed), 1, 1)
     positions = torch.zeros(len(packed), time, dtype=torch.long)
+    width = max(len(options) for context in contexts for _, options in context.choices)
+    entries: list[tuple[int, int, int, int]] = []  # of every token of every option: row, place, token, cell
+    num_choices = 0
     for number, row in enumerate(packed):
         visible[number, : len(row.tokens), : len(row.tokens)] = row.visible
         positions[number, : len(row.tokens)] = torch.tensor(row.positions)
-    # One entry for every token of every option: where it is predicted, which token, and the option's cell.
-    width = max(len(choice.options) for choice in choices)
-    entries = [
-        (number, at, token, number * width + column)
-        for number, row in enumerate(packed)
-        for column, at, token in row.entries
-    ]
+        entries += [
+            (number, at, token, (num_choices + choice) * width + column) for choice, column, at, token in row.entries
+        ]
+        num_choices += len(contexts[number].choices)
     numbers, places, wanted, cells = torch.tensor(entries).T
     keep = torch.zeros(tokens.shape, dtype=torch.bool)
     keep[numbers, places] = True
@@ -98,35 +111,36 @@ def decide(lm: LanguageModel, choices: Sequence[Choice]) -> Decision:
         positions=positions.to(lm.device),
     )
     log_probs = output.logits.log_softmax(-1)[kept.to(lm.device), wanted.to(lm.device)]
-    scores = log_probs.new_zeros(len(choices) * width).index_add(0, cells.to(lm.device), log_probs)
-    missing = torch.ones(len(choices) * width, dtype=torch.bool).index_fill(0, cells, False)
-    scores = scores.masked_fill(missing.to(lm.device), -torch.inf).view(len(choices), width)
+    scores = log_probs.new_zeros(num_choices * width).index_add(0, cells.to(lm.device), log_probs)
+    missing = torch.ones(num_choices * width, dtype=torch.bool).index_fill(0, cells, False)
+    scores = scores.masked_fill(missing.to(lm.device), -torch.inf).view(num_choices, width)
     return Decision(log_probs=scores.log_softmax(-1), mass=scores.detach().exp().sum(-1))
 
 
 class _Packed:
-    """One row: the context, then every option up to its last token, each seeing the context and itself alone.
+    """One row: the text, then every option of every choice up to its last token.
+
+    An option sees the text before its place and itself, never another option, and counts its positions from its place.
 
     Attributes:
         tokens, positions: of the row.
         visible: [time, time], True = the row's token attends to that column's.
-        entries: (option, place that predicts it, token) for every token of every option.
+        entries: (choice, option, place that predicts it, token) for every token of every option.
     """
 
-    def __init__(self, choice: Choice) -> None:
-        start = len(choice.context)
-        self.tokens = list(choice.context)
-        self.positions = list(range(start))
-        self.entries: list[tuple[int, int, int]] = []
+    def __init__(self, context: Context) -> None:
+        self.tokens = list(context.tokens)
+        self.positions = list(range(len(context.tokens)))
+        self.entries: list[tuple[int, int, int, int]] = []
         stretches = []
-        for column, option in enumerate(choice.options):
-            first = len(self.tokens)
-            self.tokens += option[:-1]
-            self.positions += range(start, start + len(option) - 1)
-            stretches.append((first, len(self.tokens)))
-            places = (start - 1, *range(first, len(self.tokens)))
-            self.entries += [(column, place, token) for place, token in zip(places, option, strict=True)]
-        time = len(self.tokens)
-        self.visible = torch.ones(time, time, dtype=torch.bool).tril()
-        for first, end in stretches:
-            self.visible[first:end, start:first] = False
+        for number, (place, options) in enumerate(context.choices):
+            for column, option in enumerate(options):
+                first = len(self.tokens)
+                self.tokens += option[:-1]
+                self.positions += range(place, place + len(option) - 1)
+                stretches.append((place, first, len(self.tokens)))
+                predicting = (place - 1, *range(first, len(self.tokens)))
+                self.entries += [(number, column, at, token) for at, token in zip(predicting, option, strict=True)]
+        self.visible = torch.ones(len(self.tokens), len(self.tokens), dtype=torch.bool).tril()
+        for place, first, end in stretches:
+            self.visible[first:end, place:first] = False

@@ -36,9 +36,7 @@ def ucb1(rewards: Rewards, *, generator: torch.Generator) -> Pulls:
     )
 
 
-def thompson(
-    rewards: Rewards, *, generator: torch.Generator, kind: str = "bernoulli", deviation: float = 1.0
-) -> Pulls:
+def thompson(rewards: Rewards, *, generator: torch.Generator, kind: str = "bernoulli", deviation: float = 1.0) -> Pulls:
     """The best of one draw from each arm's posterior (Thompson 1933).
 
     Bernoulli arms have a Beta(1, 1) prior; gaussian ones a flat prior and the known ``deviation``, after one pull each.
@@ -70,7 +68,9 @@ def gradient_bandit(
         reward = rewards[:, pull].gather(1, arm)[:, 0]
         mean += (reward - mean) / (pull + 1)
         advantage = reward - mean if baseline else reward
-        preferences += step_size * advantage[:, None] * (torch.zeros_like(probabilities).scatter(1, arm, 1.0) - probabilities)
+        preferences += (
+            step_size * advantage[:, None] * (torch.zeros_like(probabilities).scatter(1, arm, 1.0) - probabilities)
+        )
         chosen[:, pull] = arm[:, 0]
     return chosen
 
@@ -108,3 +108,22 @@ def _beta(a: Tensor, b: Tensor, generator: torch.Generator) -> Tensor:
     """Draws from Beta(a, b) as a ratio of gammas."""
     first, second = torch._standard_gamma(a, generator=generator), torch._standard_gamma(b, generator=generator)
     return first / (first + second)
+
+
+def play_all(
+    rewards: Rewards,
+    expected: Float[Tensor, "runs arms"],
+    *,
+    kind: str,
+    deviation: float,
+    generator: torch.Generator,
+) -> dict[str, Pulls]:
+    """Every algorithm on the same ``rewards``, and the optimum, which knows what each arm is ``expected`` to pay."""
+    return {
+        "uniform": uniform(rewards, generator=generator),
+        "greedy": greedy(rewards, generator=generator),
+        "ucb1": ucb1(rewards, generator=generator),
+        "thompson": thompson(rewards, generator=generator, kind=kind, deviation=deviation),
+        "gradient_bandit": gradient_bandit(rewards, generator=generator),
+        "optimum": expected.argmax(-1, keepdim=True).expand(-1, rewards.shape[1]),
+    }

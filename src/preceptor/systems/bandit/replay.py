@@ -1,0 +1,58 @@
+"""Plays the recorded words again, without the model, and computes what they are paid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from preceptor.errors import DataError
+from preceptor.run.metrics import read_jsonl
+from preceptor.run.random import RandomStreams
+from preceptor.run.replayed import Replayed
+from preceptor.systems.bandit.config import BanditConfig
+from preceptor.systems.bandit.history import sample_tables
+from preceptor.systems.bandit.laboratory import as_bandit, reward_tables
+from preceptor.systems.bandit.train import STREAMS
+
+
+def replay(config: BanditConfig, folder: Path) -> Iterator[Replayed]:
+    """Every recorded reward of the run in ``folder`` beside the one that its bandit pays for the recorded word.
+
+    Raises:
+        DataError: ``decisions.jsonl`` is missing or malformed.
+    """
+    return (_history if config.mode == "history" else _prompts)(config, read_jsonl(folder / "decisions.jsonl"))
+
+
+def _prompts(config: BanditConfig, rows: Iterator[dict[str, Any]]) -> Iterator[Replayed]:
+    tables = reward_tables(config)
+    for row in rows:
+        where = f"step {row['step']}, {row['bandit']}, pull {row['pull']}"
+        paid = tables[row["bandit"]][row["pull"], _arm(row["words"], row["word"], where)]
+        yield Replayed(where, row["reward"], float(paid))
+
+
+def _history(config: BanditConfig, rows: Iterator[dict[str, Any]]) -> Iterator[Replayed]:
+    """The sampled bandits come from the stream of the environment, a batch a step, in order."""
+    environment = RandomStreams(config.seed, STREAMS)["environment"]
+    bandits = {bandit.name: bandit for bandit in map(as_bandit, config.bandits)}
+    step, episode, tables = None, 0, None
+    for row in rows:
+        bandit = bandits[row["bandit"]]
+        if row["step"] != step:
+            step, episode = row["step"], 0
+            tables = sample_tables(
+                bandit, episodes=config.history.batch_size, rounds=config.history.rounds, generator=environment
+            )
+        assert tables is not None
+        for round_, (word, reward) in enumerate(zip(row["words"], row["rewards"], strict=True)):
+            where = f"step {step}, episode {episode}, round {round_ + 1}"
+            yield Replayed(where, reward, float(tables.rewards[episode, round_, _arm(bandit.words, word, where)]))
+        episode += 1
+
+
+def _arm(words: Sequence[str], word: str, where: str) -> int:
+    if word not in words:
+        raise DataError(f"decisions.jsonl, {where}: '{word}' is none of the words {', '.join(words)}")
+    return words.index(word)
