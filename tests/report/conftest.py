@@ -156,6 +156,7 @@ def _result(generator: random.Random) -> dict[str, Any]:
         "status": "finished",
         "seeds": [0, 1, 2, 3, 4],
         "arms": arms,
+        "oracles": [arm for arm in arms if arm.endswith("_oracle")],
         "gap_closed": {
             "train": {"mean": 0.86, "low": 0.71, "high": 0.97, **gap},
             "held_out": {"mean": 0.03, "low": -0.11, "high": 0.18, **gap},

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from preceptor.report.arms import Arms
 from preceptor.report.curves import CHARTS, Panel, curve
 from preceptor.report.drawing import BOTTOM, HEIGHT, LABEL, LEFT, RIGHT, TOP, WIDTH, arm_chart, line_chart, ticks
 
@@ -42,10 +43,8 @@ def test_arms_are_ordered_and_placed() -> None:
     def arm(mean: float, low: float | None, high: float | None) -> dict[str, dict[str, object]]:
         return {"order_gain": {"mean": mean, "low": low, "high": high, "unit": "nats", "n": 5}}
 
-    chart = arm_chart(
-        {"random": arm(0.0, -0.1, 0.1), "learned": arm(0.5, 0.4, 0.6), "greedy_oracle": arm(1.0, None, None)},
-        "order_gain",
-    )
+    arms = {"random": arm(0.0, -0.1, 0.1), "learned": arm(0.5, 0.4, 0.6), "greedy_oracle": arm(1.0, None, None)}
+    chart = arm_chart(Arms(arms, oracles=frozenset({"greedy_oracle"})), "order_gain")
     assert [(row.name, row.kind) for row in chart.rows] == [
         ("greedy oracle", "oracle"),
         ("learned", "learned"),

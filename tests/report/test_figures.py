@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from preceptor.errors import DataError
+from preceptor.report.arms import Arms
 from preceptor.report.figures import (
     arms_figure,
     entropy_figure,
@@ -48,8 +49,8 @@ def test_curves_carry_the_data(build_run: Callable[..., Path], tmp_path: Path) -
 
 
 def test_arms_are_drawn_best_on_top(build_run: Callable[..., Path], tmp_path: Path) -> None:
-    arms = json.loads((build_run(tmp_path / "run", num_steps=2) / "result.json").read_text())["arms"]
-    axes = arms_figure(arms, "order_gain").axes[0]
+    result = json.loads((build_run(tmp_path / "run", num_steps=2) / "result.json").read_text())
+    axes = arms_figure(Arms.of(result), "order_gain").axes[0]
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert (labels[0], labels[-3], labels[-1]) == ("reverse", "greedy oracle", "exhaustive oracle")
     legend = axes.get_legend()
@@ -63,11 +64,11 @@ def test_absent_columns_are_an_error_that_names_them() -> None:
     with pytest.raises(DataError, match="reward_by_position"):
         position_figure([{"step": 1}])
     with pytest.raises(DataError, match="no arm has the metric 'speed'"):
-        arms_figure({}, "speed")
+        arms_figure(Arms(), "speed")
 
 
 def test_hostile_arm_names_stay_text_in_the_svg(tmp_path: Path) -> None:
     estimate = {"mean": 1.0, "low": None, "high": None, "unit": "nats", "n": 1}
-    _, svg = save(arms_figure({"<script>x</script>": {"m": estimate}}, "m"), tmp_path / "arms")
+    _, svg = save(arms_figure(Arms({"<script>x</script>": {"m": estimate}}), "m"), tmp_path / "arms")
     tree = ElementTree.parse(svg)
     assert not [e for e in tree.iter() if str(e.tag).endswith("script")]

@@ -1,4 +1,4 @@
-"""Which columns of ``metrics.jsonl`` are drawn together, and how a column becomes a curve with a band."""
+"""How columns of ``metrics.jsonl`` become curves with bands, and which of them every system is drawn with."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from preceptor.report.run_folder import JsonObject, is_finite
 
 MAXIMUM_POINTS = 300
 WINDOWS_PER_RUN = 20
+ABSENT = object()
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A panel: one unit, one or more columns, and the line that they are read against."""
+    """A panel: one unit, one or more columns, and the lines that they are read against."""
 
     name: str
     title: str
     unit: str
     columns: tuple[tuple[str, str], ...]
-    """(column, label) of each curve."""
+    """(column, label) of each curve; ``a.b`` is the entry ``b`` of the column ``a``."""
     maximum: tuple[str, str] | None = None
     """(column, label) of a curve that bounds the others, drawn dotted."""
     limits: tuple[float, float] | None = None
     """The range of the axis where the quantity has one."""
+    constants: tuple[tuple[str, float], ...] = ()
+    """(label, value) of level lines, drawn dotted."""
+    x_label: str = "step"
 
 
 CHARTS = (
@@ -75,22 +79,55 @@ class Panel:
 
     chart: Chart
     curves: list[Curve]
-    maximum: Curve | None = None
+    bounds: list[Curve] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def panels(rows: Sequence[JsonObject]) -> tuple[list[Panel], list[str]]:
-    """The panels that ``rows`` have data for, and the titles of those left out."""
+def panels(rows: Sequence[JsonObject], charts: Sequence[Chart] = CHARTS) -> tuple[list[Panel], list[str]]:
+    """The panels of ``charts`` that ``rows`` have data for, and the titles of those left out."""
     drawn, left_out = [], []
-    for chart in CHARTS:
+    for chart in charts:
         curves = [c for column, label in chart.columns if (c := curve(rows, column, label=label)) is not None]
         if not curves:
             left_out.append(chart.title)
             continue
-        bound = curve(rows, *chart.maximum[:1], label=chart.maximum[1]) if chart.maximum else None
+        bound = curve(rows, chart.maximum[0], label=chart.maximum[1]) if chart.maximum else None
+        steps = sorted({step for c in curves for step in (c.steps[0], c.steps[-1])})
+        levels = [level(label, value, steps) for label, value in chart.constants]
         notes = [f"{c.label}: no finite value at {c.num_missing} of the steps" for c in curves if c.num_missing]
-        drawn.append(Panel(chart, curves, bound, notes))
+        drawn.append(Panel(chart, curves, [*([bound] if bound else []), *levels], notes))
     return drawn, left_out
+
+
+def level(label: str, value: float, steps: Sequence[int]) -> Curve:
+    """A constant as a curve over ``steps``."""
+    values = [value] * len(steps)
+    return Curve(label, list(steps), values, values, values, 0)
+
+
+def other_charts(rows: Sequence[JsonObject], charts: Sequence[Chart]) -> list[Chart]:
+    """A chart of its own for every column of numbers that none of ``charts`` draws, in order of first appearance."""
+    known = {column.partition(".")[0] for chart in charts for column, _ in chart.columns}
+    known |= {chart.maximum[0] for chart in charts if chart.maximum} | {"step", "seconds"}
+    found: dict[str, Chart] = {}
+    for row in rows:
+        for column, value in row.items():
+            if column not in known and column not in found and is_finite(value):
+                found[column] = Chart(column, column.replace("_", " "), "", ((column, column.replace("_", " ")),))
+    return list(found.values())
+
+
+def value_at(row: JsonObject, column: str) -> Any:
+    """The entry ``column`` of ``row``, or with a dot an entry of an entry; :data:`ABSENT` where there is none.
+
+    >>> value_at({"weights": {"books": 0.5}}, "weights.books")
+    0.5
+    """
+    if column in row:
+        return row[column]
+    outer, dot, inner = column.partition(".")
+    nested = row.get(outer)
+    return value_at(nested, inner) if dot and isinstance(nested, dict) else ABSENT
 
 
 def curve(rows: Sequence[JsonObject], column: str, *, label: str) -> Curve | None:
@@ -99,8 +136,8 @@ def curve(rows: Sequence[JsonObject], column: str, *, label: str) -> Curve | Non
     Value and band are mean and standard deviation in a centred window of a twentieth of the run; at most
     ``MAXIMUM_POINTS`` are kept, evenly spaced, the last one among them.
     """
-    present = [row for row in rows if column in row]
-    points = [(row["step"], float(row[column])) for row in present if is_finite(row[column])]
+    present = [(row["step"], value) for row in rows if (value := value_at(row, column)) is not ABSENT]
+    points = [(step, float(value)) for step, value in present if is_finite(value)]
     if not points:
         return None
     half = len(points) // (2 * WINDOWS_PER_RUN)

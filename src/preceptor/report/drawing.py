@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preceptor.report.arms import LEARNED, RANDOM, Arms, is_oracle, ordered, spelled, unit_of
+from preceptor.report.arms import Arms, spelled
 from preceptor.report.curves import Chart, Curve, Panel
 
 WIDTH, HEIGHT = 340, 190
@@ -41,7 +41,8 @@ class LineChart:
     title: str
     unit: str
     lines: list[Line]
-    maximum: Line | None
+    bounds: list[Line]
+    x_label: str
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     notes: list[str]
@@ -63,7 +64,7 @@ class ArmRow:
 
 @dataclass(frozen=True)
 class ArmChart:
-    """The arms of one metric, the random arm's interval as a band and the best oracle as a line."""
+    """The arms of one metric, the baseline's interval as a band and the best oracle as a line."""
 
     metric: str
     unit: str
@@ -77,8 +78,7 @@ class ArmChart:
 def line_chart(panel: Panel) -> LineChart:
     """The coordinates of a curve panel."""
     chart = panel.chart
-    bounds = [panel.maximum] if panel.maximum else []
-    ends = [end for c in panel.curves for end in (*c.low, *c.high)] + [v for c in bounds for v in c.values]
+    ends = [end for c in panel.curves for end in (*c.low, *c.high)] + [v for c in panel.bounds for v in c.values]
     low, high = chart.limits or (min(ends), max(ends))
     y_values = ticks(low, high, 4)
     low, high = min(low, y_values[0]), max(high, y_values[-1])
@@ -104,7 +104,8 @@ def line_chart(panel: Panel) -> LineChart:
         title=chart.title,
         unit=chart.unit,
         lines=[line(c) for c in panel.curves],
-        maximum=line(panel.maximum) if panel.maximum else None,
+        bounds=[line(c) for c in panel.bounds],
+        x_label=chart.x_label,
         x_ticks=[Tick(x(tick), f"{tick:,.0f}") for tick in x_values],
         y_ticks=[Tick(y(tick), number(tick)) for tick in y_values],
         notes=panel.notes,
@@ -113,7 +114,7 @@ def line_chart(panel: Panel) -> LineChart:
             "to": last,
             "curves": [
                 {"label": c.label, "steps": c.steps, "values": [float(f"{v:.4g}") for v in c.values]}
-                for c in (*panel.curves, *bounds)
+                for c in (*panel.curves, *panel.bounds)
             ],
         },
     )
@@ -121,8 +122,8 @@ def line_chart(panel: Panel) -> LineChart:
 
 def arm_chart(arms: Arms, metric: str) -> ArmChart:
     """The coordinates of the interval chart of one metric, best arm on top."""
-    names = ordered(arms, metric)
-    estimates = [arms[name][metric] for name in names]
+    names = arms.ordered(metric)
+    estimates = [arms.estimates[name][metric] for name in names]
     ends = [e[key] for e in estimates for key in ("mean", "low", "high") if e[key] is not None]
     x_values = ticks(min(ends), max(ends), 4)
     low, high = min(*ends, x_values[0]), max(*ends, x_values[-1])
@@ -133,7 +134,7 @@ def arm_chart(arms: Arms, metric: str) -> ArmChart:
     rows = [
         ArmRow(
             name=spelled(name),
-            kind="learned" if name == LEARNED else "oracle" if is_oracle(name) else "control",
+            kind=arms.kind(name),
             y=TOP + ROW * (index + 0.5),
             low=None if e["low"] is None else x(e["low"]),
             high=None if e["high"] is None else x(e["high"]),
@@ -142,22 +143,22 @@ def arm_chart(arms: Arms, metric: str) -> ArmChart:
         )
         for index, (name, e) in enumerate(zip(names, estimates, strict=True))
     ]
-    random = arms.get(RANDOM, {}).get(metric)
-    oracles = [arms[name][metric]["mean"] for name in names if is_oracle(name)]
+    baseline = arms.estimates.get(arms.baseline, {}).get(metric)
+    oracle = arms.best_oracle(metric)
     return ArmChart(
         metric=spelled(metric),
-        unit=unit_of(arms, metric),
+        unit=arms.unit(metric),
         height=TOP + ROW * len(rows) + BOTTOM,
         rows=rows,
-        band=(x(random["low"]), x(random["high"])) if random and random["low"] is not None else None,
-        oracle=x(max(oracles)) if oracles else None,
+        band=(x(baseline["low"]), x(baseline["high"])) if baseline and baseline["low"] is not None else None,
+        oracle=None if oracle is None else x(oracle),
         x_ticks=[Tick(x(tick), number(tick)) for tick in x_values],
     )
 
 
 def position_chart(positions: tuple[Sequence[float], Sequence[float]]) -> Panel:
     """Reward by position as a panel whose horizontal axis is the position: early steps against late ones."""
-    chart = Chart("reward_by_position", "Reward by position", "nats per value token", ())
+    chart = Chart("reward_by_position", "Reward by position", "nats per value token", (), x_label="position")
     curves = [
         Curve(label, list(range(1, len(values) + 1)), list(values), list(values), list(values), 0)
         for label, values in zip(("last tenth of the steps", "first tenth"), reversed(positions), strict=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from preceptor.errors import DataError, StorageError
-from preceptor.report.arms import LEARNED, RANDOM, Arms, is_oracle, ordered, spelled, unit_of
+from preceptor.report.arms import Arms, spelled
 from preceptor.report.curves import CHARTS, Panel, panels, reward_by_position
 from preceptor.report.run_folder import JsonObject, read_run
 
@@ -70,35 +70,36 @@ def position_figure(rows: Sequence[JsonObject]) -> Figure:
 
 
 def arms_figure(arms: Arms, metric: str) -> Figure:
-    """Every arm's mean and interval, best on top, with the random arm's band and the best oracle marked.
+    """Every arm's mean and interval, best on top, with the baseline's band and the best oracle marked.
 
-    ``arms`` is that of ``result.json``. Raises :class:`DataError` when no arm has ``metric``.
+    Raises :class:`DataError` when no arm has ``metric``.
     """
-    names = ordered(arms, metric)
+    names = arms.ordered(metric)
     if not names:
         raise DataError(f"no arm has the metric {metric!r}.")
     figure, (axes,) = _figure(1, height=0.6 + 0.26 * len(names))
-    random = arms.get(RANDOM, {}).get(metric)
-    if random and random["low"] is not None:
-        axes.axvspan(random["low"], random["high"], color=GREY, alpha=0.25, linewidth=0, label="random, interval")
-    if oracles := [arms[name][metric]["mean"] for name in names if is_oracle(name)]:
-        axes.axvline(max(oracles), color=OCHRE, linestyle=":", linewidth=1.3, label="best oracle")
+    baseline = arms.estimates.get(arms.baseline, {}).get(metric)
+    if baseline and baseline["low"] is not None:
+        label = f"{spelled(arms.baseline)}, interval"
+        axes.axvspan(baseline["low"], baseline["high"], color=GREY, alpha=0.25, linewidth=0, label=label)
+    if (oracle := arms.best_oracle(metric)) is not None:
+        axes.axvline(oracle, color=OCHRE, linestyle=":", linewidth=1.3, label="best oracle")
     for y, name in enumerate(reversed(names)):
-        estimate = arms[name][metric]
-        colour = BLUE if name == LEARNED else OCHRE if is_oracle(name) else INK
+        estimate, kind = arms.estimates[name][metric], arms.kind(name)
+        colour = {"learned": BLUE, "oracle": OCHRE}.get(kind, INK)
         if estimate["low"] is not None:
             axes.plot(
-                [estimate["low"], estimate["high"]], [y, y], color=colour, linewidth=2.6 if name == LEARNED else 1.5
+                [estimate["low"], estimate["high"]], [y, y], color=colour, linewidth=2.6 if kind == "learned" else 1.5
             )
-        marker, face = ("D", "white") if is_oracle(name) else ("o", colour)
-        size = 6 if name == LEARNED else 4.5
+        marker, face = ("D", "white") if kind == "oracle" else ("o", colour)
+        size = 6 if kind == "learned" else 4.5
         axes.plot(estimate["mean"], y, marker, color=colour, markerfacecolor=face, markersize=size)
     axes.set_yticks(range(len(names)), [spelled(name) for name in reversed(names)])
     axes.grid(visible=False, axis="y")
-    for label, name in zip(axes.get_yticklabels(), reversed(names), strict=True):
-        label.set_fontweight("bold" if name == LEARNED else "normal")
-        label.set_fontstyle("italic" if is_oracle(name) else "normal")
-    _label(axes, title=spelled(metric), x=unit_of(arms, metric), y="", legend=bool(axes.get_legend_handles_labels()[1]))
+    for tick, name in zip(axes.get_yticklabels(), reversed(names), strict=True):
+        tick.set_fontweight("bold" if arms.kind(name) == "learned" else "normal")
+        tick.set_fontstyle("italic" if arms.kind(name) == "oracle" else "normal")
+    _label(axes, title=spelled(metric), x=arms.unit(metric), y="", legend=bool(axes.get_legend_handles_labels()[1]))
     return figure
 
 
@@ -133,9 +134,9 @@ def write_figures(run_dir: Path, out_dir: Path) -> list[Path]:
         except DataError:  # its columns are absent
             continue
         written += save(figure, out_dir / name)
-    arms: Arms = (run.result or {}).get("arms", {})
+    arms = Arms.of(run.result)
     for metric in ("order_gain", "selection_gain", "progress_auc"):
-        if ordered(arms, metric):
+        if arms.ordered(metric):
             written += save(arms_figure(arms, metric), out_dir / f"arms_{metric}")
     return written
 
@@ -156,11 +157,11 @@ def _draw(panel: Panel, axes: Axes) -> None:
     for curve, colour, style in zip(panel.curves, (BLUE, ORANGE), ("-", "--"), strict=False):
         axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.16, linewidth=0)
         axes.plot(curve.steps, curve.values, style, color=colour, linewidth=1.6, label=curve.label)
-    if panel.maximum:
-        axes.plot(panel.maximum.steps, panel.maximum.values, ":", color=INK, linewidth=1.1, label=panel.maximum.label)
+    for bound in panel.bounds:
+        axes.plot(bound.steps, bound.values, ":", color=INK, linewidth=1.1, label=bound.label)
     if panel.chart.limits:
         axes.set_ylim(*panel.chart.limits)
-    legend = panel.maximum is not None or len(panel.curves) > 1
+    legend = bool(panel.bounds) or len(panel.curves) > 1
     _label(axes, title=panel.chart.title, x="step", y=panel.chart.unit, legend=legend)
 
 

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preceptor.errors import StorageError
-from preceptor.report.arms import COUNTS, LEARNED, Arms, metric_names, ordered, spelled, unit_of
-from preceptor.report.curves import panels, reward_by_position
+from preceptor.report.arms import COUNTS, LEARNED, Arms, spelled
+from preceptor.report.charts import declared_charts, matrices, series_panels
+from preceptor.report.curves import CHARTS, other_charts, panels, reward_by_position
+from preceptor.report.decisions import are_readings, decision_table
 from preceptor.report.drawing import arm_chart, interval_text, line_chart, number, position_chart
 from preceptor.report.run_folder import RunFolder, is_finite, read_run
 from preceptor.report.trajectories import Selection, clipped, select_episodes
@@ -64,14 +66,23 @@ def render(run: RunFolder) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": _number_or_word, "spelled": spelled, "shade": shade, "clipped": clipped}
-    drawn, left_out = panels(run.metrics)
+    figures = (run.result or {}).get("charts", [])
+    declared = declared_charts(figures)
+    own = [line_chart(panel) for panel in (*panels(run.metrics, declared)[0], *series_panels(figures))]
+    taken = {column for chart in declared for column, _ in chart.columns}
+    standard = [chart for chart in CHARTS if taken.isdisjoint(column for column, _ in chart.columns)]
+    drawn, left_out = panels(run.metrics, standard)
     if (positions := reward_by_position(run.metrics)) is not None:
         drawn.append(position_chart(positions))
-    else:
-        left_out.append("Reward by position")
     charts = [line_chart(panel) for panel in drawn]
-    arms: Arms = (run.result or {}).get("arms", {})
-    selection = select_episodes(run.decisions, run.articles) if run.decisions else Selection([], 0, {})
+    others = panels(run.metrics, other_charts(run.metrics, [*declared, *standard]))[0]
+    more = [line_chart(panel) for panel in others]
+    arms = Arms.of(run.result)
+    drawn_metrics = [metric for metric in arms.metrics if metric not in COUNTS]
+    short = [metric for metric in drawn_metrics if arms.base_name(metric) in arms.table] or drawn_metrics
+    readings = run.decisions is None or are_readings(run.decisions)
+    selection = select_episodes(run.decisions, run.articles) if run.decisions and readings else Selection([], 0, {})
+    system = (run.result or run.manifest).get("system", "reading")
     return environment.get_template("report.html.j2").render(
         policy=content_security_policy(style, script),
         style=Markup(style),  # this and the script are files of the package
@@ -80,17 +91,24 @@ def render(run: RunFolder) -> str:
         result=run.result or {},
         headline=list(headline(run)),
         arms=arms_rows(arms),
-        metrics=[(spelled(metric), unit_of(arms, metric)) for metric in metric_names(arms)],
-        arm_charts=[arm_chart(arms, metric) for metric in metric_names(arms) if metric not in COUNTS],
+        metrics=[(spelled(metric), arms.unit(metric)) for metric in arms.metrics],
+        arm_charts=[arm_chart(arms, metric) for metric in drawn_metrics if metric in short],
+        more_arm_charts=[arm_chart(arms, metric) for metric in drawn_metrics if metric not in short],
+        baseline=spelled(arms.baseline) if arms.baseline in arms.estimates else None,
+        oracles=[spelled(arm) for arm in arms.estimates if arm in arms.oracles],
+        own_charts=own,
+        matrices=matrices(figures),
         charts=charts,
-        left_out=left_out,
+        more_charts=more,
+        left_out=left_out if system == "reading" else [],
+        decisions=None if readings or run.decisions is None else decision_table(run.decisions),
         selection=selection,
         first=first_episode(selection),
         facts=list(flattened(run.manifest)),
         config=run.config,
         data=embedded_json(
             {
-                "charts": {chart.name: chart.data for chart in charts},
+                "charts": {chart.name: chart.data for chart in (*own, *charts, *more)},
                 "episodes": selection.episodes,
                 "articles": selection.articles,
                 "first": selection.episodes.index(first_episode(selection)) if selection.episodes else 0,
@@ -146,11 +164,11 @@ def headline(run: RunFolder) -> Iterator[tuple[str, str, str]]:
 
 def arms_rows(arms: Arms) -> list[tuple[str, list[str]]]:
     """The arms as rows of text for the table, best first in the first metric."""
-    metrics = metric_names(arms)
-    ranked = ordered(arms, metrics[0]) if metrics else []
+    metrics = arms.metrics
+    ranked = arms.ordered(metrics[0]) if metrics else []
     return [
-        (spelled(arm), [_cell(arms[arm].get(metric), count=metric in COUNTS) for metric in metrics])
-        for arm in [*ranked, *(arm for arm in arms if arm not in ranked)]
+        (spelled(arm), [_cell(arms.estimates[arm].get(metric), count=metric in COUNTS) for metric in metrics])
+        for arm in [*ranked, *(arm for arm in arms.estimates if arm not in ranked)]
     ]
 
 

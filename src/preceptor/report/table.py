@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from preceptor.report.arms import COUNTS, LEARNED, RANDOM, Arms, is_oracle, metric_names, ordered, spelled, unit_of
+from preceptor.report.arms import COUNTS, Arms, spelled
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-def arms_table(arms: Arms, *, title: str | None = None, metrics: Sequence[str] | None = None) -> Table:
+def arms_table(arms: Arms, *, title: str | None = None) -> Table:
     """Arms by metrics, each with its interval, best first in the first metric; units stand in the headers.
 
-    ``arms`` is that of ``result.json``; ``metrics`` chooses columns (None: all). The learned arm is bold, oracles are
-    set in italics (they peek). Print it with ``rich.print``.
+    The columns are those of ``arms.table``, or all. The learned arm is bold, oracles are set in italics (they peek).
+    Print it with ``rich.print``.
     """
     from rich import box
     from rich.table import Table
@@ -23,13 +23,14 @@ def arms_table(arms: Arms, *, title: str | None = None, metrics: Sequence[str] |
 
     table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("arm", no_wrap=True)
-    metrics = [metric for metric in metrics or metric_names(arms) if metric in metric_names(arms)]
+    metrics = [metric for metric in arms.table if metric in arms.metrics] or arms.metrics
     for metric in metrics:
-        table.add_column(Text(f"{spelled(metric)}\n{unit_of(arms, metric)}"), justify="right")
-    ranked = ordered(arms, metrics[0]) if metrics else []
-    for arm in [*ranked, *(arm for arm in arms if arm not in ranked)]:
-        style = "bold" if arm == LEARNED else "italic" if is_oracle(arm) else "dim" if arm == RANDOM else ""
-        cells = [_cell(arms[arm][m], count=m in COUNTS) if m in arms[arm] else "-" for m in metrics]
+        table.add_column(Text(f"{spelled(metric)}\n{arms.unit(metric)}"), justify="right")
+    ranked = arms.ordered(metrics[0]) if metrics else []
+    for arm in [*ranked, *(arm for arm in arms.estimates if arm not in ranked)]:
+        style = {"learned": "bold", "oracle": "italic"}.get(arms.kind(arm), "dim" if arm == arms.baseline else "")
+        own = arms.estimates[arm]
+        cells = [_cell(own[metric], count=metric in COUNTS) if metric in own else "-" for metric in metrics]
         table.add_row(Text(spelled(arm)), *(Text(cell) for cell in cells), style=style)
     return table
 

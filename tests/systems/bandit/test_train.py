@@ -21,7 +21,8 @@ from preceptor.systems.bandit.replay import replay
 TINY = (
     "model.width=16", "model.num_layers=1", "model.num_heads=2", "pretraining.steps=6", "pretraining.batch_size=2",
     "pretraining.validate_every=3", "update.epochs=3", "update.batch_size=5", "save_every=4",
-    "prompts.templates=['Pick {options}:', '{options}? I take', 'Say {options}:']", "prompts.held_out=['Now {options}:']",
+    "prompts.templates=['Pick {options}:', '{options}? I take', 'Say {options}:']",
+    "prompts.held_out=['Now {options}:']",
 )  # fmt: skip
 HISTORY = (
     "mode=history",

@@ -36,6 +36,7 @@ def reading_result(
                 )
             )
         gaps[split] = gap_closed(records, metric="reward", upper=ORACLES, split=split)
+    arms = _arms(records, splits)
     text = query_text(
         records,
         with_queries="order_gain_with_queries",
@@ -50,8 +51,10 @@ def reading_result(
         "status": "finished",
         "config": config,
         "seeds": list(seeds),
-        "arms": _arms(records, splits),
+        "arms": arms,
         "table": list(TABLE),
+        "oracles": [arm for arm in arms if arm.startswith((*ORACLES, "probe_greedy"))],
+        "baseline": "random",
         "comparisons": comparisons,
         "gap_closed": {split: gaps.get(split) or NOT_MEASURED for split in SPLITS},
         "query_text": text,

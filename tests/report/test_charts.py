@@ -1,0 +1,68 @@
+"""Figures that a result asks for."""
+
+from __future__ import annotations
+
+import pytest
+
+from preceptor.errors import DataError
+from preceptor.report.charts import declared_charts, matrices, series_panels
+from preceptor.report.curves import curve, other_charts, panels
+
+LINES = {
+    "kind": "lines", "title": "Weights", "unit": "share", "columns": {"weights.a.b": "books", "weights.c": "code"},
+    "constants": {"uniform": 0.5},
+}  # fmt: skip
+ROWS = [{"step": k, "weights": {"a.b": k / 10, "c": 1 - k / 10}, "loss": 2.0, "name": "x"} for k in range(5)]
+
+
+def test_columns_of_columns_are_drawn_against_level_lines() -> None:
+    (panel,), left_out = panels(ROWS, declared_charts([LINES]))
+    assert left_out == []
+    assert [(c.label, c.values) for c in panel.curves] == [
+        ("books", [0.0, 0.1, 0.2, 0.3, 0.4]),
+        ("code", [1.0, 0.9, 0.8, 0.7, 0.6]),
+    ]
+    assert [(c.label, c.steps, c.values) for c in panel.bounds] == [("uniform", [0, 4], [0.5, 0.5])]
+
+
+def test_a_name_with_a_dot_is_found_whole_first() -> None:
+    drawn = curve([{"step": 1, "a.b": 3.0, "a": {"b": 4.0}}], "a.b", label="x")
+    assert drawn is not None
+    assert drawn.values == [3.0]
+    assert curve([{"step": 1, "a": {"c": 4.0}}], "a.b", label="x") is None
+
+
+def test_columns_that_nothing_draws_get_a_chart_of_their_own() -> None:
+    assert [chart.name for chart in other_charts(ROWS, declared_charts([LINES]))] == ["loss"]
+    assert [chart.name for chart in other_charts([{"step": 1, "seconds": 1.0, "flag": True}], [])] == []
+
+
+def test_series_are_thinned_and_leave_out_what_is_not_finite() -> None:
+    chart = {
+        "kind": "series", "title": "Regret", "unit": "reward", "x_label": "pull", "x": list(range(1000)),
+        "lines": {"a": [float(k) for k in range(1000)], "b": [None] * 1000},
+        "bands": {"a": [[k - 1.0 for k in range(1000)], [k + 1.0 for k in range(1000)]]},
+    }  # fmt: skip
+    (panel,) = series_panels([chart, LINES])
+    (only,) = panel.curves
+    assert panel.chart.x_label == "pull"
+    assert len(only.steps) == 300
+    assert (only.steps[-1], only.values[-1], only.low[-1], only.high[-1]) == (999, 999.0, 998.0, 1000.0)
+
+
+def test_a_matrix_is_shaded_from_low_to_high_and_says_its_numbers() -> None:
+    chart = {
+        "kind": "matrix", "title": "Crossing", "unit": "probability", "rows": ["r"], "columns": ["a", "b", "c"],
+        "values": [[0.0, 0.5, 1.0]], "low": 0.0, "high": 1.0,
+    }  # fmt: skip
+    ((name, cells),) = matrices([chart])[0].rows
+    assert name == "r"
+    assert [(cell.text, cell.shade) for cell in cells] == [("0", 0), ("0.5", 4), ("1", 7)]
+    free = matrices([{**chart, "low": None, "high": None, "values": [[2.0, float("nan"), 2.0]]}])[0].rows[0][1]
+    assert [(cell.text, cell.shade) for cell in free] == [("2", 0), ("\N{EN DASH}", None), ("2", 0)]
+
+
+@pytest.mark.parametrize("chart", [{"kind": "pie", "title": "", "unit": ""}, {"kind": "lines", "title": "x"}, 3])
+def test_a_malformed_chart_is_named(chart: object) -> None:
+    with pytest.raises(DataError, match=r"a chart of result\.json"):
+        declared_charts([chart])  # type: ignore[list-item]
