@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from preceptor.evaluation.summary import SPLITS, Comparison, Estimate, compare, summarise
 from preceptor.evaluation.verdict import verdict
@@ -49,9 +52,11 @@ def bandit_result(
         if {"learned", baseline} <= {r["arm"] for r in averaged if r["split"] == split and metric in r}
     ]
     crossing = _crossing(records, splits)
+    scores = word_scores(records)
     text = verdict(comparisons)
     if crossing:
         text += " " + _explained(arms["learned"], num_pairs=len({row["pair"] for row in crossing}))
+        text += " " + _scored(scores["learned"])
     return {
         "system": "bandit",
         "status": "finished",
@@ -64,6 +69,7 @@ def bandit_result(
         "lower_is_better": ["regret"],
         "comparisons": comparisons,
         "crossing": crossing,
+        "word_scores": scores,
         "verdict": text,
         "records": list(records),
     }
@@ -97,6 +103,52 @@ def _crossing(records: Sequence[Mapping[str, Any]], splits: Sequence[str]) -> li
                 kept: dict[str, Estimate] = {name: metrics[name] for name in (*CROSSING, *EXPLANATIONS)}
                 rows.append({"pair": pair, "split": split, "arm": arm, **kept})
     return rows
+
+
+def word_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A score for every word, such that the log-odds of a crossed pair are the difference of its words' scores.
+
+    Least squares over the pairs of each seed, on seen templates; the scores of a seed sum to 0. A word that carried
+    one score into every context would make the fit exact: ``explained`` is the share of the log-odds' sum of squares.
+    Each entry has its mean and interval over seeds, in nats and as a share.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    crossed = [record for record in records if "first_word" in record and record["split"] == "train"]
+    words = list(dict.fromkeys(word for record in crossed for word in record["item"].split(" / ")))
+    for arm in dict.fromkeys(record["arm"] for record in crossed):
+        fitted: list[dict[str, Any]] = []
+        for seed in dict.fromkeys(record["seed"] for record in crossed if record["arm"] == arm):
+            own = [record for record in crossed if record["arm"] == arm and record["seed"] == seed]
+            design = np.array([[_side(word, record["item"]) for word in words] for record in own], dtype=float)
+            odds = np.array([_log_odds(record["first_word"]) for record in own])
+            scores = np.linalg.lstsq(design, odds, rcond=None)[0]  # the shortest solution, whose sum is 0
+            left = float(((odds - design @ scores) ** 2).sum())
+            total = float((odds**2).sum())
+            cells = {**dict(zip(words, scores.tolist(), strict=True)), "explained": 1 - left / total if total else 1.0}
+            fitted.append({"arm": arm, "item": "all", "split": "train", "seed": seed, **cells})
+        units = {**dict.fromkeys(words, "nats"), "explained": "share"}
+        found[arm] = summarise(fitted, units=units)[arm]
+    return found
+
+
+def _side(word: str, pair: str) -> int:
+    first, second = pair.split(" / ")
+    return int(word == first) - int(word == second)
+
+
+def _log_odds(probability: float) -> float:
+    """In nats; a probability is taken to lie at least 1e-12 from its ends."""
+    kept = min(max(probability, 1e-12), 1 - 1e-12)
+    return math.log(kept / (1 - kept))
+
+
+def _scored(scores: Mapping[str, Estimate]) -> str:
+    words = sorted((word for word in scores if word != "explained"), key=lambda word: -scores[word]["mean"])
+    listed = ", ".join(f"{word} {scores[word]['mean']:+.1f}" for word in words)
+    return (
+        f"One score a word ({listed} nats) explains {100 * scores['explained']['mean']:.0f} % of the log-odds of the "
+        "crossed pairs."
+    )
 
 
 def _explained(learned: Mapping[str, Estimate], *, num_pairs: int) -> str:
