@@ -41,7 +41,9 @@ LEVELS = {
     "run": 4,
     "systems": 5,
     "pretraining": 5,
-    "cli": 6,
+    "comparison": 6,
+    "doctor": 6,
+    "cli": 7,
 }
 # The mathematics can be taken out and used without the rest.
 OBJECTIVES_MAY_IMPORT = {"torch", "jaxtyping", "preceptor.errors", "preceptor.objectives"}

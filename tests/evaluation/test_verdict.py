@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from preceptor.evaluation.summary import Comparison, Gap, QueryText
-from preceptor.evaluation.verdict import claimable, verdict
+from preceptor.evaluation.verdict import claimable, claims, verdict
 
 BOUND = "best of beam, greedy: a lower bound of the optimum"
 
@@ -24,6 +24,8 @@ def comparison(mean: float, low: float | None, high: float | None, **changes: An
         "num_seeds": 5,
         "num_items": 5,
         "share_improved": 1.0,
+        # Clear of zero or not, as the interval is; the tests of the claim itself give their own.
+        "p_value": None if low is None or high is None else 1e-4 if low > 0 or high < 0 else 0.4,
     }
     return Comparison(**{**base, **changes})  # type: ignore[typeddict-item]
 
@@ -115,3 +117,20 @@ def test_query_text_is_named() -> None:
     assert "is left, which is not distinguishable from zero." in verdict([], query_text=nothing_left)
     no_gain = QueryText(**{**split, "with_queries": comparison(0.0, -0.1, 0.1)})  # type: ignore[typeddict-item]
     assert "is not distinguishable from zero (0 nats" in verdict([], query_text=no_gain)
+
+
+def test_claims_are_a_family_by_holms_method() -> None:
+    """Of p-values 0.04, 0.001, 0.02, 0.9 at 5 %: 0.001 <= 0.05/4, then 0.02 > 0.05/3, so one is claimed."""
+    several = [comparison(0.1, 0.01, 0.2, p_value=p) for p in (0.04, 0.001, 0.02, 0.9)]
+    assert claims(several) == [False, True, False, False]
+    assert claims(several[1:3]) == [True, True]  # 0.001 <= 0.05/2, then 0.02 <= 0.05
+    assert all(claimable(c) for c in several[:3])
+    assert "(0.1 nats per value token (0.01 to 0.2), which alone would be claimed, but not among this many)" in (
+        verdict(several, noun="article")
+    )
+
+
+def test_comparisons_over_too_few_seeds_are_neither_claimed_nor_counted() -> None:
+    few = comparison(0.1, 0.05, 0.2, p_value=1e-9, num_seeds=4)
+    assert claims([few, comparison(0.1, 0.05, 0.2, p_value=0.04)]) == [False, True]
+    assert claims([comparison(0.1, None, None, p_value=None)]) == [False]

@@ -84,6 +84,52 @@ def test_wandb_goes_on_in_the_same_run_without_double_steps(tmp_path: Path, monk
         open_tracker("wandb", tmp_path, first_step=1, config={})
 
 
+class FakeTrackio(types.ModuleType):
+    """The database's side of ``trackio``: runs by name that keep their rows between processes."""
+
+    def __init__(self) -> None:
+        super().__init__("trackio")
+        self.__spec__ = importlib.util.spec_from_loader("trackio", loader=None)
+        self.rows: dict[str, list[tuple[int, dict[str, float]]]] = {}
+        self.storage = types.ModuleType("trackio.sqlite_storage")
+        self.storage.SQLiteStorage = self  # type: ignore[attr-defined]
+
+    def get_max_step_for_run(self, project: str, run: str) -> int | None:
+        assert project == "preceptor"
+        return max((step for step, _ in self.rows.get(run, [])), default=None)
+
+    def init(self, *, project: str, name: str, resume: str, **_: Any) -> FakeTrackio.Session:
+        assert (project, resume) == ("preceptor", "allow")
+        print("* greeting")
+        return self.Session(self.rows.setdefault(name, []))
+
+    class Session:
+        def __init__(self, rows: list[tuple[int, dict[str, float]]]) -> None:
+            self.rows = rows
+
+        def log(self, row: dict[str, float], *, step: int) -> None:
+            self.rows.append((step, row))
+
+        def finish(self) -> None:
+            pass
+
+
+def test_trackio_goes_on_in_the_same_run_without_double_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    database = FakeTrackio()
+    monkeypatch.setitem(sys.modules, "trackio", database)
+    monkeypatch.setitem(sys.modules, "trackio.sqlite_storage", database.storage)
+    for first_step, last_step in ((1, 7), (5, 9)):
+        tracker = open_tracker("trackio", tmp_path, first_step=first_step, config={"seed": 1})
+        for step in range(first_step, last_step + 1):
+            tracker.log(step, {"reward": float(step), "parts": [1.0]})
+        tracker.close()
+    assert list(database.rows) == [(tmp_path / "trackio-name").read_text()]
+    assert next(iter(database.rows.values())) == [(step, {"reward": float(step)}) for step in range(1, 10)]
+    assert capsys.readouterr().out == ""
+
+
 def test_what_is_missing_or_unknown_is_told_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(MissingExtraError, match=r"tracking with wandb needs .* pip install 'preceptor\[wandb\]'"):

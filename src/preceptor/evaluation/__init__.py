@@ -5,6 +5,7 @@ from __future__ import annotations
 from preceptor.evaluation.intervals import (
     Interval,
     bootstrap_interval,
+    crossed_p_value,
     interquartile_mean,
     mean,
     paired_bootstrap,
@@ -22,7 +23,7 @@ from preceptor.evaluation.summary import (
     query_text,
     summarise,
 )
-from preceptor.evaluation.verdict import verdict
+from preceptor.evaluation.verdict import claims, verdict
 
 __all__ = [
     "Comparison",
@@ -32,7 +33,9 @@ __all__ = [
     "QueryText",
     "Record",
     "bootstrap_interval",
+    "claims",
     "compare",
+    "crossed_p_value",
     "gap_closed",
     "interquartile_mean",
     "mean",

@@ -143,21 +143,51 @@ def crossed_sums(*grids: Mapping[Cell, float], num_resamples: int, seed: int) ->
     return np.stack(sums)
 
 
+def crossed_p_value(grid: Mapping[Cell, float]) -> float | None:
+    """The two-sided p-value, in [0, 1], of "the mean over all seeds and items is zero"; ``None`` for one cell.
+
+    Student's t of the mean over its standard error, whose square is the variance of the seed means over their number
+    plus that of the item means over theirs (what the pigeonhole bootstrap estimates), with Satterthwaite's degrees of
+    freedom. With one item it is the paired t-test over seeds (``scipy.stats.ttest_rel``). A claim rests on this and
+    not on a bootstrap interval: over five normal differences of mean zero the interval excludes zero in 8 % of cases,
+    the test rejects in 5 %.
+
+    >>> round(crossed_p_value({(seed, "a"): value for seed, value in enumerate([0.3, 0.1, 0.4, 0.2, 0.5])}), 4)
+    0.0132
+    """
+    _finite(list(grid.values()))
+    if len(grid) == 1:
+        return None
+    average = sum(grid.values()) / len(grid)
+    variance = sum(variance for variance, _ in _crossed_variances(grid))
+    if variance == 0.0:
+        return 1.0 if average == 0.0 else 0.0
+    degrees = crossed_degrees_of_freedom(grid)
+    angle = math.atan(abs(average) / math.sqrt(variance) / math.sqrt(degrees))
+    return min(1.0, max(0.0, 1.0 - _student_coverage(angle, degrees)))
+
+
 def crossed_degrees_of_freedom(grid: Mapping[Cell, float]) -> int:
     """Satterthwaite's degrees of freedom of the mean of ``grid``, from the variances of its seed and item means.
 
     Rounded down, at least 1. With one item it is the number of seeds less one, with one seed that of items less
     one.
     """
+    variances = _crossed_variances(grid)
+    total = sum(variance for variance, _ in variances)
+    if total == 0.0:
+        return max(1, min((degrees for _, degrees in variances), default=1))
+    return max(1, int(total**2 / sum(variance**2 / degrees for variance, degrees in variances) + 1e-9))
+
+
+def _crossed_variances(grid: Mapping[Cell, float]) -> list[tuple[float, int]]:
+    """The variance of the mean that seeds contribute, then that of items, each with its degrees of freedom."""
     variances = []
     for axis, levels in enumerate(_levels(grid)):
         if len(levels) > 1:
             means = [np.mean([value for cell, value in grid.items() if cell[axis] == level]) for level in levels]
             variances.append((float(np.var(means, ddof=1)) / len(levels), len(levels) - 1))
-    total = sum(variance for variance, _ in variances)
-    if total == 0.0:
-        return max(1, min((degrees for _, degrees in variances), default=1))
-    return max(1, int(total**2 / sum(variance**2 / degrees for variance, degrees in variances) + 1e-9))
+    return variances
 
 
 def percentile_interval(resampled: Array, *, level: float, degrees_of_freedom: int) -> Interval:

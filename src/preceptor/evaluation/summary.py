@@ -18,6 +18,7 @@ from preceptor.errors import DataError, nearest
 from preceptor.evaluation.intervals import (
     Cell,
     crossed_degrees_of_freedom,
+    crossed_p_value,
     crossed_sums,
     expanded_tail,
     paired_bootstrap,
@@ -41,7 +42,11 @@ class Estimate(TypedDict):
 
 
 class Comparison(TypedDict):
-    """The paired difference ``arm`` minus ``baseline`` in ``metric``, over the cells that both have."""
+    """The paired difference ``arm`` minus ``baseline`` in ``metric``, over the cells that both have.
+
+    ``p_value`` is that of "no difference" (:func:`~preceptor.evaluation.intervals.crossed_p_value`), null with one
+    cell.
+    """
 
     arm: str
     baseline: str
@@ -55,6 +60,7 @@ class Comparison(TypedDict):
     num_seeds: int
     num_items: int
     share_improved: float
+    p_value: float | None
 
 
 class Gap(TypedDict):
@@ -116,6 +122,7 @@ def compare(
     unit: str,
     split: str = "train",
     level: float = 0.95,
+    num_resamples: int = 10_000,
     seed: int = 0,
 ) -> Comparison:
     """The paired difference ``arm - baseline`` in ``metric`` with its interval over seeds and items.
@@ -127,7 +134,7 @@ def compare(
     ours, theirs = (_cells(records, arm=name, metric=metric, split=split) for name in (arm, baseline))
     pairs = _paired(ours, theirs, names=(arm, baseline), metric=metric, split=split)
     differences = {cell: a - b for cell, (a, b) in pairs.items()}
-    low, high = paired_bootstrap(differences, level=level, seed=seed)
+    low, high = paired_bootstrap(differences, level=level, num_resamples=num_resamples, seed=seed)
     num_seeds, num_items = _count_levels(differences)
     return Comparison(
         arm=arm,
@@ -142,6 +149,7 @@ def compare(
         num_seeds=num_seeds,
         num_items=num_items,
         share_improved=float(np.mean([(d > 0) + 0.5 * (d == 0) for d in differences.values()])),
+        p_value=crossed_p_value(differences),
     )
 
 

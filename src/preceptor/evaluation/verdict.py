@@ -1,4 +1,8 @@
-"""A verdict in two to four plain sentences, which claims nothing that its interval does not carry."""
+"""A verdict in two to four plain sentences, which claims nothing that chance could have done.
+
+All claims of one verdict are tested as a family (Holm 1979, Scand. J. Stat. 6:65): where nothing differs, the chance
+that it claims anything at all is at most ``1 - level``, however many arms are compared.
+"""
 
 from __future__ import annotations
 
@@ -23,52 +27,76 @@ def verdict(
 ) -> str:
     """One paragraph: a sentence for each split, one for the gap closed, one for the part of a gain that is query text.
 
-    A difference is claimed only if its interval excludes zero and at least ``MINIMUM_SEEDS`` seeds were run; the
-    sentence then says of how many items it speaks, calling one of them ``noun`` (``"article"``); without a noun it
-    speaks of seeds alone. ``gaps`` maps a split to its :class:`Gap`. ``level`` is that of all intervals given.
+    A difference is claimed as :func:`claims` says, over all differences that the verdict names; the sentence then says
+    of how many items it speaks, calling one of them ``noun`` (``"article"``); without a noun it speaks of seeds alone.
+    ``gaps`` maps a split to its :class:`Gap`. ``level`` is that of all intervals given.
 
     >>> verdict([])
     'Nothing was compared, so no difference can be claimed.'
     """
+    family = [*comparisons]
+    if query_text is not None:
+        family += [query_text["with_queries"], query_text["without_queries"]]
+    claimed = claims(family, level=level)
     sentences = []
     for split in SPLITS:
-        if of_split := [comparison for comparison in comparisons if comparison["split"] == split]:
+        of_split = [(c, claim) for c, claim in zip(comparisons, claimed, strict=False) if c["split"] == split]
+        if of_split:
             sentences.append(_comparison_sentence(of_split, noun, level))
     if not sentences:
         sentences.append("Nothing was compared, so no difference can be claimed.")
     if closed := [(split, gaps[split]) for split in SPLITS if gaps and split in gaps]:
         sentences.append(_gap_sentence(closed, noun))
     if query_text is not None:
-        sentences.append(_query_text_sentence(query_text))
+        sentences.append(_query_text_sentence(query_text, gain_claimed=claimed[-2], order_claimed=claimed[-1]))
     return " ".join(sentences)
 
 
-def claimable(comparison: Comparison) -> bool:
-    """Whether a difference may be claimed: enough seeds, and an interval that excludes zero."""
-    low, high = comparison["low"], comparison["high"]
-    return comparison["num_seeds"] >= MINIMUM_SEEDS and low is not None and high is not None and (low > 0 or high < 0)
+def claims(comparisons: Sequence[Comparison], *, level: float = 0.95) -> list[bool]:
+    """For each comparison whether its difference may be claimed, all of them together being wrong in ``1 - level``.
+
+    Those over fewer than ``MINIMUM_SEEDS`` seeds are not claimed and not counted. Of the others, in the order of their
+    p-values, the k-th of m is claimed if its p-value is at most ``(1 - level) / (m - k + 1)`` and all before it were.
+    """
+    p_values = {
+        index: p_value
+        for index, comparison in enumerate(comparisons)
+        if (p_value := comparison["p_value"]) is not None and comparison["num_seeds"] >= MINIMUM_SEEDS
+    }
+    claimed = [False] * len(comparisons)
+    for rank, index in enumerate(sorted(p_values, key=lambda index: p_values[index])):
+        if p_values[index] > (1.0 - level) / (len(p_values) - rank):
+            break
+        claimed[index] = True
+    return claimed
 
 
-def _comparison_sentence(comparisons: Sequence[Comparison], noun: str, level: float) -> str:
-    first = comparisons[0]
+def claimable(comparison: Comparison, *, level: float = 0.95) -> bool:
+    """Whether a difference may be claimed where it is the only one in question."""
+    return claims([comparison], level=level)[0]
+
+
+def _comparison_sentence(comparisons: Sequence[tuple[Comparison, bool]], noun: str, level: float) -> str:
+    first = comparisons[0][0]
     seeds = _counted(first["num_seeds"], "seed")
     place = f"On {_items(first, noun)} ({seeds}; {100 * level:g} % intervals)"
     if not noun:
         over = "Over" if first["split"] == "train" else "Held out, over"
         place = f"{over} {seeds} ({100 * level:g} % intervals)"
     if first["num_seeds"] < MINIMUM_SEEDS:
-        measured = ", ".join(f"{_name(c)} {_number(c['mean'])} {c['unit']}{_interval(c)}" for c in comparisons)
+        measured = ", ".join(f"{_name(c)} {_number(c['mean'])} {c['unit']}{_interval(c)}" for c, _ in comparisons)
         needed = f"that takes at least {MINIMUM_SEEDS} seeds"
         return f"{place} no difference can be claimed, for {needed}; measured were {measured}."
-    return f"{place}, {'; '.join(_clause(c) for c in comparisons)}."
+    return f"{place}, {'; '.join(_clause(c, claimed, level) for c, claimed in comparisons)}."
 
 
-def _clause(comparison: Comparison) -> str:
+def _clause(comparison: Comparison, claimed: bool, level: float) -> str:
     metric, figures = comparison["metric"].replace("_", " "), f"{_number(comparison['mean'])}"
-    if not claimable(comparison):
+    if not claimed:
+        alone = ", which alone would be claimed, but not among this many" if claimable(comparison, level=level) else ""
         return (
             f"no difference can be claimed between {comparison['arm']} and {comparison['baseline']} in {metric} "
-            f"({figures} {comparison['unit']}{_interval(comparison)})"
+            f"({figures} {comparison['unit']}{_interval(comparison)}{alone})"
         )
     relation = "above" if comparison["mean"] > 0 else "below"
     size = _number(abs(comparison["mean"]))
@@ -91,13 +119,13 @@ def _gap_sentence(closed: Sequence[tuple[str, Gap]], noun: str) -> str:
     return f"Share closed of the gap from random to the oracle: {'; '.join(parts)}."
 
 
-def _query_text_sentence(split: QueryText) -> str:
+def _query_text_sentence(split: QueryText, *, gain_claimed: bool, order_claimed: bool) -> str:
     gain, order, text = split["with_queries"], split["without_queries"], split["query_text"]
     opening = f"With the queries in the reader's context the gain over {gain['baseline']} is"
-    if not claimable(gain):
+    if not gain_claimed:
         return f"{opening} not distinguishable from zero ({_number(gain['mean'])} {gain['unit']}{_interval(gain)})."
     share = f" ({100 * text['mean'] / gain['mean']:.0f} %)" if gain["mean"] > 0 else ""
-    left = "order" if claimable(order) else "not distinguishable from zero"
+    left = "order" if order_claimed else "not distinguishable from zero"
     return (
         f"{opening} {_number(gain['mean'])} {gain['unit']}, of which {_number(text['mean'])}{share} is query text; "
         f"without the queries {_number(order['mean'])}{_interval(order)} is left, which is {left}."

@@ -131,6 +131,10 @@ class CheckpointStore:
         """The steps that have a checkpoint, oldest first, not verified."""
         return sorted(self._paths())
 
+    def faults(self) -> dict[int, str | None]:
+        """What is wrong with the checkpoint of each step, every byte of it read; ``None`` where it is sound."""
+        return {step: _fault(path, step) for step, path in sorted(self._paths().items())}
+
     def _paths(self) -> dict[int, Path]:
         """Step → folder. A replaced folder counts only while its successor is missing: a kill between two renames."""
         paths: dict[int, Path] = {}

@@ -1,9 +1,11 @@
-"""TensorBoard and Weights & Biases as views of ``metrics.jsonl``, which stays the record."""
+"""TensorBoard, trackio and Weights & Biases as views of ``metrics.jsonl``, which stays the record."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import secrets
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +13,7 @@ from typing import Any, Protocol
 from preceptor.errors import ConfigError, MissingExtraError, ServiceError, nearest
 from preceptor.run.files import replace_file
 
-TRACKERS = ("tensorboard", "wandb")
+TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 class Tracker(Protocol):
@@ -39,7 +41,9 @@ def check_trackers(names: Iterable[str]) -> None:
 def open_tracker(name: str, folder: Path, *, first_step: int, config: Mapping[str, Any]) -> Tracker:
     """The tracker ``name`` for the run in ``folder``; steps from ``first_step`` on that it has do not double."""
     check_trackers([name])
-    return TensorBoard(folder, first_step=first_step) if name == "tensorboard" else WandB(folder, config=config)
+    if name == "tensorboard":
+        return TensorBoard(folder, first_step=first_step)
+    return Trackio(folder, config=config) if name == "trackio" else WandB(folder, config=config)
 
 
 class TensorBoard:
@@ -59,6 +63,48 @@ class TensorBoard:
     def close(self) -> None:
         """Flushes and closes the event file."""
         self._writer.close()
+
+
+class Trackio:
+    """A run in trackio's local database (``trackio show`` opens it); nothing leaves the machine.
+
+    The run's name there stays in the folder, so that a resumed run goes on in the same chart.
+    """
+
+    PROJECT = "preceptor"
+
+    def __init__(self, folder: Path, *, config: Mapping[str, Any]) -> None:
+        import trackio
+        from trackio.sqlite_storage import SQLiteStorage
+
+        note = folder / "trackio-name"
+        if not note.exists():
+            replace_file(note, f"{folder.name}-{secrets.token_hex(4)}")
+        name = note.read_text().strip()
+        # A resume repeats rows bit for bit, so those that the database has are left out. It is asked, and not a note of
+        # ours: trackio writes in the background, and a killed process may not have got that far.
+        last_step = SQLiteStorage.get_max_step_for_run(self.PROJECT, name)
+        self._next_step = 0 if last_step is None else int(last_step) + 1
+        with contextlib.redirect_stdout(sys.stderr):  # its greeting is no output of ours
+            self._run = trackio.init(
+                project=self.PROJECT,
+                name=name,
+                resume="allow",
+                config=dict(config),
+                embed=False,
+                auto_log_cpu=False,
+                auto_log_gpu=False,
+            )
+
+    def log(self, step: int, row: Mapping[str, Any]) -> None:
+        """Stores the numbers of ``row``, unless the database has this step."""
+        if step >= self._next_step:
+            self._run.log(_numbers(row), step=step)
+
+    def close(self) -> None:
+        """Waits until everything is stored."""
+        with contextlib.redirect_stdout(sys.stderr):
+            self._run.finish()
 
 
 class WandB:

@@ -17,6 +17,51 @@ FLAGS = {
 }
 """Command-line flags that stand for configuration keys."""
 
+CHOICES = {
+    "arms": {
+        "learned": "the policy after training, sampling its choices",
+        "untrained": "the policy before training",
+        "random": "the mean over random orders",
+        "document": "the article's own order",
+        "reverse": "the article backwards",
+        "nearest_chain": "always the pair most similar to the last one",
+        "farthest_first": "always the pair least similar to all that were read",
+        "mmr": "maximal marginal relevance: like the article, unlike what was read",
+        "easy_to_hard": "by the reader's own loss on each value alone, easiest first",
+        "hard_to_easy": "the same, hardest first",
+        "best_of_n": "the best of as many random orders as the learned arm's training cost",
+        "greedy": "oracle: always the value that is likeliest now",
+        "beam": "oracle: beam search over orders",
+        "local_search": "oracle: best swap or move from the beam's order, until none helps",
+        "exhaustive": "oracle: every order (at most 7 pairs)",
+        "probe_greedy": "oracle of the probe: always the value that helps the probe most",
+    },
+    "rewards": {
+        "values": "log-probability of the values in the order in which they were read",
+        "probe": "log-probability of held-out sentences after everything was read",
+    },
+    "normalisations": {
+        "none": "the reward as it is",
+        "untrained_query": "less what a value gets after the untrained model's query in the same place",
+        "untrained_reader": "less what the untrained policy gives the same text (the reader learns)",
+    },
+    "filters": {
+        "none": "every trajectory teaches",
+        "standard_deviations": "those above the running mean by so many standard deviations",
+        "best_fraction": "the best share of each batch",
+    },
+    "embedders": {
+        "hidden_states": "the model's own hidden states at a layer; carries gradient",
+        "attention": "the model's own query and key projections at a layer; carries gradient",
+        "openai": "OpenAI's embeddings; needs a key, no gradient",
+        "sentence_transformers": "a local text embedder; needs the extra, no gradient",
+    },
+}
+"""What ``preceptor list`` shows."""
+
+INPUTS = {"articles": "data.article"}
+"""Options of ``preceptor compare`` whose every value makes a run, and the key that it sets."""
+
 
 @dataclass(frozen=True)
 class ModelOptions:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-import preceptor.cli as cli
+import preceptor.cli.systems as cli_systems
 from preceptor.cli import main
 from preceptor.config import load_config, schema
 from preceptor.errors import (
@@ -97,7 +97,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     for name in list(SYSTEMS):
         monkeypatch.delitem(SYSTEMS, name)
     monkeypatch.setitem(SYSTEMS, "toy", info)
-    monkeypatch.setattr(cli, "_preset_folder", lambda name: presets)
+    monkeypatch.setattr(cli_systems, "preset_folder", lambda name: presets)
     monkeypatch.chdir(work)
     for name in ("", ".config", ".train"):
         monkeypatch.delitem(sys.modules, f"toy_system{name}", raising=False)
@@ -180,7 +180,7 @@ def test_the_environment_is_read_here_and_passed_down(
 def test_a_relative_or_missing_xdg_folder_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     for environ in ({}, {"XDG_CACHE_HOME": "relative"}, {"XDG_CACHE_HOME": "", "PRECEPTOR_CACHE_DIR": ""}):
-        assert cli._cache_dir(environ) == Path("/home/someone/.cache/preceptor")
+        assert cli_systems.cache_dir(environ) == Path("/home/someone/.cache/preceptor")
 
 
 def test_resume_goes_on_with_the_same_configuration(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,8 +215,22 @@ def test_a_run_of_a_system_that_is_gone_is_refused_and_let_go(
 def test_list_names_systems_and_presets(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     out = capsys.readouterr().out
-    assert "toy         learns nothing\n  default   the defaults\n  smoke     quick, to see that all works\n" in out
+    shown = [line.split(maxsplit=1) for line in out.splitlines()]
+    assert shown[:4] == [
+        ["toy", "learns nothing"],
+        ["presets"],
+        ["default", "the defaults"],
+        ["smoke", "quick, to see that all works"],
+    ]
     assert "pretrain    " in out
+    assert main(["list", "toy", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "toy": {
+            "description": "learns nothing",
+            "presets": {"default": "the defaults", "smoke": "quick, to see that all works"},
+        }
+    }
+    assert refusal(capsys, "list", "toi") == "unknown system 'toi' (did you mean 'toy'?)"
 
 
 def test_help_teaches(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,7 +255,11 @@ def test_help_teaches(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> No
     [
         ([], "the following arguments are required: COMMAND; see preceptor --help"),
         (["rn"], "unknown command 'rn' (did you mean 'run'?)"),
-        (["zzz"], "unknown command 'zzz'; there are run, resume, report, pretrain, list"),
+        (
+            ["zzz"],
+            "unknown command 'zzz'; there are run, resume, compare, watch, replay, report, pretrain, list, doctor, "
+            "completion",
+        ),
         (["--hlp"], "unknown option '--hlp' (did you mean '--help'?)"),
         (["run"], "the following arguments are required: SYSTEM; see preceptor run --help"),
         (["run", "toi"], "unknown system 'toi' (did you mean 'toy'?)"),
@@ -264,7 +282,30 @@ def test_help_teaches(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> No
         (["run", "toy", "--title", "a\udcff"], "argument 'a\\udcff' is not valid UTF-8 text"),
         (["resume", "nowhere"], "nowhere is not a run folder (no manifest.json)"),
         (["pretrain", "--article", "x"], "unknown option '--article'"),
-        (["compare"], "unknown command 'compare'"),
+        (["compare"], "the following arguments are required: SYSTEM | RUN; see preceptor compare --help"),
+        (["compare", "toi"], "'toi' is neither a folder nor a system (did you mean 'toy'?)"),
+        (["compare", "toy"], "a sweep needs a folder; give --out DIR"),
+        (["compare", "toy", "--out", "s"], "a sweep needs seeds; give --seeds 0-9"),
+        (
+            ["compare", "toy", "--out", "s", "--seeds", "5-3"],
+            "--seeds must be numbers or ranges such as 0-9, got '5-3'",
+        ),
+        (
+            ["compare", "toy", "--out", "s", "--seeds", "1", "--", "--seed", "2"],
+            "--seed cannot stand after --; a sweep",
+        ),
+        (
+            ["compare", "toy", "--out", "s", "--seeds", "1", "--", "--wrds", "2"],
+            "unexpected argument '--wrds' after --",
+        ),
+        (["compare", "toy", "--out", "s", "--seeds", "1", "--", "--set", "steps=-1"], "`steps` must be at least 0"),
+        (["compare", "."], ". is not a run folder (no manifest.json); give the folders of finished runs"),
+        (["replay", "nowhere"], "nowhere is not a run folder (no manifest.json)"),
+        (["replay", "x", "--tolerance", "nan"], "argument --tolerance: must be a number of at least 0, got 'nan'"),
+        (["watch", "nowhere"], "nowhere is not a run folder (no manifest.json)"),
+        (["doctor", "toi"], "'toi' is neither a run folder nor a system; there are toy"),
+        (["doctor", "."], ". is not a run folder (no manifest.json); give the folder of a run or a system"),
+        (["completion", "tcsh"], "a shell is needed, one of bash, zsh, fish; got tcsh"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -405,13 +446,13 @@ def test_a_terminal_without_utf_8_is_no_error(tmp_path: Path) -> None:
 
 
 def test_what_the_table_of_systems_promises_is_there() -> None:
-    assert list(SYSTEMS) == ["reading"]
+    assert {"reading", "bandit", "curriculum"} <= SYSTEMS.keys()
     checked = 0
-    for system in [*SYSTEMS.values(), cli.PRETRAINING]:
-        keys = schema(cli._config_class(system))
+    for system in [*SYSTEMS.values(), cli_systems.PRETRAINING]:
+        keys = schema(cli_systems.config_class(system))
         assert {"seed", "save_every"} <= keys.keys()
         assert all(setting.help for setting in keys.values())
-        for flag, key in cli._flags(system).items():
+        for flag, key in cli_systems.flags_of(system).items():
             checked += 1
             assert key in keys, f"--{flag} stands for {key}, which is no key"
         assert set(system.needs) <= {"cache_dir", "openai_api_key"}
@@ -420,8 +461,8 @@ def test_what_the_table_of_systems_promises_is_there() -> None:
 
 def test_extreme_numbers_are_judged_and_never_crash_the_judgement() -> None:
     tried = 0
-    for system in [*SYSTEMS.values(), cli.PRETRAINING]:
-        cls = cli._config_class(system)
+    for system in [*SYSTEMS.values(), cli_systems.PRETRAINING]:
+        cls = cli_systems.config_class(system)
         for key, setting in schema(cls).items():
             for value in ("0", "-1", "1", "1000000000000") if setting.type in (int, float) else ():
                 tried += 1
@@ -437,7 +478,8 @@ def test_a_thousand_fuzzed_command_lines_leave_no_traceback(
     toy: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chance = random.Random(11)
-    words = "run resume report pretrain list toy reading -h --help --version --preset --config --set --print-config"
+    words = "run resume compare watch replay report pretrain list doctor completion toy reading -h --help --version"
+    words += " --preset --config --set --print-config"
     words += " --seed --out --device --threads --tracker --no-report --words --title --folders --allow-inexact -- -x -"
     words += " smoke default mine.yaml 3 -1 1e-5 nan cpu cuda:9 tensorboard data.words=2 steps=1 seed= =1 data={a: data"
     values = [

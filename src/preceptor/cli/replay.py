@@ -1,0 +1,99 @@
+"""``preceptor replay``: the recorded decisions again, without the policy, and whether they earn what was recorded."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from preceptor.cli.arguments import EXIT_CODES, Command
+from preceptor.cli.systems import config_class, module_of, needs_of, system_named
+from preceptor.config import from_dict
+from preceptor.errors import ConfigError, DataError
+from preceptor.plain_yaml import shown
+
+CHECK_FAILED = 7
+"""Exit code of a command whose business is to check, and which found a fault."""
+
+SHOWN = 5
+"""Places that are named where a replay parts from the record."""
+
+DESCRIPTION = """\
+Executes the decisions that a run recorded once more, without its policy, and computes their rewards anew.
+
+A recorded and a recomputed number count as equal if they differ by at most the tolerance, absolutely or relative to the
+larger one. The default, 1e-4, is above the rounding of float32 in another batch or on another machine and far below
+what any other decision would earn. If they part anywhere, the command says where and ends with exit code 7.
+"""
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", type=Path, help="folder of the run")
+    text = "largest difference that counts as equal, absolute or relative (default: 1e-4)"
+    parser.add_argument("--tolerance", metavar="X", type=_tolerance, default=1e-4, help=text)
+
+
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {shown(text)}")
+    return value
+
+
+def _replay(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    folder: Path = options.folder
+    if not (folder / "manifest.json").is_file():
+        raise ConfigError(f"{folder} is not a run folder (no manifest.json); give the folder of a run")
+    from preceptor.run.device import set_threads
+    from preceptor.run.record import read_manifest
+
+    manifest = read_manifest(folder)
+    name = str(manifest["system"])
+    if name == "pretrain":
+        raise ConfigError(f"{folder} is a run of pretrain, which has no teacher and records no decisions")
+    system = system_named(name)
+    if importlib.util.find_spec(f"{system.module}.replay") is None:
+        raise ConfigError(f"runs of {name} cannot be replayed")
+    if not (folder / "decisions.jsonl").is_file():
+        raise DataError(f"{folder} has no decisions.jsonl; without the recorded decisions there is nothing to replay")
+    set_threads(manifest["environment"]["threads"])
+    config = from_dict(config_class(system), manifest["config"])
+    count, largest, partings = 0, 0.0, 0
+    for where, recorded, recomputed in module_of(system, "replay").replay(config, folder, **needs_of(system, environ)):
+        count += 1
+        difference = _difference(recorded, recomputed)
+        largest = max(largest, difference)
+        if difference > options.tolerance:
+            partings += 1
+            if partings <= SHOWN:
+                print(f"parted: {where}: recorded {recorded:.9g}, recomputed {recomputed:.9g}")
+    if not count:
+        raise DataError(f"{folder / 'decisions.jsonl'} holds no decision; there is nothing to replay")
+    if partings:
+        further = f" ({partings - SHOWN} further places are not shown)" if partings > SHOWN else ""
+        print(f"{partings} of {count} numbers part by more than {options.tolerance:g}{further}")
+        return CHECK_FAILED
+    print(f"{count} numbers recomputed, all equal within {options.tolerance:g} (largest difference {largest:.2g})")
+    return 0
+
+
+def _difference(recorded: float, recomputed: float) -> float:
+    """Absolute difference, or relative to the larger number where that is above 1; two NaN are equal."""
+    if recorded == recomputed or (math.isnan(recorded) and math.isnan(recomputed)):
+        return 0.0
+    difference = abs(recorded - recomputed) / max(1.0, abs(recorded), abs(recomputed))
+    return math.inf if math.isnan(difference) else difference
+
+
+REPLAY = Command(
+    "execute a run's recorded decisions again and compare the rewards",
+    _add_arguments,
+    _replay,
+    description=DESCRIPTION,
+    epilog=EXIT_CODES,
+)

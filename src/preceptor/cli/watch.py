@@ -1,0 +1,163 @@
+"""``preceptor watch``: the numbers of a run at work, in a terminal or as plain rows."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from preceptor.cli.arguments import Command
+from preceptor.errors import ConfigError
+from preceptor.plain_yaml import shown
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from preceptor.run.watching import MetricsTail
+
+WINDOW = 20
+"""Last steps over which a mean is taken."""
+
+CURVE = 24
+"""Characters of a curve."""
+
+DESCRIPTION = """\
+Shows the numbers of a run as they come: the last, the mean of the last 20 steps, and the curve so far. It only reads
+metrics.jsonl, so it can be started and stopped at any time without the run noticing. It ends when the run does, or on
+Ctrl-C. Where the output is no terminal, it prints a line for each step.
+"""
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", type=Path, help="folder of the run")
+    parser.add_argument("--every", metavar="S", type=_seconds, default=1.0, help="seconds between looks (default: 1)")
+    parser.add_argument("--metrics", metavar="M", nargs="+", default=[], help="only these (default: all)")
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.01 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"must be a number from 0.01 to 3600, got {shown(text)}")
+    return value
+
+
+def _watch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from rich.console import Console
+
+    from preceptor.run.watching import MetricsTail
+
+    folder: Path = options.folder
+    if not (folder / "manifest.json").is_file():
+        raise ConfigError(f"{folder} is not a run folder (no manifest.json); give the folder of a run")
+    tail = MetricsTail(folder / "metrics.jsonl")
+    console = Console()
+    try:
+        if console.is_terminal and not console.is_dumb_terminal:
+            _show_live(folder, tail, options, console)
+        else:
+            _print_rows(folder, tail, options)
+    except KeyboardInterrupt:
+        return 0  # the watcher was dismissed; the run goes on
+    print(_ending(folder, tail))
+    return 0
+
+
+def _show_live(folder: Path, tail: MetricsTail, options: argparse.Namespace, console: Any) -> None:
+    from rich.live import Live
+
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            ended = _has_ended(folder)  # before the look, so that the last rows are shown
+            if tail.look():
+                live.update(_table(folder, tail.rows, options.metrics), refresh=True)
+            if ended:
+                return
+            time.sleep(options.every)
+
+
+def _print_rows(folder: Path, tail: MetricsTail, options: argparse.Namespace) -> None:
+    from preceptor.run.watching import numbers
+
+    last = -1
+    while True:
+        ended = _has_ended(folder)
+        if tail.look():
+            if tail.rows and tail.rows[-1]["step"] < last:
+                last = int(tail.rows[-1]["step"])
+                print(f"resumed after step {last}")
+            for row in (row for row in tail.rows if row["step"] > last):
+                figures = [
+                    f"{name} {value:.5g}" for name, value in numbers(row).items() if _wanted(name, options.metrics)
+                ]
+                print("  ".join([f"step {row['step']}", *figures]))
+                last = row["step"]
+            sys.stdout.flush()
+        if ended:
+            return
+        time.sleep(options.every)
+
+
+def _has_ended(folder: Path) -> bool:
+    from preceptor.run.watching import is_at_work
+
+    return not is_at_work(folder)
+
+
+def _ending(folder: Path, tail: MetricsTail) -> str:
+    step = tail.rows[-1]["step"] if tail.rows else 0
+    if (folder / "result.json").is_file():
+        return f"finished at step {step}; results: {folder}"
+    return f"not at work; last step {step}; go on with: preceptor resume {folder}"
+
+
+def _table(folder: Path, rows: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from preceptor.run.watching import numbers
+
+    step = rows[-1]["step"] if rows else 0
+    table = Table(title=Text(f"{folder.name}: step {step}"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("metric")
+    for header in ("last", f"mean of {WINDOW}"):
+        table.add_column(header, justify="right")
+    table.add_column("so far", no_wrap=True)
+    columns: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in numbers(row).items():
+            if _wanted(name, wanted):
+                columns.setdefault(name, []).append(value)
+    for name, values in columns.items():
+        recent = values[-WINDOW:]
+        mean = sum(recent) / len(recent)
+        table.add_row(Text(name), f"{values[-1]:.5g}", f"{mean:.5g}", curve(values))
+    return table
+
+
+def _wanted(name: str, wanted: Sequence[str]) -> bool:
+    return not wanted or name in wanted
+
+
+def curve(values: Sequence[float], width: int = CURVE) -> str:
+    """``values`` as a line of at most ``width`` block characters, from their least to their greatest.
+
+    >>> curve([0.0, 1.0, 2.0, 4.0])
+    '▁▂▄█'
+    """
+    edges = [round(k * len(values) / min(width, len(values))) for k in range(min(width, len(values)) + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    blocks = "▁▂▃▄▅▆▇█"
+    return "".join(blocks[int(7 * (mean - low) / (high - low))] if high > low else blocks[0] for mean in means)
+
+
+WATCH = Command("show the numbers of a run at work", _add_arguments, _watch, description=DESCRIPTION, epilog="")

@@ -1,0 +1,176 @@
+"""``comparison.json``: arms with their intervals, paired differences against one arm, and a verdict in words.
+
+Nothing in it depends on when, how often interrupted or on how busy a machine the runs were made: a sweep that was
+killed and started again gives the same bytes as one that ran through. Seconds are told apart from it
+(``seconds.json``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from preceptor.comparison.runs import Group, merged_records, shared_config
+from preceptor.errors import ConfigError, nearest
+from preceptor.evaluation.aggregate import aggregate, improvement, scores_by_item
+from preceptor.evaluation.summary import SPLITS, compare, summarise
+from preceptor.evaluation.verdict import claims, verdict
+
+COSTS = ("tokens", "model_calls", "flops")
+"""Counted costs: shown for every arm and never compared."""
+
+Records = Sequence[Mapping[str, Any]]
+MakeResult = Callable[..., dict[str, Any]]
+"""A system's ``<name>_result(records, *, config, seeds)``."""
+
+
+def merged_result(groups: Sequence[Group], make_result: MakeResult) -> dict[str, Any]:
+    """What ``result.json`` of all runs together says, so that the page of a run shows a comparison too.
+
+    One group is the system's own result over all records. Several give the arms of each group under names with the
+    group's label, since what differs between them is more than chance.
+    """
+    results = [
+        make_result(merged_records(group), config=shared_config(group.runs), seeds=group.seeds) for group in groups
+    ]
+    if len(groups) == 1:
+        return results[0]
+    labelled = list(zip(groups, results, strict=True))
+    return {
+        "system": groups[0].runs[0].system,
+        "status": "finished",
+        "config": shared_config(groups[0].runs),
+        "seeds": sorted({seed for group in groups for seed in group.seeds}),
+        "arms": {
+            _labelled(arm, group.label): metrics
+            for group, result in labelled
+            for arm, metrics in result["arms"].items()
+        },
+        "table": results[0].get("table", []),
+        "comparisons": results[0].get("comparisons", []),
+        "records": [
+            {**record, "arm": _labelled(record["arm"], group.label)}
+            for group, result in labelled
+            for record in result["records"]
+        ],
+    }
+
+
+def comparison_of(
+    groups: Sequence[Group], merged: Mapping[str, Any], *, arms: Sequence[str] = (), noun: str = "", level: float = 0.95
+) -> dict[str, Any]:
+    """The first of ``arms`` against each of the others, on every metric that the system itself compares.
+
+    Args:
+        groups: the finished runs.
+        merged: :func:`merged_result` of them.
+        arms: by name; none takes those that the system compares, or with several groups its learned arm in each. Over
+            several groups a name stands for that arm of every group.
+        noun: what an item is called ("article").
+        level: of all intervals.
+
+    Raises:
+        ConfigError: an arm that no run has, or fewer than two.
+    """
+    records: Records = merged["records"]
+    units = _units(merged)
+    chosen = _chosen(groups, merged, arms)
+    reference, *others = chosen
+    metrics = list(dict.fromkeys(comparison["metric"] for comparison in merged.get("comparisons", ())))
+    if not metrics:
+        raise ConfigError(f"runs of {merged['system']} compare no arms in their result; there is nothing to compare")
+    splits = [split for split in SPLITS if any(record["split"] == split for record in records)]
+    comparisons = []
+    for split in splits:
+        for metric in metrics:
+            ours = scores_by_item(records, arm=reference, metric=metric, split=split)
+            for other in others:
+                theirs = scores_by_item(records, arm=other, metric=metric, split=split)
+                if ours.keys() & theirs.keys():
+                    comparisons.append(
+                        {
+                            **compare(
+                                records,
+                                metric=metric,
+                                arm=reference,
+                                baseline=other,
+                                unit=units[metric],
+                                split=split,
+                                level=level,
+                            ),
+                            "improvement": improvement(ours, theirs, level=level),
+                        }
+                    )
+    if not comparisons:
+        raise ConfigError(
+            f"arm {reference!r} shares no item with {', '.join(others)}; compare runs over the same inputs"
+        )
+    claimed = claims(comparisons, level=level)  # type: ignore[arg-type]  # each has one key more
+    runs = [run for group in groups for run in group.runs]
+    return {
+        "system": merged["system"],
+        "status": "finished",
+        "level": level,
+        "seeds": merged["seeds"],
+        "runs": [run.path.name for run in runs],
+        "groups": [{"label": group.label, "runs": [run.path.name for run in group.runs]} for group in groups],
+        "code": sorted({run.code for run in runs}),
+        "config": merged["config"],
+        "table": list(merged.get("table", [])),
+        "arms": {split: _arms(records, chosen, units, split, level) for split in splits},
+        "comparisons": [{**c, "claimed": claim} for c, claim in zip(comparisons, claimed, strict=True)],
+        "verdict": verdict(comparisons, noun=noun, level=level),  # type: ignore[arg-type]
+    }
+
+
+def _arms(
+    records: Records, arms: Sequence[str], units: Mapping[str, str], split: str, level: float
+) -> dict[str, dict[str, Any]]:
+    """Every metric of each arm: its mean and, beside it, its interquartile mean; of a cost the mean alone."""
+    chosen = [record for record in records if record["arm"] in arms]
+    found: dict[str, dict[str, Any]] = {}
+    for arm, metrics in summarise(chosen, units=units, split=split, level=level).items():
+        found[arm] = {}
+        for metric, estimate in metrics.items():
+            own: dict[str, Any] = dict(estimate)
+            if metric not in COSTS:
+                scores = scores_by_item(records, arm=arm, metric=metric, split=split)
+                own["interquartile_mean"] = aggregate(scores, level=level)
+            found[arm][metric] = own
+    return {arm: found[arm] for arm in arms if arm in found}
+
+
+def _chosen(groups: Sequence[Group], merged: Mapping[str, Any], arms: Sequence[str]) -> list[str]:
+    present = list(dict.fromkeys(str(record["arm"]) for record in merged["records"]))
+    own = list(dict.fromkeys(str(record["arm"]) for record in groups[0].records))
+    if not arms:
+        compared = merged.get("comparisons", ())
+        arms = (
+            [name for c in compared for name in (c["arm"], c["baseline"])] if len(groups) == 1 else [compared[0]["arm"]]
+        )
+    names: list[str] = []
+    for arm in arms:
+        if arm not in [*present, *own]:
+            raise ConfigError(f"no run has an arm {arm!r}{nearest(arm, own) or '; there are ' + ', '.join(own)}")
+        names += [arm] if arm in present else [name for name in present if name in _names(arm, groups)]
+    names = list(dict.fromkeys(names))
+    if len(names) < 2:
+        raise ConfigError(f"a comparison needs at least two arms, got {', '.join(names)}; give --arms A,B")
+    return names
+
+
+def _names(arm: str, groups: Sequence[Group]) -> set[str]:
+    return {_labelled(arm, group.label) for group in groups}
+
+
+def _labelled(arm: str, label: str) -> str:
+    return f"{arm} ({label})" if label else arm
+
+
+def _units(merged: Mapping[str, Any]) -> dict[str, str]:
+    """The unit of every metric; held-out ones carry a prefix among the arms of a result, and none in the records."""
+    return {
+        metric.removeprefix("held_out_"): estimate["unit"]
+        for metrics in merged["arms"].values()
+        for metric, estimate in metrics.items()
+    }

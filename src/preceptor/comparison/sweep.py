@@ -1,0 +1,200 @@
+"""Runs the cells of a sweep, several at once, each as a ``preceptor run`` of its own in its own folder.
+
+A cell that has its ``result.json`` is not run again; one that was stopped is resumed from its last checkpoint, which
+gives the same numbers as if it had run through. So a sweep that was killed at any moment is started again with the same
+words and ends with the same results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from preceptor.errors import ConfigError, Interrupted, LockedError, PreceptorError
+from preceptor.run.environment import changes, flattened
+from preceptor.run.files import storage_errors
+from preceptor.run.record import plain_config, read_manifest
+
+LOGS = "logs"
+"""Folder of a sweep with what each cell said."""
+
+_LOCKED = LockedError.exit_code
+_POLL_SECONDS = 0.2
+_LOCKED_SECONDS = 2.0
+_MEMORY_MARGIN = 1.25
+
+
+class Cell(NamedTuple):
+    """One run of a sweep."""
+
+    name: str  # of its folder
+    config: Mapping[str, Any]  # resolved, as plain values
+    arguments: tuple[str, ...]  # of `preceptor run`, but for --out
+
+
+class CellFailed(PreceptorError, RuntimeError):
+    """A cell ended with an error; ``exit_code`` is the cell's."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class _Running(NamedTuple):
+    cell: Cell
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    root: Path,
+    *,
+    num_jobs: int | None = None,
+    program: Sequence[str] = (sys.executable, "-m", "preceptor"),
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Run what is missing of ``cells`` below ``root``, at most ``num_jobs`` at a time (None: one for each core).
+
+    However many are allowed, another cell starts only while the memory that is free holds one more of the largest seen
+    so far. The first failure stops the sweep once the cells at work have ended; Ctrl-C and SIGTERM are passed on to
+    them, and they save.
+
+    Raises:
+        ConfigError: a cell's folder holds a run of another configuration.
+        CellFailed: a cell ended with an error, which the message repeats.
+        Interrupted: after the cells at work have saved.
+    """
+    for cell in cells:
+        _check(root / cell.name, cell)
+    waiting = [cell for cell in cells if not is_finished(root / cell.name)]
+    say(f"{len(cells) - len(waiting)} of {len(cells)} runs are finished")
+    with storage_errors(f"create {root / LOGS}"):
+        (root / LOGS).mkdir(parents=True, exist_ok=True)
+    limit = num_jobs or os.cpu_count() or 1
+    running: list[_Running] = []
+    failure: CellFailed | None = None
+    locked_until: dict[str, float] = {}
+    peak = 0
+    with _stop_signals() as stop:
+        while running or (waiting and failure is None and not stop):
+            peak = max([peak, *(_peak_bytes(job.process.pid) for job in running)])
+            ready = [cell for cell in waiting if locked_until.get(cell.name, 0.0) <= time.monotonic()]
+            settled = not running or _has_begun(root / running[-1].cell.name)
+            fits = not running or (settled and peak * _MEMORY_MARGIN < _available_bytes())
+            if ready and failure is None and not stop and len(running) < limit and fits:
+                waiting.remove(ready[0])
+                running.append(_start(ready[0], root, program))
+                continue
+            time.sleep(_POLL_SECONDS)
+            for job in [job for job in running if job.process.poll() is not None]:
+                running.remove(job)
+                code = job.process.returncode
+                if is_finished(root / job.cell.name):
+                    done = len(cells) - len(waiting) - len(running)
+                    say(f"{job.cell.name} is finished ({done} of {len(cells)})")
+                elif code == _LOCKED:
+                    # A process that outlived a killed sweep is at work on it: it ends by itself.
+                    locked_until[job.cell.name] = time.monotonic() + _LOCKED_SECONDS
+                    waiting.append(job.cell)
+                elif not stop:
+                    failure = failure or _failure(job)
+            if stop:
+                for job in running:
+                    with contextlib.suppress(ProcessLookupError):
+                        job.process.send_signal(stop[0])
+                _wait_all(running)
+                break
+    if stop:
+        raise Interrupted("stopped; what was saved is kept, and the same command goes on", stop[0])
+    if failure is not None:
+        raise failure
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has ended: its result is written last, and in one step."""
+    return (folder / "result.json").is_file()
+
+
+def _check(folder: Path, cell: Cell) -> None:
+    if not (folder / "manifest.json").is_file():
+        return
+    wanted = flattened(plain_config(cell.config))
+    if differing := changes(flattened(read_manifest(folder)["config"]), wanted):
+        raise ConfigError(
+            f"{folder} was run with another configuration ({', '.join(differing[:3])}); choose another --out"
+        )
+
+
+def _start(cell: Cell, root: Path, program: Sequence[str]) -> _Running:
+    folder, log = root / cell.name, root / LOGS / f"{cell.name}.log"
+    begun = (folder / "manifest.json").is_file()
+    words = ["resume", str(folder)] if begun else ["run", *cell.arguments, "--out", str(folder)]
+    with storage_errors(f"write {log}"), log.open("ab") as output:
+        process = subprocess.Popen(
+            [*program, *words, "--no-report"],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # the terminal's Ctrl-C reaches the sweep alone, which passes it on once
+        )
+    return _Running(cell, process, log)
+
+
+def _failure(job: _Running) -> CellFailed:
+    lines = job.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    said = [line.removeprefix("preceptor: error: ") for line in lines if line.startswith("preceptor: ")]
+    code = job.process.returncode
+    reason = said[-1] if said else f"ended by signal {-code}" if code < 0 else f"exit code {code}"
+    return CellFailed(f"{job.cell.name}: {reason}; all it said is in {job.log}", code if code > 0 else 1)
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a run has done its first step, so that its memory says something of what a run needs."""
+    metrics = folder / "metrics.jsonl"
+    return is_finished(folder) or (metrics.is_file() and metrics.stat().st_size > 0)
+
+
+def _wait_all(running: Sequence[_Running]) -> None:
+    for job in running:
+        job.process.wait()
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """The signals to stop that have come, Ctrl-C or SIGTERM; while the block runs they do nothing else."""
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda received, _: came.append(received))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _peak_bytes(pid: int) -> int:
+    """The most memory that a process has held so far, or 0 where the system does not say."""
+    return _kibibytes(Path(f"/proc/{pid}/status"), "VmHWM:")
+
+
+def _available_bytes() -> int:
+    """Memory that a new process can have without others being swapped out; without limit where it is not known."""
+    return _kibibytes(Path("/proc/meminfo"), "MemAvailable:") or sys.maxsize
+
+
+def _kibibytes(path: Path, name: str) -> int:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0  # the process has just ended, or this is no Linux
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)

@@ -1,0 +1,83 @@
+"""What the configured run will take, measured by letting it begin for real in a folder that is thrown away."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from preceptor.doctor.check import Check
+from preceptor.run.environment import flattened
+from preceptor.run.metrics import read_jsonl
+
+NUM_STEPS = 2
+"""Steps that are waited for; the last is the one measured, since the first pays for warming up."""
+
+
+def forecast(
+    arguments: list[str], folder: Path, config: dict[str, Any], *, timeout: float = 180.0
+) -> tuple[Check, Check]:
+    """Time and memory of ``preceptor run ARGUMENTS``, from its first steps.
+
+    ``folder`` is where the short run is made. The time is that of the steps alone: the measurement of the controls at
+    the end comes on top.
+    """
+    command = [sys.executable, "-m", "preceptor", "run", *arguments, "--out", str(folder), "--no-report"]
+    began = time.monotonic()
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
+    peak, rows = 0, 0
+    try:
+        while process.poll() is None and rows < NUM_STEPS and time.monotonic() - began < timeout:
+            peak = max(peak, _peak_bytes(process.pid))
+            rows = len(list(read_jsonl(folder / "metrics.jsonl"))) if (folder / "metrics.jsonl").is_file() else 0
+            time.sleep(0.1)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            _, said = process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            _, said = process.communicate()
+    metrics = list(read_jsonl(folder / "metrics.jsonl")) if (folder / "metrics.jsonl").is_file() else []
+    if not metrics:
+        lines = said.decode(errors="replace").strip().splitlines() or [f"no step within {timeout:.0f} s"]
+        reason = lines[-1].removeprefix("preceptor: error: ")
+        fault = Check("fail", "first step", reason, "mend this, or make the run smaller")
+        return fault, Check("warn", "memory", "unknown: there was no step")
+    return _time(metrics, config), _memory(metrics, peak)
+
+
+def _time(metrics: list[dict[str, Any]], config: dict[str, Any]) -> Check:
+    seconds = metrics[-1].get("seconds")
+    if not isinstance(seconds, int | float):
+        return Check("warn", "time", "unknown: its metrics have no seconds")
+    named = [value for key, value in flattened(config).items() if key.split(".")[-1] == "steps" and value]
+    if len(named) != 1:
+        return Check("ok", "time", f"{seconds:.2g} s a step")
+    total = seconds * named[0]
+    spelled = f"{total:.0f} s" if total < 120 else f"{total / 60:.0f} min" if total < 7200 else f"{total / 3600:.1f} h"
+    return Check("ok", "time", f"{seconds:.2g} s a step, {named[0]:,} steps in about {spelled}, then the controls")
+
+
+def _memory(metrics: list[dict[str, Any]], peak: int) -> Check:
+    told = [row["peak_memory_mib"] for row in metrics if isinstance(row.get("peak_memory_mib"), int | float)]
+    mebibytes = max([peak / 2**20, *told])
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**20
+    figure = f"{mebibytes:,.0f} MiB after {len(metrics)} steps, of {have:,.0f} MiB"
+    remedy = "lower the batch or micro-batch size, or train an adapter"
+    return Check("ok" if mebibytes < 0.8 * have else "warn", "memory", figure, remedy)
+
+
+def _peak_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0  # it has just ended, or this is no Linux
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
