@@ -8,7 +8,7 @@ TORCH ?= 2.13.0
 # A demo never overwrites an earlier one.
 DEMO_OUT := $(or $(DEMO_OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: help demo test test-all bench lint check format constraints clean
+.PHONY: help demo test test-all bench docs lint check format constraints clean
 
 help: ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -25,6 +25,9 @@ test-all: $(VENV)/installed-test ## The slow tests too
 
 bench: $(VENV)/installed-test ## Cost of an episode batch beside the naive way; a clean commit adds a line to benchmarks/history.jsonl
 	$(BIN)/python -m benchmarks.episode
+
+docs: $(VENV)/installed-docs ## The documentation as a site in site/
+	$(BIN)/mkdocs build --strict
 
 lint: $(VENV)/installed-dev ## Format, lint and types, changing nothing
 	$(BIN)/ruff format --check .

@@ -1,0 +1,58 @@
+"""A mixture of datasets in a Trainer of Transformers, whose weights a callback moves.
+
+Run: python examples/mixture_trainer.py [number of steps]
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+import tempfile
+from functools import partial
+from pydoc_data import topics
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from preceptor.data.blocks import pack_blocks, split_held_out, tokenise
+from preceptor.data.mixture import MixtureDataset, MixtureSampler, collate
+from preceptor.lm.load import load_language_model
+from preceptor.objectives import make_mixture
+from preceptor.systems.curriculum.callback import MixtureCallback
+
+TEXTS = {"code": [inspect.getsource(argparse)], "manual": list(topics.topics.values())[:30]}
+
+
+def main(folder: str, num_steps: int = 40, every: int = 10, resume: bool = False) -> MixtureCallback:
+    lm = load_language_model("starter", device=torch.device("cpu"))
+    datasets, samples = [], []
+    for name, texts in TEXTS.items():
+        train, rest = split_held_out(tokenise(texts, encode=lm.encode, begin=lm.begin_token), fraction=0.1)
+        datasets.append(pack_blocks(name, train, block_length=64))
+        samples.append([block.tolist() for block in pack_blocks(name, rest, block_length=64)][:20])
+    sampler = MixtureSampler({blocks.name: len(blocks) for blocks in datasets}, seed=0)
+    mixed = MixtureDataset(datasets, sampler=sampler)
+    mixture = make_mixture("second_order", num_datasets=len(datasets))
+    callback = MixtureCallback(mixture, mixed, samples=samples, tokenizer=lm.tokenizer, every=every)
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=num_steps,
+        per_device_train_batch_size=8,
+        learning_rate=5e-4,
+        save_steps=every,
+        ignore_data_skip=True,  # on resuming, the mixture finds its place by itself
+        report_to="none",
+        use_cpu=True,
+    )
+    trainer = Trainer(
+        lm.model, arguments, partial(collate, filler=lm.begin_token), train_dataset=mixed, callbacks=[callback]
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return callback
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        for row in main(folder, *map(int, sys.argv[1:])).history:
+            print(row["step"], {name: round(share, 2) for name, share in row["weight"].items()})

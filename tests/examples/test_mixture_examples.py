@@ -1,0 +1,83 @@
+"""The examples on mixing datasets run as printed, and a Trainer that is interrupted goes on as if it had not been."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from preceptor.errors import CheckpointError, ConfigError
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MIXTURES = ("mixture_torch", "mixture_trainer", "mixture_trl")
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_examples_are_short(name):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 60
+
+
+def test_mixture_in_a_loop_of_ones_own(capsys):
+    weights = load("mixture_torch").main(num_steps=7, every=3)
+    assert sum(weights.values()) == pytest.approx(1)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["0", "3", "6"]
+    assert max(weights.values()) - min(weights.values()) > 0.05
+
+
+# The shard progress of saving a model goes to stderr; nothing else is said.
+def test_interrupted_trainer_goes_on_as_if_it_had_not_been(tmp_path):
+    example = load("mixture_trainer")
+    whole = example.main(str(tmp_path / "whole"), num_steps=6, every=2)
+    assert [row["step"] for row in whole.history] == [0, 2, 4, 6]
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    resumed = example.main(str(tmp_path / "resumed"), num_steps=6, every=2, resume=True)
+    assert resumed.history == whole.history
+    assert resumed.state() == whole.state()
+    files = [tmp_path / name / "checkpoint-6" / "model.safetensors" for name in ("whole", "resumed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+    # What was trained on is what a sampler of its own says: 6 steps of 8 rows, though a batch more was read.
+    sampler = whole.dataset.sampler
+    assert sampler.num_drawn > 48
+    assert sum(whole.state()["attributes"]["sampler"]["counts"].values()) == 48
+
+
+def test_trainer_that_would_skip_data_is_refused(tmp_path, monkeypatch):
+    example = load("mixture_trainer")
+    example.main(str(tmp_path), num_steps=1, every=1)
+    arguments = example.TrainingArguments
+    monkeypatch.setattr(example, "TrainingArguments", lambda **given: arguments(**given | {"ignore_data_skip": False}))
+    with pytest.raises(ConfigError, match="ignore_data_skip=True"):
+        example.main(str(tmp_path), num_steps=2, every=1, resume=True)
+
+
+def test_checkpoint_without_the_callback_is_refused(tmp_path):
+    example = load("mixture_trainer")
+    example.main(str(tmp_path), num_steps=1, every=1)
+    state = tmp_path / "checkpoint-1" / "trainer_state.json"
+    state.write_text(state.read_text().replace('"MixtureCallback"', '"AnotherCallback"'))
+    with pytest.raises(CheckpointError, match="no state of a MixtureCallback"):
+        example.main(str(tmp_path), num_steps=2, every=1, resume=True)
+
+
+# transformers 5 announces the end of an argument that TRL still sets.
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+def test_mixture_in_trl(tmp_path):
+    pytest.importorskip("trl", reason="needs TRL, of the extra test")
+    callback = load("mixture_trl").main(str(tmp_path), num_steps=4, every=2)
+    assert [row["step"] for row in callback.history] == [0, 2, 4]
+    assert sum(callback.history[-1]["weight"].values()) == pytest.approx(1)
+    # It learns from what it is given.
+    assert all(callback.history[-1]["loss"][name] < loss for name, loss in callback.history[0]["loss"].items())
