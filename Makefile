@@ -23,11 +23,9 @@ test: $(VENV)/installed-test ## All tests but the slow ones, with the examples o
 test-all: $(VENV)/installed-test ## The slow tests too
 	$(BIN)/python -m pytest
 
-bench: $(VENV)/installed-test ## Cost of an episode batch beside the naive way; a clean commit adds a line to benchmarks/history.jsonl
-	$(BIN)/python -m benchmarks.episode
-
-docs: $(VENV)/installed-docs ## The documentation as a site in site/
-	$(BIN)/mkdocs build --strict
+bench: $(VENV)/installed-test ## Every benchmark beside its peer (BENCH=decode for one); a clean commit adds lines to benchmarks/history.jsonl
+	$(BIN)/python -m benchmarks $(BENCH)
+	$(BIN)/python -m benchmarks.report
 
 lint: $(VENV)/installed-dev ## Format, lint and types, changing nothing
 	$(BIN)/ruff format --check .

@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import record
+from benchmarks.measurement import alternate
 from benchmarks.naive_episode import (
     LAYER,
     NaiveEpisodes,
@@ -37,6 +36,7 @@ from benchmarks.naive_episode import (
 )
 from preceptor.errors import NumericError, PreceptorError
 from preceptor.lm.embedding import HiddenStates
+from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import STARTER, load_language_model
 from preceptor.lm.sampling import Sampling
 from preceptor.run.environment import environment
@@ -88,26 +88,13 @@ class Case:
     seed: int
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Seconds over the rounds."""
-
-    median: float
-    minimum: float
-    maximum: float
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> Spread:
-        return cls(statistics.median(seconds), min(seconds), max(seconds))
-
-
-def prepare(model: str, sizes: Sizes, *, seed: int) -> Case:
+def prepare(model: str | LanguageModel, sizes: Sizes, *, seed: int) -> Case:
     """The case that ``sizes`` describe, over the bundled article.
 
     Raises:
         PreceptorError: there is no such model, or the sizes do not fit the article or the model's context.
     """
-    lm = load_language_model(model, device=torch.device("cpu"))
+    lm = load_language_model(model, device=torch.device("cpu")) if isinstance(model, str) else model
     options = DataOptions(
         pairing="chunks",
         value_tokens=sizes.value_tokens,
@@ -211,18 +198,6 @@ def largest_differences(case: Case) -> dict[str, float]:
                 f"{TOLERANCE:.0e}; report it"
             )
     return differences
-
-
-def alternate(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, Spread]]:
-    """Wall and process CPU seconds of each way over ``rounds`` turns: A B A B, so that a busy spell meets both."""
-    seconds: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in ways}
-    for _ in range(rounds):
-        for name, run in ways.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            run()
-            seconds[name]["wall"].append(time.perf_counter() - wall)
-            seconds[name]["cpu"].append(time.process_time() - cpu)
-    return {name: {clock: Spread.of(values) for clock, values in clocks.items()} for name, clocks in seconds.items()}
 
 
 def measure(model: str, sizes: Sizes, *, rounds: int, threads: int, seed: int) -> dict[str, Any]:

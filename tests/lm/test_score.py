@@ -91,8 +91,10 @@ def test_rows_and_spans_as_tensors() -> None:
 
 def test_logits_held_at_once_are_bounded(make_lm: MakeLM, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, widths = make_lm(num_hidden_layers=1), []
-    forward = lm.forward
-    monkeypatch.setattr(lm, "forward", lambda tokens, **rest: widths.append(tokens.numel()) or forward(tokens, **rest))
+    score_tokens = lm.chosen_log_probs
+    monkeypatch.setattr(
+        lm, "chosen_log_probs", lambda tokens, **rest: widths.append(tokens.numel()) or score_tokens(tokens, **rest)
+    )
     monkeypatch.setattr(score, "MAX_LOGITS", 300 * 1_000)  # of a vocabulary of 300: 1,000 tokens, 11 rows of 90
     token_log_probs(lm, [[0] * 90] * 23, spans=[[(89, 90)]] * 23)
     assert widths == [990, 990, 90]

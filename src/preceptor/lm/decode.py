@@ -4,73 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
 from preceptor.errors import ModelError, ShapeError
+from preceptor.lm.kept_layer import KeptLayer
 from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.native import NativeModel
 from preceptor.lm.sampling import Sampling, draw
 from preceptor.lm.score import pad_rows
-
-_FIRST_SLOTS = 256
-
-
-class KeptLayer(CacheLayerMixin):
-    """Keys and values of one layer in buffers that grow by doubling and are written in place.
-
-    Setting ``length`` back forgets what came after.
-    """
-
-    is_sliding = False
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.length = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Buffers for tensors like these: batch, heads, slots, width of a head."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (_buffer(states, _FIRST_SLOTS) for states in (key_states, value_states))
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append, and give everything that is kept."""
-        if self.keys is None or self.values is None:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None
-        assert self.values is not None
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        if self.length > self.keys.shape[-2]:
-            self.keys, self.values = (self._grown(buffer, start) for buffer in (self.keys, self.values))
-        self.keys[..., start : self.length, :] = key_states
-        self.values[..., start : self.length, :] = value_states
-        return self.keys[..., : self.length, :], self.values[..., : self.length, :]
-
-    def _grown(self, buffer: Tensor, used: int) -> Tensor:
-        grown = _buffer(buffer, 2 * self.length)
-        grown[..., :used, :] = buffer[..., :used, :]
-        return grown
-
-    def get_seq_length(self) -> int:
-        """Slots in use."""
-        return self.length
-
-    def get_max_length(self) -> int:
-        """−1: no limit."""
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Slots that a block of ``query_length`` tokens may attend to, and the first of them."""
-        return self.length + query_length, 0
-
-
-def _buffer(like: Tensor, slots: int) -> Tensor:
-    return like.new_empty(*like.shape[:-2], slots, like.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -97,6 +42,7 @@ class Mark:
     filled: Bool[Tensor, "batch slots"]
     lengths: Int[Tensor, " batch"]
     next_logits: Float[Tensor, "batch vocab"] | None
+    has_holes: bool
 
 
 class Decoder:
@@ -106,18 +52,43 @@ class Decoder:
     row counts its own positions, so a row's numbers do not depend on its neighbours beyond rounding. No gradient is
     recorded. A call that is refused leaves the rows as they were.
 
+    Where the model has a native forward (``lm.has_native_forward``) and ``capture`` is within its reach, tokens go
+    through that, with the model's weights as they are at the first :meth:`append`; else through Transformers'.
+
     Args:
         lm: the model.
         batch_size: number of rows.
         capture: a module of ``lm`` whose output is wanted at generated tokens.
+        dtype: decode with weights in this dtype, which needs the native forward; None is autocast's where it is on,
+            else the model's own. Log-probabilities are those of the distribution that was sampled, under these weights.
+        native: False takes Transformers' forward in any case.
+
+    Raises:
+        ModelError: another dtype is asked for and the model has no native forward.
     """
 
-    def __init__(self, lm: LanguageModel, *, batch_size: int, capture: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        *,
+        batch_size: int,
+        capture: nn.Module | None = None,
+        dtype: torch.dtype | None = None,
+        native: bool = True,
+    ) -> None:
         self.lm = lm
         self.batch_size = batch_size
         self._capture = capture
-        self._layers = [KeptLayer() for _ in lm.layers]
+        self.is_native = native and lm.has_native_forward and NativeModel.gives(lm, capture)
+        if not self.is_native and dtype not in (None, lm.dtype):
+            raise ModelError(f"{lm.name} decodes in {lm.dtype} alone, got {dtype}; load it in that dtype")
+        autocast = lm.device.type if torch.is_autocast_enabled(lm.device.type) else None
+        self._dtype = dtype or (torch.get_autocast_dtype(autocast) if autocast else lm.dtype)
+        self._native: NativeModel | None = None
+        slots_innermost = self.is_native and lm.device.type == "cpu"
+        self._layers = [KeptLayer(slots_innermost=slots_innermost) for _ in lm.layers]
         self._cache = Cache(layers=list(self._layers))
+        self._has_holes = False
         self._filled = torch.zeros(batch_size, 0, dtype=torch.bool, device=lm.device)
         self._lengths = torch.zeros(batch_size, dtype=torch.long, device=lm.device)
         self._next_logits: Tensor | None = None
@@ -153,6 +124,7 @@ class Decoder:
         if not bool(lengths.any()):
             return
         self._check_room(lengths)
+        self._has_holes = self._has_holes or len({len(sequence) for sequence in sequences}) > 1
         tokens = pad_rows(sequences, filler=self.lm.begin_token, device=self.lm.device)
         steps = torch.arange(tokens.shape[1], device=self.lm.device)
         logits, _ = self._advance(tokens, steps < lengths[:, None], keep=steps == lengths[:, None] - 1)
@@ -197,7 +169,7 @@ class Decoder:
 
     def mark(self) -> Mark:
         """A place to :meth:`rewind` to, as often as wanted, until the decoder is rewound to before it."""
-        return Mark(self._filled, self._lengths, self._next_logits)
+        return Mark(self._filled, self._lengths, self._next_logits, self._has_holes)
 
     def rewind(self, mark: Mark) -> None:
         """Forget everything read since ``mark``."""
@@ -206,6 +178,7 @@ class Decoder:
         for layer in self._layers:
             layer.length = slots
         self._filled, self._lengths, self._next_logits = mark.filled, mark.lengths, mark.next_logits
+        self._has_holes = mark.has_holes
 
     def _check_room(self, new_tokens: Tensor) -> None:
         longest = int((self._lengths + new_tokens).max())
@@ -219,17 +192,34 @@ class Decoder:
     def _advance(self, tokens: Tensor, counts: Tensor, *, keep: Tensor) -> tuple[Tensor, Tensor | None]:
         """Read one block; ``counts`` is False at holes."""
         width = tokens.shape[1]
-        filled = torch.cat([self._filled, counts], dim=1)
-        causal = torch.ones(width, width, dtype=torch.bool, device=tokens.device).tril()
-        earlier = self._filled[:, None].expand(-1, width, -1)
-        output = self.lm.forward(
-            tokens,
-            keep=keep,
+        positions = (self._lengths[:, None] + counts.cumsum(1) - 1).clamp_min(0)
+        mask = None
+        if not self.is_native or width > 1 or self._has_holes:
+            causal = torch.ones(width, width, dtype=torch.bool, device=tokens.device).tril()
+            earlier = self._filled[:, None].expand(-1, width, -1)
             # Every row begins with a token, so that a hole too has something to attend to.
-            attention_mask=torch.cat([earlier, counts[:, None] & causal], dim=-1),
-            positions=(self._lengths[:, None] + counts.cumsum(1) - 1).clamp_min(0),
-            cache=self._cache,
-            capture=self._capture,
-        )
-        self._filled, self._lengths = filled, self._lengths + counts.sum(1)
-        return output.logits, output.captured
+            mask = torch.cat([earlier, counts[:, None] & causal], dim=-1)
+        if self.is_native:
+            if self._native is None:
+                self._native = NativeModel(self.lm, dtype=self._dtype)
+            logits, captured = self._native.forward(
+                tokens,
+                keep=keep,
+                attention_mask=mask,
+                positions=positions,
+                cache=self._layers,
+                capture=self._capture,
+            )
+        else:
+            output = self.lm.forward(
+                tokens,
+                keep=keep,
+                attention_mask=mask,
+                positions=positions,
+                cache=self._cache,
+                capture=self._capture,
+            )
+            logits, captured = output.logits, output.captured
+        self._filled = torch.cat([self._filled, counts], dim=1)
+        self._lengths = self._lengths + counts.sum(1)
+        return logits, captured

@@ -19,6 +19,10 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from preceptor.errors import ModelError
+from preceptor.lm.kept_layer import KeptLayer
+from preceptor.lm.native import ARCHITECTURES, NativeModel
+from preceptor.lm.sampling import Sampling
+from preceptor.lm.selective import chosen_log_probs
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class LanguageModel:
     Attributes:
         adapter_enabled: False in a view in which the LoRA adapter is switched off (the untrained model).
         context_length: tokens that a row may hold.
+        has_native_forward: whether :class:`~preceptor.lm.native.NativeModel` says what this model says.
         begin_token: starts a row, and fills what rows of a batch lack in length.
         special_tokens: ids of the control tokens that the model knows, ascending; text never becomes one of them.
 
@@ -146,17 +151,10 @@ class LanguageModel:
             cache: kept keys and values, which this pass extends.
             capture: a module of the model whose output is wanted too.
         """
-        arguments = {
-            "input_ids": tokens,
-            "attention_mask": None if attention_mask is None else _additive(attention_mask, self.dtype),
-            "position_ids": positions,
-            "past_key_values": cache,
-            "use_cache": cache is not None,
-        }
+        arguments = self._arguments(tokens, attention_mask, positions, cache)
         captured: list[Tensor] = []
         with contextlib.ExitStack() as stack:
-            if not self.adapter_enabled:
-                stack.enter_context(cast(Any, self.model).disable_adapter())
+            stack.enter_context(self._adapter())
             if capture is not None:
                 hook = capture.register_forward_hook(lambda _module, _inputs, output: captured.append(_tensor(output)))
                 stack.callback(hook.remove)
@@ -165,6 +163,46 @@ class LanguageModel:
             else:
                 logits = self._causal_model(**arguments).logits[keep]
         return Output(logits=logits.float(), captured=captured[0] if captured else None)
+
+    def chosen_log_probs(
+        self,
+        tokens: Int[Tensor, "batch time"],
+        *,
+        keep: Bool[Tensor, "batch time"],
+        chosen: Int[Tensor, " kept"],
+        attention_mask: Bool[Tensor, "batch time slots"] | None = None,
+        positions: Int[Tensor, "batch time"] | None = None,
+        sampling: Sampling | None = None,
+    ) -> Float[Tensor, " kept"]:
+        """Log-probability in nats of one token after each kept position, in row-major order; float32.
+
+        As :meth:`forward` with a log-softmax, but the logits of all kept positions are never held at once
+        (:func:`~preceptor.lm.selective.chosen_log_probs`). Carries gradient into the trainable parameters.
+
+        Args:
+            tokens: token ids.
+            keep: True = a token is chosen after this position.
+            chosen: those tokens.
+            attention_mask: as for :meth:`forward`.
+            positions: as for :meth:`forward`.
+            sampling: the distribution that the tokens were drawn from; None is the model's own.
+        """
+        is_plain = sampling is None or (sampling.temperature > 0 and not sampling.top_k and sampling.top_p == 1)
+        # An adapter's head is no plain product, and a truncation needs a row's logits all at once.
+        if not (is_plain and self._head_is_linear and isinstance(self._head, nn.Linear)):
+            logits = self.forward(tokens, keep=keep, attention_mask=attention_mask, positions=positions).logits
+            log_probs = (sampling or Sampling()).log_probs(logits, drawn=chosen)
+            return log_probs.gather(-1, chosen[:, None])[:, 0]
+        bias: Tensor | None = self._head.bias
+        with self._adapter():
+            states = self._decoder(**self._arguments(tokens, attention_mask, positions, None)).last_hidden_state[keep]
+        if sampling is not None:
+            states = states / sampling.temperature
+            bias = torch.zeros_like(self._head.weight[:, 0]) if bias is None else bias / sampling.temperature
+            bias = bias.index_fill(
+                0, torch.tensor(sampling.suppressed, dtype=torch.long, device=bias.device), -torch.inf
+            )
+        return chosen_log_probs(states, self._head.weight, chosen, bias=bias)
 
     def untrained(self) -> LanguageModel:
         """The model as it is now, frozen: a view with the adapter off, or a copy that shares no storage.
@@ -192,6 +230,23 @@ class LanguageModel:
         frozen.name = f"{self.name} (frozen)"
         frozen._bind(model)
         return frozen
+
+    def _adapter(self) -> contextlib.AbstractContextManager[Any]:
+        """The adapter switched off in a view of the untrained model."""
+        if self.adapter_enabled:
+            return contextlib.nullcontext()
+        return cast(contextlib.AbstractContextManager[Any], cast(Any, self.model).disable_adapter())
+
+    def _arguments(
+        self, tokens: Tensor, attention_mask: Tensor | None, positions: Tensor | None, cache: Cache | None
+    ) -> dict[str, Any]:
+        return {
+            "input_ids": tokens,
+            "attention_mask": None if attention_mask is None else _additive(attention_mask, self.dtype),
+            "position_ids": positions,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+        }
 
     # ---- text -------------------------------------------------------------------------------------------------------
 
@@ -263,9 +318,31 @@ class LanguageModel:
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ModelError(f"{self.name} {_UNFIT}") from error
         tolerance = 1e-4 if self.dtype in (torch.float32, torch.float64) else 5e-2  # rounding; all else is larger
-        if (told - logits[0].float()).abs().max() > tolerance * logits.float().abs().max():
+        largest = tolerance * logits.float().abs().max()
+        if (told - logits[0].float()).abs().max() > largest:
             raise ModelError(f"{self.name} {_UNFIT}")
+        self.has_native_forward = False
+        if self._causal_model.config.model_type in ARCHITECTURES and head_is_linear:
+            native = self._native_logits(tokens, split=4)
+            self.has_native_forward = bool((native - logits[0].float()).abs().max() <= largest)
         return head_is_linear
+
+    def _native_logits(self, tokens: Tensor, *, split: int) -> Tensor:
+        """Logits of one row by the native forward, read in two parts; the second is one token."""
+        native, cache = NativeModel(self), [KeptLayer(slots_innermost=self.device.type == "cpu") for _ in self.layers]
+        visible = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=self.device).tril()
+        positions = torch.arange(tokens.shape[1], device=self.device)[None]
+        parts = [
+            native.forward(
+                tokens[:, start:end],
+                keep=torch.ones_like(tokens[:, start:end], dtype=torch.bool),
+                attention_mask=visible[None, start:end, :end],
+                positions=positions[:, start:end],
+                cache=cache,
+            )[0]
+            for start, end in ((0, split), (split, tokens.shape[1]))
+        ]
+        return torch.cat(parts)
 
 
 _WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size", "local": "window_size"}

@@ -88,8 +88,7 @@ def token_log_probs(
         tokens = pad_rows([rows[index] for index in batch], filler=lm.begin_token, device=lm.device)
         scored = span_mask([spans[index] for index in batch], width=tokens.shape[1], device=lm.device)
         # The logits at t - 1 are of the token at t.
-        logits = lm.forward(tokens, keep=scored.roll(-1, dims=1)).logits
-        log_probs = _chosen_log_probs(logits, tokens[scored]).cpu()
+        log_probs = lm.chosen_log_probs(tokens, keep=scored.roll(-1, dims=1), chosen=tokens[scored]).cpu()
         for index, values in zip(batch, torch.split(log_probs, scored.sum(1).tolist()), strict=True):
             results[index] = values
     return results
@@ -170,11 +169,6 @@ def _packed_branches(
     row = (keep.cumsum(0) - 1)[predictors].to(lm.device)
     log_probs = logits[row, torch.tensor(targets, dtype=torch.long, device=lm.device)] - logits.logsumexp(-1)[row]
     return list(torch.split(log_probs.cpu(), [len(tokens) - given for _, tokens, given in branches]))
-
-
-def _chosen_log_probs(logits: Float[Tensor, "kept vocab"], tokens: Int[Tensor, " kept"]) -> Float[Tensor, " kept"]:
-    """Log-probability in nats of each chosen token, without a second tensor of the logits' size."""
-    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
 
 
 def _check_length(lm: LanguageModel, length: int, what: str) -> None:

@@ -16,6 +16,22 @@ from preceptor.objectives.aggregation import Aggregation, aggregate
 from preceptor.objectives.entropy import entropy
 from preceptor.objectives.filters import above_standard_deviations, best_fraction, everything
 from preceptor.objectives.kl import AdaptiveKLController, kl_exact, kl_k1, kl_k2, kl_k3
+from preceptor.objectives.mixture import MIXTURE_RULES, Mixture, document_difficulty, make_mixture
+from preceptor.objectives.mixture_controls import Ado, Exp3
+from preceptor.objectives.mixture_rules import (
+    ByDifficulty,
+    Difficulty,
+    Fixed,
+    LearningProgress,
+    MixtureRule,
+    SecondOrder,
+)
+from preceptor.objectives.next_token import (
+    avatarl_loss,
+    expected_reward_loss,
+    next_token_rewards,
+    sampled_reward_loss,
+)
 from preceptor.objectives.policy_gradient import (
     cispo_loss,
     clip_fraction,
@@ -44,17 +60,30 @@ from preceptor.objectives.value import explained_variance, value_loss
 
 __all__ = [
     "AdaptiveKLController",
+    "Ado",
     "Aggregation",
+    "ByDifficulty",
+    "Difficulty",
+    "Exp3",
+    "Fixed",
+    "LearningProgress",
+    "MIXTURE_RULES",
+    "Mixture",
+    "MixtureRule",
     "RunningMoments",
+    "SecondOrder",
     "above_standard_deviations",
     "against_baseline",
     "aggregate",
+    "avatarl_loss",
     "best_fraction",
     "calibrated_temperature",
     "cispo_loss",
     "clip_fraction",
+    "document_difficulty",
     "entropy",
     "everything",
+    "expected_reward_loss",
     "explained_variance",
     "gae",
     "gaussian_log_prob",
@@ -65,9 +94,11 @@ __all__ = [
     "kl_k2",
     "kl_k3",
     "leave_one_out",
+    "make_mixture",
     "masked_mean",
     "masked_variance",
     "mean_reward_to_go",
+    "next_token_rewards",
     "ppo_clip_loss",
     "reinforce_loss",
     "reinforce_plus_plus",
@@ -78,6 +109,7 @@ __all__ = [
     "sac_temperature_loss",
     "sample_selection",
     "sample_squashed_gaussian",
+    "sampled_reward_loss",
     "selection_entropy",
     "selection_log_probs",
     "soft_q_targets",
