@@ -154,7 +154,7 @@ def _from_tiktoken(name: str) -> PreTrainedTokenizerBase:
         with ranks.open("wb") as file:  # the format that the converter reads: a token in base64 and its rank a line
             for token, rank in encoding._mergeable_ranks.items():
                 file.write(base64.b64encode(token) + b" " + str(rank).encode() + b"\n")
-        converter = TikTokenConverter(
+        converter = TikTokenConverter(  # type: ignore[no-untyped-call]
             vocab_file=str(ranks), pattern=encoding._pat_str, extra_special_tokens=encoding._special_tokens
         )
         converted = converter.converted()
