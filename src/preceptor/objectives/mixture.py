@@ -1,0 +1,314 @@
+"""Weights of a mixture of datasets that follow what a model can learn from next.
+
+A :class:`Mixture` holds the weights; a rule (:mod:`preceptor.objectives.mixture_rules`) says which datasets it prefers
+after each measurement of their difficulty. Nothing here knows a model or a file, so it fits any training loop::
+
+    mixture = make_mixture("learning_progress", num_datasets=3)
+    for ...:
+        sampler.weights = mixture.weights
+        ...                                    # train for a while on what the sampler draws
+        difficulty = document_difficulty(losses_on_a_sample_of_each_dataset)
+        mixture.update(difficulty)
+
+Everything is float64 on the CPU, whatever the model computes in: a run draws the same data on every device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from preceptor.errors import CheckpointError, ConfigError, NumericError, ShapeError, nearest
+from preceptor.objectives.mixture_controls import Ado, Exp3
+from preceptor.objectives.mixture_rules import (
+    ByDifficulty,
+    Difficulty,
+    Fixed,
+    LearningProgress,
+    MixtureRule,
+    SecondOrder,
+)
+
+MIXTURE_RULES: dict[str, str] = {
+    "second_order": "weights move along a velocity, the smoothed fall over time of mean loss plus variance",
+    "learning_progress": "in proportion to slow minus fast running loss, where that exceeds its error",
+    "difficulty": "in proportion to the mean loss: chases noise, a control",
+    "exp3": "Online Data Mixing: an Exp3 bandit whose reward is the loss of what was trained on",
+    "ado": "Adaptive Data Optimization: a scaling law fitted to each dataset forecasts how fast its loss falls",
+    "proportional": "in proportion to the datasets' sizes, never moving",
+    "uniform": "all alike, never moving",
+    "static": "as given, never moving",
+}
+"""What :func:`make_mixture` makes, with a line on each."""
+
+_ADAPTIVE: dict[str, type[MixtureRule]] = {
+    "second_order": SecondOrder,
+    "learning_progress": LearningProgress,
+    "difficulty": ByDifficulty,
+    "exp3": Exp3,
+    "ado": Ado,
+}
+
+
+def document_difficulty(
+    losses: Sequence[Float[Tensor, " _"]], *, previous: Sequence[Float[Tensor, " _"]] | None = None
+) -> Difficulty:
+    """Mean and variance of the document losses of each dataset, with the error that chance leaves in them.
+
+    Two ways of sampling documents, and the error that belongs to each:
+
+    - *fresh* documents at each measurement (``previous`` is None): the standard error of the mean, √(variance/n), and
+      that of a variance, variance·√(2/(n−1)) (exact for normal losses);
+    - *the same* documents each time (``previous`` holds their losses at the last measurement; at the first, pass
+      ``losses`` again): the standard error of the mean *change* over the documents. What makes one document harder
+      than another cancels, so the error is several times smaller and much weaker progress is seen.
+
+    Args:
+        losses: for each dataset, the loss of each sampled document in nats per token; at least one document each.
+        previous: losses of the very same documents, in the same order, at the measurement before.
+
+    Raises:
+        ShapeError: a dataset without documents, or ``previous`` of another shape.
+
+    >>> d = document_difficulty([torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0])])
+    >>> d.mean.tolist(), d.variance.tolist(), d.mean_error.tolist()
+    ([2.0, 2.0], [2.0, 0.0], [1.0, 0.0])
+    """
+    now = [values.detach().to("cpu", torch.float64) for values in losses]
+    if empty := [index for index, values in enumerate(now) if values.numel() == 0]:
+        raise ShapeError(f"datasets {empty} have no measured documents; each needs at least one")
+    mean = torch.stack([values.mean() for values in now])
+    variance = torch.stack([_variance(values) for values in now])
+    counts = torch.tensor([values.numel() for values in now], dtype=torch.float64)
+    if previous is None:
+        mean_error = (variance / counts).sqrt()
+        return Difficulty(mean, variance, mean_error, variance * (2 / (counts - 1).clamp(min=1)).sqrt())
+    before = [values.detach().to("cpu", torch.float64) for values in previous]
+    if [values.shape for values in before] != [values.shape for values in now]:
+        raise ShapeError(
+            f"previous has {[len(values) for values in before]} documents a dataset and losses "
+            f"{[len(values) for values in now]}; they must be losses of the same documents"
+        )
+    changes = [new - old for new, old in zip(now, before, strict=True)]
+    spread_changes = [_squares(new) - _squares(old) for new, old in zip(now, before, strict=True)]
+    return Difficulty(
+        mean,
+        variance,
+        (torch.stack([_variance(values) for values in changes]) / counts).sqrt(),
+        (torch.stack([_variance(values) for values in spread_changes]) / counts).sqrt(),
+    )
+
+
+def _variance(values: Float[Tensor, " text"]) -> Float[Tensor, ""]:
+    return _squares(values).sum() / max(values.numel() - 1, 1)
+
+
+def _squares(values: Float[Tensor, " text"]) -> Float[Tensor, " text"]:
+    return (values - values.mean()).square()
+
+
+class Mixture:
+    """The weights of ``num_datasets`` datasets and the rule that moves them.
+
+    After each update w = (1 − ε)·p + ε/K, with p the rule's preferences scaled to sum to 1 and ε ``exploration``: a
+    dataset that is out of favour is still seen, so that the rule can notice when it becomes worth learning again.
+    Where the rule prefers nothing at all, the weights are uniform and ``fell_back`` says so.
+
+    Args:
+        rule: what is preferred after a measurement; any object with the two methods of :class:`MixtureRule`.
+        num_datasets: K, at least 1.
+        exploration: ε in [0, 1], the share of the mixture that is spread evenly.
+        initial_weights: before the first update, any scale; ``None``: uniform.
+
+    Attributes:
+        num_updates: how many measurements the weights have seen.
+        fell_back: the last update had nothing to go by and made the weights uniform.
+
+    Raises:
+        ConfigError: an argument out of its range.
+
+    >>> mixture = Mixture(ByDifficulty(), num_datasets=2, exploration=0.5)
+    >>> zeros = torch.zeros(2)
+    >>> mixture.update(Difficulty(torch.tensor([3.0, 1.0]), zeros, zeros, zeros))
+    tensor([0.6250, 0.3750], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        rule: MixtureRule,
+        *,
+        num_datasets: int,
+        exploration: float = 0.1,
+        initial_weights: Sequence[float | int] | None = None,
+    ) -> None:
+        if num_datasets < 1:
+            raise ConfigError(f"a mixture needs at least one dataset, got {num_datasets}")
+        if not 0 <= exploration <= 1:
+            raise ConfigError(f"exploration must lie in [0, 1], got {exploration}")
+        self.rule = rule
+        self.num_datasets = num_datasets
+        self.exploration = exploration
+        self.num_updates = 0
+        self.fell_back = False
+        self._state = rule.initial_state(num_datasets)
+        start = [1.0] * num_datasets if initial_weights is None else initial_weights
+        self._weights = _checked_weights(start, num_datasets)
+
+    @property
+    def weights(self) -> Float[Tensor, " choices"]:
+        """The share of each dataset in what is drawn next; a copy, which sums to 1."""
+        return self._weights.clone()
+
+    def update(
+        self, difficulty: Difficulty, *, tokens: Float[Tensor, " choices"] | None = None
+    ) -> Float[Tensor, " choices"]:
+        """The weights after ``difficulty`` was measured.
+
+        Args:
+            difficulty: of each dataset, now.
+            tokens: how many of each dataset the model was trained on since the update before, for the rules that count
+                them (``exp3``, ``ado``). ``None``: as many as the weights say, and none before the first update.
+
+        Raises:
+            ShapeError: one number a dataset is needed everywhere.
+            NumericError: a number that is not finite, measured or preferred, or a negative variance, error or count;
+                nothing has changed then.
+        """
+        if tokens is None:
+            tokens = self.weights if self.num_updates else torch.zeros_like(self._weights)
+        tokens = tokens.detach().to("cpu", torch.float64)
+        _check(difficulty, tokens, num_datasets=self.num_datasets)
+        preferences, state = self.rule.preferences(
+            difficulty, dict(self._state), tokens=tokens, weights=self.weights, num_updates=self.num_updates
+        )
+        if not torch.isfinite(preferences).all():
+            raise NumericError(
+                f"{type(self.rule).__name__} prefers {preferences.tolist()}; a rule must give finite numbers"
+            )
+        self.fell_back = not bool((preferences > 0).any())
+        shares = torch.ones_like(preferences) if self.fell_back else preferences.clamp(min=0)
+        self._weights = (1 - self.exploration) * shares / shares.sum() + self.exploration / self.num_datasets
+        self._state = state
+        self.num_updates += 1
+        return self.weights
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that moves, as JSON numbers and lists; exact."""
+        return {
+            "weights": self._weights.tolist(),
+            "num_updates": self.num_updates,
+            "fell_back": self.fell_back,
+            "rule": {name: values.tolist() for name, values in self._state.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where ``state_dict`` was taken, under the same rule and the same datasets.
+
+        Raises:
+            CheckpointError: the state is of another rule or another number of datasets; nothing has changed then.
+        """
+        own = self.state_dict()
+        rule = state.get("rule", {})
+        if state.keys() != own.keys() or rule.keys() != own["rule"].keys():
+            raise CheckpointError(
+                f"the mixture's state has the parts {sorted({**state, **rule})}, its rule "
+                f"{type(self.rule).__name__} has {sorted({**own, **own['rule']})}; "
+                "resume with the rule it was saved with"
+            )
+        if len(state["weights"]) != self.num_datasets:
+            raise CheckpointError(
+                f"the mixture's state is of {len(state['weights'])} datasets, this mixture has {self.num_datasets}"
+            )
+        self._weights = torch.tensor(state["weights"], dtype=torch.float64)
+        self._state = {
+            name: torch.tensor(values, dtype=torch.float64).reshape(-1, self.num_datasets)
+            if self._state[name].ndim == 2
+            else torch.tensor(values, dtype=torch.float64)
+            for name, values in rule.items()
+        }
+        self.num_updates = int(state["num_updates"])
+        self.fell_back = bool(state["fell_back"])
+
+
+def make_mixture(
+    name: str,
+    *,
+    num_datasets: int,
+    sizes: Sequence[float | int] | None = None,
+    weights: Sequence[float | int] | None = None,
+    exploration: float = 0.1,
+    **options: Any,
+) -> Mixture:
+    """The mixture called ``name`` in :data:`MIXTURE_RULES`.
+
+    Args:
+        name: of a rule.
+        num_datasets: how many are mixed.
+        sizes: of the datasets in any unit; ``proportional`` needs them, ``ado`` takes them as its prior.
+        weights: shares on any scale; ``static`` needs them, the others start from them (``None``: uniform).
+        exploration: share that is spread evenly, in [0, 1]; the three mixtures that never move are kept exact.
+        **options: fields of the rule, such as ``momentum`` of :class:`SecondOrder`.
+
+    Raises:
+        ConfigError: an unknown name or option, or what the rule needs is missing or of the wrong length.
+
+    >>> make_mixture("proportional", num_datasets=2, sizes=[30, 10]).weights
+    tensor([0.7500, 0.2500], dtype=torch.float64)
+    """
+    if name not in MIXTURE_RULES:
+        raise ConfigError(
+            f"unknown mixture rule '{name}'{nearest(name, MIXTURE_RULES)}; use one of {', '.join(MIXTURE_RULES)}"
+        )
+    rule_class = _ADAPTIVE.get(name, Fixed)
+    allowed = [field.name for field in fields(rule_class) if field.name != "prior"]  # type: ignore[arg-type]
+    if unknown := sorted(set(options) - set(allowed)):
+        hint = nearest(unknown[0], allowed)
+        raise ConfigError(
+            f"the mixture rule '{name}' has no option '{unknown[0]}'{hint}; "
+            f"its options are {', '.join(allowed) or 'none'}"
+        )
+    if rule_class is Fixed:
+        shares = {"proportional": sizes, "uniform": [1.0] * num_datasets, "static": weights}[name]
+        if shares is None:
+            raise ConfigError(f"the mixture rule '{name}' needs `{'sizes' if name == 'proportional' else 'weights'}`")
+        return Mixture(Fixed(), num_datasets=num_datasets, exploration=0.0, initial_weights=shares)
+    if name == "ado" and sizes is not None:
+        prior = _checked_weights(sizes, num_datasets)
+        return Mixture(
+            Ado(prior=tuple(prior.tolist()), **options),
+            num_datasets=num_datasets,
+            exploration=exploration,
+            initial_weights=sizes if weights is None else weights,
+        )
+    return Mixture(rule_class(**options), num_datasets=num_datasets, exploration=exploration, initial_weights=weights)
+
+
+def _checked_weights(values: Sequence[float | int], num_datasets: int) -> Float[Tensor, " choices"]:
+    weights = torch.tensor([float(value) for value in values], dtype=torch.float64)
+    if len(weights) != num_datasets:
+        raise ConfigError(f"{num_datasets} datasets need as many weights, got {len(weights)}")
+    if not (torch.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
+        raise ConfigError(f"weights must be finite, at least 0 and not all 0, got {weights.tolist()}")
+    return weights / weights.sum()
+
+
+def _check(difficulty: Difficulty, tokens: Float[Tensor, " choices"], *, num_datasets: int) -> None:
+    measured = {field.name: getattr(difficulty, field.name) for field in fields(difficulty)}
+    for name, values in {**measured, "tokens": tokens}.items():
+        if values.shape != (num_datasets,):
+            raise ShapeError(
+                f"{name} has shape {tuple(values.shape)}; this mixture has {num_datasets} datasets, "
+                "one number for each is needed"
+            )
+        low = -math.inf if name == "mean" else 0.0
+        if faulty := [i for i, x in enumerate(values.tolist()) if not math.isfinite(x) or x < low]:
+            raise NumericError(
+                f"{name} of dataset {faulty[0]} is {values[faulty[0]].item()}; "
+                "the mixture cannot follow it, leave this measurement out"
+            )

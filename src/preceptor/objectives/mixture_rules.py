@@ -1,0 +1,367 @@
+"""Rules that turn measured difficulty into preferences among datasets.
+
+A rule is a frozen record of its constants; what it remembers is passed in and given back, so that it can be saved.
+No rule looks at a dataset's place in the list: permuting the datasets permutes the result.
+
+**Why a noise dataset attracts no weight.** Random text has a high loss that never falls. A rule that rewards loss
+(``difficulty``, ``exp3``) pours the budget into it. A rule that rewards the *fall* of the loss is not safe either: of
+two noisy measurements one is lower, and half the time it is the later one, so chance alone looks like progress. The two
+rules here count a fall only as far as it exceeds ``threshold`` standard errors of itself, with the errors of the
+measurements carried through every average exactly. A loss that does not move passes one error by chance in 16 % of the
+updates and is then worth half an error on average, where real progress is many errors; two errors shut noise out almost
+wholly (2.3 %), but small progress too. A loss that *rises* is no progress either: a model that grows sure of real text
+gets worse at noise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from preceptor.errors import ConfigError
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """One measurement of every dataset; float64 tensors with one number a dataset.
+
+    Attributes:
+        mean: of the document losses, nats per token.
+        variance: of the document losses, squared nats per token.
+        mean_error: standard error of ``mean``: how far two measurements differ by the choice of documents alone.
+        variance_error: the same of ``variance``.
+
+    >>> one = torch.ones(2)
+    >>> Difficulty(mean=one, variance=one, mean_error=one, variance_error=one).mean
+    tensor([1., 1.])
+    """
+
+    mean: Float[Tensor, " choices"]
+    variance: Float[Tensor, " choices"]
+    mean_error: Float[Tensor, " choices"]
+    variance_error: Float[Tensor, " choices"]
+
+
+@runtime_checkable
+class MixtureRule(Protocol):
+    """What a :class:`~preceptor.objectives.mixture.Mixture` asks of a rule; your own needs these two methods.
+
+    >>> class Easiest:
+    ...     def initial_state(self, num_datasets):
+    ...         return {}
+    ...
+    ...     def preferences(self, difficulty, state, *, tokens, weights, num_updates):
+    ...         return 1 / difficulty.mean, state
+    >>> isinstance(Easiest(), MixtureRule)
+    True
+    """
+
+    def initial_state(self, num_datasets: int) -> State:
+        """What the rule remembers before the first measurement: float64 tensors by name.
+
+        A tensor has one number a dataset, or rows of them, (rows, ``num_datasets``), where the rule keeps a history.
+        """
+        ...
+
+    def preferences(
+        self,
+        difficulty: Difficulty,
+        state: State,
+        *,
+        tokens: Float[Tensor, " choices"],
+        weights: Float[Tensor, " choices"],
+        num_updates: int,
+    ) -> tuple[Float[Tensor, " choices"], State]:
+        """How much each dataset is preferred now, on any scale, with the state for the next call.
+
+        What is not above 0 is not preferred; if nothing is, the mixture becomes uniform.
+
+        Args:
+            difficulty: what was measured.
+            state: what was remembered; it is not changed.
+            tokens: of each dataset trained on since the call before.
+            weights: under which they were drawn.
+            num_updates: calls before this one.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class SecondOrder:
+    """Weights that move along a velocity, and a velocity that follows the change over time of the metric.
+
+    The metric of a dataset is m = mean + c·variance. Its smoothed fall per update is the velocity
+
+        v = (1 − μ)·(a − m),   a ← a − v,   counted beyond z of its standard errors: ṽ = sign(v)·max(|v| − z·σ_v, 0)
+
+    (a starts at the first m, so v ← μ·v + (1 − μ)·(m_before − m_now) while μ is constant; 1 − μ is at least t₀/(t + t₀)
+    at update t). The weights are w ← w + η·u/Σ|u|, clipped at 0 and scaled to sum to 1, with u = ṽ + d·(mean of σ_v).
+    Where no change exceeds its error u is the same for all, so the weights drift back to uniform: what was favoured for
+    its progress shows none any more. Where all are clipped to 0 they become uniform, and the mixture says so.
+
+    Departures from the text, whose code differentiates *across the list of datasets*, so that weights depend on the
+    order in which datasets are listed: the change is taken over time; it counts when the metric *falls*; it is scaled
+    (Σ|u| = 1), so that η means the same whatever the loss; what lies within the error does not count. The text's η is
+    0.1; a run has tens of updates, not thousands, so the default is larger.
+
+    Args:
+        step_size: η > 0, the share that one update can move.
+        momentum: μ in [0, 1).
+        warm_up: t₀ ≥ 0, updates: until the run is some t₀/(1 − μ) updates old, the memory of the velocity is a share of
+            its age. The first updates see falls of nats, later ones of hundredths; with a fixed memory, what fell
+            steeply at first and has long stopped, as noise does once its alphabet is learnt, would lead for most of
+            a run.
+        variance_weight: c ≥ 0, per nat.
+        threshold: z ≥ 0, in standard errors.
+        doubt: d ≥ 0, in standard errors: the progress granted to every dataset, since it cannot be excluded. Without
+            it, one dataset that passes the threshold by chance, alone and by a hair, would get everything.
+
+    Raises:
+        ConfigError: an argument out of its range.
+
+    >>> rule, tokens = SecondOrder(step_size=1.0, momentum=0.5), torch.ones(2)
+    >>> zeros, state, uniform = torch.zeros(2), rule.initial_state(2), torch.full((2,), 0.5)
+    >>> for n, mean in enumerate([[2.0, 5.0], [1.0, 5.0]]):  # only the first is being learnt
+    ...     measured = Difficulty(torch.tensor(mean), zeros, zeros, zeros)
+    ...     weights, state = rule.preferences(measured, state, tokens=tokens, weights=uniform, num_updates=n)
+    >>> weights / weights.sum()
+    tensor([0.7500, 0.2500], dtype=torch.float64)
+    """
+
+    step_size: float = 0.5
+    momentum: float = 0.9
+    warm_up: float = 4.0
+    variance_weight: float = 1.0
+    threshold: float = 1.0
+    doubt: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            ("step_size", self.step_size, self.step_size > 0, "be above 0"),
+            ("momentum", self.momentum, 0 <= self.momentum < 1, "lie in [0, 1)"),
+            ("warm_up", self.warm_up, self.warm_up >= 0, "be at least 0"),
+            ("variance_weight", self.variance_weight, self.variance_weight >= 0, "be at least 0"),
+            ("threshold", self.threshold, self.threshold >= 0, "be at least 0"),
+            ("doubt", self.doubt, self.doubt >= 0, "be at least 0"),
+        )
+
+    def initial_state(self, num_datasets: int) -> State:
+        """No measurement yet; ``position`` are the weights before exploration, which start uniform."""
+        zeros = torch.zeros(num_datasets, dtype=torch.float64)
+        return {
+            "position": torch.full_like(zeros, 1 / num_datasets),
+            "average": zeros,
+            "average_variance": zeros,
+        }
+
+    def preferences(
+        self,
+        difficulty: Difficulty,
+        state: State,
+        *,
+        tokens: Float[Tensor, " choices"],
+        weights: Float[Tensor, " choices"],
+        num_updates: int,
+    ) -> tuple[Float[Tensor, " choices"], State]:
+        """See :class:`MixtureRule`."""
+        metric = difficulty.mean.double() + self.variance_weight * difficulty.variance.double()
+        # The two errors are not independent (they come from the same documents); their sum bounds that of the metric.
+        error = difficulty.mean_error.double() + self.variance_weight * difficulty.variance_error.double()
+        if num_updates == 0:
+            return weights, state | {
+                "position": weights,
+                "average": metric,
+                "average_variance": error.square(),
+            }
+        rate = max(1 - self.momentum, self.warm_up / (num_updates + self.warm_up))
+        # As the distance from a running average, the smoothed change has an error that is a sum over independent
+        # measurements.
+        velocity = rate * (state["average"] - metric)
+        velocity_error = rate * (state["average_variance"] + error.square()).sqrt()
+        beyond = velocity.sign() * (velocity.abs() - self.threshold * velocity_error).clamp(min=0)
+        force = beyond + self.doubt * velocity_error.mean()
+        uniform = torch.full_like(beyond, 1 / len(beyond))
+        step = force / force.abs().sum() if force.any() else uniform
+        position = (state["position"] + self.step_size * step).clamp(min=0)
+        shares = position / position.sum() if position.any() else uniform
+        return position, {
+            "position": shares,
+            "average": state["average"] - velocity,
+            "average_variance": (1 - rate) ** 2 * state["average_variance"] + rate**2 * error.square(),
+        }
+
+
+@dataclass(frozen=True)
+class LearningProgress:
+    """Weights in proportion to how fast the loss falls: slow minus fast running average, as far as it is no chance.
+
+    With averages a ← a + rate·(mean − a), which start at the first measurement, the progress is
+
+        p = slow − fast,   w ∝ (max(p − z·σ_p, 0) + d·(mean of σ_p)) / √h
+
+    with σ_p the standard error of p, rates that begin high (see ``warm_up``) and h the running share of the dataset in
+    what was drawn. Progress scales with how much of a dataset is trained on, so weights in proportion to it alone would
+    make the rich richer; progress per token (p/h) would hand a dataset the progress that it owes to others, and √h lies
+    between. If no dataset shows progress beyond its error, the mixture is uniform but for √h; if there is no error
+    either, it is uniform and says so.
+
+    Source: the running averages of learning progress in Matiisen et al., arXiv 1707.00183, and Kanitscheider et al.,
+    arXiv 2106.14876 (fast and slow). Theirs take the absolute value, so that what is being forgotten is practised
+    again; a dataset of noise is "forgotten" all the time, so here it is exploration that brings a forgotten one back.
+
+    Args:
+        fast: rate of the fast average, in (0, 1].
+        slow: rate of the slow one, in (0, fast).
+        warm_up: t₀ ≥ 0, updates: the slow rate is never below t₀/(t + t₀) at update t, the fast one never below twice
+            that (nor above 1); see :class:`SecondOrder` for why.
+        threshold: z ≥ 0, in standard errors.
+        doubt: d ≥ 0, in standard errors; see :class:`SecondOrder`.
+        share_exponent: of h, in [0, 1]: 0 is progress as it is, 1 progress per token.
+
+    Raises:
+        ConfigError: an argument out of its range.
+
+    >>> rule, tokens, state = LearningProgress(), torch.ones(2), LearningProgress().initial_state(2)
+    >>> zeros, uniform = torch.zeros(2), torch.full((2,), 0.5)
+    >>> for n, mean in enumerate([[2.0, 5.0], [1.0, 5.0]]):  # only the first is being learnt
+    ...     measured = Difficulty(torch.tensor(mean), zeros, zeros, zeros)
+    ...     preferences, state = rule.preferences(measured, state, tokens=tokens, weights=uniform, num_updates=n)
+    >>> preferences / preferences.sum()
+    tensor([1., 0.], dtype=torch.float64)
+    """
+
+    fast: float = 0.3
+    slow: float = 0.05
+    warm_up: float = 4.0
+    threshold: float = 1.0
+    doubt: float = 0.1
+    share_exponent: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            ("fast", self.fast, 0 < self.fast <= 1, "lie in (0, 1]"),
+            ("slow", self.slow, 0 < self.slow < self.fast, f"lie in (0, fast = {self.fast})"),
+            ("warm_up", self.warm_up, self.warm_up >= 0, "be at least 0"),
+            ("threshold", self.threshold, self.threshold >= 0, "be at least 0"),
+            ("doubt", self.doubt, self.doubt >= 0, "be at least 0"),
+            ("share_exponent", self.share_exponent, 0 <= self.share_exponent <= 1, "lie in [0, 1]"),
+        )
+
+    def initial_state(self, num_datasets: int) -> State:
+        """No measurement yet."""
+        names = ("fast", "slow", "fast_variance", "slow_variance", "covariance", "share")
+        return {name: torch.zeros(num_datasets, dtype=torch.float64) for name in names}
+
+    def preferences(
+        self,
+        difficulty: Difficulty,
+        state: State,
+        *,
+        tokens: Float[Tensor, " choices"],
+        weights: Float[Tensor, " choices"],
+        num_updates: int,
+    ) -> tuple[Float[Tensor, " choices"], State]:
+        """See :class:`MixtureRule`."""
+        mean, variance = difficulty.mean.double(), difficulty.mean_error.double().square()
+        if num_updates == 0:
+            first = {
+                "fast": mean,
+                "slow": mean,
+                "fast_variance": variance,
+                "slow_variance": variance,
+                "covariance": variance,
+                "share": weights,
+            }
+            return weights, state | first
+        young = self.warm_up / (num_updates + self.warm_up)
+        slow, fast = max(self.slow, young), min(max(self.fast, 2 * young), 1.0)
+        new = {
+            "fast": state["fast"] + fast * (mean - state["fast"]),
+            "slow": state["slow"] + slow * (mean - state["slow"]),
+            # Both averages are sums over the same measurements, so their errors are correlated.
+            "fast_variance": (1 - fast) ** 2 * state["fast_variance"] + fast**2 * variance,
+            "slow_variance": (1 - slow) ** 2 * state["slow_variance"] + slow**2 * variance,
+            "covariance": (1 - fast) * (1 - slow) * state["covariance"] + fast * slow * variance,
+            "share": state["share"] + slow * (weights - state["share"]),
+        }
+        progress = new["slow"] - new["fast"]
+        error = (new["fast_variance"] + new["slow_variance"] - 2 * new["covariance"]).clamp(min=0).sqrt()
+        beyond = (progress - self.threshold * error).clamp(min=0) + self.doubt * error.mean()
+        share = new["share"].clamp(min=torch.finfo(torch.float64).tiny)
+        return beyond / share**self.share_exponent, new
+
+
+@dataclass(frozen=True)
+class ByDifficulty:
+    """Weights in proportion to the mean loss: the harder, the more. A control, since noise is hardest of all.
+
+    >>> zeros = torch.zeros(2)
+    >>> measured = Difficulty(torch.tensor([3.0, 1.0]), zeros, zeros, zeros)
+    >>> ByDifficulty().preferences(measured, {}, tokens=zeros, weights=zeros, num_updates=0)[0]
+    tensor([3., 1.], dtype=torch.float64)
+    """
+
+    def initial_state(self, num_datasets: int) -> State:
+        """Nothing is remembered."""
+        return {}
+
+    def preferences(
+        self,
+        difficulty: Difficulty,
+        state: State,
+        *,
+        tokens: Float[Tensor, " choices"],
+        weights: Float[Tensor, " choices"],
+        num_updates: int,
+    ) -> tuple[Float[Tensor, " choices"], State]:
+        """See :class:`MixtureRule`."""
+        return difficulty.mean.double(), state
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The weights as they are: ``uniform``, ``proportional`` and ``static`` differ in what they start from.
+
+    >>> weights, zeros = torch.tensor([0.75, 0.25]), torch.zeros(2)
+    >>> measured = Difficulty(zeros, zeros, zeros, zeros)
+    >>> Fixed().preferences(measured, {}, tokens=zeros, weights=weights, num_updates=0)[0]
+    tensor([0.7500, 0.2500])
+    """
+
+    def initial_state(self, num_datasets: int) -> State:
+        """Nothing is remembered."""
+        return {}
+
+    def preferences(
+        self,
+        difficulty: Difficulty,
+        state: State,
+        *,
+        tokens: Float[Tensor, " choices"],
+        weights: Float[Tensor, " choices"],
+        num_updates: int,
+    ) -> tuple[Float[Tensor, " choices"], State]:
+        """See :class:`MixtureRule`."""
+        return weights, state
+
+
+def check_ranges(*ranges: tuple[str, float | int, bool, str]) -> None:
+    """Nothing, when each (name, value, whether it holds, what is allowed) holds and the value is finite.
+
+    Raises:
+        ConfigError: naming every value that does not.
+    """
+    faults = [
+        f"{name} must {allowed}, got {value}."
+        for name, value, holds, allowed in ranges
+        if not (holds and math.isfinite(value))
+    ]
+    if faults:
+        raise ConfigError(*faults)
