@@ -88,8 +88,8 @@ class Case:
     seed: int
 
 
-def prepare(model: str | LanguageModel, sizes: Sizes, *, seed: int) -> Case:
-    """The case that ``sizes`` describe, over the bundled article.
+def prepare(model: str | LanguageModel, sizes: Sizes, *, seed: int, copies: int = 1) -> Case:
+    """The case that ``sizes`` describe, over the bundled article, or ``copies`` of it one after another.
 
     Raises:
         PreceptorError: there is no such model, or the sizes do not fit the article or the model's context.
@@ -103,6 +103,7 @@ def prepare(model: str | LanguageModel, sizes: Sizes, *, seed: int) -> Case:
         num_probes=0,
     )
     article = bundled_article()
+    article = replace(article, text="\n\n".join([article.text] * copies))
     reading = to_reading(article, options, lm, name=article.title)
     material = encode_reading(reading, lm, prompt=ModelOptions().prompt, use_chat_template=False)
     check_budget(lm.context_length, material, budget=sizes.pairs, query_tokens=sizes.query_tokens)

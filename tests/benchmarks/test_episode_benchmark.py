@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import episode, record
+from benchmarks import episode, measurement, record
 from preceptor.errors import ConfigError, NumericError
 from preceptor.lm.embedding import HiddenStates
 from preceptor.lm.tokenizer import train_bpe_tokenizer
@@ -137,12 +137,12 @@ def test_query_log_probs_that_differ_are_seen(case: episode.Case, monkeypatch: p
 
 def test_the_ways_take_turns_and_the_median_is_reported() -> None:
     turns: list[str] = []
-    spreads = episode.alternate({"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}, 3)
+    spreads = measurement.alternate({"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}, 3)
 
     assert turns == ["a", "b", "a", "b", "a", "b"]
     assert set(spreads) == {"a", "b"}
     assert set(spreads["a"]) == {"wall", "cpu"}
-    assert episode.Spread.of([5.0, 1.0, 2.0]) == episode.Spread(median=2.0, minimum=1.0, maximum=5.0)
+    assert measurement.Spread.of([5.0, 1.0, 2.0]) == measurement.Spread(median=2.0, minimum=1.0, maximum=5.0)
 
 
 def test_a_measurement_prints_a_table_and_is_recorded_once(

@@ -47,13 +47,21 @@ def merged_result(groups: Sequence[Group], make_result: MakeResult) -> dict[str,
             for arm, metrics in result["arms"].items()
         },
         "table": results[0].get("table", []),
+        "lower_is_better": results[0].get("lower_is_better", []),
+        "oracles": [_labelled(arm, group.label) for group, result in labelled for arm in result.get("oracles", ())],
         "comparisons": results[0].get("comparisons", []),
         "records": [
             {**record, "arm": _labelled(record["arm"], group.label)}
             for group, result in labelled
-            for record in result["records"]
+            for record in _paired(result)
         ],
     }
+
+
+def _paired(result: Mapping[str, Any]) -> Records:
+    """The records that are compared: a system whose items are no sample of others gives them averaged."""
+    paired: Records = result.get("paired_records", result["records"])
+    return paired
 
 
 def comparison_of(
@@ -72,7 +80,7 @@ def comparison_of(
     Raises:
         ConfigError: an arm that no run has, or fewer than two.
     """
-    records: Records = merged["records"]
+    records = _paired(merged)
     units = _units(merged)
     chosen = _chosen(groups, merged, arms)
     reference, *others = chosen

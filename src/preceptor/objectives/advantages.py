@@ -194,22 +194,30 @@ def gae(
     given = {"next_values": next_values, "ends_episode": ends_episode}
     check_same_shape(rewards=rewards, values=values, mask=mask, **{k: t for k, t in given.items() if t is not None})
     rewards, values = rewards.detach(), values.detach()
-    advantages = torch.zeros_like(rewards)
-    following_value = following_advantage = rewards.new_zeros(rewards.shape[0])
-    for step in reversed(range(rewards.shape[1])):
-        counts = mask[:, step]
-        if ends_episode is not None:
-            ends = ends_episode[:, step] & counts
-            following_value = following_value.masked_fill(ends, 0.0)
-            following_advantage = following_advantage.masked_fill(ends, 0.0)
-        next_value = following_value if next_values is None else next_values[:, step].detach()
-        error = rewards[:, step] + discount * next_value - values[:, step]
-        following_advantage = torch.where(
-            counts, error + discount * gae_lambda * following_advantage, following_advantage
-        )
-        following_value = torch.where(counts, values[:, step], following_value)
-        advantages[:, step] = following_advantage
-    return advantages.masked_fill(~mask, 0.0)
+    ends = torch.zeros_like(mask) if ends_episode is None else ends_episode & mask
+    if next_values is None:
+        following = _scan_backward(torch.where(mask, values, 0.0), (~mask).to(values.dtype))
+        following = torch.cat([following[:, 1:], torch.zeros_like(following[:, :1])], dim=1).masked_fill(ends, 0.0)
+    else:
+        following = next_values.detach()
+    errors = rewards + discount * following - values
+    decay = torch.where(mask, discount * gae_lambda * (~ends).to(rewards.dtype), torch.ones_like(rewards))
+    return _scan_backward(errors.masked_fill(~mask, 0.0), decay).masked_fill(~mask, 0.0)
+
+
+def _scan_backward(
+    terms: Float[Tensor, "batch step"], factors: Float[Tensor, "batch step"]
+) -> Float[Tensor, "batch step"]:
+    """x with x_t = terms_t + factors_t x_{t+1}, in log₂(steps) passes over all steps at once (Blelloch 1990)."""
+    terms, factors = terms.clone(), factors.clone()
+    reach = 1
+    while reach < terms.shape[1]:
+        # x_t = terms_t + factors_t x_{t + reach}, where both stand for `reach` steps by now.
+        terms[:, :-reach] = terms[:, :-reach] + factors[:, :-reach] * terms[:, reach:]
+        factors[:, :-reach] = factors[:, :-reach] * factors[:, reach:]
+        factors[:, -reach:] = 0.0
+        reach *= 2
+    return terms
 
 
 def _deviations(rewards: Float[Tensor, "*shape"], *, dim: int) -> Float[Tensor, "*shape"]:

@@ -77,4 +77,6 @@ def test_several_runs_are_merged_and_a_claim_needs_seeds() -> None:
 
 def test_bandits_are_averaged_within_a_seed_so_that_intervals_are_over_seeds() -> None:
     reward = bandit_result(records(4), config={}, seeds=range(4))["arms"]["learned"]["reward"]
+    paired = bandit_result(records(4), config={}, seeds=range(4))["paired_records"]
+    assert [r["reward"] for r in paired if r["arm"] == "learned"] == [pytest.approx(3.85)] * 4
     assert (reward["mean"], reward["low"], reward["high"], reward["n"]) == (pytest.approx(3.85), 3.85, 3.85, 4)

@@ -72,6 +72,7 @@ def bandit_result(
         "word_scores": scores,
         "verdict": text,
         "records": list(records),
+        "paired_records": averaged,
     }
 
 

@@ -1,0 +1,141 @@
+"""Llama-3.2-3B's architecture with random weights on one GPU: decode against bandwidth, update against arithmetic.
+
+Without CUDA there is nothing to measure, and ``comparisons`` gives nothing; ``quick`` runs a tiny shape on the CPU.
+The limits are measured on the same device: bytes a second of a large copy, operations a second of a large product.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from benchmarks.measurement import OURS, Bar, Comparison
+from benchmarks.models import LLAMA_3B, random_llama
+from preceptor.lm.decode import Decoder
+from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.sampling import Sampling
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 4_096,
+}
+
+
+def comparisons(*, quick: bool = False) -> Iterator[Comparison]:
+    """Decode of 8 and 32 rows, and one update of 4 × 1,024 tokens."""
+    if not (quick or torch.cuda.is_available()):
+        return
+    device = torch.device("cpu" if quick else "cuda")
+    lm = random_llama(TINY if quick else LLAMA_3B, device=device.type, dtype=torch.bfloat16)
+    size = 128 if quick else 8_192
+    for batch_size in (2,) if quick else (8, 32):
+        yield decode(lm, batch_size, *((4, 4) if quick else (512, 128)), bandwidth=bandwidth(device, size))
+    yield update(lm, *((2, 8) if quick else (4, 1_024)), arithmetic=arithmetic(device, size))
+
+
+def decode(lm: LanguageModel, batch_size: int, prompt: int, new: int, *, bandwidth: float) -> Comparison:
+    """Every step reads every weight once, and every kept key and value."""
+    config = lm.model.config
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, lm.vocab_size, (batch_size, prompt), generator=generator).to(lm.device)
+    kept_width = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    element = torch.finfo(lm.dtype).bits // 8
+    weights = sum(parameter.numel() for parameter in lm.model.parameters()) * element
+    step_bytes = weights + batch_size * (prompt + new / 2) * kept_width * element
+
+    def ours() -> None:
+        decoder = Decoder(lm, batch_size=batch_size)
+        decoder.append(prompts.tolist())
+        decoder.generate(new, sampling=Sampling(), generator=torch.Generator().manual_seed(0))
+
+    def generate() -> None:
+        lm.model.generate(  # type: ignore[operator]
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=True,
+            top_k=0,
+            pad_token_id=lm.begin_token,
+        )
+
+    return Comparison(
+        benchmark="gpu decode",
+        case=f"{lm.model.num_parameters() / 1e9:.2f}B, batch {batch_size}, {prompt} + {new} tokens",
+        ways={OURS: synchronised(ours, lm.device), "generate()": synchronised(generate, lm.device)},
+        bars=(Bar("generate()", at_least=1.0),),
+        units=dict.fromkeys((OURS, "generate()"), batch_size * new),
+        ideal_seconds=dict.fromkeys((OURS, "generate()"), new * step_bytes / bandwidth),
+        device=lm.device,
+    )
+
+
+def update(lm: LanguageModel, rows: int, time: int, *, arithmetic: float) -> Comparison:
+    """Forward and backward: 6 operations a weight and token, and the attention's own (model-FLOPs utilisation)."""
+    config = lm.model.config
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, lm.vocab_size, (rows, time), generator=generator).to(lm.device)
+    keep = torch.ones_like(tokens, dtype=torch.bool)
+    keep[:, -1] = False
+    attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * time
+    operations = rows * time * (6 * lm.model.num_parameters() + attention)
+
+    def ours() -> None:
+        (-lm.chosen_log_probs(tokens, keep=keep, chosen=tokens[:, 1:].flatten()).mean()).backward()
+        lm.model.zero_grad()
+
+    def plain() -> None:
+        lm.model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        lm.model.zero_grad()
+
+    return Comparison(
+        benchmark="gpu update",
+        case=f"{lm.model.num_parameters() / 1e9:.2f}B, {rows} x {time} tokens, forward and backward",
+        ways={OURS: synchronised(ours, lm.device), "Transformers": synchronised(plain, lm.device)},
+        bars=(Bar("Transformers", at_least=1.0),),
+        units=dict.fromkeys((OURS, "Transformers"), rows * time),
+        ideal_seconds=dict.fromkeys((OURS, "Transformers"), operations / arithmetic),
+        device=lm.device,
+    )
+
+
+def bandwidth(device: torch.device, size: int) -> float:
+    """Bytes a second that a copy of ``size``² bfloat16 numbers reads and writes."""
+    source = torch.zeros(size, size, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
+
+
+def arithmetic(device: torch.device, size: int) -> float:
+    """Operations a second of a product of two bfloat16 matrices of ``size`` rows and columns."""
+    matrix = torch.randn(size, size, device=device).to(torch.bfloat16)
+    return 2 * size**3 / _seconds(lambda: matrix @ matrix, device)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The best of some repetitions."""
+    run = synchronised(run, device)
+    run()
+    found = []
+    for _ in range(5):
+        start = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def synchronised(run: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    """``run`` until the device has done it."""
+
+    def call() -> None:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return call

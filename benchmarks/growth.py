@@ -1,0 +1,52 @@
+"""How the cost of an episode grows with its pairs: seconds for 10 to 200, and a fit a·n + b·n²."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from benchmarks import episode
+from benchmarks.measurement import OURS, Comparison, measured_precision
+from benchmarks.models import starter
+
+PAIRS = (10, 20, 40, 60, 100, 200)
+QUERY_TOKENS, VALUE_TOKENS = 4, 8
+"""Short, so that an episode of 200 pairs fits two minutes: it has about 2,500 tokens."""
+
+
+def comparisons(*, quick: bool = False) -> Iterator[Comparison]:
+    """One comparison whose ways are the numbers of pairs, two episodes each."""
+    lm = starter(context_length=8_192)
+    pairs = (2, 4) if quick else PAIRS
+    cases = {
+        number: episode.prepare(lm, episode.Sizes(2, number, QUERY_TOKENS, VALUE_TOKENS), seed=0, copies=2)
+        for number in pairs
+    }
+    yield Comparison(
+        benchmark="growth",
+        case=f"2 episodes, {QUERY_TOKENS} query and {VALUE_TOKENS} value tokens",
+        ways={
+            f"{OURS}, {number} pairs": measured_precision(lambda case=case: episode.ours(case))
+            for number, case in cases.items()
+        },
+        units={f"{OURS}, {number} pairs": number for number in cases},
+        details={"parameters": lm.model.num_parameters()},
+    )
+
+
+def fit(pairs: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
+    """``a`` and ``b`` of seconds = a·pairs + b·pairs², by least squares of the relative error.
+
+    >>> fit([10, 20, 40], [12.0, 28.0, 72.0])
+    (1.0, 0.02)
+    """
+    n, y = np.asarray(pairs, dtype=float), np.asarray(seconds, dtype=float)
+    (a, b), *_ = np.linalg.lstsq(np.stack([n, n**2], axis=1) / y[:, None], np.ones_like(y), rcond=None)
+    return round(float(a), 6), round(float(b), 6)
+
+
+def attention_dominates_from(a: float, b: float) -> float:
+    """Pairs at which the quadratic part is as large as the linear one."""
+    return float(torch.inf) if b <= 0 else a / b

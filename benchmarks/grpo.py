@@ -1,0 +1,185 @@
+"""One GRPO step, from prompts to new weights: the curriculum's parts against TRL's ``GRPOTrainer``.
+
+Both have the same model, prompts, group size, lengths, KL to the untrained model, learning rate and a plain Python
+reward. TRL's step is timed from its own callbacks, so building its trainer costs it nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measurement import OURS, Bar, Comparison, matmul_precision
+from benchmarks.models import H192, random_llama, starter
+from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.load import save_language_model
+from preceptor.run.device import exact_matmul_precision
+from preceptor.systems.curriculum.config import PPOOptions
+from preceptor.systems.curriculum.credit import credit_tokens
+from preceptor.systems.curriculum.rollout import Prompt, generate_rollouts, rollout_log_probs, rollout_sampling
+from preceptor.systems.curriculum.update import Experience, Sums, accumulate_ppo, autocast
+
+GROUP, KL, LEARNING_RATE = 8, 0.04, 1e-5
+TRL = "TRL GRPOTrainer"
+
+
+def comparisons(*, quick: bool = False) -> Iterator[Comparison]:
+    """4 prompts x 8 continuations of 64 tokens, on both small models."""
+    if quick:
+        yield compare("starter", starter(), num_prompts=1, prompt_tokens=4, new_tokens=4)
+        return
+    yield compare("starter", starter(), num_prompts=4, prompt_tokens=32, new_tokens=64)
+    yield compare("width 192, 8 layers", random_llama(H192), num_prompts=4, prompt_tokens=32, new_tokens=64)
+
+
+def compare(name: str, lm: LanguageModel, *, num_prompts: int, prompt_tokens: int, new_tokens: int) -> Comparison:
+    """One batch of prompts; a policy's own tokens cannot be equal, so there is nothing to compare but the work."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, lm.vocab_size, (num_prompts, prompt_tokens), generator=generator).tolist()
+    tokens = num_prompts * GROUP * new_tokens
+    ways: dict[str, Callable[[], object]] = {
+        OURS: OurStep(_copy(lm), prompts, new_tokens, bf16=False),
+        f"{OURS}, bfloat16": OurStep(_copy(lm), prompts, new_tokens, bf16=True),
+        TRL: TrlStep(_copy(lm), prompts, new_tokens),
+    }
+    for step in ways.values():  # what each does once only
+        step()
+    return Comparison(
+        benchmark="grpo",
+        case=f"{name}: {num_prompts} prompts x {GROUP}, {prompt_tokens} + {new_tokens} tokens",
+        ways=ways,
+        bars=(Bar(TRL, at_least=2.5), Bar(TRL, at_least=2.5, way=f"{OURS}, bfloat16")),
+        details={"parameters": lm.model.num_parameters(), "kl_coefficient": KL},
+        units=dict.fromkeys(ways, tokens),
+    )
+
+
+def reward(tokens: list[int]) -> float:
+    """Share of distinct tokens."""
+    return len(set(tokens)) / max(len(tokens), 1)
+
+
+class OurStep:
+    """Rollouts, credit and update of the curriculum system; every continuation has its full length."""
+
+    def __init__(self, lm: LanguageModel, prompts: list[list[int]], new_tokens: int, *, bf16: bool) -> None:
+        self.lm, self.reference, self.new_tokens, self.bf16 = lm, lm.frozen_copy(), new_tokens, bf16
+        self.prompts = [Prompt("benchmark", tuple(tokens), ()) for tokens in prompts]
+        self.optimiser = torch.optim.AdamW(lm.model.parameters(), lr=LEARNING_RATE, fused=True)
+        self.generator = torch.Generator().manual_seed(0)
+        self.options = PPOOptions(
+            group_size=GROUP, advantage="grpo", kl_place="loss_k3", kl_coefficient=KL, epochs=1, minibatches=1
+        )
+        self.setting = exact_matmul_precision(lm.device)
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self) -> dict[str, float]:
+        begin = time.perf_counter(), time.process_time()
+        lm, sampling = self.lm, rollout_sampling(self.lm, 1.0)
+        with matmul_precision(self.setting):
+            with torch.no_grad(), autocast(lm, self.bf16):
+                rollouts = generate_rollouts(
+                    lm,
+                    self.prompts,
+                    group_size=GROUP,
+                    num_tokens=self.new_tokens,
+                    sampling=sampling,
+                    generator=self.generator,
+                )
+                generated = time.perf_counter()
+                _, reference_log_probs = rollout_log_probs(self.reference, rollouts, sampling)
+            rewards = torch.zeros_like(rollouts.log_probs)
+            rewards[:, -1] = torch.tensor([reward(row) for row in rollouts.tokens.tolist()])
+            mask = torch.ones_like(rollouts.mask)
+            rollouts = type(rollouts)(rollouts.prompts, rollouts.tokens, mask, rollouts.log_probs, rollouts.entropy)
+            credit = credit_tokens(rewards, mask, kind="grpo", group_size=GROUP)
+            accumulate_ppo(
+                lm,
+                Experience(rollouts, credit, None, reference_log_probs),
+                sampling=sampling,
+                options=self.options,
+                kl_coefficient=KL,
+                value_network=None,
+                reference=self.reference,
+                micro_batch_size=len(rollouts),
+                bf16=self.bf16,
+                sums=Sums(),
+            )
+            torch.nn.utils.clip_grad_norm_(lm.model.parameters(), 1.0)
+            self.optimiser.step()
+            self.optimiser.zero_grad()
+        end = time.perf_counter()
+        return {"wall": end - begin[0], "cpu": time.process_time() - begin[1], "generation": generated - begin[0]}
+
+
+class TrlStep:
+    """One optimiser step of TRL's trainer."""
+
+    def __init__(self, lm: LanguageModel, prompts: list[list[int]], new_tokens: int) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from datasets import Dataset
+            from transformers import TrainerCallback
+            from trl import GRPOConfig, GRPOTrainer
+
+        times: list[tuple[float, float]] = []
+
+        class Clock(TrainerCallback):
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                times.append((time.perf_counter(), time.process_time()))
+
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                times.append((time.perf_counter(), time.process_time()))
+
+        self.times, self.folder = times, tempfile.TemporaryDirectory()
+        lm.model.generation_config.eos_token_id = None  # continuations of full length, as ours
+        save_language_model(lm, Path(self.folder.name) / "model")
+        lm.model.config._name_or_path = f"{self.folder.name}/model"  # where TRL finds the untrained model
+        self.arguments: dict[str, Any] = {
+            "model": lm.model,
+            "reward_funcs": lambda completion_ids, **_: [reward(tokens) for tokens in completion_ids],
+            "processing_class": lm.tokenizer,
+            "train_dataset": Dataset.from_dict({"prompt": [lm.decode(tokens) for tokens in prompts]}),
+            "callbacks": [Clock()],
+        }
+        self.make: Callable[[], Any] = lambda: GRPOTrainer(
+            args=GRPOConfig(
+                output_dir=self.folder.name,
+                per_device_train_batch_size=len(prompts) * GROUP,
+                num_generations=GROUP,
+                max_completion_length=new_tokens,
+                generation_kwargs={"min_new_tokens": new_tokens},
+                beta=KL,
+                learning_rate=LEARNING_RATE,
+                max_steps=1,
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                report_to="none",
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+            ),
+            **self.arguments,
+        )
+
+    def __call__(self) -> dict[str, float]:
+        self.times.clear()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            self.make().train()
+        (wall, cpu), (wall_end, cpu_end) = self.times[0], self.times[-1]
+        return {"wall": wall_end - wall, "cpu": cpu_end - cpu}
+
+
+def _copy(lm: LanguageModel) -> LanguageModel:
+    return LanguageModel(copy.deepcopy(lm.model), lm.tokenizer, name=lm.name)

@@ -1,0 +1,109 @@
+"""``python -m benchmarks.report``: the table of docs/benchmarks.md, from history.jsonl and nothing else."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from benchmarks.growth import attention_dominates_from, fit
+
+PAGE = "docs/benchmarks.md"
+BEGIN, END = "<!-- table: python -m benchmarks.report -->", "<!-- end of the table -->"
+
+
+def newest(lines: list[str]) -> list[dict[str, Any]]:
+    """The last row of each benchmark, case, device and number of threads that has a case, in the order of the file."""
+    rows: dict[tuple[object, ...], dict[str, Any]] = {}
+    for row in map(json.loads, lines):
+        if "case" in row:
+            key = row["benchmark"], row["case"], row["device"], row["threads"]
+            rows.pop(key, None)
+            rows[key] = row
+    return list(rows.values())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: for every row and every peer our time, theirs, the ratio with its bar, and who is faster."""
+    lines = [
+        "| benchmark | case | ours | peer | ours (s) | peer (s) | peer / ours | bar | memory | threads, commit |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        bars = {(bar["way"], bar["against"]): bar for bar in row["bars"]}
+        for pair, speed_up in row["speed_up"].items():
+            way, peer = pair.split(" over ", maxsplit=1)
+            if peer.startswith("ours") or ("no gradient" in way) != ("no gradient" in peer):
+                continue
+            ratio, bar = speed_up["wall"], bars.get((way, peer))
+            cells = (
+                row["benchmark"],
+                row["case"],
+                way,
+                peer,
+                _seconds(row, way),
+                _seconds(row, peer),
+                f"{ratio:.2f}" + ("" if ratio >= 1 else " (the peer is faster)"),
+                _bar(bar),
+                _memory(row, way, peer),
+                f"{row['threads']}, {row['commit'][:7]}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def growth(rows: list[dict[str, Any]]) -> str:
+    """A sentence on the newest growth row: the fit, and where attention takes over."""
+    found = [row for row in rows if row["benchmark"] == "growth"]
+    if not found:
+        return ""
+    pairs = [int(units) for units in found[-1]["units"].values()]
+    seconds = [found[-1]["seconds"][way]["wall"]["median"] for way in found[-1]["units"]]
+    a, b = fit(pairs, seconds)
+    points = ", ".join(f"{n}: {s:.2f} s" for n, s in zip(pairs, seconds, strict=True))
+    return (
+        f"Cost against pairs ({found[-1]['case']}): {points}. Fit: {a:.4f}·n + {b:.6f}·n² seconds; the quadratic part, "
+        f"attention, is as large as the linear one from {attention_dominates_from(a, b):,.0f} pairs on."
+    )
+
+
+def _seconds(row: Mapping[str, Any], way: str) -> str:
+    spread, units = row["seconds"][way]["wall"], row["units"].get(way, 1)
+    return f"{spread['median'] / units:.3g} ({spread['minimum'] / units:.3g}–{spread['maximum'] / units:.3g})"
+
+
+def _bar(bar: Mapping[str, Any] | None) -> str:
+    if bar is None:
+        return ""
+    parts = []
+    if bar["at_least"] is not None:
+        parts.append(f"≥ {bar['at_least']:.2g}")
+    if bar["memory_at_most"] is not None:
+        parts.append(f"memory ≤ {bar['memory_at_most']:.0%}")
+    if bar["seconds_at_most"] is not None:
+        parts.append(f"≤ {bar['seconds_at_most']:g} s")
+    return f"{', '.join(parts)}: {'met' if bar['holds'] else '**not met**'}"
+
+
+def _memory(row: Mapping[str, Any], way: str, peer: str) -> str:
+    memory = row["extra_memory_mib"]
+    return f"{memory[way]:.0f} of {memory[peer]:.0f} MiB" if way in memory and peer in memory else ""
+
+
+def write(root: Path) -> Path:
+    """Put the table between its marks in the page; returns the page."""
+    rows = newest((root / record.HISTORY).read_text(encoding="utf-8").splitlines())
+    page = root / PAGE
+    text = page.read_text(encoding="utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    parts = [part for part in (table([row for row in rows if row["benchmark"] != "growth"]), growth(rows)) if part]
+    page.write_text(f"{before}{BEGIN}\n\n{chr(10).join([parts[0], '', *parts[1:]])}\n\n{END}{after}", encoding="utf-8")
+    return page
+
+
+if __name__ == "__main__":
+    print(write(record.ROOT).relative_to(record.ROOT))
+    sys.exit(0)

@@ -1,0 +1,244 @@
+"""The compiled step: ``step.c`` built once by the machine's C compiler, and called for one token of every row.
+
+Where there is no compiler, or it cannot build the file, there is no compiled step and the layers run as PyTorch calls.
+The library is kept in the user's cache, under a name that its source and the processor decide.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from preceptor.errors import ModelError
+from preceptor.lm.kept_layer import KeptLayer
+
+if TYPE_CHECKING:
+    from preceptor.lm.native import Layer, NativeModel, Product
+
+PANEL = 32
+"""Outputs side by side in a packed weight, as ``step.c`` has it."""
+
+_OPTIONS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared")
+_BUILD_SECONDS = 60
+
+
+class _Product(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "attention_norm",
+                "attention_norm_bias",
+                "feed_forward_norm",
+                "feed_forward_norm_bias",
+                "query_norm",
+                "key_norm",
+            )
+        ),
+        *((name, _Product) for name in ("query_key_value", "attention_output", "up", "down")),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "num_layers",
+                "width",
+                "num_heads",
+                "num_kept_heads",
+                "head_width",
+                "capacity",
+                "captured_layer",
+                "is_bfloat16",
+                "is_layer_norm",
+                "is_gated",
+            )
+        ),
+        ("norm_epsilon", ctypes.c_float),
+        ("head_norm_epsilon", ctypes.c_float),
+    )
+
+
+class CompiledStep:
+    """One token of every row through the layers of ``native``, whose weights are packed when this is made."""
+
+    def __init__(self, native: NativeModel, library: ctypes.CDLL) -> None:
+        self._library = library
+        self._tensors: list[Tensor] = []  # what the pointers point to
+        layers = native.layers
+        norm = layers[0].attention_norm
+        self._model = _Model(
+            num_layers=len(layers),
+            width=layers[0].attention_output.num_outputs,
+            num_heads=native.num_heads,
+            num_kept_heads=native.num_kept_heads,
+            head_width=native.head_width,
+            is_bfloat16=native.dtype == torch.bfloat16,
+            is_layer_norm=norm.bias is not None,
+            is_gated=native.is_gated,
+            norm_epsilon=norm.epsilon,
+            head_norm_epsilon=layers[0].head_norms[0].epsilon if layers[0].head_norms else 0.0,
+        )
+        self._layers = (_Layer * len(layers))(*(self._layer(layer) for layer in layers))
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __call__(
+        self,
+        states: Float[Tensor, "row width"],
+        cache: Sequence[KeptLayer],
+        *,
+        turns: Tensor | None,
+        filled: Tensor | None,
+        captured_layer: int,
+    ) -> tuple[Float[Tensor, "row width"], Float[Tensor, "row width"]]:
+        """Output of the last layer and of layer ``captured_layer`` (−1: none, and the tensor says nothing).
+
+        Args:
+            states: embedded tokens, float32.
+            cache: kept layers, which the step extends by one slot.
+            turns: rotary embedding as complex numbers, [row, …, head_width / 2], or None.
+            filled: True = the slot counts, [row, slots with the new one], or None for all.
+            captured_layer: whose output is wanted.
+        """
+        states, captured = states.clone(), torch.empty_like(states)
+        slot = cache[0].length
+        for layer, kept in zip(self._layers, cache, strict=True):
+            assert kept.keys is not None
+            assert kept.values is not None
+            kept.extend(1)
+            layer.keys, layer.values = kept.keys.data_ptr(), kept.values.data_ptr()
+        self._model.capacity = cache[0].capacity
+        self._model.captured_layer = captured_layer
+        turns = None if turns is None else turns.contiguous()
+        filled = None if filled is None else filled.contiguous()
+
+        def run(first: int, num_rows: int) -> int:
+            return int(
+                self._library.preceptor_step(
+                    ctypes.byref(self._model),
+                    self._layers,
+                    ctypes.c_int64(first),
+                    ctypes.c_int64(num_rows),
+                    _pointer(states),
+                    _pointer(turns),
+                    _pointer(filled),
+                    ctypes.c_int64(slot),
+                    _pointer(captured),
+                )
+            )
+
+        if any(self._over_threads(run, len(states))):
+            raise ModelError(f"no memory for one step of {len(states)} rows; decode fewer at once")
+        return states, captured
+
+    def _over_threads(self, run: Callable[[int, int], int], num_rows: int) -> list[int]:
+        """Rows are independent, so each of torch's threads takes its share of them."""
+        share = -(-num_rows // torch.get_num_threads())
+        starts = range(0, num_rows, share)
+        if len(starts) == 1:
+            return [run(0, num_rows)]
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(torch.get_num_threads() - 1)
+        others = [self._pool.submit(run, start, min(share, num_rows - start)) for start in starts[1:]]
+        return [run(0, share), *(other.result() for other in others)]
+
+    def _layer(self, layer: Layer) -> _Layer:
+        norms = layer.head_norms or (None, None)
+        pointers = {
+            "attention_norm": layer.attention_norm.weight,
+            "attention_norm_bias": layer.attention_norm.bias,
+            "feed_forward_norm": layer.feed_forward_norm.weight,
+            "feed_forward_norm_bias": layer.feed_forward_norm.bias,
+            "query_norm": None if norms[0] is None else norms[0].weight,
+            "key_norm": None if norms[1] is None else norms[1].weight,
+        }
+        return _Layer(
+            **{name: self._keep(None if tensor is None else tensor.float()) for name, tensor in pointers.items()},
+            query_key_value=self._packed(layer.query_key_value),
+            attention_output=self._packed(layer.attention_output),
+            up=self._packed(layer.up),
+            down=self._packed(layer.down),
+        )
+
+    def _packed(self, product: Product) -> _Product:
+        (weight,) = product.weights
+        inputs, outputs = weight.shape
+        padded = torch.nn.functional.pad(weight, (0, -outputs % PANEL))
+        panels = padded.view(inputs, -1, PANEL).transpose(0, 1).contiguous()
+        bias = None if product.bias is None else product.bias.float()
+        return _Product(weight=self._keep(panels), bias=self._keep(bias), inputs=inputs, outputs=outputs)
+
+    def _keep(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        tensor = tensor.detach().contiguous()
+        self._tensors.append(tensor)
+        return tensor.data_ptr()
+
+
+@cache
+def step_library() -> ctypes.CDLL | None:
+    """``step.c`` as a library, built unless it is in the cache; None where it cannot be built."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None
+    source = resources.files("preceptor.lm").joinpath("step.c").read_text(encoding="utf-8")
+    identity = "\n".join((source, compiler, *_OPTIONS, platform.machine(), _processor()))
+    name = f"step-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    folder = Path.home() / ".cache" / "preceptor"
+    try:
+        if not (folder / name).is_file():
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as build:
+                (Path(build) / "step.c").write_text(source, encoding="utf-8")
+                subprocess.run(
+                    [compiler, *_OPTIONS, "-o", f"{build}/step.so", f"{build}/step.c", "-lm"],
+                    check=True,
+                    capture_output=True,
+                    timeout=_BUILD_SECONDS,
+                )
+                os.replace(f"{build}/step.so", folder / name)
+        return ctypes.CDLL(str(folder / name))
+    except (OSError, subprocess.SubprocessError):  # no place to build, no such options, or no such processor
+        return None
+
+
+def _processor() -> str:
+    """What distinguishes this processor from others that share the user's cache."""
+    described = Path("/proc/cpuinfo")
+    if not described.is_file():
+        return platform.processor()
+    lines = described.read_text(encoding="utf-8").splitlines()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())

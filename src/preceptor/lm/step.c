@@ -1,0 +1,249 @@
+/* One token of every row of a batch through the layers of a decoder: the same mathematics as NativeModel.forward.
+ *
+ * A small model decodes as fast as its weights stream from the cache, if nothing is in between; a framework's call for
+ * every product, norm and copy is what is in between. Vectors are GCC's and Clang's own, so any processor will do.
+ *
+ * Weights are packed in panels of PANEL outputs: [output / PANEL][input][PANEL], in float32 or bfloat16. Keys are kept
+ * as [row][head][coordinate][slot], values as [row][head][slot][coordinate], in float32.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LANES 16
+#define PANEL 32
+#define BLOCK 64 /* slots scored at once; capacities are multiples of it */
+
+typedef float vec __attribute__((vector_size(64), aligned(4)));
+typedef int32_t ints __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t words __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t halves __attribute__((vector_size(32), aligned(2)));
+
+struct product {
+    const void *weight;
+    const float *bias; /* or NULL */
+    int64_t inputs, outputs;
+};
+
+struct layer {
+    const float *attention_norm, *attention_norm_bias, *feed_forward_norm, *feed_forward_norm_bias;
+    const float *query_norm, *key_norm; /* or NULL */
+    struct product query_key_value, attention_output, up, down;
+    float *keys, *values;
+};
+
+struct model {
+    int64_t num_layers, width, num_heads, num_kept_heads, head_width, capacity, captured_layer;
+    int64_t is_bfloat16, is_layer_norm, is_gated;
+    float norm_epsilon, head_norm_epsilon;
+};
+
+static inline vec load(const float *from) { return *(const vec *)from; }
+
+static inline vec choose(ints where, vec yes, vec no) { return (vec)((where & (ints)yes) | (~where & (ints)no)); }
+
+static inline vec load_weights(const void *weight, int64_t at, int is_bfloat16) {
+    if (!is_bfloat16) return load((const float *)weight + at);
+    halves stored = *(const halves *)((const uint16_t *)weight + at);
+    return (vec)(__builtin_convertvector(stored, words) << 16);
+}
+
+/* out[r][0..PANEL) of `rows` rows (a constant where this is inlined). */
+static inline __attribute__((always_inline)) void panel_product(
+    int rows, const float *x, int64_t inputs, const void *weight, int64_t at, int is_bfloat16, float out[8][PANEL]) {
+    vec low[8] = {0}, high[8] = {0};
+    for (int64_t i = 0; i < inputs; i++) {
+        vec first = load_weights(weight, at + i * PANEL, is_bfloat16);
+        vec second = load_weights(weight, at + i * PANEL + LANES, is_bfloat16);
+        for (int r = 0; r < rows; r++) {
+            float scalar = x[r * inputs + i];
+            low[r] += scalar * first;
+            high[r] += scalar * second;
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        *(vec *)&out[r][0] = low[r];
+        *(vec *)&out[r][LANES] = high[r];
+    }
+}
+
+/* out = x @ weight + bias, or out += it. */
+static void multiply(const struct product *product, int is_bfloat16, const float *x, float *out, int64_t rows, int add) {
+    int64_t inputs = product->inputs, outputs = product->outputs;
+    float part[8][PANEL];
+    for (int64_t start = 0; start < outputs; start += PANEL) {
+        int64_t count = outputs - start < PANEL ? outputs - start : PANEL, at = start * inputs;
+        for (int64_t row = 0; row < rows;) {
+            const float *from = x + row * inputs;
+            int64_t left = rows - row, done = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+#define CASE(R, B) panel_product(R, from, inputs, product->weight, at, B, part)
+#define CASES(B) \
+    if (done == 8) CASE(8, B); \
+    else if (done == 4) CASE(4, B); \
+    else if (done == 2) CASE(2, B); \
+    else CASE(1, B)
+            if (is_bfloat16) { CASES(1); } else { CASES(0); }
+            for (int64_t r = 0; r < done; r++) {
+                float *to = out + (row + r) * outputs + start;
+                for (int64_t o = 0; o < count; o++) {
+                    float sum = part[r][o] + (product->bias ? product->bias[start + o] : 0);
+                    to[o] = add ? to[o] + sum : sum;
+                }
+            }
+            row += done;
+        }
+    }
+}
+
+static void normalise(const float *x, const float *weight, const float *bias, float epsilon, int is_layer_norm,
+                      float *out, int64_t width) {
+    float mean = 0, square = 0;
+    if (is_layer_norm) {
+        for (int64_t i = 0; i < width; i++) mean += x[i];
+        mean /= width;
+    }
+    for (int64_t i = 0; i < width; i++) square += (x[i] - mean) * (x[i] - mean);
+    float scale = 1 / sqrtf(square / width + epsilon);
+    for (int64_t i = 0; i < width; i++) out[i] = (x[i] - mean) * scale * weight[i] + (bias ? bias[i] : 0);
+}
+
+/* e^x to about one unit in the last place; NaN stays NaN. */
+static inline vec exponential(vec x) {
+    const vec lowest = (vec){0} - 87.0f, highest = (vec){0} + 88.0f;
+    x = choose(x < lowest, lowest, x);
+    x = choose(x > highest, highest, x);
+    vec shifted = x * 1.44269504f + 12582912.0f; /* the integer ends up in the lowest bits */
+    ints exponent = (ints)shifted - 0x4B400000;
+    vec whole = shifted - 12582912.0f, rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    vec y = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * rest + 8.3334519073e-3f;
+    y = y * rest + 4.1665795894e-2f;
+    y = y * rest + 1.6666665459e-1f;
+    y = y * rest + 5.0000001201e-1f;
+    y = y * rest * rest + rest + 1.0f;
+    return y * (vec)((exponent + 127) << 23);
+}
+
+/* silu(gate) * up in place of gate; or the tanh form of GELU, x / (1 + e^(−2u)). Rows are padded to LANES. */
+static void activate(float *x, int64_t outputs, int64_t rows, int is_gated) {
+    int64_t hidden = is_gated ? outputs / 2 : outputs;
+    for (int64_t row = 0; row < rows; row++) {
+        const float *from = x + row * outputs;
+        float *to = x + row * hidden; /* rows move up, never past what is still to be read */
+        for (int64_t i = 0; i < hidden; i += LANES) {
+            int64_t count = hidden - i < LANES ? hidden - i : LANES;
+            vec a = {0}, b = (vec){0} + 1.0f;
+            memcpy(&a, from + i, count * sizeof(float));
+            if (is_gated) memcpy(&b, from + hidden + i, count * sizeof(float));
+            vec u = is_gated ? a : 1.5957691216f * (a + 0.044715f * a * a * a);
+            vec y = a / (1.0f + exponential(-u)) * b;
+            memcpy(to + i, &y, count * sizeof(float));
+        }
+    }
+}
+
+/* Softmax attention of one row's new token; `filled` is 0 at slots that do not count, or NULL. */
+static void attend(const struct model *model, const float *query, const float *keys, const float *values,
+                   const uint8_t *filled, int64_t slots, float *scores, float *out) {
+    int64_t width = model->head_width, capacity = model->capacity, padded = (slots + BLOCK - 1) / BLOCK * BLOCK;
+    float scale = 1 / sqrtf((float)width);
+    for (int64_t start = 0; start < slots; start += BLOCK) {
+        vec sums[BLOCK / LANES] = {0};
+        for (int64_t d = 0; d < width; d++) {
+            float q = query[d] * scale;
+            const float *from = keys + d * capacity + start;
+            for (int i = 0; i < BLOCK / LANES; i++) sums[i] += q * load(from + i * LANES);
+        }
+        memcpy(scores + start, sums, sizeof sums);
+    }
+    for (int64_t s = slots; s < padded; s++) scores[s] = -INFINITY;
+    if (filled)
+        for (int64_t s = 0; s < slots; s++) scores[s] = filled[s] ? scores[s] : -INFINITY;
+    vec largest = load(scores);
+    for (int64_t s = LANES; s < padded; s += LANES) largest = choose(load(scores + s) > largest, load(scores + s), largest);
+    float top = largest[0];
+    for (int i = 1; i < LANES; i++) top = largest[i] > top ? largest[i] : top;
+    vec total = {0};
+    for (int64_t s = 0; s < padded; s += LANES) {
+        vec score = load(scores + s), p = exponential(score - top);
+        p = choose(score == -INFINITY, (vec){0}, p);
+        *(vec *)(scores + s) = p;
+        total += p;
+    }
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += total[i];
+    memset(out, 0, width * sizeof(float));
+    int64_t s = 0;
+    for (; s + 4 <= slots; s += 4) {
+        const float *v = values + s * width;
+        for (int64_t d = 0; d < width; d++)
+            out[d] += (scores[s] * v[d] + scores[s + 1] * v[d + width]) +
+                      (scores[s + 2] * v[d + 2 * width] + scores[s + 3] * v[d + 3 * width]);
+    }
+    for (; s < slots; s++)
+        for (int64_t d = 0; d < width; d++) out[d] += scores[s] * values[s * width + d];
+    for (int64_t d = 0; d < width; d++) out[d] /= sum;
+}
+
+/* Norm and rotary turn (pairs come out side by side, as NativeModel keeps them) of one head. */
+static void prepare_head(float *head, const float *norm, float epsilon, const float *turns, int64_t width) {
+    float turned[width];
+    if (norm) normalise(head, norm, NULL, epsilon, 0, head, width);
+    if (!turns) return;
+    for (int64_t i = 0; i < width / 2; i++) {
+        float a = head[i], b = head[i + width / 2], cosine = turns[2 * i], sine = turns[2 * i + 1];
+        turned[2 * i] = a * cosine - b * sine;
+        turned[2 * i + 1] = a * sine + b * cosine;
+    }
+    memcpy(head, turned, width * sizeof(float));
+}
+
+/* Rows first..first + rows of the batch; `states` [row][width] is replaced by the last layer's output, and slot
+ * `slot` of every layer's keys and values is written. `turns` [row][head_width / 2][2] or NULL, `filled`
+ * [row][slot + 1] or NULL, `captured` [row][width]. Returns 0, or 1 where memory is out. */
+int preceptor_step(const struct model *model, const struct layer *layers, int64_t first, int64_t rows, float *states,
+                   const float *turns, const uint8_t *filled, int64_t slot, float *captured) {
+    int64_t width = model->width, head_width = model->head_width, kept = model->num_kept_heads, slots = slot + 1;
+    int64_t group = model->num_heads / kept, projected = (model->num_heads + 2 * kept) * head_width;
+    int64_t hidden = layers[0].up.outputs, attended_width = model->num_heads * head_width, capacity = model->capacity;
+    float *scratch = malloc(sizeof(float) * (rows * (width + projected + attended_width + hidden) + capacity + BLOCK));
+    if (!scratch) return 1;
+    float *normed = scratch, *heads = normed + rows * width, *attended = heads + rows * projected;
+    float *up = attended + rows * attended_width, *scores = up + rows * hidden;
+    states += first * width;
+    for (int64_t l = 0; l < model->num_layers; l++) {
+        const struct layer *layer = layers + l;
+        for (int64_t r = 0; r < rows; r++)
+            normalise(states + r * width, layer->attention_norm, layer->attention_norm_bias, model->norm_epsilon,
+                      model->is_layer_norm, normed + r * width, width);
+        multiply(&layer->query_key_value, model->is_bfloat16, normed, heads, rows, 0);
+        for (int64_t r = 0; r < rows; r++) {
+            float *query = heads + r * projected, *key = query + attended_width, *value = key + kept * head_width;
+            const float *turn = turns ? turns + (first + r) * head_width : NULL;
+            const uint8_t *counts = filled ? filled + (first + r) * slots : NULL;
+            for (int64_t h = 0; h < model->num_heads; h++)
+                prepare_head(query + h * head_width, layer->query_norm, model->head_norm_epsilon, turn, head_width);
+            for (int64_t h = 0; h < kept; h++) {
+                float *keys = layer->keys + ((first + r) * kept + h) * capacity * head_width;
+                float *values = layer->values + ((first + r) * kept + h) * capacity * head_width;
+                prepare_head(key + h * head_width, layer->key_norm, model->head_norm_epsilon, turn, head_width);
+                for (int64_t d = 0; d < head_width; d++) keys[d * capacity + slot] = key[h * head_width + d];
+                memcpy(values + slot * head_width, value + h * head_width, head_width * sizeof(float));
+                for (int64_t g = h * group; g < (h + 1) * group; g++)
+                    attend(model, query + g * head_width, keys, values, counts, slots, scores,
+                           attended + r * attended_width + g * head_width);
+            }
+        }
+        multiply(&layer->attention_output, model->is_bfloat16, attended, states, rows, 1);
+        for (int64_t r = 0; r < rows; r++)
+            normalise(states + r * width, layer->feed_forward_norm, layer->feed_forward_norm_bias, model->norm_epsilon,
+                      model->is_layer_norm, normed + r * width, width);
+        multiply(&layer->up, model->is_bfloat16, normed, up, rows, 0);
+        activate(up, hidden, rows, model->is_gated);
+        multiply(&layer->down, model->is_bfloat16, up, states, rows, 1);
+        if (l == model->captured_layer) memcpy(captured + first * width, states, rows * width * sizeof(float));
+    }
+    free(scratch);
+    return 0;
+}

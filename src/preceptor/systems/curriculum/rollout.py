@@ -1,0 +1,151 @@
+"""Rollouts: the policy goes on from the first tokens of documents, one batch on one kept cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from preceptor.lm.decode import Decoder
+from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.sampling import Sampling
+from preceptor.lm.score import pad_rows
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The beginning of a document.
+
+    Attributes:
+        dataset: which it was drawn from.
+        tokens: what the policy reads; at least one.
+        reference: how the document really goes on, as many tokens as a continuation may have, or fewer.
+    """
+
+    dataset: str
+    tokens: tuple[int, ...]
+    reference: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What the policy wrote; the ``group_size`` continuations of one prompt are neighbours.
+
+    Attributes:
+        prompts: one a row.
+        tokens: what was drawn.
+        mask: True = the token counts: it is not behind an end token.
+        log_probs: of each drawn token under the distribution that it was drawn from, nats.
+        entropy: of that distribution, nats.
+    """
+
+    prompts: tuple[Prompt, ...]
+    tokens: Int[Tensor, "batch token"]
+    mask: Bool[Tensor, "batch token"]
+    log_probs: Float[Tensor, "batch token"]
+    entropy: Float[Tensor, "batch token"]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that a continuation may have."""
+        return int(self.tokens.shape[1])
+
+    def continuation(self, index: int) -> list[int]:
+        """The counted tokens of a row."""
+        return [int(token) for token in self.tokens[index][self.mask[index]]]
+
+    def at(self, indices: Int[Tensor, " kept"]) -> Rollouts:
+        """The rows at ``indices``."""
+        return Rollouts(
+            prompts=tuple(self.prompts[index] for index in indices.tolist()),
+            tokens=self.tokens[indices],
+            mask=self.mask[indices],
+            log_probs=self.log_probs[indices],
+            entropy=self.entropy[indices],
+        )
+
+    def without(self, rows: Bool[Tensor, " batch"]) -> Rollouts:
+        """The same with nothing counted in ``rows``."""
+        return replace(self, mask=self.mask & ~rows[:, None])
+
+    def padded(self, filler: int) -> tuple[Int[Tensor, "batch time"], Bool[Tensor, "batch time"]]:
+        """Prompts and continuations as rows padded on the right, and where the drawn tokens are predicted.
+
+        Every row has as many predicting positions as drawn tokens, so what is computed there has the shape [batch,
+        token] again.
+        """
+        rows = [[*prompt.tokens, *tokens] for prompt, tokens in zip(self.prompts, self.tokens.tolist(), strict=True)]
+        padded = pad_rows(rows, filler=filler, device=self.tokens.device)
+        first = torch.tensor([len(prompt.tokens) - 1 for prompt in self.prompts], device=padded.device)[:, None]
+        time = torch.arange(padded.shape[1], device=padded.device)
+        return padded, (time >= first) & (time < first + self.num_tokens)
+
+
+def generate_rollouts(
+    lm: LanguageModel,
+    prompts: Sequence[Prompt],
+    *,
+    group_size: int,
+    num_tokens: int,
+    sampling: Sampling,
+    generator: torch.Generator,
+) -> Rollouts:
+    """``group_size`` continuations of every prompt, drawn in one batch.
+
+    A row that draws the tokenizer's end token is over: what is drawn after it does not count.
+
+    Args:
+        lm: the policy.
+        prompts: what it goes on from.
+        group_size: continuations of each prompt, at least 1.
+        num_tokens: tokens of a continuation, at most.
+        sampling: the distribution that is drawn from, without truncation.
+        generator: of the draws.
+    """
+    rows = tuple(prompt for prompt in prompts for _ in range(group_size))
+    decoder = Decoder(lm, batch_size=len(rows))
+    decoder.append([prompt.tokens for prompt in rows])
+    generated = decoder.generate(num_tokens, sampling=sampling, generator=generator)
+    ends = generated.tokens == end_token(lm)
+    return Rollouts(
+        prompts=rows,
+        tokens=generated.tokens,
+        mask=ends.cumsum(1) - ends.long() == 0,
+        log_probs=generated.log_probs,
+        entropy=generated.entropy,
+    )
+
+
+def end_token(lm: LanguageModel) -> int:
+    """The token that ends a continuation, −1 where the tokenizer has none."""
+    token = lm.tokenizer.eos_token_id
+    return -1 if token is None else int(token)
+
+
+def rollout_sampling(lm: LanguageModel, temperature: float) -> Sampling:
+    """The distribution of rollouts: no control token but the end, and no truncation.
+
+    A truncated distribution would make the ratio of PPO a ratio of two different supports.
+    """
+    end = end_token(lm)
+    return Sampling(temperature=temperature, suppressed=[token for token in lm.special_tokens if token != end])
+
+
+def rollout_log_probs(
+    lm: LanguageModel, rollouts: Rollouts, sampling: Sampling
+) -> tuple[Float[Tensor, "batch token vocab"], Float[Tensor, "batch token"]]:
+    """Log-probabilities of every token, and of the drawn ones, at each place of the continuations.
+
+    Carries gradient into the trainable parameters of ``lm``, unless the caller switches it off.
+    """
+    tokens, keep = rollouts.padded(lm.begin_token)
+    logits = lm.forward(tokens, keep=keep).logits
+    logits = logits.view(len(rollouts), rollouts.num_tokens, -1)
+    log_probs = sampling.log_probs(logits, drawn=rollouts.tokens)
+    return log_probs, log_probs.gather(-1, rollouts.tokens[..., None])[..., 0]

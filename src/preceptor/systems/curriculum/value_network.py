@@ -1,0 +1,112 @@
+"""The value network: what a continuation will still earn, judged at each of its tokens by a model of its own."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel
+
+from preceptor.lm.language_model import LanguageModel
+from preceptor.systems.curriculum.rollout import Rollouts
+
+
+class ValueNetwork(nn.Module):
+    """A trunk of its own under a linear head that starts at zero, so that the first values are all 0.
+
+    It shares no weight with the policy: the value loss cannot disturb what the policy says, nor the reverse.
+    """
+
+    def __init__(self, trunk: Trunk, *, filler: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(trunk.width, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self._filler = filler
+
+    def forward(self, rollouts: Rollouts) -> Float[Tensor, "batch token"]:
+        """V of the state in which each token was drawn, in the unit of the rewards; float32."""
+        tokens, keep = rollouts.padded(self._filler)
+        values: Tensor = self.head(self.trunk(tokens)[keep])[:, 0]
+        return values.float().view(len(rollouts), rollouts.num_tokens)
+
+
+class Trunk(nn.Module):
+    """What gives the value head one vector a token; causal, rows padded on the right."""
+
+    width: int
+
+    def forward(self, tokens: Tensor) -> Float[Tensor, "batch time dimension"]:
+        """Vectors of every position."""
+        raise NotImplementedError
+
+
+class SmallTrunk(Trunk):
+    """A small transformer from random weights, drawn from torch's global generator, over the policy's vocabulary."""
+
+    def __init__(self, *, vocab_size: int, width: int, num_layers: int, context_length: int) -> None:
+        super().__init__()
+        self.width = width
+        num_heads = max(width // 64, 1)
+        self.model = LlamaModel(
+            LlamaConfig(
+                vocab_size=vocab_size,
+                hidden_size=width,
+                intermediate_size=2 * width,
+                num_hidden_layers=num_layers,
+                num_attention_heads=num_heads,
+                num_key_value_heads=num_heads,
+                max_position_embeddings=context_length,
+            )
+        )
+
+    def forward(self, tokens: Tensor) -> Float[Tensor, "batch time dimension"]:
+        """The last hidden state of every position."""
+        hidden: Tensor = self.model(input_ids=tokens, use_cache=False).last_hidden_state
+        return hidden
+
+
+class CopiedTrunk(Trunk):
+    """A copy of the policy as it is now, which then learns on its own; the head reads its last layer."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        super().__init__()
+        trained = lm.trainable_parameters().keys()
+        # Held in a tuple: its model is registered below, once.
+        self._copy = (lm.frozen_copy(),)
+        self.model = self._copy[0].model
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        self.width = int(lm.model.config.get_text_config().hidden_size)
+
+    def forward(self, tokens: Tensor) -> Float[Tensor, "batch time dimension"]:
+        """The output of the last layer at every position."""
+        lm = self._copy[0]
+        nothing = torch.zeros_like(tokens, dtype=torch.bool)
+        captured = lm.forward(tokens, keep=nothing, capture=lm.layers[-1]).captured
+        assert captured is not None, "a captured module always gives its output"
+        return captured
+
+
+def build_value_network(lm: LanguageModel, *, kind: str, width: int, num_layers: int, seed: int) -> ValueNetwork:
+    """A value network for ``lm`` on its device.
+
+    Args:
+        lm: the policy.
+        kind: ``small`` (a transformer of its own) or ``copy`` (a copy of the policy).
+        width: of a small trunk, dimensions.
+        num_layers: of a small trunk.
+        seed: of the random weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        trunk: Trunk
+        if kind == "copy":
+            trunk = CopiedTrunk(lm)
+        else:
+            trunk = SmallTrunk(
+                vocab_size=lm.vocab_size, width=width, num_layers=num_layers, context_length=lm.context_length
+            )
+        network = ValueNetwork(trunk, filler=lm.begin_token)
+    return network.to(lm.device).eval()

@@ -1,0 +1,278 @@
+"""``result.json``: arms × metrics with intervals, the student beside the n-gram ladder, and a verdict in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from preceptor.evaluation.summary import Comparison, Gap, compare, gap_closed, summarise
+from preceptor.evaluation.verdict import MINIMUM_SEEDS, claimable
+
+if TYPE_CHECKING:
+    from preceptor.systems.surgery.materials import Materials
+    from preceptor.systems.surgery.plan import Stretch
+    from preceptor.systems.surgery.session import Session
+
+UNITS = {
+    "log_prob": "nats/token",
+    "accuracy": "share",
+    "quality": "reward",
+    "referee_log_prob": "nats/token",
+    "repetition": "share of 4-grams",
+    "distinct": "share of pairs",
+    "committed": "edits",
+    "plateau_step": "updates",
+    "model_calls": "examinations",
+    "tokens": "tokens",
+    "gflops": "10^9 operations",
+}
+"""Metrics of an arm and their units, all on held-out text; see ``docs/systems/surgery.md`` for each definition."""
+
+TABLE = ("log_prob", "accuracy", "quality", "committed", "model_calls", "tokens", "gflops")
+"""Metrics that the terminal shows; the page shows all."""
+
+RIVALS = ("no_edit", "shuffled", "evolution", "random", "best_of_n", "gradient")
+DECIDING = ("evolution", "shuffled")
+"""Arms that SAC must be above before it can be said that the surgeon helps."""
+
+CHARTS: list[dict[str, Any]] = [
+    {
+        "kind": "lines",
+        "title": "Bootstrapping: held-out text",
+        "unit": "nats per token",
+        "columns": {
+            "no_edit.held_out_cross_entropy": "the objective",
+            "cross_entropy.held_out_cross_entropy": "cross-entropy",
+        },
+    },
+    {
+        "kind": "lines",
+        "title": "Bootstrapping: held-out accuracy",
+        "unit": "share",
+        "columns": {
+            "no_edit.held_out_accuracy": "the objective",
+            "cross_entropy.held_out_accuracy": "cross-entropy",
+        },
+    },
+    {
+        "kind": "lines",
+        "title": "Bootstrapping: policy entropy",
+        "unit": "nats per token",
+        "columns": {"no_edit.entropy": "entropy", "no_edit.entropy_maximum": "maximum"},
+    },
+    *(
+        {
+            "kind": "lines",
+            "title": title,
+            "unit": unit,
+            "columns": {
+                f"{arm}.{metric}": arm.replace("_", " ")
+                for arm in ("learned", "shuffled", "evolution", "random", "best_of_n", "joint")
+            },
+        }
+        for title, unit, metric in (
+            ("Surgery: reward of each edit", "reward", "reward"),
+            ("Surgery: quality of the student", "reward", "quality"),
+            ("Surgery: share of edits committed", "share", "committed_share"),
+        )
+    ),
+    {
+        "kind": "lines",
+        "title": "Surgeon: action norm",
+        "unit": "Euclidean norm",
+        "columns": {"learned.action_norm": "SAC", "learned.action_norm_maximum": "maximum"},
+    },
+    {
+        "kind": "lines",
+        "title": "Surgeon: policy entropy",
+        "unit": "nats",
+        "columns": {
+            "learned.surgeon_entropy": "SAC",
+            "learned.surgeon_entropy_maximum": "maximum",
+            "learned.surgeon_entropy_target": "target",
+        },
+    },
+    {
+        "kind": "lines",
+        "title": "Joint learning and the same training without surgery",
+        "unit": "nats per token",
+        "columns": {
+            "joint.held_out_cross_entropy": "joint",
+            "training.held_out_cross_entropy": "training",
+        },
+    },
+]
+"""Figures of the three phases, drawn from ``metrics.jsonl``."""
+
+
+def arm_record(session: Session, stretch: Stretch) -> dict[str, Any]:
+    """What the student at the end of ``stretch`` is worth on the whole held-out text, and what it has cost."""
+    from preceptor.systems.surgery.student import knowledge
+
+    materials, patient = session.materials, session.patient
+    known = knowledge(
+        patient.model,
+        materials.corpus.held_out.to(materials.watched.device),
+        block_size=session.config.student.block_size,
+    )
+    quality = materials.held_out_examiner.examine(
+        patient.model, materials.held_out_examiner.draw(materials.generator("judgement"))
+    )
+    record: dict[str, Any] = {
+        "arm": stretch.arm,
+        "item": materials.corpus.name,
+        "split": "held_out",
+        "seed": session.config.seed,
+        "log_prob": -known.cross_entropy,
+        "accuracy": known.accuracy,
+        "quality": quality.total,
+        "referee_log_prob": quality.referee_log_prob,
+        "repetition": quality.repetition,
+        "distinct": quality.distinct,
+        "model_calls": patient.costs.evaluations,
+        "tokens": patient.costs.tokens,
+        "gflops": (patient.costs.flops + session.referee_flops(session.learning(stretch))) / 1e9,
+    }
+    if stretch.surgeon is not None:
+        record["committed"] = session.num_committed
+    if stretch.arm == "no_edit" and session.plateau.step is not None:
+        record["plateau_step"] = session.plateau.step
+    return record
+
+
+def ladder_records(materials: Materials, ladder: Mapping[str, tuple[float, float]]) -> list[dict[str, Any]]:
+    """A record for each rung; the same under every seed."""
+    return [
+        {
+            "arm": name,
+            "item": materials.corpus.name,
+            "split": "held_out",
+            "seed": None,
+            "log_prob": -cross_entropy,
+            "accuracy": accuracy,
+            "tokens": len(materials.corpus.train),
+        }
+        for name, (cross_entropy, accuracy) in ladder.items()
+    ]
+
+
+def surgery_result(
+    records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], seeds: Sequence[int]
+) -> dict[str, Any]:
+    """The result of one run, or of several over the same arms, from their records.
+
+    Args:
+        records: of every arm and seed; rungs of the ladder may be there once a run.
+        config: the resolved configuration.
+        seeds: of the runs.
+    """
+    unique = list({(r["arm"], r["item"], r["split"], r["seed"]): r for r in records}.values())
+    arms = {record["arm"] for record in unique}
+    pairs = [("learned", rival) for rival in RIVALS] + [("joint", "training")]
+    comparisons = [
+        compare(unique, metric=metric, arm=arm, baseline=baseline, unit=UNITS[metric], split="held_out")
+        for arm, baseline in pairs
+        if {arm, baseline} <= arms
+        for metric in ("quality", "log_prob")
+    ]
+    gaps = _gaps(unique, arms)
+    return {
+        "system": "surgery",
+        "status": "finished",
+        "config": config,
+        "seeds": list(seeds),
+        "arms": summarise(unique, units=UNITS, split="held_out"),
+        "table": list(TABLE),
+        "comparisons": comparisons,
+        "gap_to_other_objectives": gaps,
+        "verdict": " ".join([*_ladder_sentences(unique), *_gap_sentences(gaps), *_surgeon_sentences(comparisons)]),
+        "charts": CHARTS,
+        "records": unique,
+    }
+
+
+def _gaps(records: Sequence[Mapping[str, Any]], arms: set[str]) -> dict[str, dict[str, Gap]]:
+    """The share of the way from the unigram to another objective that bootstrapping goes, by objective and budget."""
+    gaps: dict[str, dict[str, Gap]] = {}
+    for objective in ("cross_entropy", "distil", "avatarl", "expected", "sampled"):
+        if objective not in arms:
+            continue
+        # Where the costs are the same, the run at equal tokens is the one at equal FLOPs.
+        equal_flops = f"{objective}_equal_flops" if f"{objective}_equal_flops" in arms else objective
+        gaps[objective] = {
+            f"{metric}_at_equal_{what}": gap_closed(
+                records,
+                metric=metric,
+                learned="no_edit",
+                lower="unigram",
+                upper=(upper,),
+                optimum=upper,
+                split="held_out",
+            )
+            for what, upper in (("tokens", objective), ("flops", equal_flops))
+            for metric in ("log_prob", "accuracy")
+        }
+    return gaps
+
+
+def _ladder_sentences(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    students = [record for record in records if record["arm"] == "no_edit"]
+    rungs = [record for record in records if record["seed"] is None and record["arm"] != "no_edit"]
+    if not students:
+        return []
+    nats = -sum(record["log_prob"] for record in students) / len(students)
+    accuracy = sum(record["accuracy"] for record in students) / len(students)
+    passed = [rung["arm"] for rung in rungs if -rung["log_prob"] > nats and rung["accuracy"] < accuracy]
+    beyond = f"passes the {_listed(passed)} in both" if passed else "passes no rung of the n-gram ladder in both"
+    return [
+        f"By reinforcement alone the student comes to {nats:.3f} nats per held-out token and {100 * accuracy:.1f} % "
+        f"accuracy, and {beyond}."
+    ]
+
+
+def _gap_sentences(gaps: Mapping[str, Mapping[str, Gap]]) -> list[str]:
+    sentences = []
+    for objective, gap in gaps.items():
+        shares = [gap[f"log_prob_at_equal_{what}"]["mean"] for what in ("tokens", "flops")]
+        if all(share is not None for share in shares):
+            tokens, flops = (f"{100 * share:.0f} %" for share in shares if share is not None)
+            same = f"{tokens} at equal tokens and {flops} at equal FLOPs"
+            sentences.append(f"Of the way in nats from the unigram to {objective.replace('_', ' ')} that is {same}.")
+    return sentences
+
+
+def _surgeon_sentences(comparisons: Sequence[Comparison]) -> list[str]:
+    deciding = [c for c in comparisons if c["metric"] == "quality" and c["baseline"] in DECIDING]
+    sentences = []
+    if len(deciding) == len(DECIDING):
+        measured = " and ".join(f"{c['baseline']} {c['mean']:+.3g}{_interval(c)}" for c in deciding)
+        num_seeds = min(c["num_seeds"] for c in deciding)
+        if num_seeds < MINIMUM_SEEDS:
+            sentences.append(
+                f"Whether the surgeon helps cannot be said from {num_seeds} seed{'' if num_seeds == 1 else 's'} "
+                f"(at least {MINIMUM_SEEDS}); SAC's held-out quality less that of {measured}."
+            )
+        elif all(claimable(c) and c["mean"] > 0 for c in deciding):
+            sentences.append(f"The surgeon helps: SAC's held-out quality is above that of {measured}.")
+        else:
+            sentences.append(
+                f"That the surgeon helps cannot be claimed: SAC's held-out quality less that of {measured}, "
+                "and it would have to be above both."
+            )
+    for c in comparisons:
+        if c["arm"] == "joint" and c["metric"] == "log_prob":
+            claim = "" if claimable(c) else "; no difference can be claimed"
+            sentences.append(
+                f"Learning with surgery is {c['mean']:+.3g} nats per token{_interval(c)} from the same training "
+                f"without{claim}."
+            )
+    return sentences
+
+
+def _interval(comparison: Comparison) -> str:
+    low, high = comparison["low"], comparison["high"]
+    return "" if low is None or high is None else f" ({low:+.3g} to {high:+.3g})"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

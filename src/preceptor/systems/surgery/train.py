@@ -1,0 +1,86 @@
+"""The surgery system: a student learns to speak by reinforcement alone, and a surgeon edits its attention.
+
+1. Bootstrapping: the objective alone teaches the student, and a plateau is looked for.
+2. Exclusive surgery: the student is frozen but for edits. Each step
+   a. the surgeon sees the student's state and proposes an edit,
+   b. the edit is made in the theatre, the edited student examined, the weights put back;
+      the reward is the change in quality, measured on the same prompts, noise and windows,
+   c. an edit that earned something is tested on windows that no reward saw; if it passes it is committed,
+   d. the surgeon learns.
+3. Joint: updates of the objective, then an edit, again and again.
+4. Every control does the same from where its phase began: other surgeons, gradient steps, training without surgery.
+
+Steps of the run are counted through all stretches; each is logged, and a stop at any of them can be resumed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from preceptor.config import to_dict
+from preceptor.run.device import peak_memory_mib
+from preceptor.systems.surgery.config import SurgeryConfig
+from preceptor.systems.surgery.materials import ladder, prepare
+from preceptor.systems.surgery.phases import one_step
+from preceptor.systems.surgery.plan import find
+from preceptor.systems.surgery.result import arm_record, ladder_records, surgery_result
+from preceptor.systems.surgery.session import Session
+from preceptor.systems.surgery.student import save_student
+
+if TYPE_CHECKING:
+    from preceptor.run.folder import Run
+
+STREAMS: tuple[str, ...] = ()
+"""None: every draw has a generator of its own, named by purpose and step (:meth:`Materials.generator`)."""
+
+PHASE_ARMS = ("no_edit", "learned", "joint")
+"""What the student goes through; the run folder keeps it as the last of these leaves it."""
+
+PROGRESS_COLUMNS = {
+    "held_out_cross_entropy": "held-out nats",
+    "reward": "reward",
+    "committed": "committed",
+    "tokens": "tokens",
+}
+
+
+def train(config: SurgeryConfig, run: Run) -> dict[str, Any]:
+    """Run all three phases and every control of ``config`` inside ``run``; gives ``result.json``."""
+    materials = prepare(config, device=run.device)
+    session = Session(config, materials, device=run.device, folder=run.path)
+    num_steps = sum(stretch.num_steps for stretch in session.plan)
+    first = 1
+    if (checkpoint := run.restore()) is not None:
+        session.load(checkpoint, session.plan[find(session.plan, checkpoint.step)[0]])
+        first = checkpoint.step + 1
+    run.show_progress(num_steps, PROGRESS_COLUMNS)
+    for step in range(first, num_steps + 1):
+        number, local = find(session.plan, step)
+        stretch = session.plan[number]
+        if local == 1:
+            run.notice(f"{stretch.arm}: {stretch.phase}, {stretch.num_steps} steps")
+            session.begin(stretch)
+        outcome = one_step(session, stretch, local, step)
+        if local == stretch.num_steps:
+            session.records.append(arm_record(session, stretch))
+            if stretch.arm == "no_edit":
+                session.bootstrapped = session.patient.snapshot()
+            if stretch.arm in PHASE_ARMS:
+                save_student(session.patient.model, materials.corpus.tokenizer, run.path / "student")
+        for notice in outcome.notices:
+            run.notice(notice)
+        if outcome.decision is not None:
+            run.record([outcome.decision])
+        shown = {name: outcome.metrics[name] for name in PROGRESS_COLUMNS if name in outcome.metrics}
+        position = {"arm": stretch.arm, "phase": stretch.phase, "stretch_step": local}
+        tokens = {"tokens": session.patient.costs.tokens, "peak_memory_mib": peak_memory_mib(run.device)}
+        run.log(step, position | shown | tokens | {stretch.arm: outcome.metrics})
+        if run.due(step) or run.stop_requested or step == num_steps:
+            session.save(run, step)
+        if run.stop_requested:
+            run.stop(step)
+    records = [
+        *session.records,
+        *ladder_records(materials, ladder(materials.corpus, order=config.evaluation.ladder_order)),
+    ]
+    return surgery_result(records, config=to_dict(config), seeds=[config.seed])

@@ -1,0 +1,69 @@
+"""Which arms a configuration asks for, and what sets them apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from preceptor.systems.curriculum.arms import FROZEN, Arm, plan_arms, static_grid
+from preceptor.systems.curriculum.config import (
+    ControlOptions,
+    CurriculumConfig,
+    MixtureOptions,
+    PPOOptions,
+    UpdateOptions,
+)
+
+BASE = CurriculumConfig(controls=ControlOptions(rules=("uniform", "second_order"), static_grid="none"))
+
+
+def names(config: CurriculumConfig) -> list[str]:
+    return [arm.name for arm in plan_arms(config)]
+
+
+def test_the_whole_system_comes_first_and_each_control_takes_one_thing_away() -> None:
+    own, frozen, rule, *others = plan_arms(BASE)
+    assert own == Arm("learning_progress+ppo", "learning_progress", writes=True)
+    assert frozen == Arm(FROZEN, "learning_progress", writes=True, learns=False)
+    assert rule == Arm("learning_progress", "learning_progress")
+    assert others == [Arm("uniform", "uniform"), Arm("second_order", "second_order")]
+
+
+def test_without_rollouts_there_is_nothing_to_freeze() -> None:
+    assert names(replace(BASE, ppo=PPOOptions(weight=0.0))) == ["learning_progress", "uniform", "second_order"]
+
+
+def test_without_cross_entropy_every_arm_writes() -> None:
+    arms = plan_arms(replace(BASE, update=UpdateOptions(cross_entropy_weight=0.0)))
+    assert [arm.name for arm in arms] == ["learning_progress", FROZEN, "uniform", "second_order"]
+    assert all(arm.writes for arm in arms)
+
+
+def test_a_rule_is_not_its_own_control() -> None:
+    config = replace(BASE, mixture=MixtureOptions(rule="uniform"), ppo=PPOOptions(weight=0.0))
+    assert names(config) == ["uniform", "second_order"]
+
+
+def test_the_settings_of_the_rule_reach_its_arms_alone() -> None:
+    config = replace(BASE, mixture=MixtureOptions(settings={"threshold": 3.0}))
+    assert [arm.settings for arm in plan_arms(config)] == [{"threshold": 3.0}] * 3 + [{}] * 2
+
+
+def test_the_static_grid() -> None:
+    grid = static_grid(["a", "b", "c"], doubled=True)
+    assert grid == {
+        "static_no_a": (0, 1, 1),
+        "static_no_b": (1, 0, 1),
+        "static_no_c": (1, 1, 0),
+        "static_more_a": (2, 1, 1),
+        "static_more_b": (1, 2, 1),
+        "static_more_c": (1, 1, 2),
+    }
+    config = replace(BASE, controls=ControlOptions(rules=(), static_grid="omit"), ppo=PPOOptions(weight=0.0))
+    assert names(config)[1:] == [f"static_no_{name}" for name in ("code", "manual", "dialogue", "noise")]
+
+
+@pytest.mark.parametrize(("rule", "measures"), [("uniform", False), ("static", False), ("exp3", True)])
+def test_only_rules_that_move_measure(rule: str, measures: bool) -> None:
+    assert Arm("x", rule).measures is measures

@@ -1,0 +1,115 @@
+"""Every term by hand, the user's own function, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from preceptor.errors import ConfigError, DataError
+from preceptor.lm.language_model import LanguageModel
+from preceptor.systems.curriculum import choices, rewards
+from preceptor.systems.curriculum.config import RewardOptions
+from preceptor.systems.curriculum.rewards import RewardTerm, load_function, reward_terms, score, usable_rows
+from tests.systems.curriculum.made import rollouts_from
+
+
+def test_repetition_blames_the_repeating_token() -> None:
+    # Row 0: 5 repeats the prompt's last token, 5 repeats itself, 6 and 5 do not. Row 1 ends after two tokens; the
+    # tokens drawn behind its end repeat each other and do not count.
+    made = rollouts_from([[5, 5, 6, 5], [7, 7]], prompts=[[1, 5], [1]])
+    assert rewards.repetition(made).tolist() == [[-0.25, -0.25, 0, 0], [0, -0.25, 0, 0]]
+
+
+def test_repeated_bigrams_blames_the_token_that_completes_one() -> None:
+    # (5 6) (6 5) (5 6): the third pair was there before. (7 7) (7 7): the second was.
+    made = rollouts_from([[5, 6, 5, 6], [7, 7, 7]])
+    assert rewards.repeated_bigrams(made).tolist() == [[0, 0, 0, -0.25], [0, 0, -0.25, 0]]
+
+
+def test_distinct_stands_at_the_last_counted_token() -> None:
+    # Pairs (5 6) (6 5) (5 6): two of three differ. One token has no pair, and nothing is repeated.
+    made = rollouts_from([[5, 6, 5, 6], [7]])
+    expected = torch.tensor([[0, 0, 0, 2 / 3], [1, 0, 0, 0]])
+    torch.testing.assert_close(rewards.distinct(made), expected)
+
+
+def test_overlap_is_f1_with_multiplicity() -> None:
+    # Shared are one 5 and one 6: F1 = 2 · 2 / (3 + 4).
+    made = rollouts_from([[5, 5, 6], [8]], references=[[5, 6, 7, 7], [7]])
+    torch.testing.assert_close(rewards.overlap(made), torch.tensor([[0, 0, 4 / 7], [0, 0, 0]]))
+
+
+def test_length_is_the_share_of_the_tokens_allowed() -> None:
+    assert rewards.length(rollouts_from([[5, 5], [6]], num_tokens=4)).sum(1).tolist() == [0.5, 0.25]
+
+
+def test_log_likelihood_is_the_mean_under_the_frozen_model(tiny: LanguageModel) -> None:
+    made = rollouts_from([[5, 6, 7], [8]], prompts=[[0, 20, 21], [0, 22]])
+    values = rewards.log_likelihood(tiny)(made)
+    for row, (prompt, tokens) in enumerate((([0, 20, 21], [5, 6, 7]), ([0, 22], [8]))):
+        logits = tiny.model(torch.tensor([[*prompt, *tokens]])).logits[0].detach().log_softmax(-1)
+        expected = [float(logits[len(prompt) - 1 + t, token]) for t, token in enumerate(tokens)]
+        assert float(values[row].sum()) == pytest.approx(sum(expected) / len(tokens), abs=1e-5)
+        assert values[row, : len(tokens)].tolist() == pytest.approx([x / len(tokens) for x in expected], abs=1e-5)
+
+
+def test_score_weighs_and_adds() -> None:
+    made = rollouts_from([[5, 5, 6], [7, 8, 9]])
+    terms = [RewardTerm("repetition", 3.0, rewards.repetition), RewardTerm("length", 0.5, rewards.length)]
+    scored = score(made, terms)
+    # Row 0: 3 · (−1/3) + 0.5 · 1; row 1: 0.5.
+    assert scored.total.tolist() == pytest.approx([-0.5, 0.5])
+    assert scored.terms["repetition"].tolist() == pytest.approx([-1 / 3, 0.0])
+
+
+def test_what_is_not_counted_earns_nothing() -> None:
+    scored = score(rollouts_from([[5, 5], [7]]), [RewardTerm("n", 1.0, lambda made: torch.ones(made.tokens.shape))])
+    assert scored.total.tolist() == [2.0, 1.0]
+
+
+def test_every_name_of_the_configuration_is_a_term(tiny: LanguageModel) -> None:
+    options = [RewardOptions(name) for name in choices.REWARDS]
+    terms = reward_terms(options, tiny, likelihood=tiny)
+    made = rollouts_from([[5, 5, 6]], prompts=[[0, 4]], references=[[5]])
+    assert [term.name for term in terms] == list(choices.REWARDS)
+    assert score(made, terms).tokens.isfinite().all()
+
+
+def test_the_users_own_function(tiny: LanguageModel, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def count(prompts, continuations, references):\n    return [len(c) for c in continuations]\n")
+    (term,) = reward_terms([RewardOptions(f"{file}:count", 2.0)], tiny, likelihood=tiny)
+    made = rollouts_from([tiny.encode("How much"), tiny.encode("Yes")])
+    assert score(made, [term]).total.tolist() == [16.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module:f", "cannot be imported"),
+        ("math:no_such", "math has no function 'no_such'"),
+        ("math:pi", "has no function 'pi'"),
+        ("nowhere.py:f", "there is no file nowhere.py"),
+    ],
+)
+def test_a_function_that_is_not_there(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_function(name)
+
+
+def test_a_function_that_gives_too_few_numbers(tiny: LanguageModel, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def one(prompts, continuations, references):\n    return [1.0]\n")
+    (term,) = reward_terms([RewardOptions(f"{file}:one")], tiny, likelihood=tiny)
+    with pytest.raises(DataError, match="gave 1 numbers for 2 continuations"):
+        score(rollouts_from([[5], [6]]), [term])
+
+
+def test_a_reward_that_is_not_finite_makes_its_row_unusable() -> None:
+    made = rollouts_from([[5], [6], [7]])
+    values = torch.tensor([[1.0], [math.nan], [math.inf]])
+    scored = score(made, [RewardTerm("n", 1.0, lambda _: values)])
+    assert usable_rows(scored).tolist() == [True, False, False]

@@ -1,0 +1,79 @@
+"""Rollouts: what was recorded is what was sampled, and what lies behind an end does not count."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from preceptor.lm.language_model import LanguageModel
+from preceptor.systems.curriculum.rollout import (
+    Prompt,
+    end_token,
+    generate_rollouts,
+    rollout_log_probs,
+    rollout_sampling,
+)
+from tests.systems.curriculum.made import rollouts_from
+
+PROMPTS = [Prompt("a", (0, 30, 31, 32, 33), ()), Prompt("b", (0, 40), ())]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_recorded_log_probs_are_those_of_a_pass_over_the_whole_row(tiny: LanguageModel, temperature: float) -> None:
+    # Prompts of unequal length, so that an off-by-one in either direction would show.
+    sampling = rollout_sampling(tiny, temperature)
+    rollouts = generate_rollouts(
+        tiny, PROMPTS, group_size=3, num_tokens=7, sampling=sampling, generator=torch.Generator().manual_seed(0)
+    )
+    assert [prompt.dataset for prompt in rollouts.prompts] == ["a", "a", "a", "b", "b", "b"]
+    with torch.no_grad():
+        _, log_probs = rollout_log_probs(tiny, rollouts, sampling)
+    torch.testing.assert_close(log_probs, rollouts.log_probs, atol=2e-5, rtol=0)  # float32, other order of sums
+    for row, prompt in enumerate(rollouts.prompts):  # and by hand, without the mask of positions
+        tokens = rollouts.tokens[row].tolist()
+        logits = tiny.model(torch.tensor([[*prompt.tokens, *tokens]])).logits[0].detach()
+        logits[:, [0, 2]] = -torch.inf  # begin and pad are never drawn
+        expected = (logits / temperature).log_softmax(-1)
+        for place, token in enumerate(tokens):
+            value = float(expected[len(prompt.tokens) - 1 + place, token])
+            assert float(log_probs[row, place]) == pytest.approx(value, abs=2e-5)
+
+
+def test_nothing_counts_behind_the_end(tiny: LanguageModel) -> None:
+    end = end_token(tiny)
+    with torch.no_grad():  # a model that ends often
+        tiny.model.get_input_embeddings().weight[end] *= 3
+    rollouts = generate_rollouts(
+        tiny,
+        PROMPTS * 20,
+        group_size=1,
+        num_tokens=12,
+        sampling=rollout_sampling(tiny, 1.0),
+        generator=torch.Generator().manual_seed(1),
+    )
+    ended = 0
+    for row in range(len(rollouts)):
+        tokens = rollouts.tokens[row].tolist()
+        expected = tokens[: tokens.index(end) + 1] if end in tokens else tokens
+        assert rollouts.continuation(row) == expected
+        ended += len(expected) < 12
+    assert ended > 0
+
+
+def test_control_tokens_but_the_end_are_never_drawn(tiny: LanguageModel) -> None:
+    assert rollout_sampling(tiny, 1.0).suppressed == [0, 2]
+
+
+def test_rows_and_their_predicting_places() -> None:
+    padded, keep = rollouts_from([[5, 6], [7, 8]], prompts=[[0, 1, 2], [0]]).padded(filler=99)
+    assert padded.tolist() == [[0, 1, 2, 5, 6], [0, 7, 8, 99, 99]]
+    # 5 is predicted at place 2 and 6 at 3; 7 at 0 and 8 at 1.
+    assert keep.long().tolist() == [[0, 0, 1, 1, 0], [1, 1, 0, 0, 0]]
+
+
+def test_a_selection_of_rows_keeps_everything_together() -> None:
+    made = rollouts_from([[5, 6], [7], [8, 9]], prompts=[[1], [2], [3]])
+    part = made.at(torch.tensor([2, 0]))
+    assert [prompt.tokens for prompt in part.prompts] == [(3,), (1,)]
+    assert part.tokens.tolist() == [[8, 9], [5, 6]]
+    assert made.without(torch.tensor([True, False, False])).mask.long().tolist() == [[0, 0], [1, 0], [1, 1]]

@@ -1,0 +1,228 @@
+"""The update: its gradients against plain ones, and against what must not change them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from preceptor.lm.language_model import LanguageModel
+from preceptor.systems.curriculum.config import PPOOptions
+from preceptor.systems.curriculum.credit import Credit
+from preceptor.systems.curriculum.rollout import (
+    Prompt,
+    generate_rollouts,
+    rollout_log_probs,
+    rollout_sampling,
+)
+from preceptor.systems.curriculum.update import (
+    Documents,
+    Experience,
+    Sums,
+    accumulate_cross_entropy,
+    accumulate_ppo,
+)
+from preceptor.systems.curriculum.value_network import build_value_network
+
+SAMPLING_TEMPERATURE = 0.8
+BASE = PPOOptions(kl_place="none", temperature=SAMPLING_TEMPERATURE)
+
+
+def gradients(lm: LanguageModel) -> dict[str, Tensor]:
+    found = {name: parameter.grad.clone() for name, parameter in lm.trainable_parameters().items()}
+    lm.model.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_close(first: dict[str, Tensor], second: dict[str, Tensor], *, tolerance: float = 1e-5) -> None:
+    scale = max(float(tensor.abs().max()) for tensor in second.values())
+    for name, tensor in first.items():
+        assert float((tensor - second[name]).abs().max()) <= tolerance * scale, name
+
+
+@pytest.fixture
+def experience(tiny: LanguageModel) -> Experience:
+    """Six continuations of unequal prompts; some end early."""
+    prompts = [Prompt("a", (0, 30, 31, 32), ()), Prompt("b", (0, 40), ()), Prompt("b", (0, 50, 51), ())]
+    rollouts = generate_rollouts(
+        tiny,
+        prompts,
+        group_size=2,
+        num_tokens=5,
+        sampling=rollout_sampling(tiny, SAMPLING_TEMPERATURE),
+        generator=torch.Generator().manual_seed(0),
+    )
+    lengths = torch.tensor([5, 2, 5, 4, 1, 3])[:, None]
+    rollouts = replace(rollouts, mask=torch.arange(5) < lengths)
+    generator = torch.Generator().manual_seed(1)
+    advantages = torch.randn(6, 1, generator=generator) * rollouts.mask
+    return Experience(
+        rollouts=rollouts,
+        credit=Credit(advantages, torch.randn(6, 5, generator=generator)),
+        values=torch.zeros(6, 5),
+        reference_log_probs=rollouts.log_probs + 0.3 * torch.randn(6, 5, generator=generator),
+    )
+
+
+def ppo(
+    lm: LanguageModel, experience: Experience, options: PPOOptions, **changes: Any
+) -> tuple[dict[str, Tensor], Sums]:
+    sums = Sums()
+    arguments: dict[str, Any] = {
+        "sampling": rollout_sampling(lm, SAMPLING_TEMPERATURE),
+        "kl_coefficient": 0.5,
+        "value_network": None,
+        "reference": lm,
+        "micro_batch_size": 6,
+        "bf16": False,
+    } | changes
+    accumulate_ppo(lm, experience, options=options, sums=sums, **arguments)
+    return gradients(lm), sums
+
+
+def reinforce_gradient(lm: LanguageModel, experience: Experience, weights: Tensor) -> dict[str, Tensor]:
+    """Gradient of −Σ weight · advantage · ln π(token), token by token from the model's own logits."""
+    loss = torch.zeros(())
+    for row, prompt in enumerate(experience.rollouts.prompts):
+        tokens = experience.rollouts.tokens[row].tolist()
+        logits = lm.model(torch.tensor([[*prompt.tokens, *tokens]])).logits[0]
+        allowed = logits.index_fill(-1, torch.tensor([0, 2]), -torch.inf) / SAMPLING_TEMPERATURE
+        for place, token in enumerate(tokens):
+            if experience.rollouts.mask[row, place]:
+                log_prob = allowed[len(prompt.tokens) - 1 + place].log_softmax(-1)[token]
+                loss = loss - weights[row] * experience.credit.advantages[row, place] * log_prob
+    loss.backward()
+    return gradients(lm)
+
+
+@pytest.mark.parametrize("loss", ["clip", "cispo", "reinforce", "gspo"])
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
+def test_where_nothing_has_moved_every_loss_has_the_gradient_of_reinforce(
+    tiny: LanguageModel, experience: Experience, loss: str, aggregation: str
+) -> None:
+    options = replace(BASE, loss=loss, aggregation=aggregation)
+    ours, sums = ppo(tiny, experience, options)
+    lengths = experience.rollouts.mask.sum(1)
+    if loss == "gspo" or aggregation == "sequence_mean":
+        weights = 1 / (6 * lengths)
+    else:
+        weights = torch.full((6,), 1 / float(lengths.sum()) if aggregation == "token_mean" else 1 / 30)
+    assert_close(ours, reinforce_gradient(tiny, experience, weights), tolerance=1e-4)
+    assert sums.means()["old_policy_kl"] == pytest.approx(0, abs=1e-8)
+    assert sums.means()["clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("kl_place", ["none", "loss_k2", "loss_k3", "loss_exact"])
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
+def test_the_gradient_does_not_depend_on_the_micro_batch(
+    tiny: LanguageModel, experience: Experience, kl_place: str, aggregation: str
+) -> None:
+    reference = tiny.frozen_copy()
+    with torch.no_grad():
+        for parameter in tiny.model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    options = replace(BASE, kl_place=kl_place, aggregation=aggregation)
+    whole, whole_sums = ppo(tiny, experience, options, reference=reference)
+    parts, part_sums = ppo(tiny, experience, options, reference=reference, micro_batch_size=2)
+    assert_close(parts, whole)
+    for name, value in whole_sums.means().items():
+        assert part_sums.means()[name] == pytest.approx(value, rel=1e-4), name
+
+
+def exact_kl(p: Tensor, q: Tensor) -> Tensor:
+    """Σ p ln(p/q) a place, the suppressed tokens left out."""
+    return (p.exp() * (p - q).masked_fill(p.isinf(), 0.0)).sum(-1)
+
+
+@pytest.mark.parametrize("kl_place", ["loss_k2", "loss_k3", "loss_exact"])
+def test_the_kl_in_the_loss_pulls_towards_the_reference(
+    tiny: LanguageModel, experience: Experience, kl_place: str
+) -> None:
+    """With zero advantages, steps along −gradient lessen the estimate of the KL that the option names."""
+    reference = tiny.frozen_copy()
+    with torch.no_grad():
+        for parameter in tiny.model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    sampling, mask = rollout_sampling(tiny, SAMPLING_TEMPERATURE), experience.rollouts.mask
+
+    @torch.no_grad()
+    def divergence() -> float:
+        p, ours = rollout_log_probs(tiny, experience.rollouts, sampling)
+        q, theirs = rollout_log_probs(reference, experience.rollouts, sampling)
+        if kl_place == "loss_exact":
+            return float(exact_kl(p, q)[mask].mean())
+        difference = (ours - theirs)[mask]
+        k2, k3 = difference.square() / 2, (-difference).exp() - 1 + difference
+        return float((k2 if kl_place == "loss_k2" else k3).mean())
+
+    with torch.no_grad():
+        _, reference_log_probs = rollout_log_probs(reference, experience.rollouts, sampling)
+    still = replace(experience, credit=Credit(torch.zeros(6, 5), None), reference_log_probs=reference_log_probs)
+    before = divergence()
+    for _ in range(20):
+        found, sums = ppo(tiny, still, replace(BASE, kl_place=kl_place), reference=reference)
+        with torch.no_grad():
+            for name, parameter in tiny.trainable_parameters().items():
+                parameter.sub_(0.02 * found[name])
+    assert divergence() < 0.8 * before
+    # The coefficient of the helper is ½, and the policy loss is 0.
+    found, sums = ppo(tiny, still, replace(BASE, kl_place=kl_place), reference=reference)
+    assert sums.means()["policy_loss"] == pytest.approx(0.5 * divergence(), rel=1e-3)
+
+
+def test_a_row_whose_reward_was_not_finite_teaches_nothing(tiny: LanguageModel, experience: Experience) -> None:
+    lost = torch.tensor([False, False, True, False, False, False])
+    advantages = experience.credit.advantages.masked_fill(lost[:, None], float("nan"))
+    emptied = replace(
+        experience, rollouts=experience.rollouts.without(lost), credit=Credit(advantages, experience.credit.returns)
+    )
+    kept = experience.at((~lost).nonzero()[:, 0])
+    for aggregation in ("token_mean", "sequence_mean"):
+        options = replace(BASE, aggregation=aggregation)
+        assert_close(ppo(tiny, emptied, options)[0], ppo(tiny, kept, options)[0])
+
+
+def test_the_value_network_learns_its_targets_and_leaves_the_policy_alone(
+    tiny: LanguageModel, experience: Experience
+) -> None:
+    network = build_value_network(tiny, kind="small", width=64, num_layers=1, seed=0)
+    optimiser = torch.optim.Adam(network.parameters(), lr=1e-2)
+    returns = torch.tensor([1.0, 1.0, -1.0, -1.0, 0.5, 0.5])[:, None].expand(6, 5)  # the prompt decides
+    still = replace(experience, credit=Credit(torch.zeros(6, 5), returns))
+    losses = []
+    for _ in range(60):
+        found, sums = ppo(tiny, still, replace(BASE, value_clip_epsilon=0.0), value_network=network)
+        assert max(float(tensor.abs().max()) for tensor in found.values()) == 0.0
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(sums.means()["value_loss"])
+    assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 8])
+def test_cross_entropy_is_torchs_mean_over_what_counts(tiny: LanguageModel, micro_batch_size: int) -> None:
+    tokens = torch.tensor([[0, 30, 31, 32], [0, 40, 0, 0], [0, 50, 51, 0]])
+    lengths = [4, 2, 3]
+    mask = torch.arange(4) < torch.tensor(lengths)[:, None]
+    documents = Documents(tokens, mask, torch.tensor([1, 0, 1]))
+    sums = accumulate_cross_entropy(
+        tiny, documents, weight=2.0, num_datasets=3, micro_batch_size=micro_batch_size, bf16=False
+    )
+    ours = gradients(tiny)
+    losses = []
+    for row, length in enumerate(lengths):
+        logits = tiny.model(tokens[row : row + 1, :length]).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, tokens[row, 1:length], reduction="sum"))
+    (2.0 * sum(losses) / 6).backward()
+    assert_close(ours, gradients(tiny))
+    expected = [[float(losses[1].detach()), 1], [float((losses[0] + losses[2]).detach()), 5], [0, 0]]
+    torch.testing.assert_close(sums, torch.tensor(expected, dtype=torch.float64), atol=1e-4, rtol=0)
+
+
+def test_bfloat16_is_near_float32(tiny: LanguageModel, experience: Experience) -> None:
+    exact, _ = ppo(tiny, experience, BASE)
+    mixed, _ = ppo(tiny, experience, BASE, bf16=True)
+    assert_close(mixed, exact, tolerance=0.1)  # eight bits of mantissa
