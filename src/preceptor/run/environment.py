@@ -12,8 +12,12 @@ from typing import Any
 import torch
 
 import preceptor
+from preceptor.lm.compiled import step_library
 
-EXACT = ("preceptor", "torch", "transformers", "machine", "cpu", "device", "threads", "float32_matmul_precision")
+EXACT = (
+    *("preceptor", "torch", "transformers", "machine", "cpu", "device", "threads"),
+    *("float32_matmul_precision", "decode_step"),
+)
 """The fields that change the last bits of a result; the others of ``environment`` are for the reader."""
 
 
@@ -31,6 +35,7 @@ def environment(device: torch.device, num_threads: int) -> dict[str, Any]:
         "device": f"{device} ({name})" if name else str(device),
         "threads": num_threads,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "decode_step": "pytorch" if step_library() is None else "compiled",
     }
 
 
