@@ -56,6 +56,7 @@ def scramble(targets: list[Target] | tuple[Target, ...], generator: torch.Genera
 def _nothing_left_behind() -> Iterator[None]:
     before = [signal.getsignal(number) for number in SIGNALS]
     yield
+    torch.set_grad_enabled(True)  # an interrupt may land in a test's own `no_grad`, and leave gradients off
     assert theatre_module._open == []
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
@@ -523,6 +524,7 @@ def test_an_interrupt_at_every_bytecode_of_the_theatre(stride: int) -> None:
         assert raised == sent, f"the signal at bytecode {boundary} was lost"
         assert same(bits(model), before), f"wrong weights after a signal at bytecode {boundary}"
         assert theatre_module._open == [], f"left open after a signal at bytecode {boundary}"
+        assert torch.is_grad_enabled(), f"gradients left off after a signal at bytecode {boundary}"
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert boundary > 500
     with SurgicalTheater(model, targets):

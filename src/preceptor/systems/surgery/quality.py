@@ -123,8 +123,9 @@ def acceptance(before: Float[Tensor, " window"], after: Float[Tensor, " window"]
 
     z = mean gain / (sample standard deviation / √n). An edit that changed nothing has z = 0 and never passes.
 
-    >>> acceptance(torch.tensor([2.0, 3.0, 4.0]), torch.tensor([1.0, 2.5, 3.0]), required_z=2.0)
-    Acceptance(gain=0.833..., z=5.0, passed=True)
+    >>> found = acceptance(torch.tensor([2.0, 3.0, 4.0]), torch.tensor([1.0, 2.5, 3.0]), required_z=2.0)
+    >>> round(found.gain, 3), round(found.z, 3), found.passed
+    (0.833, 5.0, True)
     """
     gains = (before - after).double()
     mean, error = float(gains.mean()), float(gains.std()) / math.sqrt(len(gains))

@@ -157,11 +157,11 @@ class SurgicalTheater:
                 self._handles.append(owner.register_load_state_dict_pre_hook(_Refusal("load a state into the model")))
         self._handles.append(register_optimizer_step_pre_hook(self._refuse_step))
 
-    @torch.no_grad()
     def _close(self) -> list[str]:
         """Puts back what is not committed and stops refusing; names what differs from before but for commits."""
-        for view, saved in self._saved:
-            view.copy_(saved)
+        with torch.no_grad():  # left again while signals still wait: one in its exit would leave gradients off
+            for view, saved in self._saved:
+                view.copy_(saved)
         self._saved.clear()
         while self._handles:
             self._handles.pop().remove()
