@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -207,9 +208,7 @@ def firsts(batch: dict[str, torch.Tensor]) -> list[int]:
 
 
 def loader(mixture: MixtureDataset, num_workers: int = 0) -> DataLoader:
-    return DataLoader(
-        mixture, batch_size=4, num_workers=num_workers, collate_fn=lambda examples: collate(examples, filler=0)
-    )
+    return DataLoader(mixture, batch_size=4, num_workers=num_workers, collate_fn=partial(collate, filler=0))
 
 
 def test_examples_are_the_rows_that_the_sampler_draws():

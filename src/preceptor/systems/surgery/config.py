@@ -253,9 +253,8 @@ class SurgeryConfig:
 
     def _at_odds(self) -> list[str]:
         found = []
-        if self.student.width % self.student.num_heads or (
-            self.student.architecture == "llama" and self.student.width // self.student.num_heads % 2
-        ):
+        heads = max(self.student.num_heads, 1)  # fewer are told above
+        if self.student.width % heads or (self.student.architecture == "llama" and self.student.width // heads % 2):
             found.append(
                 f"`student.width` must be a multiple of `student.num_heads` (an even one for llama), got "
                 f"{self.student.width} and {self.student.num_heads}"
