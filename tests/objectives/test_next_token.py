@@ -30,7 +30,7 @@ def softmax(logits):
 
 
 def test_rewards_by_hand():
-    # Caught by planting: the penalty on the referee's probabilities instead of the policy's own, and without (1 + c).
+    # Caught by planting: the penalty without (1 + c).
     logits = torch.tensor([[[0.5, 0.3, 0.2]]]).log()
     referee = torch.tensor([[[0.1, 0.8, 0.1]]])
     rewards = next_token_rewards(
@@ -115,7 +115,7 @@ def test_a_partial_reward_needs_a_referee():
 
 @given(SEEDS)
 def test_expected_gradient_is_the_policy_gradient(seed):
-    # Caught by planting: gradient into the rewards' own dependence on the policy, and the sign.
+    # Caught by planting: the sign, and gradient into the rewards.
     logits, targets, _ = drawn(seed)
     tensor = torch.tensor(logits, requires_grad=True)
     rewards = next_token_rewards(tensor, torch.tensor(targets))
@@ -144,7 +144,7 @@ def test_the_penalised_gradient_is_that_of_the_quadratic_score():
 
 
 def test_leave_one_out_samples_estimate_the_expectation():
-    # Caught by planting: the mean over positions taken as a sum; samples of another position.
+    # Caught by planting: the log-probabilities of another position's samples.
     logits, targets, _ = drawn(6, batch=1, time=2, vocab=3)
     tensor = torch.tensor(logits, requires_grad=True)
     rewards = next_token_rewards(tensor, torch.tensor(targets))

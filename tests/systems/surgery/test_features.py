@@ -26,7 +26,7 @@ def test_a_state_has_a_number_for_everything_it_names() -> None:
 
 
 def test_features_are_normalised_by_what_came_so_far() -> None:
-    # Caught by planting: normalised before the newest value is taken in.
+    # To catch: normalised before the newest value is taken in.
     found = features()
     losses = [3.0, 2.0, 2.5, 1.0]
     position = 2 * 4 + 2 * 2

@@ -41,7 +41,7 @@ def test_controls_are_their_textbook_losses() -> None:
 
 
 def test_the_reward_is_what_the_policy_earns_without_the_tax() -> None:
-    # Caught by planting: the penalty counted into the reported reward.
+    # To catch: the penalty counted into the reported reward.
     logits, targets, referee = batch()
     probs = logits.softmax(-1)
     hit = probs.gather(-1, targets[..., None]).mean().item()

@@ -57,7 +57,7 @@ def draws(table: Surgery, seed: int = 3) -> Draws:
 
 
 def test_a_trial_leaves_no_trace_and_is_paid_the_difference() -> None:
-    # Caught by planting: before and after exchanged, and other prompts after the edit.
+    # To catch: before and after exchanged, and other prompts after the edit.
     patient = small_patient()
     table, weights_before = surgery(patient), weights(patient)
     action, common = torch.linspace(-1, 1, table.edit.action_dim), draws(table)

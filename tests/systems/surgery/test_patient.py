@@ -32,7 +32,7 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 
 
 def test_a_snapshot_put_back_learns_on_as_before() -> None:
-    # Caught by planting: the snapshot's tensors handed to the optimiser itself, which then writes into them.
+    # To catch: the snapshot's tensors handed to the optimiser itself, which then writes into them.
     patient = small_patient()
     learn(patient, 1)
     snapshot = patient.snapshot()

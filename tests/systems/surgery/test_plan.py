@@ -57,7 +57,7 @@ def test_a_falling_loss_is_no_plateau() -> None:
 
 
 def test_a_plateau_is_found_once_by_the_line_through_the_last_points() -> None:
-    # Caught by planting: the slope per step instead of per hundred.
+    # To catch: the slope per step instead of per hundred.
     watch = PlateauWatch(window=3, slope=0.1)
     losses = [3.0, 2.0, 1.9, 1.9, 1.9]  # per 100 steps: -0.55, then -0.05
     assert [watch.measure(100 * n, loss) for n, loss in enumerate(losses, start=1)] == [

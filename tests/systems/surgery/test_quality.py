@@ -46,7 +46,7 @@ def draws(seed: int = 2) -> Draws:
 
 
 def test_quality_is_the_weighted_sum_of_its_parts() -> None:
-    # Caught by planting: the referee asked one position too early, and the sign of repetition.
+    # To catch: the referee asked one position too early, and the sign of repetition.
     student, common = small_student(), draws()
     found = examiner().examine(student, common)
     continuations = write(student, *common)

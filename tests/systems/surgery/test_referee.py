@@ -43,7 +43,7 @@ def test_the_ngram_costs_its_counting() -> None:
 
 
 def test_a_model_judges_each_row_after_its_begin_token(pretrained: Path) -> None:
-    # Caught by planting: the begin token's own prediction kept, so that all are one position late.
+    # To catch: the begin token's own prediction kept, so that all are one position late.
     lm = load_referee(str(pretrained), device=CPU)
     referee = ModelReferee(lm, training_tokens=1000, block_size=16)
     tokens = torch.randint(3, 262, (2, 16), generator=torch.Generator().manual_seed(0))

@@ -42,7 +42,7 @@ def result(given: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def test_the_surgeon_helps_only_above_both_deciding_arms() -> None:
-    # Caught by planting: any instead of all.
+    # To catch: any instead of all.
     assert "The surgeon helps" in result(records(learned=0.1, evolution=0.05, shuffled=0.05))["verdict"]
     for qualities in ((0.1, 0.15, 0.05), (0.1, 0.05, 0.15), (0.1, 0.1, 0.05), (-0.1, -0.05, -0.05)):
         verdict = result(records(**dict(zip(("learned", "evolution", "shuffled"), qualities, strict=True))))["verdict"]

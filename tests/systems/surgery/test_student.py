@@ -48,7 +48,7 @@ def test_flops_are_those_of_the_matrix_products(architecture: str) -> None:
 
 @pytest.mark.parametrize("length", [49, 44, 10])
 def test_knowledge_predicts_every_token_once(length: int) -> None:
-    # Caught by planting: the last, shorter block left out.
+    # To catch: the last, shorter block left out.
     student = small_student()
     tokens = torch.randint(7, (length,), generator=torch.Generator().manual_seed(0))
     nats, hits, entropies = [], 0, []
@@ -76,7 +76,7 @@ def test_window_losses_are_the_means_of_each_row() -> None:
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_writing_draws_by_inversion_without_a_cache(architecture: str) -> None:
-    # Caught by planting: the distribution of the position before, and a strict inequality the wrong way round.
+    # To catch: the distribution of the position before, and a strict inequality the wrong way round.
     student = small_student(architecture=architecture)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(7, (3, 4), generator=generator)

@@ -47,7 +47,7 @@ def operate(surgeon: Surgeon, rewards: list[float]) -> list[torch.Tensor]:
 
 
 def test_sac_is_paid_in_units_of_the_running_root_mean_square() -> None:
-    # Caught by planting: the deviation from the mean, which would pay a bad edit among worse ones.
+    # To catch: the deviation from the mean, which would pay a bad edit among worse ones.
     surgeon = sac()
     operate(surgeon, [0.003, -0.004, 0.0, 0.0])
     expected = [1.0, -0.004 / math.sqrt((0.003**2 + 0.004**2) / 2), 0.0]
@@ -95,7 +95,7 @@ def test_random_edits_are_as_large_as_their_models() -> None:
 
 
 def test_evolution_follows_the_one_fifth_rule() -> None:
-    # Caught by planting: growth and shrinkage exchanged.
+    # To catch: growth and shrinkage exchanged.
     surgeon = EvolutionSurgeon(2, standard_deviation=0.3)
     for committed in (True, False, False, False, False):
         surgeon.observe(STATE, torch.zeros(2), 1.0, committed=committed, generator=generator())

@@ -57,7 +57,7 @@ def test_a_text_that_cannot_be_learned_is_refused(tmp_path: Path) -> None:
 
 
 def test_windows_lie_anywhere_and_within_the_text() -> None:
-    # Caught by planting: the last window left out, and one beyond the end.
+    # To catch: the last window left out, and one beyond the end.
     windows = draw_windows(torch.arange(10), num_windows=500, length=8, generator=torch.Generator().manual_seed(0))
     assert windows.shape == (500, 8)
     assert set(windows[:, 0].tolist()) == {0, 1, 2}

@@ -521,7 +521,7 @@ def test_an_interrupt_at_every_bytecode_of_the_theatre(stride: int) -> None:
     while sent:
         boundary += stride
         sent, raised = interrupt_at(boundary, work)
-        assert raised == sent, f"the signal at bytecode {boundary} was lost"
+        assert raised == sent, f"the signal at bytecode {boundary} was lost, {signal.getsignal(signal.SIGINT)}"
         assert same(bits(model), before), f"wrong weights after a signal at bytecode {boundary}"
         assert theatre_module._open == [], f"left open after a signal at bytecode {boundary}"
         assert torch.is_grad_enabled(), f"gradients left off after a signal at bytecode {boundary}"
