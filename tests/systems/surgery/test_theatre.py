@@ -54,11 +54,13 @@ def scramble(targets: list[Target] | tuple[Target, ...], generator: torch.Genera
 
 @pytest.fixture(autouse=True)
 def _nothing_left_behind() -> Iterator[None]:
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever tests before have left there
     before = [signal.getsignal(number) for number in SIGNALS]
     yield
     torch.set_grad_enabled(True)  # an interrupt may land in a test's own `no_grad`, and leave gradients off
     assert theatre_module._open == []
     assert [signal.getsignal(number) for number in SIGNALS] == before
+    signal.signal(signal.SIGINT, found)
 
 
 # ---- in and out -----------------------------------------------------------------------------------------------------
