@@ -143,6 +143,15 @@ class WandB:
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """The scalars of ``row``; lists (parts per position) and text stay in the JSONL alone."""
-    is_scalar = {key: isinstance(value, int | float) or getattr(value, "ndim", None) == 0 for key, value in row.items()}
-    return {key: float(value) for key, value in row.items() if is_scalar[key]}
+    """The scalars of ``row``, those of a mapping under dotted names; lists and text stay in the JSONL alone.
+
+    >>> _numbers({"loss": 1.0, "weights": {"books": 0.5, "code": 0.5}, "arm": "uniform"})
+    {'loss': 1.0, 'weights.books': 0.5, 'weights.code': 0.5}
+    """
+    found: dict[str, float] = {}
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            found |= {f"{key}.{inner}": number for inner, number in _numbers(value).items()}
+        elif isinstance(value, int | float) or getattr(value, "ndim", None) == 0:
+            found[key] = float(value)
+    return found
