@@ -96,7 +96,7 @@ class OurStep:
                     generator=self.generator,
                 )
                 generated = time.perf_counter()
-                _, reference_log_probs = rollout_log_probs(self.reference, rollouts, sampling)
+                reference_log_probs = rollout_log_probs(self.reference, rollouts, sampling)
             rewards = torch.zeros_like(rollouts.log_probs)
             rewards[:, -1] = torch.tensor([reward(row) for row in rollouts.tokens.tolist()])
             mask = torch.ones_like(rollouts.mask)

@@ -98,6 +98,21 @@ def test_rewinding_forgets(make_lm: Callable[..., LanguageModel], plain: Any, ra
     checked.generate(2)
 
 
+@pytest.mark.parametrize("lengths", [(3, 6), (4, 4)], ids=["ragged", "even"])
+def test_a_prompt_is_read_once_for_its_group(
+    family: str, lengths: tuple[int, int], make_lm: Callable[..., LanguageModel], plain: Any, random_tokens: Any
+) -> None:
+    """Three rows of each prompt, side by side, which then go their own ways; before the first token, and after some."""
+    checked = Checked(make_lm(family), [[0, *random_tokens(length)] for length in lengths], plain)
+    for times in (3, 1, 2):
+        checked.decoder.repeat(times)
+        checked.rows = [list(row) for row in checked.rows for _ in range(times)]
+        generated = checked.generate(3)
+    assert len({tuple(row) for row in generated.tokens.tolist()}) > 2
+    checked.append([random_tokens(index) for index in range(12)])
+    checked.generate(2)
+
+
 def test_a_row_does_not_depend_on_its_neighbours(
     family: str, make_lm: Callable[..., LanguageModel], random_tokens: Any
 ) -> None:
@@ -227,6 +242,8 @@ def test_a_full_context_is_refused_and_leaves_the_rows_as_they_were(
 
 
 def test_calls_that_make_no_sense_are_refused(make_lm: Callable[..., LanguageModel]) -> None:
+    with pytest.raises(ShapeError, match="`times` must be at least 1, got 0"):
+        Decoder(make_lm(), batch_size=1).repeat(0)
     decoder = Decoder(make_lm(), batch_size=2)
     with pytest.raises(ModelError, match="append a prompt"):
         decoder.generate(1, sampling=SAMPLING, generator=seeded())

@@ -13,8 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -108,7 +107,6 @@ class CompiledStep:
             head_norm_epsilon=layers[0].head_norms[0].epsilon if layers[0].head_norms else 0.0,
         )
         self._layers = (_Layer * len(layers))(*(self._layer(layer) for layer in layers))
-        self._pool: ThreadPoolExecutor | None = None
 
     def __call__(
         self,
@@ -140,35 +138,20 @@ class CompiledStep:
         turns = None if turns is None else turns.contiguous()
         filled = None if filled is None else filled.contiguous()
 
-        def run(first: int, num_rows: int) -> int:
-            return int(
-                self._library.preceptor_step(
-                    ctypes.byref(self._model),
-                    self._layers,
-                    ctypes.c_int64(first),
-                    ctypes.c_int64(num_rows),
-                    _pointer(states),
-                    _pointer(turns),
-                    _pointer(filled),
-                    ctypes.c_int64(slot),
-                    _pointer(captured),
-                )
-            )
-
-        if any(self._over_threads(run, len(states))):
+        failed = self._library.preceptor_step(
+            ctypes.byref(self._model),
+            self._layers,
+            ctypes.c_int64(len(states)),
+            ctypes.c_int64(torch.get_num_threads()),
+            _pointer(states),
+            _pointer(turns),
+            _pointer(filled),
+            ctypes.c_int64(slot),
+            _pointer(captured),
+        )
+        if failed:
             raise ModelError(f"no memory for one step of {len(states)} rows; decode fewer at once")
         return states, captured
-
-    def _over_threads(self, run: Callable[[int, int], int], num_rows: int) -> list[int]:
-        """Rows are independent, so each of torch's threads takes its share of them."""
-        share = -(-num_rows // torch.get_num_threads())
-        starts = range(0, num_rows, share)
-        if len(starts) == 1:
-            return [run(0, num_rows)]
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(torch.get_num_threads() - 1)
-        others = [self._pool.submit(run, start, min(share, num_rows - start)) for start in starts[1:]]
-        return [run(0, share), *(other.result() for other in others)]
 
     def _layer(self, layer: Layer) -> _Layer:
         norms = layer.head_norms or (None, None)
@@ -206,29 +189,40 @@ class CompiledStep:
 
 @cache
 def step_library() -> ctypes.CDLL | None:
-    """``step.c`` as a library, built unless it is in the cache; None where it cannot be built."""
+    """``step.c`` as a library, built unless it is in the cache; None where it cannot be built.
+
+    It shares torch's OpenMP threads: others of its own would meet torch's, which wait for their next piece of work
+    without letting go of the core. A compiler without OpenMP builds it for one thread.
+    """
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None
     source = resources.files("preceptor.lm").joinpath("step.c").read_text(encoding="utf-8")
-    identity = "\n".join((source, compiler, *_OPTIONS, platform.machine(), _processor()))
+    for options in ((*_OPTIONS, "-fopenmp"), _OPTIONS):
+        try:
+            return _built(compiler, options, source)
+        except (OSError, subprocess.SubprocessError):  # no place to build, no such options, or no such processor
+            continue
+    return None
+
+
+def _built(compiler: str, options: Sequence[str], source: str) -> ctypes.CDLL:
+    """``source`` as a library from the user's cache, compiled first where it is not there."""
+    identity = "\n".join((source, compiler, *options, platform.machine(), _processor()))
     name = f"step-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     folder = Path.home() / ".cache" / "preceptor"
-    try:
-        if not (folder / name).is_file():
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as build:
-                (Path(build) / "step.c").write_text(source, encoding="utf-8")
-                subprocess.run(
-                    [compiler, *_OPTIONS, "-o", f"{build}/step.so", f"{build}/step.c", "-lm"],
-                    check=True,
-                    capture_output=True,
-                    timeout=_BUILD_SECONDS,
-                )
-                os.replace(f"{build}/step.so", folder / name)
-        return ctypes.CDLL(str(folder / name))
-    except (OSError, subprocess.SubprocessError):  # no place to build, no such options, or no such processor
-        return None
+    if not (folder / name).is_file():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as build:
+            (Path(build) / "step.c").write_text(source, encoding="utf-8")
+            subprocess.run(
+                [compiler, *options, "-o", f"{build}/step.so", f"{build}/step.c", "-lm"],
+                check=True,
+                capture_output=True,
+                timeout=_BUILD_SECONDS,
+            )
+            os.replace(f"{build}/step.so", folder / name)
+    return ctypes.CDLL(str(folder / name))
 
 
 def _processor() -> str:

@@ -133,6 +133,25 @@ class Decoder:
         else:
             self._next_logits = self._next_logits.masked_scatter((lengths > 0)[:, None], logits)
 
+    def repeat(self, times: int) -> None:
+        """Make ``times`` rows of each, side by side: continuations of one prompt, which has been read once.
+
+        Marks made before are void.
+
+        Raises:
+            ShapeError: ``times`` is not at least 1.
+        """
+        if times < 1:
+            raise ShapeError(f"`times` must be at least 1, got {times}")
+        if times == 1:
+            return
+        self.batch_size *= times
+        for layer in self._layers:
+            layer.batch_repeat_interleave(times)
+        self._filled, self._lengths = (held.repeat_interleave(times, 0) for held in (self._filled, self._lengths))
+        if self._next_logits is not None:
+            self._next_logits = self._next_logits.repeat_interleave(times, 0)
+
     @torch.no_grad()
     def generate(self, num_tokens: int, *, sampling: Sampling, generator: torch.Generator) -> Generated:
         """Draw ``num_tokens`` for every row and read them.

@@ -62,6 +62,15 @@ class KeptLayer(CacheLayerMixin):
             self.keys[..., :start, :] = old_keys[..., :start, :]
             self.values[..., :start, :] = old_values[..., :start, :]
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """``repeats`` copies of each row, side by side."""
+        if self.keys is None or self.values is None:
+            return
+        keys, values = (held[..., : self.length, :].repeat_interleave(repeats, 0) for held in (self.keys, self.values))
+        self.keys, self.values = self._buffers(keys, values, self.capacity)
+        self.keys[..., : self.length, :] = keys
+        self.values[..., : self.length, :] = values
+
     def _buffers(self, keys: Tensor, values: Tensor, slots: int) -> tuple[Tensor, Tensor]:
         """Empty buffers of ``slots`` for tensors like ``keys`` and ``values``."""
         *outer, _, width = keys.shape

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from preceptor.errors import ModelError
+from preceptor.lm.attention import CpuAttention
 from preceptor.lm.kept_layer import KeptLayer
 from preceptor.lm.native import ARCHITECTURES, NativeModel
 from preceptor.lm.sampling import Sampling
@@ -154,7 +155,7 @@ class LanguageModel:
         arguments = self._arguments(tokens, attention_mask, positions, cache)
         captured: list[Tensor] = []
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._adapter())
+            stack.enter_context(self._computing())
             if capture is not None:
                 hook = capture.register_forward_hook(lambda _module, _inputs, output: captured.append(_tensor(output)))
                 stack.callback(hook.remove)
@@ -194,7 +195,7 @@ class LanguageModel:
             log_probs = (sampling or Sampling()).log_probs(logits, drawn=chosen)
             return log_probs.gather(-1, chosen[:, None])[:, 0]
         bias: Tensor | None = self._head.bias
-        with self._adapter():
+        with self._computing():
             states = self._decoder(**self._arguments(tokens, attention_mask, positions, None)).last_hidden_state[keep]
         if sampling is not None:
             states = states / sampling.temperature
@@ -231,11 +232,15 @@ class LanguageModel:
         frozen._bind(model)
         return frozen
 
-    def _adapter(self) -> contextlib.AbstractContextManager[Any]:
-        """The adapter switched off in a view of the untrained model."""
-        if self.adapter_enabled:
-            return contextlib.nullcontext()
-        return cast(contextlib.AbstractContextManager[Any], cast(Any, self.model).disable_adapter())
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """The fast attention of a CPU, and the adapter switched off in a view of the untrained model."""
+        with contextlib.ExitStack() as stack:
+            if self.device.type == "cpu":
+                stack.enter_context(CpuAttention())
+            if not self.adapter_enabled:
+                stack.enter_context(cast(Any, self.model).disable_adapter())
+            yield
 
     def _arguments(
         self, tokens: Tensor, attention_mask: Tensor | None, positions: Tensor | None, cache: Cache | None

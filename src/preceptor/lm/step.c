@@ -173,17 +173,23 @@ static void attend(const struct model *model, const float *query, const float *k
     }
     float sum = 0;
     for (int i = 0; i < LANES; i++) sum += total[i];
-    memset(out, 0, width * sizeof(float));
-    int64_t s = 0;
-    for (; s + 4 <= slots; s += 4) {
-        const float *v = values + s * width;
-        for (int64_t d = 0; d < width; d++)
-            out[d] += (scores[s] * v[d] + scores[s + 1] * v[d + width]) +
-                      (scores[s + 2] * v[d + 2 * width] + scores[s + 3] * v[d + 3 * width]);
+    if (width < LANES) {
+        for (int64_t d = 0; d < width; d++) {
+            float mean = 0;
+            for (int64_t s = 0; s < slots; s++) mean += scores[s] * values[s * width + d];
+            out[d] = mean / sum;
+        }
+        return;
     }
-    for (; s < slots; s++)
-        for (int64_t d = 0; d < width; d++) out[d] += scores[s] * values[s * width + d];
-    for (int64_t d = 0; d < width; d++) out[d] /= sum;
+    for (int64_t start = 0; start < width; start += LANES) {
+        int64_t d = start + LANES > width ? width - LANES : start; /* the last lanes may overlap those before */
+        vec means[4] = {0};
+        int64_t s = 0;
+        for (; s + 4 <= slots; s += 4)
+            for (int i = 0; i < 4; i++) means[i] += scores[s + i] * load(values + (s + i) * width + d);
+        for (; s < slots; s++) means[0] += scores[s] * load(values + s * width + d);
+        *(vec *)(out + d) = ((means[0] + means[1]) + (means[2] + means[3])) / sum;
+    }
 }
 
 /* Norm and rotary turn (pairs come out side by side, as NativeModel keeps them) of one head. */
@@ -199,11 +205,9 @@ static void prepare_head(float *head, const float *norm, float epsilon, const fl
     memcpy(head, turned, width * sizeof(float));
 }
 
-/* Rows first..first + rows of the batch; `states` [row][width] is replaced by the last layer's output, and slot
- * `slot` of every layer's keys and values is written. `turns` [row][head_width / 2][2] or NULL, `filled`
- * [row][slot + 1] or NULL, `captured` [row][width]. Returns 0, or 1 where memory is out. */
-int preceptor_step(const struct model *model, const struct layer *layers, int64_t first, int64_t rows, float *states,
-                   const float *turns, const uint8_t *filled, int64_t slot, float *captured) {
+/* Rows first..first + rows of the batch. Returns 0, or 1 where memory is out. */
+static int step_rows(const struct model *model, const struct layer *layers, int64_t first, int64_t rows, float *states,
+                     const float *turns, const uint8_t *filled, int64_t slot, float *captured) {
     int64_t width = model->width, head_width = model->head_width, kept = model->num_kept_heads, slots = slot + 1;
     int64_t group = model->num_heads / kept, projected = (model->num_heads + 2 * kept) * head_width;
     int64_t hidden = layers[0].up.outputs, attended_width = model->num_heads * head_width, capacity = model->capacity;
@@ -246,4 +250,19 @@ int preceptor_step(const struct model *model, const struct layer *layers, int64_
     }
     free(scratch);
     return 0;
+}
+
+/* `states` [row][width] is replaced by the last layer's output, and slot `slot` of every layer's keys and values is
+ * written. `turns` [row][head_width / 2][2] or NULL, `filled` [row][slot + 1] or NULL, `captured` [row][width]. Rows
+ * are independent, so each thread takes its share of them. Returns 0, or 1 where memory is out. */
+int preceptor_step(const struct model *model, const struct layer *layers, int64_t rows, int64_t num_threads,
+                   float *states, const float *turns, const uint8_t *filled, int64_t slot, float *captured) {
+    int64_t share = (rows + num_threads - 1) / num_threads;
+    int failed = 0;
+#pragma omp parallel for num_threads((int)num_threads) schedule(static) reduction(|| : failed)
+    for (int64_t first = 0; first < rows; first += share) {
+        int64_t here = rows - first < share ? rows - first : share;
+        failed = step_rows(model, layers, first, here, states, turns, filled, slot, captured) || failed;
+    }
+    return failed;
 }

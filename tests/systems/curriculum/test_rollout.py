@@ -27,7 +27,7 @@ def test_recorded_log_probs_are_those_of_a_pass_over_the_whole_row(tiny: Languag
     )
     assert [prompt.dataset for prompt in rollouts.prompts] == ["a", "a", "a", "b", "b", "b"]
     with torch.no_grad():
-        _, log_probs = rollout_log_probs(tiny, rollouts, sampling)
+        log_probs = rollout_log_probs(tiny, rollouts, sampling)
     torch.testing.assert_close(log_probs, rollouts.log_probs, atol=2e-5, rtol=0)  # float32, other order of sums
     for row, prompt in enumerate(rollouts.prompts):  # and by hand, without the mask of positions
         tokens = rollouts.tokens[row].tolist()

@@ -15,6 +15,7 @@ from preceptor.systems.curriculum.credit import Credit
 from preceptor.systems.curriculum.rollout import (
     Prompt,
     generate_rollouts,
+    rollout_distributions,
     rollout_log_probs,
     rollout_sampling,
 )
@@ -150,16 +151,16 @@ def test_the_kl_in_the_loss_pulls_towards_the_reference(
 
     @torch.no_grad()
     def divergence() -> float:
-        p, ours = rollout_log_probs(tiny, experience.rollouts, sampling)
-        q, theirs = rollout_log_probs(reference, experience.rollouts, sampling)
+        ours, theirs = (rollout_log_probs(lm, experience.rollouts, sampling) for lm in (tiny, reference))
         if kl_place == "loss_exact":
+            p, q = (rollout_distributions(lm, experience.rollouts, sampling) for lm in (tiny, reference))
             return float(exact_kl(p, q)[mask].mean())
         difference = (ours - theirs)[mask]
         k2, k3 = difference.square() / 2, (-difference).exp() - 1 + difference
         return float((k2 if kl_place == "loss_k2" else k3).mean())
 
     with torch.no_grad():
-        _, reference_log_probs = rollout_log_probs(reference, experience.rollouts, sampling)
+        reference_log_probs = rollout_log_probs(reference, experience.rollouts, sampling)
     still = replace(experience, credit=Credit(torch.zeros(6, 5), None), reference_log_probs=reference_log_probs)
     before = divergence()
     for _ in range(20):

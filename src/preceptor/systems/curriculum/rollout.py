@@ -96,7 +96,7 @@ def generate_rollouts(
     sampling: Sampling,
     generator: torch.Generator,
 ) -> Rollouts:
-    """``group_size`` continuations of every prompt, drawn in one batch.
+    """``group_size`` continuations of every prompt, drawn in one batch; a prompt is read once for its group.
 
     A row that draws the tokenizer's end token is over: what is drawn after it does not count.
 
@@ -108,13 +108,13 @@ def generate_rollouts(
         sampling: the distribution that is drawn from, without truncation.
         generator: of the draws.
     """
-    rows = tuple(prompt for prompt in prompts for _ in range(group_size))
-    decoder = Decoder(lm, batch_size=len(rows))
-    decoder.append([prompt.tokens for prompt in rows])
+    decoder = Decoder(lm, batch_size=len(prompts))
+    decoder.append([prompt.tokens for prompt in prompts])
+    decoder.repeat(group_size)
     generated = decoder.generate(num_tokens, sampling=sampling, generator=generator)
     ends = generated.tokens == end_token(lm)
     return Rollouts(
-        prompts=rows,
+        prompts=tuple(prompt for prompt in prompts for _ in range(group_size)),
         tokens=generated.tokens,
         mask=ends.cumsum(1) - ends.long() == 0,
         log_probs=generated.log_probs,
@@ -137,15 +137,23 @@ def rollout_sampling(lm: LanguageModel, temperature: float) -> Sampling:
     return Sampling(temperature=temperature, suppressed=[token for token in lm.special_tokens if token != end])
 
 
-def rollout_log_probs(
-    lm: LanguageModel, rollouts: Rollouts, sampling: Sampling
-) -> tuple[Float[Tensor, "batch token vocab"], Float[Tensor, "batch token"]]:
-    """Log-probabilities of every token, and of the drawn ones, at each place of the continuations.
+def rollout_log_probs(lm: LanguageModel, rollouts: Rollouts, sampling: Sampling) -> Float[Tensor, "batch token"]:
+    """Log-probability in nats of each drawn token, without the logits of all places at once.
 
     Carries gradient into the trainable parameters of ``lm``, unless the caller switches it off.
     """
     tokens, keep = rollouts.padded(lm.begin_token)
-    logits = lm.forward(tokens, keep=keep).logits
-    logits = logits.view(len(rollouts), rollouts.num_tokens, -1)
-    log_probs = sampling.log_probs(logits, drawn=rollouts.tokens)
-    return log_probs, log_probs.gather(-1, rollouts.tokens[..., None])[..., 0]
+    chosen = rollouts.tokens.flatten()
+    return lm.chosen_log_probs(tokens, keep=keep, chosen=chosen, sampling=sampling).view_as(rollouts.tokens)
+
+
+def rollout_distributions(
+    lm: LanguageModel, rollouts: Rollouts, sampling: Sampling
+) -> Float[Tensor, "batch token vocab"]:
+    """Log-probabilities in nats of the whole vocabulary at each place of the continuations.
+
+    Carries gradient into the trainable parameters of ``lm``, unless the caller switches it off.
+    """
+    tokens, keep = rollouts.padded(lm.begin_token)
+    logits = lm.forward(tokens, keep=keep).logits.view(len(rollouts), rollouts.num_tokens, -1)
+    return sampling.log_probs(logits, drawn=rollouts.tokens)

@@ -134,7 +134,7 @@ def write_rollouts(
     taught = rollouts.without(excluded.to(rollouts.mask.device))
     device, mask = lm.device, taught.mask
     with autocast(lm, bf16):
-        _, reference_log_probs = rollout_log_probs(kl_reference(learner, setting, ppo), taught, sampling)
+        reference_log_probs = rollout_log_probs(kl_reference(learner, setting, ppo), taught, sampling)
         values = None if learner.value_network is None else learner.value_network(taught)
     coefficient = ppo.kl_coefficient if learner.kl is None else learner.kl.coefficient
     token_rewards = rewards.tokens.to(device)

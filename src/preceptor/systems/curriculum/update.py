@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.sampling import Sampling
@@ -24,7 +24,7 @@ from preceptor.objectives.statistics import masked_mean
 from preceptor.objectives.value import value_loss
 from preceptor.systems.curriculum.config import PPOOptions
 from preceptor.systems.curriculum.credit import Credit
-from preceptor.systems.curriculum.rollout import Rollouts, rollout_log_probs
+from preceptor.systems.curriculum.rollout import Rollouts, rollout_distributions, rollout_log_probs
 from preceptor.systems.curriculum.value_network import ValueNetwork
 
 
@@ -112,8 +112,7 @@ def accumulate_cross_entropy(
     for rows in torch.arange(len(documents)).split(micro_batch_size):
         tokens, targets = documents.tokens[rows].to(lm.device), counted[rows].to(lm.device)
         with autocast(lm, bf16):
-            logits = lm.forward(tokens, keep=targets.roll(-1, dims=1)).logits
-        losses = nn.functional.cross_entropy(logits, tokens[targets], reduction="none")
+            losses = -lm.chosen_log_probs(tokens, keep=targets.roll(-1, dims=1), chosen=tokens[targets])
         (weight * losses.sum() / num_targets).backward()
         datasets = documents.datasets[rows][:, None].expand_as(targets.cpu())[targets.cpu()]
         sums[:, 0].index_add_(0, datasets, losses.detach().double().cpu())
@@ -163,7 +162,13 @@ def accumulate_ppo(
         if part_tokens == 0:
             continue
         with autocast(lm, bf16):
-            vocabulary_log_probs, log_probs = rollout_log_probs(lm, part.rollouts, sampling)
+            if options.kl_place == "loss_exact":  # the one that needs the whole vocabulary
+                distributions = rollout_distributions(lm, part.rollouts, sampling)
+                log_probs = distributions.gather(-1, part.rollouts.tokens[..., None])[..., 0]
+                with torch.no_grad():
+                    reference_distributions = rollout_distributions(reference, part.rollouts, sampling)
+            else:
+                log_probs = rollout_log_probs(lm, part.rollouts, sampling)
         # What this part is of the minibatch's mean: over tokens, over rows that count, or over all rows.
         share = len(rows) / len(experience.rollouts)
         if options.loss == "gspo" or options.aggregation == "sequence_mean":
@@ -173,9 +178,7 @@ def accumulate_ppo(
         loss = share * policy_loss(log_probs, part, options=options)
         if options.kl_place in ("loss_k2", "loss_k3", "loss_exact"):
             if options.kl_place == "loss_exact":
-                with torch.no_grad(), autocast(lm, bf16):
-                    reference_log_probs, _ = rollout_log_probs(reference, part.rollouts, sampling)
-                kl = kl_exact(vocabulary_log_probs, reference_log_probs, mask=part_mask)
+                kl = kl_exact(distributions, reference_distributions, mask=part_mask)
             else:
                 estimate = kl_k2 if options.kl_place == "loss_k2" else kl_k3
                 kl = estimate(log_probs, part.reference_log_probs)

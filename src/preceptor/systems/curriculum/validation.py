@@ -107,7 +107,7 @@ def held_out_rewards(
     usable = usable_rows(rewards)
     if not usable.any():
         raise NumericError("every reward on held-out prompts is NaN or infinite; look at `ppo.rewards`")
-    _, reference_log_probs = rollout_log_probs(reference, rollouts, sampling)
+    reference_log_probs = rollout_log_probs(reference, rollouts, sampling)
     return HeldOutRewards(
         reward=float(rewards.total[usable].double().mean()),
         terms={name: float(values[usable].double().mean()) for name, values in rewards.terms.items()},
