@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,17 +23,18 @@ def comparisons(*, quick: bool = False) -> Iterator[Comparison]:
     for batch_size in (2,) if quick else (1, 8, 32):
         yield compare("starter", lm, batch_size, *((4, 4) if quick else (PROMPT_TOKENS, NEW_TOKENS)))
     if not quick:
-        yield compare("width 192, 8 layers", random_llama(H192), 8, PROMPT_TOKENS, NEW_TOKENS)
+        yield compare("width 192, 8 layers", random_llama(H192), 8, PROMPT_TOKENS, NEW_TOKENS, compiled=True)
 
 
-def compare(name: str, lm: LanguageModel, batch_size: int, prompt_tokens: int, new_tokens: int) -> Comparison:
+def compare(
+    name: str, lm: LanguageModel, batch_size: int, prompt_tokens: int, new_tokens: int, *, compiled: bool = False
+) -> Comparison:
     """One batch, sampled at temperature 1 by all ways; greedy tokens are compared first."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, lm.vocab_size, (batch_size, prompt_tokens), generator=generator).to(lm.device)
 
-    def generate(*, sample: bool = True, **more: Any) -> torch.Tensor:
-        generate_tokens: Any = lm.model.generate
-        tokens: torch.Tensor = generate_tokens(
+    def generate(*, model: Any = lm.model, sample: bool = True, **more: Any) -> torch.Tensor:
+        tokens: torch.Tensor = model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
             max_new_tokens=new_tokens,
@@ -52,21 +54,28 @@ def compare(name: str, lm: LanguageModel, batch_size: int, prompt_tokens: int, n
         drawn = decoder.generate(new_tokens, sampling=sampling, generator=torch.Generator().manual_seed(0))
         return drawn.tokens
 
+    ways: dict[str, Callable[[], object]] = {
+        OURS: measured_precision(ours),
+        f"{OURS}, bfloat16": measured_precision(lambda: ours(dtype=torch.bfloat16)),
+        "generate()": generate,
+        "generate(), static cache": lambda: generate(cache_implementation="static", disable_compile=True),
+    }
+    if compiled:
+        twin = copy.deepcopy(lm.model)
+        twin.forward = torch.compile(twin.forward)
+        ways["generate(), compiled"] = lambda: generate(model=twin, cache_implementation="static")
+        for _ in range(2):  # compiling takes a minute, and is not what is measured
+            ways["generate(), compiled"]()
     unlike = float((measured_precision(lambda: ours(sample=False))() != generate(sample=False)).double().mean())
     bars = (Bar("generate()", at_least=1.6), Bar("generate()", at_least=2.2, way=f"{OURS}, bfloat16"))
     tokens = batch_size * new_tokens
     return Comparison(
         benchmark="decode",
         case=f"{name}: batch {batch_size}, {prompt_tokens} + {new_tokens} tokens",
-        ways={
-            OURS: measured_precision(ours),
-            f"{OURS}, bfloat16": measured_precision(lambda: ours(dtype=torch.bfloat16)),
-            "generate()": generate,
-            "generate(), static cache": lambda: generate(cache_implementation="static", disable_compile=True),
-        },
+        ways=ways,
         bars=bars if batch_size == 8 else (),
         # Two logits that tie within rounding may fall either way; from there on a row's tokens differ.
         agreement={"share of greedy tokens": require_equal("greedy tokens", unlike, at_most=0.05)},
         details={"parameters": lm.model.num_parameters(), "batch_size": batch_size},
-        units=dict.fromkeys((OURS, f"{OURS}, bfloat16", "generate()", "generate(), static cache"), tokens),
+        units=dict.fromkeys(ways, tokens),
     )

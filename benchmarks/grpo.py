@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import shutil
 import tempfile
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -140,10 +142,11 @@ class TrlStep:
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 times.append((time.perf_counter(), time.process_time()))
 
-        self.times, self.folder = times, tempfile.TemporaryDirectory()
+        self.times, folder = times, tempfile.mkdtemp()
+        weakref.finalize(self, shutil.rmtree, folder)  # the trainer reads the untrained model from it at every step
         lm.model.generation_config.eos_token_id = None  # continuations of full length, as ours
-        save_language_model(lm, Path(self.folder.name) / "model")
-        lm.model.config._name_or_path = f"{self.folder.name}/model"  # where TRL finds the untrained model
+        save_language_model(lm, Path(folder) / "model")
+        lm.model.config._name_or_path = f"{folder}/model"  # where TRL finds the untrained model
         self.arguments: dict[str, Any] = {
             "model": lm.model,
             "reward_funcs": lambda completion_ids, **_: [reward(tokens) for tokens in completion_ids],
@@ -153,7 +156,7 @@ class TrlStep:
         }
         self.make: Callable[[], Any] = lambda: GRPOTrainer(
             args=GRPOConfig(
-                output_dir=self.folder.name,
+                output_dir=folder,
                 per_device_train_batch_size=len(prompts) * GROUP,
                 num_generations=GROUP,
                 max_completion_length=new_tokens,

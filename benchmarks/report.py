@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from benchmarks.growth import attention_dominates_from, fit
+from benchmarks.growth import attention_dominates_from, draw, fit
 
-PAGE = "docs/benchmarks.md"
+PAGE, FIGURE = "docs/benchmarks.md", "docs/figures/growth.svg"
 BEGIN, END = "<!-- table: python -m benchmarks.report -->", "<!-- end of the table -->"
 
 
@@ -55,18 +55,22 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def growth(rows: list[dict[str, Any]]) -> str:
-    """A sentence on the newest growth row: the fit, and where attention takes over."""
+def growth(rows: list[dict[str, Any]], root: Path) -> str:
+    """A sentence and a figure on the newest growth row: the fit, and where attention takes over."""
     found = [row for row in rows if row["benchmark"] == "growth"]
     if not found:
         return ""
-    pairs = [int(units) for units in found[-1]["units"].values()]
-    seconds = [found[-1]["seconds"][way]["wall"]["median"] for way in found[-1]["units"]]
+    row = found[-1]
+    pairs = [int(units) for units in row["units"].values()]
+    seconds = [row["seconds"][way]["wall"]["median"] for way in row["units"]]
     a, b = fit(pairs, seconds)
+    draw(pairs, seconds, root / FIGURE)
     points = ", ".join(f"{n}: {s:.2f} s" for n, s in zip(pairs, seconds, strict=True))
     return (
-        f"Cost against pairs ({found[-1]['case']}): {points}. Fit: {a:.4f}·n + {b:.6f}·n² seconds; the quadratic part, "
-        f"attention, is as large as the linear one from {attention_dominates_from(a, b):,.0f} pairs on."
+        f"Cost against pairs ({row['case']}; {row['threads']} threads, {row['commit'][:7]}): {points}. "
+        f"Fit: {a:.4f}·n + {b:.6f}·n² seconds; the quadratic part, attention, is as large as the linear one from "
+        f"{attention_dominates_from(a, b):,.0f} pairs on.\n\n"
+        f"![Seconds against pairs with the fit]({Path(FIGURE).relative_to('docs')})"
     )
 
 
@@ -99,7 +103,9 @@ def write(root: Path) -> Path:
     page = root / PAGE
     text = page.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    parts = [part for part in (table([row for row in rows if row["benchmark"] != "growth"]), growth(rows)) if part]
+    parts = [
+        part for part in (table([row for row in rows if row["benchmark"] != "growth"]), growth(rows, root)) if part
+    ]
     page.write_text(f"{before}{BEGIN}\n\n{chr(10).join([parts[0], '', *parts[1:]])}\n\n{END}{after}", encoding="utf-8")
     return page
 
