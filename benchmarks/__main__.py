@@ -24,6 +24,7 @@ BENCHMARKS = {
     "episodes": "episodes",
     "update": "update",
     "grpo": "grpo",
+    "ppo": "ppo",
     "parts": "parts",
     "start-up": "startup",
     "growth": "growth",

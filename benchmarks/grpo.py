@@ -29,8 +29,10 @@ from preceptor.systems.curriculum.config import PPOOptions
 from preceptor.systems.curriculum.credit import credit_tokens
 from preceptor.systems.curriculum.rollout import Prompt, generate_rollouts, rollout_log_probs, rollout_sampling
 from preceptor.systems.curriculum.update import Experience, Sums, accumulate_ppo, autocast
+from preceptor.systems.curriculum.value_network import CopiedTrunk, ValueNetwork
 
 GROUP, KL, LEARNING_RATE = 8, 0.04, 1e-5
+GRPO = PPOOptions(group_size=GROUP, advantage="grpo", kl_place="loss_k3", kl_coefficient=KL, epochs=1, minibatches=1)
 TRL = "TRL GRPOTrainer"
 
 
@@ -49,9 +51,9 @@ def compare(name: str, lm: LanguageModel, *, num_prompts: int, prompt_tokens: in
     prompts = torch.randint(3, lm.vocab_size, (num_prompts, prompt_tokens), generator=generator).tolist()
     tokens = num_prompts * GROUP * new_tokens
     ways: dict[str, Callable[[], object]] = {
-        OURS: OurStep(_copy(lm), prompts, new_tokens, bf16=False),
-        f"{OURS}, bfloat16": OurStep(_copy(lm), prompts, new_tokens, bf16=True),
-        TRL: TrlStep(_copy(lm), prompts, new_tokens),
+        OURS: OurStep(copied(lm), prompts, new_tokens, options=GRPO, bf16=False),
+        f"{OURS}, bfloat16": OurStep(copied(lm), prompts, new_tokens, options=GRPO, bf16=True),
+        TRL: TrlStep(copied(lm), prompts, new_tokens),
     }
     for step in ways.values():  # what each does once only
         step()
@@ -71,18 +73,26 @@ def reward(tokens: list[int]) -> float:
 
 
 class OurStep:
-    """Rollouts, credit and update of the curriculum system; every continuation has its full length."""
+    """Rollouts, credit and update of the curriculum system; every continuation has its full length.
 
-    def __init__(self, lm: LanguageModel, prompts: list[list[int]], new_tokens: int, *, bf16: bool) -> None:
+    With the advantage ``gae`` a value network of the policy's size learns beside it.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, prompts: list[list[int]], new_tokens: int, *, options: PPOOptions, bf16: bool
+    ) -> None:
         self.lm, self.reference, self.new_tokens, self.bf16 = lm, lm.frozen_copy(), new_tokens, bf16
         self.prompts = [Prompt("benchmark", tuple(tokens), ()) for tokens in prompts]
-        self.optimiser = torch.optim.AdamW(lm.model.parameters(), lr=LEARNING_RATE, fused=True)
+        self.options = options
+        self.value_network = None
+        if options.advantage == "gae":
+            self.value_network = ValueNetwork(CopiedTrunk(lm), filler=lm.begin_token)
+        self.parameters = list(lm.model.parameters())
+        if self.value_network is not None:
+            self.parameters += [each for each in self.value_network.parameters() if each.requires_grad]
+        self.optimiser = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, fused=True)
         self.generator = torch.Generator().manual_seed(0)
-        self.options = PPOOptions(
-            group_size=GROUP, advantage="grpo", kl_place="loss_k3", kl_coefficient=KL, epochs=1, minibatches=1
-        )
         self.setting = exact_matmul_precision(lm.device)
-        self.seconds: dict[str, float] = {}
 
     def __call__(self) -> dict[str, float]:
         begin = time.perf_counter(), time.process_time()
@@ -92,33 +102,39 @@ class OurStep:
                 rollouts = generate_rollouts(
                     lm,
                     self.prompts,
-                    group_size=GROUP,
+                    group_size=self.options.group_size,
                     num_tokens=self.new_tokens,
                     sampling=sampling,
                     generator=self.generator,
                 )
                 generated = time.perf_counter()
                 reference_log_probs = rollout_log_probs(self.reference, rollouts, sampling)
+                values = None if self.value_network is None else self.value_network(rollouts)
             rewards = torch.zeros_like(rollouts.log_probs)
             rewards[:, -1] = torch.tensor([reward(row) for row in rollouts.tokens.tolist()])
+            if self.options.kl_place == "reward_k1":
+                rewards -= self.options.kl_coefficient * (rollouts.log_probs - reference_log_probs)
             mask = torch.ones_like(rollouts.mask)
             rollouts = type(rollouts)(rollouts.prompts, rollouts.tokens, mask, rollouts.log_probs, rollouts.entropy)
-            credit = credit_tokens(rewards, mask, kind="grpo", group_size=GROUP)
-            accumulate_ppo(
-                lm,
-                Experience(rollouts, credit, None, reference_log_probs),
-                sampling=sampling,
-                options=self.options,
-                kl_coefficient=KL,
-                value_network=None,
-                reference=self.reference,
-                micro_batch_size=len(rollouts),
-                bf16=self.bf16,
-                sums=Sums(),
+            credit = credit_tokens(
+                rewards, mask, kind=self.options.advantage, values=values, group_size=self.options.group_size
             )
-            torch.nn.utils.clip_grad_norm_(lm.model.parameters(), 1.0)
-            self.optimiser.step()
-            self.optimiser.zero_grad()
+            for _ in range(self.options.epochs):
+                accumulate_ppo(
+                    lm,
+                    Experience(rollouts, credit, values, reference_log_probs),
+                    sampling=sampling,
+                    options=self.options,
+                    kl_coefficient=self.options.kl_coefficient,
+                    value_network=self.value_network,
+                    reference=self.reference,
+                    micro_batch_size=len(rollouts),
+                    bf16=self.bf16,
+                    sums=Sums(),
+                )
+                torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+                self.optimiser.step()
+                self.optimiser.zero_grad()
         end = time.perf_counter()
         return {"wall": end - begin[0], "cpu": time.process_time() - begin[1], "generation": generated - begin[0]}
 
@@ -184,5 +200,6 @@ class TrlStep:
         return {"wall": wall_end - wall, "cpu": cpu_end - cpu}
 
 
-def _copy(lm: LanguageModel) -> LanguageModel:
+def copied(lm: LanguageModel) -> LanguageModel:
+    """A copy that can be trained."""
     return LanguageModel(copy.deepcopy(lm.model), lm.tokenizer, name=lm.name)

@@ -29,7 +29,7 @@ def newest(lines: list[str]) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: for every row and every peer our time, theirs, the ratio with its bar, and who is faster."""
     lines = [
-        "| benchmark | case | ours | peer | ours (s) | peer (s) | peer / ours | bar | memory | threads, commit |",
+        "| benchmark | case | ours | peer | ours takes | peer takes | peer / ours | bar | memory | threads, commit |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -76,7 +76,9 @@ def growth(rows: list[dict[str, Any]], root: Path) -> str:
 
 def _seconds(row: Mapping[str, Any], way: str) -> str:
     spread, units = row["seconds"][way]["wall"], row["units"].get(way, 1)
-    return f"{spread['median'] / units:.3g} ({spread['minimum'] / units:.3g}–{spread['maximum'] / units:.3g})"
+    scale, unit = next(((s, u) for s, u in ((1, "s"), (1e3, "ms")) if spread["median"] / units * s >= 1), (1e6, "µs"))
+    median, low, high = (spread[key] / units * scale for key in ("median", "minimum", "maximum"))
+    return f"{median:.3g} {unit} ({low:.3g}–{high:.3g})"
 
 
 def _bar(bar: Mapping[str, Any] | None) -> str:

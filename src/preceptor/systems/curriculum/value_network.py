@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
+from preceptor.lm.attention import CpuAttention
 from preceptor.lm.language_model import LanguageModel
 from preceptor.systems.curriculum.rollout import Rollouts
 
@@ -63,7 +64,8 @@ class SmallTrunk(Trunk):
 
     def forward(self, tokens: Tensor) -> Float[Tensor, "batch time dimension"]:
         """The last hidden state of every position."""
-        hidden: Tensor = self.model(input_ids=tokens, use_cache=False).last_hidden_state
+        with CpuAttention():
+            hidden: Tensor = self.model(input_ids=tokens, use_cache=False).last_hidden_state
         return hidden
 
 
