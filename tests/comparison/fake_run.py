@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,13 @@ STEPS = 4
 
 def main(words: list[str]) -> int:
     folder = Path(words[words.index("--out") + 1] if words[0] == "run" else words[1])
+    if words[0] == "run" and os.environ.pop("FAKE_RUN_OVERTAKEN", None) == folder.name:
+        # A run that an earlier sweep started, and whose folder that of this sweep did not see yet.
+        subprocess.Popen([sys.executable, *sys.argv], start_new_session=True)
+        while not (folder / "manifest.json").exists():
+            time.sleep(0.01)
+        print(f"preceptor: error: {folder} already holds a run", file=sys.stderr)
+        return 2
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT)
     try:

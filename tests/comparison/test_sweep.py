@@ -131,6 +131,17 @@ def test_a_sweep_killed_at_random_moments_gives_the_same_comparison(
         assert (root / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_a_run_that_outlived_a_killed_sweep_and_comes_first_is_waited_for(
+    tmp_path: Path, starts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It makes its folder after the new sweep has looked there and before that one's own run does."""
+    monkeypatch.setenv("FAKE_RUN_OVERTAKEN", "seed1-x")
+    monkeypatch.setenv("FAKE_RUN_SECONDS", "0.2")
+    run_cells(cells(3), tmp_path / "s", num_jobs=1, program=FAKE)
+    assert starts.read_text().splitlines().count("seed1-x run") == 1
+    conclude(tmp_path / "s", [cell.name for cell in cells(3)])
+
+
 def _children(pid: int) -> list[int]:
     try:
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -51,6 +51,7 @@ class _Running(NamedTuple):
     cell: Cell
     process: subprocess.Popen[bytes]
     log: Path
+    resumes: bool
 
 
 def run_cells(
@@ -87,7 +88,7 @@ def run_cells(
         while running or (waiting and failure is None and not stop):
             peak = max([peak, *(_peak_bytes(job.process.pid) for job in running)])
             ready = [cell for cell in waiting if locked_until.get(cell.name, 0.0) <= time.monotonic()]
-            settled = not running or _has_begun(root / running[-1].cell.name)
+            settled = not running or _has_stepped(root / running[-1].cell.name)
             fits = not running or (settled and peak * _MEMORY_MARGIN < _available_bytes())
             if ready and failure is None and not stop and len(running) < limit and fits:
                 waiting.remove(ready[0])
@@ -100,8 +101,9 @@ def run_cells(
                 if is_finished(root / job.cell.name):
                     done = len(cells) - len(waiting) - len(running)
                     say(f"{job.cell.name} is finished ({done} of {len(cells)})")
-                elif code == _LOCKED:
-                    # A process that outlived a killed sweep is at work on it: it ends by itself.
+                elif code == _LOCKED or (not job.resumes and _is_begun(root / job.cell.name)):
+                    # A process that outlived a killed sweep is at work on it, and ends by itself. It may have come
+                    # first after a look at the folder; what else fails a fresh run fails its resume as well.
                     locked_until[job.cell.name] = time.monotonic() + _LOCKED_SECONDS
                     waiting.append(job.cell)
                 elif not stop:
@@ -123,8 +125,12 @@ def is_finished(folder: Path) -> bool:
     return (folder / "result.json").is_file()
 
 
+def _is_begun(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file()
+
+
 def _check(folder: Path, cell: Cell) -> None:
-    if not (folder / "manifest.json").is_file():
+    if not _is_begun(folder):
         return
     wanted = flattened(plain_config(cell.config))
     if differing := changes(flattened(read_manifest(folder)["config"]), wanted):
@@ -135,8 +141,8 @@ def _check(folder: Path, cell: Cell) -> None:
 
 def _start(cell: Cell, root: Path, program: Sequence[str]) -> _Running:
     folder, log = root / cell.name, root / LOGS / f"{cell.name}.log"
-    begun = (folder / "manifest.json").is_file()
-    words = ["resume", str(folder)] if begun else ["run", *cell.arguments, "--out", str(folder)]
+    resumes = _is_begun(folder)
+    words = ["resume", str(folder)] if resumes else ["run", *cell.arguments, "--out", str(folder)]
     with storage_errors(f"write {log}"), log.open("ab") as output:
         process = subprocess.Popen(
             [*program, *words, "--no-report"],
@@ -145,7 +151,7 @@ def _start(cell: Cell, root: Path, program: Sequence[str]) -> _Running:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # the terminal's Ctrl-C reaches the sweep alone, which passes it on once
         )
-    return _Running(cell, process, log)
+    return _Running(cell, process, log, resumes)
 
 
 def _failure(job: _Running) -> CellFailed:
@@ -156,7 +162,7 @@ def _failure(job: _Running) -> CellFailed:
     return CellFailed(f"{job.cell.name}: {reason}; all it said is in {job.log}", code if code > 0 else 1)
 
 
-def _has_begun(folder: Path) -> bool:
+def _has_stepped(folder: Path) -> bool:
     """Whether a run has done its first step, so that its memory says something of what a run needs."""
     metrics = folder / "metrics.jsonl"
     return is_finished(folder) or (metrics.is_file() and metrics.stat().st_size > 0)

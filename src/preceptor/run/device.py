@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
 from preceptor.errors import ConfigError, nearest
+
+_STATUS = Path("/proc/self/status")
 
 _DTYPES = {
     "float32": torch.float32,
@@ -88,6 +91,9 @@ def peak_memory_mib(device: torch.device) -> float:
     """The most memory held so far, in MiB: tensors on a GPU, else the resident set of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if _STATUS.is_file():  # Linux, whose `ru_maxrss` begins with what the process that started this one held
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB elsewhere
 
