@@ -12,7 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preceptor.config import MAX_BYTES, differences, dump_yaml, from_dict, load_config, option, schema, to_dict
+from preceptor.config import (
+    MAX_BYTES,
+    config_faults,
+    differences,
+    dump_yaml,
+    from_dict,
+    load_config,
+    option,
+    schema,
+    to_dict,
+)
 from preceptor.errors import ConfigError
 
 
@@ -38,14 +48,9 @@ class Data:
 @dataclass(frozen=True)
 class Update:
     learning_rate: float = option(1e-4, "Adam step size: 1 # of these\nper update")
-    clip_epsilon: float = option(0.2, "clip range (dimensionless)")
+    clip_epsilon: float = option(0.2, "clip range (dimensionless)", within="(0, 1)")
     credit: Literal["trajectory", "step"] = option("trajectory", "what a step is credited with")
     temperature: float | Literal["calibrated"] = option("calibrated", "softmax temperature")
-
-    def faults(self) -> list[str]:
-        if 0 < self.clip_epsilon < 1:
-            return []
-        return [f"`clip_epsilon` must lie in (0, 1), got {self.clip_epsilon}"]
 
 
 @dataclass(frozen=True)
@@ -287,6 +292,81 @@ def test_from_dict_is_the_inverse_of_to_dict_and_as_strict() -> None:
     )
 
 
+# ---- ranges ----
+
+
+@dataclass(frozen=True)
+class Ranged:
+    steps: int = option(1, "steps", within="[0, inf)")
+    norm: float = option(1.0, "gradient norm", within="(0, inf]", hint=".inf clips nothing")
+    temperature: float = option(1.0, "of sampling", within="(0, inf)", hint="a greedy policy cannot learn")
+    top_p: float = option(1.0, "of sampling", within="(0, 1]")
+    mean: float = option(0.0, "of the reward", within="(-inf, inf)")
+    success: tuple[float, ...] = option((), "probability of each arm", within="[0, 1]")
+    inner: tuple[Source, ...] = option((), "the mixture")
+
+    def faults(self) -> list[str]:
+        return ["`steps` must not be 13"] if self.steps == 13 else []
+
+
+@dataclass(frozen=True)
+class Outer:
+    ranged: Ranged = field(default_factory=Ranged)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("steps=-1", "`ranged.steps` must be at least 0, got -1"),
+        ("norm=0", "`ranged.norm` must be above 0 (.inf clips nothing), got 0.0"),
+        ("temperature=0", "`ranged.temperature` must be above 0 (a greedy policy cannot learn), got 0.0"),
+        (
+            "temperature=.inf",
+            "`ranged.temperature` must be above 0 and finite (a greedy policy cannot learn), got inf",
+        ),
+        ("top_p=1.5", "`ranged.top_p` must lie in (0, 1], got 1.5"),
+        ("mean=-.inf", "`ranged.mean` must be finite, got -inf"),
+        ("success=[0, 1, 1.25]", "`ranged.success` must lie in [0, 1], got 1.25"),
+    ],
+)
+def test_a_number_out_of_its_range_is_one_fault(override: str, message: str) -> None:
+    assert faults_of(Outer, overrides=[f"ranged.{override}"]) == (message,)
+
+
+@pytest.mark.parametrize("override", ["steps=0", "norm=.inf", "temperature=1e-300", "top_p=1", "success=[0, 1]"])
+def test_the_bounds_of_a_range_are_as_its_brackets_say(override: str) -> None:
+    load_config(Ranged, overrides=[override])
+
+
+def test_ranges_are_told_with_all_other_faults_and_of_a_configuration_made_in_python() -> None:
+    overrides = ["steps=13", "norm=-1", "top_p=x", "success=[2, 3]", "inner=[{path: a, share: 0}]"]
+    assert faults_of(Ranged, overrides=overrides) == (
+        "`top_p` must be a number, got 'x'",
+        "`inner[0].share` must be above 0, got 0.0",
+        "`norm` must be above 0 (.inf clips nothing), got -1.0",
+        "`success` must lie in [0, 1], got 2.0",
+        "`success` must lie in [0, 1], got 3.0",
+        "`steps` must not be 13",
+    )
+    assert list(config_faults(Ranged(steps=13, mean=float("nan")))) == [
+        "`mean` must be finite, got nan",
+        "`steps` must not be 13",
+    ]
+    assert list(config_faults(Whole())) == []
+
+
+@pytest.mark.parametrize("default", [0, 1.5, float("nan"), (0.5, 2.0), [2.0]])
+def test_a_default_out_of_its_own_range_is_refused_where_it_is_written(default: Any) -> None:
+    with pytest.raises(ValueError, match=r"the default \S+ of the option 'share' does not lie in \(0, 1\]"):
+        option(default, "share", within="(0, 1]")
+
+
+@pytest.mark.parametrize("default", [1, ()])
+def test_a_range_that_is_none_is_refused_where_it_is_written(default: Any) -> None:
+    with pytest.raises(ValueError, match="an interval is written like"):
+        option(default, "share", within="(0, 1")
+
+
 # ---- writing ----
 
 
@@ -305,7 +385,7 @@ def test_dump_carries_the_help_and_reads_like_this() -> None:
         "    - {path: x, share: 1.0}\n"
         "update:\n"
         "  learning_rate: 0.5  # Adam step size: 1 # of these per update\n"
-        "  clip_epsilon: 0.2  # clip range (dimensionless)\n"
+        "  clip_epsilon: 0.2  # clip range (dimensionless), in (0, 1)\n"
         "  credit: trajectory  # what a step is credited with\n"
         "  temperature: calibrated  # softmax temperature\n"
     )

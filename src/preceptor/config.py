@@ -3,8 +3,8 @@
 A configuration is a frozen dataclass whose fields are values or, one level down, sections (dataclasses again). It is
 layered: the defaults in the code, then a preset, then a file, then overrides; the later layer wins field by field.
 Reading is strict, and every fault of all layers is reported in one :class:`~preceptor.errors.ConfigError`. A class may
-say what types cannot by a method ``faults(self) -> list[str]``, with messages that put their fields in backquotes:
-"`clip_epsilon` must lie in (0, 1), got 1.2".
+say what types and ranges cannot, such as how its fields relate, by a method ``faults(self) -> list[str]`` with messages
+that put the fields in backquotes: "`prompt_tokens` must be at most `context_length` 128, got 200".
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import copy
 import dataclasses
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from preceptor.errors import ConfigError, nearest
+from preceptor.interval import Interval
 from preceptor.plain_yaml import number, read_yaml, shown, write_flow
 
 Config = TypeVar("Config")
@@ -38,16 +39,29 @@ class Setting(NamedTuple):
     help: str
 
 
-def option(default: Value, text: str) -> Value:
-    """A dataclass field with its ``default`` and one line of help, ``text``, that says meaning and unit.
+def option(default: Value, text: str, *, within: str = "", hint: str = "") -> Value:
+    r"""A dataclass field with its ``default`` and one line of help, ``text``, that says meaning and unit.
+
+    ``within`` is the :class:`Interval` of its number, or of each of its numbers; ``hint`` says why, or what is special
+    about a bound, to whoever leaves it.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Optimiser:
-    ...     learning_rate: float = option(1e-4, "Adam step size (dimensionless)")
+    ...     learning_rate: float = option(1e-4, "Adam step size (dimensionless)", within="[0, inf)")
+    ...     beta2: float = option(0.99, "decay of the second moment", within="[0, 1)")
     >>> print(dump_yaml(Optimiser()), end="")
     learning_rate: 0.0001  # Adam step size (dimensionless)
+    beta2: 0.99  # decay of the second moment, in [0, 1)
+    >>> print(*config_faults(Optimiser(learning_rate=-1, beta2=1)), sep="\n")
+    `learning_rate` must be at least 0, got -1
+    `beta2` must lie in [0, 1), got 1
     """
-    metadata = {"help": text}
+    metadata: dict[str, Any] = {"help": text}
+    if within:
+        interval = Interval(within)
+        if outside := [number for number in _numbers(default) if number not in interval]:
+            raise ValueError(f"the default {outside[0]} of the option {text!r} does not lie in {within}")
+        metadata = {"help": text if "inf" in within else f"{text}, in {within}", "within": interval, "hint": hint}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=partial(copy.deepcopy, default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -70,7 +84,7 @@ def load_config(
 ) -> Config:
     """The configuration of class ``cls``: its defaults, then ``preset``, ``file`` and ``overrides`` (``"a.b=value"``).
 
-    Raises ConfigError with every fault of every layer and every ``faults()`` in the tree.
+    Raises ConfigError with every fault of every layer and of the whole, as :func:`config_faults` finds them.
     """
     faults: list[str] = []
     values: dict[str, Any] = {}
@@ -310,7 +324,7 @@ def _finished(cls: type[Config], values: Mapping[str, Any], faults: list[str]) -
     config = _build(cls, {key: value for key, value in values.items() if key not in refused}, missing)
     faults += [f"`{key}` is required; give it a value" for key in missing if key not in refused]
     if config is not None:
-        faults += _own_faults(config, refused)
+        faults += config_faults(config, refused)
     if config is None or faults:
         raise ConfigError(*faults)
     return config
@@ -344,23 +358,40 @@ def _build(cls: type[Config], values: Mapping[str, Any], missing: list[str], bas
     return cls(**arguments) if len(missing) == before else None
 
 
-def _own_faults(config: Any, refused: set[str], prefix: str = "") -> Iterator[str]:
-    """What ``faults()`` of ``config`` and its sections find, except about keys whose value was already ``refused``."""
+def config_faults(config: Any, refused: Collection[str] = (), prefix: str = "") -> Iterator[str]:
+    """Why ``config`` cannot be used: numbers out of range, and what ``faults()`` of its sections and its own finds.
+
+    Nothing is said of ``refused`` keys, which were reported before. ``prefix`` goes before the names of its fields.
+    """
     members = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
     def qualified(match: re.Match[str]) -> str:
         return f"`{prefix}{match[1]}`" if re.split(r"[.\[]", match[1])[0] in members else match[0]
 
-    for message in config.faults() if hasattr(config, "faults") else ():
-        fault = re.sub(r"`([^`]+)`", qualified, message)
-        if refused.isdisjoint(re.findall(r"`([^`]+)`", fault)):
-            yield fault
     for name, value in members.items():
         several = isinstance(value, (tuple, list))
         parts = [(f"{name}[{i}]", part) for i, part in enumerate(value)] if several else [(name, value)]
         for key, item in parts:
             if dataclasses.is_dataclass(item):
-                yield from _own_faults(item, refused, f"{prefix}{key}.")
+                yield from config_faults(item, refused, f"{prefix}{key}.")
+    for message in [*_out_of_range(config), *(config.faults() if hasattr(config, "faults") else ())]:
+        fault = re.sub(r"`([^`]+)`", qualified, message)
+        if not any(key in refused for key in re.findall(r"`([^`]+)`", fault)):
+            yield fault
+
+
+def _out_of_range(config: Any) -> Iterator[str]:
+    """Each number of the fields of ``config`` itself that does not lie in its interval."""
+    for field in dataclasses.fields(config):
+        if interval := field.metadata.get("within"):
+            hint = f" ({field.metadata['hint']})" if field.metadata["hint"] else ""
+            for number in _numbers(getattr(config, field.name)):
+                if number not in interval:
+                    yield f"`{field.name}` {interval.demand(number)}{hint}, got {number}"
+
+
+def _numbers(value: Any) -> Sequence[float]:
+    return value if isinstance(value, (tuple, list)) else (value,)
 
 
 # ---- writing ----

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preceptor import cli
+from preceptor.config import load_config
 from preceptor.data.sentences import split_sentences
-from preceptor.errors import DataError
+from preceptor.errors import ConfigError, DataError
 from preceptor.pretraining.config import Data, Optimisation, PretrainConfig, Source
 from preceptor.pretraining.evaluate import bits_per_byte, previous_sentence_preference
 from preceptor.pretraining.train import _training_documents, build_optimisers, draw_windows, learning_rate_scale
@@ -110,7 +111,14 @@ def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
 
 
 def test_faults_are_told_together() -> None:
-    assert len(PretrainConfig(evaluate_every=0, save_every=0).faults()) == 3
+    with pytest.raises(ConfigError) as caught:
+        load_config(PretrainConfig, overrides=["model.num_heads=0", "model.num_key_value_heads=0", "save_every=0"])
+    assert caught.value.faults == (
+        "`model.num_heads` must be at least 1, got 0",
+        "`model.num_key_value_heads` must be at least 1, got 0",
+        "`save_every` must be at least 1, got 0",
+        "`data.sources` is empty; name at least one text file",
+    )
 
 
 def test_the_starter_prefers_the_true_previous_sentence(test_data: Path) -> None:

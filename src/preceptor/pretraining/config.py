@@ -12,7 +12,9 @@ class Source:
     """One corpus of the mixture."""
 
     path: str = option("", "file or folder, relative to data.root")
-    share: float = option(1.0, "share of the training tokens, relative to the other sources (dimensionless, > 0)")
+    share: float = option(
+        1.0, "share of the training tokens, relative to the other sources (dimensionless)", within="(0, inf)"
+    )
     adapter: str = option("text", "how a JSONL row becomes a document (see preceptor.data.corpus.ADAPTERS)")
     join: int = option(1, "rows that make one document")
 
@@ -30,21 +32,25 @@ class Model:
     vocab_size: int = option(4096, "entries of the byte-pair encoding")
     width: int = option(256, "hidden size")
     num_layers: int = option(5, "decoder layers")
-    num_heads: int = option(4, "query heads; width / num_heads = 64 is the fastest head width on CPU")
-    num_key_value_heads: int = option(2, "key-value heads (grouped-query attention)")
+    num_heads: int = option(
+        4, "query heads; width / num_heads = 64 is the fastest head width on CPU", within="[1, inf)"
+    )
+    num_key_value_heads: int = option(2, "key-value heads (grouped-query attention)", within="[1, inf)")
     feed_forward_width: int = option(640, "hidden size of the SwiGLU layer")
-    context_length: int = option(1024, "tokens")
+    context_length: int = option(1024, "tokens", within="[1, inf)")
 
 
 @dataclass(frozen=True)
 class Optimisation:
     steps: int = option(5000, "optimiser steps")
-    batch_size: int = option(4, "sequences of context_length tokens a step")
+    batch_size: int = option(4, "sequences of context_length tokens a step", within="[1, inf)")
     matrix_learning_rate: float = option(2e-3, "Muon, for the matrices of the layers (RMS-matched to AdamW)")
     learning_rate: float = option(3e-3, "AdamW, for embeddings and norms")
     weight_decay: float = option(0.1, "decoupled, for matrices and embeddings")
-    warm_up_steps: int = option(100, "linear warm-up")
-    decay_fraction: float = option(0.5, "last share of the steps in which the learning rate falls linearly to zero")
+    warm_up_steps: int = option(100, "linear warm-up", within="[1, inf)")
+    decay_fraction: float = option(
+        0.5, "last share of the steps in which the learning rate falls linearly to zero", within="(0, 1]"
+    )
     clip_norm: float = option(1.0, "global gradient norm")
     bf16: bool = option(True, "autocast matrix products to bfloat16")
 
@@ -57,37 +63,22 @@ class PretrainConfig:
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     optimisation: Optimisation = field(default_factory=Optimisation)
-    evaluate_every: int = option(500, "steps between measurements on the held-out articles")
-    save_every: int = option(250, "steps between checkpoints")
+    evaluate_every: int = option(500, "steps between measurements on the held-out articles", within="[1, inf)")
+    save_every: int = option(250, "steps between checkpoints", within="[1, inf)")
 
     def faults(self) -> list[str]:
-        """Every reason why this configuration cannot run."""
+        """What is at odds in this configuration, besides numbers out of their range."""
         found = []
         if not self.data.sources:
             found.append("`data.sources` is empty; name at least one text file")
-        for name, value in (
-            ("model.num_heads", self.model.num_heads),
-            ("model.num_key_value_heads", self.model.num_key_value_heads),
-            ("model.context_length", self.model.context_length),
-            ("optimisation.batch_size", self.optimisation.batch_size),
-            ("optimisation.warm_up_steps", self.optimisation.warm_up_steps),
-            ("evaluate_every", self.evaluate_every),
-            ("save_every", self.save_every),
-        ):
-            if value < 1:
-                found.append(f"`{name}` must be at least 1, got {value}")
-        if found:
-            return found
-        if self.model.width % (2 * self.model.num_heads):
+        if self.model.num_heads > 0 and self.model.width % (2 * self.model.num_heads):
             found.append(
                 "`model.width` must be an even multiple of `model.num_heads`, got "
                 f"{self.model.width} and {self.model.num_heads}"
             )
-        if self.model.num_heads % self.model.num_key_value_heads:
+        if self.model.num_key_value_heads > 0 and self.model.num_heads % self.model.num_key_value_heads:
             found.append(
                 f"`model.num_heads` must be a multiple of `model.num_key_value_heads`, got {self.model.num_heads} and "
                 f"{self.model.num_key_value_heads}"
             )
-        if not 0 < self.optimisation.decay_fraction <= 1:
-            found.append(f"`optimisation.decay_fraction` must lie in (0, 1], got {self.optimisation.decay_fraction}")
         return found

@@ -17,7 +17,6 @@ def faults(*overrides: str) -> list[str]:
 
 def test_the_default_is_the_predecessors_two_bandits() -> None:
     config = BanditConfig()
-    assert config.faults() == []
     assert [(b.words, b.base_reward, b.success) for b in config.bandits] == [
         (("bean", "chickpea"), 10.0, (0.75, 0.25)),
         (("lentil", "rice"), 1.0, (0.75, 0.25)),
@@ -42,7 +41,8 @@ def test_every_fault_is_told_at_once() -> None:
         ("[{words: [a, ' b'], success: [0.5, 0.5]}]", "must not be empty nor begin or end with a space"),
         ("[{words: [a, b], success: [0.5]}]", "one number for each of 2 words, got 1"),
         ("[{words: [a, b], kind: gaussian}]", "mean` must have one number for each of 2 words, got 0"),
-        ("[{words: [a, b], kind: gaussian, mean: [1, 2], deviation: -1}]", "deviation` must be finite"),
+        ("[{words: [a, b], kind: gaussian, mean: [1, 2], deviation: -1}]", "deviation` must be at least 0, got -1"),
+        ("[{words: [a, b], kind: gaussian, mean: [1, .inf]}]", "`bandits[0].mean` must be finite, got inf"),
         ("[{words: [a, b], success: [1, 0], prompts: ['Which one?']}]", "'Which one?' names none"),
         ("[{words: [a, b], success: [1, 0], prompts: ['a or c?']}]", "'a or c?' lacks 'b'"),
         ("[{words: [a, b], success: [1, 0]}, {words: [b, c], success: [1, 0]}]", "must not share words, got 'b'"),

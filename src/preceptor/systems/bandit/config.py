@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
@@ -44,10 +43,14 @@ class BanditOptions:
     name: str = option("", "how tables call it; empty is its words")
     words: tuple[str, ...] = option((), "the arms; a word may be several tokens")
     kind: Literal["bernoulli", "gaussian"] = option("bernoulli", "how an arm pays")
-    base_reward: float = option(1.0, "scale of the reward: paid on a success, or times the gaussian's draw")
-    success: tuple[float, ...] = option((), "success probability of every word (kind: bernoulli)")
-    mean: tuple[float, ...] = option((), "mean of every word, in base rewards (kind: gaussian)")
-    deviation: float = option(1.0, "standard deviation of every word, in base rewards (kind: gaussian)")
+    base_reward: float = option(
+        1.0, "scale of the reward: paid on a success, or times the gaussian's draw", within="(-inf, inf)"
+    )
+    success: tuple[float, ...] = option((), "success probability of every word (kind: bernoulli)", within="[0, 1]")
+    mean: tuple[float, ...] = option((), "mean of every word, in base rewards (kind: gaussian)", within="(-inf, inf)")
+    deviation: float = option(
+        1.0, "standard deviation of every word, in base rewards (kind: gaussian)", within="[0, inf)"
+    )
     prompts: tuple[str, ...] = option((), "prompts of its own, in words, instead of the templates")
 
     @property
@@ -56,7 +59,7 @@ class BanditOptions:
         return self.name or "/".join(self.words)
 
     def faults(self) -> list[str]:
-        """Every reason why this bandit cannot be played."""
+        """Why this bandit cannot be played, besides numbers out of their range."""
         found = []
         if len(self.words) < 2:
             found.append(f"`words` of a bandit must be at least 2, got {len(self.words)}")
@@ -68,13 +71,6 @@ class BanditOptions:
         pays, name = (self.success, "success") if self.kind == "bernoulli" else (self.mean, "mean")
         if len(pays) != len(self.words):
             found.append(f"`{name}` must have one number for each of {len(self.words)} words, got {len(pays)}")
-        for probability in self.success:
-            if not 0 <= probability <= 1:
-                found.append(f"`success` must lie in [0, 1], got {probability}")
-        if not all(map(math.isfinite, (*self.mean, self.base_reward))):
-            found.append("`mean` and `base_reward` must be finite")
-        if not 0 <= self.deviation < math.inf:
-            found.append(f"`deviation` must be finite and at least 0, got {self.deviation}")
         for prompt in self.prompts:
             missing = [word for word in self.words if not names(prompt, word)]
             if len(missing) == len(self.words):
@@ -92,11 +88,11 @@ class ModelOptions:
     tokenizer: str = option(
         "starter", "of a GPT from random weights: 'starter', a local folder, a hub name or 'tiktoken:NAME'"
     )
-    width: int = option(192, "hidden size of the GPT")
-    num_layers: int = option(8, "layers of the GPT")
-    num_heads: int = option(8, "attention heads of the GPT")
-    dropout: float = option(0.3, "of the GPT, in [0, 1)")
-    context_length: int = option(256, "tokens of the GPT's context")
+    width: int = option(192, "hidden size of the GPT", within="[1, inf)")
+    num_layers: int = option(8, "layers of the GPT", within="[1, inf)")
+    num_heads: int = option(8, "attention heads of the GPT", within="[1, inf)")
+    dropout: float = option(0.3, "of the GPT", within="[0, 1)")
+    context_length: int = option(256, "tokens of the GPT's context", within="[8, inf)")
 
 
 @dataclass(frozen=True)
@@ -124,30 +120,30 @@ class PromptOptions:
 class PretrainingOptions:
     """Cross-entropy on a balanced corpus, so that every named word is as likely as the others."""
 
-    steps: int = option(800, "optimiser steps; 0 takes the model as it is")
-    batch_size: int = option(12, "windows a step")
-    window: int = option(24, "tokens of a sliding window")
-    learning_rate: float = option(4e-4, "of AdamW")
-    weight_decay: float = option(0.01, "of AdamW")
-    clip_norm: float = option(1.0, "global gradient norm")
+    steps: int = option(800, "optimiser steps; 0 takes the model as it is", within="[0, inf)")
+    batch_size: int = option(12, "windows a step", within="[1, inf)")
+    window: int = option(24, "tokens of a sliding window", within="[2, inf)")
+    learning_rate: float = option(4e-4, "of AdamW", within="[0, inf)")
+    weight_decay: float = option(0.01, "of AdamW", within="[0, inf)")
+    clip_norm: float = option(1.0, "global gradient norm", within="(0, inf]", hint=".inf clips nothing")
     pairs: Literal["all", "own"] = option("all", "which words stand together: any two, or those of one bandit")
-    validate_every: int = option(100, "steps between validations on the held-out templates")
+    validate_every: int = option(100, "steps between validations on the held-out templates", within="[1, inf)")
 
 
 @dataclass(frozen=True)
 class UpdateOptions:
     """How REINFORCE moves the model."""
 
-    epochs: int = option(100, "passes over the prompts of every bandit (mode: prompt)")
-    batch_size: int = option(0, "prompts of one bandit a step; 0 is all of them (mode: prompt)")
+    epochs: int = option(100, "passes over the prompts of every bandit (mode: prompt)", within="[0, inf)")
+    batch_size: int = option(0, "prompts of one bandit a step; 0 is all of them (mode: prompt)", within="[0, inf)")
     baseline: Literal["none", "running_mean", "bandit_mean", "leave_one_out"] = option(
         "leave_one_out", "subtracted from a reward before it teaches"
     )
-    learning_rate: float = option(1e-4, "of AdamW, which starts fresh")
-    weight_decay: float = option(0.0, "of AdamW")
-    clip_norm: float = option(1.0, "global gradient norm")
-    entropy_coefficient: float = option(0.0, "bonus on the entropy over the words")
-    kl_coefficient: float = option(0.0, "KL to the pre-trained model over the words, exact")
+    learning_rate: float = option(1e-4, "of AdamW, which starts fresh", within="[0, inf)")
+    weight_decay: float = option(0.0, "of AdamW", within="[0, inf)")
+    clip_norm: float = option(1.0, "global gradient norm", within="(0, inf]", hint=".inf clips nothing")
+    entropy_coefficient: float = option(0.0, "bonus on the entropy over the words", within="[0, inf)")
+    kl_coefficient: float = option(0.0, "KL to the pre-trained model over the words, exact", within="[0, inf)")
     dropout: bool = option(False, "whether dropout is on while acting and scoring, which are one forward pass")
 
 
@@ -155,11 +151,11 @@ class UpdateOptions:
 class HistoryOptions:
     """Acting on past rewards in the context, with the weights at rest (mode: history)."""
 
-    rounds: int = option(12, "choices an episode")
-    batch_size: int = option(32, "episodes a step")
-    steps: int = option(150, "updates")
-    discount: float = option(1.0, "of later rewards in a choice's return, in [0, 1]")
-    evaluation_episodes: int = option(200, "episodes of every arm at the end")
+    rounds: int = option(12, "choices an episode", within="[1, inf)")
+    batch_size: int = option(32, "episodes a step", within="[2, inf)")
+    steps: int = option(150, "updates", within="[0, inf)")
+    discount: float = option(1.0, "of later rewards in a choice's return", within="[0, 1]")
+    evaluation_episodes: int = option(200, "episodes of every arm at the end", within="[2, inf)")
 
 
 @dataclass(frozen=True)
@@ -180,43 +176,11 @@ class BanditConfig:
     pretraining: PretrainingOptions = field(default_factory=PretrainingOptions)
     update: UpdateOptions = field(default_factory=UpdateOptions)
     history: HistoryOptions = field(default_factory=HistoryOptions)
-    save_every: int = option(50, "steps between checkpoints")
+    save_every: int = option(50, "steps between checkpoints", within="[1, inf)")
 
     def faults(self) -> list[str]:
-        """Every reason why this configuration cannot run."""
+        """What is at odds in this configuration, besides numbers out of their range."""
         found = []
-        for name, value, low in (
-            ("model.width", self.model.width, 1),
-            ("model.num_layers", self.model.num_layers, 1),
-            ("model.num_heads", self.model.num_heads, 1),
-            ("model.context_length", self.model.context_length, 8),
-            ("pretraining.steps", self.pretraining.steps, 0),
-            ("pretraining.batch_size", self.pretraining.batch_size, 1),
-            ("pretraining.window", self.pretraining.window, 2),
-            ("pretraining.learning_rate", self.pretraining.learning_rate, 0),
-            ("pretraining.weight_decay", self.pretraining.weight_decay, 0),
-            ("pretraining.validate_every", self.pretraining.validate_every, 1),
-            ("update.epochs", self.update.epochs, 0),
-            ("update.batch_size", self.update.batch_size, 0),
-            ("update.learning_rate", self.update.learning_rate, 0),
-            ("update.weight_decay", self.update.weight_decay, 0),
-            ("update.entropy_coefficient", self.update.entropy_coefficient, 0),
-            ("update.kl_coefficient", self.update.kl_coefficient, 0),
-            ("history.rounds", self.history.rounds, 1),
-            ("history.batch_size", self.history.batch_size, 2),
-            ("history.steps", self.history.steps, 0),
-            ("history.evaluation_episodes", self.history.evaluation_episodes, 2),
-            ("save_every", self.save_every, 1),
-        ):
-            if not low <= value < math.inf:
-                found.append(f"`{name}` must be at least {low}{'' if value < low else ' and finite'}, got {value}")
-        for name, norm in (("pretraining", self.pretraining.clip_norm), ("update", self.update.clip_norm)):
-            if not norm > 0:
-                found.append(f"`{name}.clip_norm` must be above 0 (.inf clips nothing), got {norm}")
-        if not 0 <= self.model.dropout < 1:
-            found.append(f"`model.dropout` must lie in [0, 1), got {self.model.dropout}")
-        if not 0 <= self.history.discount <= 1:
-            found.append(f"`history.discount` must lie in [0, 1], got {self.history.discount}")
         if self.model.num_heads > 0 and self.model.width % self.model.num_heads:
             found.append(
                 f"`model.width` must be a multiple of `model.num_heads`, got {self.model.width} and "

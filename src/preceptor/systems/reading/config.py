@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -69,7 +68,7 @@ class ModelOptions:
 
     name: str = option("starter", "'starter', a local folder or a hub name")
     dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights")
-    adapter_rank: int = option(0, "rank of a LoRA adapter; 0 trains every weight")
+    adapter_rank: int = option(0, "rank of a LoRA adapter; 0 trains every weight", within="[0, inf)")
     adapter_alpha: float = option(16.0, "scale of the LoRA adapter (alpha / rank multiplies its update)")
     prompt: str = option("{title}\n", "what the policy reads first; {title} is the article's")
     use_chat_template: bool = option(True, "wrap queries and values in turns where the tokenizer has a chat template")
@@ -84,23 +83,25 @@ class DataOptions:
     eval_articles: str = option("", "folder of held-out articles, evaluated only")
     language: str = option("en", "Wikipedia language of titles")
     pairing: Literal["sentences", "chunks"] = option("sentences", "pairs of sentences, or of fixed-length token chunks")
-    key_tokens: int = option(24, "tokens of a chunk's key (pairing: chunks)")
-    value_tokens: int = option(40, "tokens of a chunk's value (pairing: chunks)")
-    num_pairs: int = option(8, "pairs of an article that can be read, at most, spread evenly over it; 0 takes all")
-    max_value_tokens: int = option(48, "pairs with a longer value are passed over (tokens)")
-    num_probes: int = option(4, "values of further pairs held out as probe sentences, at most")
+    key_tokens: int = option(24, "tokens of a chunk's key (pairing: chunks)", within="[1, inf)")
+    value_tokens: int = option(40, "tokens of a chunk's value (pairing: chunks)", within="[1, inf)")
+    num_pairs: int = option(
+        8, "pairs of an article that can be read, at most, spread evenly over it; 0 takes all", within="[0, inf)"
+    )
+    max_value_tokens: int = option(48, "pairs with a longer value are passed over (tokens)", within="[1, inf)")
+    num_probes: int = option(4, "values of further pairs held out as probe sentences, at most", within="[0, inf)")
 
 
 @dataclass(frozen=True)
 class EpisodeOptions:
     """One reading of an article."""
 
-    budget: int = option(0, "pairs read in an episode; 0 reads all")
-    query_tokens: int = option(4, "tokens of a query")
-    temperature: float = option(1.0, "of query sampling")
-    top_k: int = option(0, "query tokens are drawn from the k likeliest; 0 is all")
-    top_p: float = option(1.0, "query tokens are drawn from the smallest set with this probability")
-    batch_size: int = option(24, "episodes of one article that run together")
+    budget: int = option(0, "pairs read in an episode; 0 reads all", within="[0, inf)")
+    query_tokens: int = option(4, "tokens of a query", within="[1, inf)")
+    temperature: float = option(1.0, "of query sampling", within="(0, inf)", hint="a greedy policy cannot learn")
+    top_k: int = option(0, "query tokens are drawn from the k likeliest; 0 is all", within="[0, inf)")
+    top_p: float = option(1.0, "query tokens are drawn from the smallest set with this probability", within="(0, 1]")
+    batch_size: int = option(24, "episodes of one article that run together", within="[1, inf)")
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,13 @@ class SelectionOptions:
     )
     layer: int = option(-2, "layer of hidden_states or attention (negative counts from the end)")
     text_model: str = option("", "model of the openai or sentence_transformers embedder; empty is its default")
-    max_usd: float = option(1.0, "spend cap of the openai embedder (US dollars)")
+    max_usd: float = option(1.0, "spend cap of the openai embedder (US dollars)", within="[0, inf)")
     centre: bool = option(True, "subtract the mean key from queries and keys")
     projection: bool = option(True, "a learned linear map on the query's vector, started at the identity")
-    temperature: float = option(0.0, "of the softmax over keys (units of the inner product); 0 calibrates at the start")
-    entropy_fraction: float = option(0.9, "calibration target: mean selection entropy / ln(remaining), in (0, 1)")
+    temperature: float = option(
+        0.0, "of the softmax over keys (units of the inner product); 0 calibrates at the start", within="[0, inf)"
+    )
+    entropy_fraction: float = option(0.9, "calibration target: mean selection entropy / ln(remaining)", within="(0, 1)")
 
 
 @dataclass(frozen=True)
@@ -139,26 +142,36 @@ class RewardOptions:
 class UpdateOptions:
     """How the policy learns."""
 
-    steps: int = option(30, "updates; each is one batch of episodes")
+    steps: int = option(30, "updates; each is one batch of episodes", within="[0, inf)")
     optimiser: Literal["adamw", "adam"] = option("adamw", "Adam with or without decoupled weight decay")
-    learning_rate: float = option(1e-4, "of the language model")
-    projection_learning_rate: float = option(1e-3, "of the query projection")
-    weight_decay: float = option(0.0, "of adamw")
-    clip_norm: float = option(1.0, "global gradient norm")
-    micro_batch_size: int = option(0, "episodes per backward pass, for less memory; 0 is the whole batch")
+    learning_rate: float = option(1e-4, "of the language model", within="[0, inf)")
+    projection_learning_rate: float = option(1e-3, "of the query projection", within="[0, inf)")
+    weight_decay: float = option(0.0, "of adamw", within="[0, inf)")
+    clip_norm: float = option(1.0, "global gradient norm", within="(0, inf]", hint=".inf clips nothing")
+    micro_batch_size: int = option(
+        0, "episodes per backward pass, for less memory; 0 is the whole batch", within="[0, inf)"
+    )
     reward_filter: Literal["none", "standard_deviations", "best_fraction"] = option("none", "which trajectories teach")
     filter_standard_deviations: float = option(1.0, "above the running mean (reward_filter: standard_deviations)")
-    filter_warm_up: int = option(15, "trajectories before any passes (reward_filter: standard_deviations)")
-    filter_fraction: float = option(0.25, "of a batch that passes (reward_filter: best_fraction), in (0, 1]")
+    filter_warm_up: int = option(
+        15, "trajectories before any passes (reward_filter: standard_deviations)", within="[0, inf)"
+    )
+    filter_fraction: float = option(0.25, "of a batch that passes (reward_filter: best_fraction)", within="(0, 1]")
     advantage: Literal["leave_one_out", "group_normalised", "running_mean"] = option(
         "group_normalised", "against the rest of the batch, the same over its standard deviation, or the running mean"
     )
     query_coefficient: float = option(1.0, "weight of the query tokens' policy gradient")
     selection_coefficient: float = option(1.0, "weight of the selection's policy gradient (embedders with gradient)")
     kl_reference: Literal["untrained", "snapshot"] = option("untrained", "the old model of both KL terms")
-    snapshot_every: int = option(10, "updates between refreshes of the snapshot (kl_reference: snapshot)")
-    value_kl_coefficient: float = option(0.0, "KL on value tokens, exact over the vocabulary (the text's); 0 skips it")
-    query_kl_coefficient: float = option(0.02, "KL on query tokens, exact over the vocabulary; 0 lets queries collapse")
+    snapshot_every: int = option(
+        10, "updates between refreshes of the snapshot (kl_reference: snapshot)", within="[1, inf)"
+    )
+    value_kl_coefficient: float = option(
+        0.0, "KL on value tokens, exact over the vocabulary (the text's); 0 skips it", within="[0, inf)"
+    )
+    query_kl_coefficient: float = option(
+        0.02, "KL on query tokens, exact over the vocabulary; 0 lets queries collapse", within="[0, inf)"
+    )
     query_entropy_coefficient: float = option(0.0, "entropy bonus on query tokens")
     selection_entropy_coefficient: float = option(0.0, "entropy bonus on the selection (embedders with gradient)")
 
@@ -167,15 +180,19 @@ class UpdateOptions:
 class EvaluationOptions:
     """What is measured at the end (and on the way)."""
 
-    every: int = option(5, "updates between measurements of the learned arm on the training article; 0 never")
-    num_episodes: int = option(32, "episodes of each sampled arm an article")
-    num_orders: int = option(200, "random orders an article, at least 200 for a percentile")
-    selection_budget: int = option(0, "pairs read for the selection gain; 0 is half of them")
-    beam_width: int = option(8, "of the beam oracle")
-    best_of: int = option(
-        0, "random orders of the best-of-N arm; 0 matches the learned arm's model calls, capped at 2,000"
+    every: int = option(
+        5, "updates between measurements of the learned arm on the training article; 0 never", within="[0, inf)"
     )
-    max_train_articles: int = option(12, "training articles evaluated at the end")
+    num_episodes: int = option(32, "episodes of each sampled arm an article", within="[1, inf)")
+    num_orders: int = option(200, "random orders an article, at least 200 for a percentile", within="[2, inf)")
+    selection_budget: int = option(0, "pairs read for the selection gain; 0 is half of them", within="[0, inf)")
+    beam_width: int = option(8, "of the beam oracle", within="[1, inf)")
+    best_of: int = option(
+        0,
+        "random orders of the best-of-N arm; 0 matches the learned arm's model calls, capped at 2,000",
+        within="[0, inf)",
+    )
+    max_train_articles: int = option(12, "training articles evaluated at the end", within="[1, inf)")
 
 
 @dataclass(frozen=True)
@@ -190,61 +207,13 @@ class ReadingConfig:
     reward: RewardOptions = field(default_factory=RewardOptions)
     update: UpdateOptions = field(default_factory=UpdateOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
-    save_every: int = option(10, "updates between checkpoints")
-    record_every: int = option(1, "updates between recorded training episodes in decisions.jsonl")
+    save_every: int = option(10, "updates between checkpoints", within="[1, inf)")
+    record_every: int = option(1, "updates between recorded training episodes in decisions.jsonl", within="[1, inf)")
     shuffle_rewards: bool = option(False, "control: shuffle the rewards within each batch, which must teach nothing")
 
     def faults(self) -> list[str]:
-        """Every reason why this configuration cannot run."""
+        """What is at odds in this configuration, besides numbers out of their range."""
         found = []
-        for name, value, low in (
-            ("data.num_pairs", self.data.num_pairs, 0),
-            ("data.num_probes", self.data.num_probes, 0),
-            ("data.max_value_tokens", self.data.max_value_tokens, 1),
-            ("data.key_tokens", self.data.key_tokens, 1),
-            ("data.value_tokens", self.data.value_tokens, 1),
-            ("episode.budget", self.episode.budget, 0),
-            ("episode.query_tokens", self.episode.query_tokens, 1),
-            ("episode.batch_size", self.episode.batch_size, 1),
-            ("update.steps", self.update.steps, 0),
-            ("update.snapshot_every", self.update.snapshot_every, 1),
-            ("update.micro_batch_size", self.update.micro_batch_size, 0),
-            ("update.learning_rate", self.update.learning_rate, 0),
-            ("update.projection_learning_rate", self.update.projection_learning_rate, 0),
-            ("update.weight_decay", self.update.weight_decay, 0),
-            ("update.filter_warm_up", self.update.filter_warm_up, 0),
-            ("update.value_kl_coefficient", self.update.value_kl_coefficient, 0),
-            ("update.query_kl_coefficient", self.update.query_kl_coefficient, 0),
-            ("evaluation.every", self.evaluation.every, 0),
-            ("evaluation.num_episodes", self.evaluation.num_episodes, 1),
-            ("evaluation.num_orders", self.evaluation.num_orders, 2),
-            ("evaluation.selection_budget", self.evaluation.selection_budget, 0),
-            ("evaluation.beam_width", self.evaluation.beam_width, 1),
-            ("evaluation.best_of", self.evaluation.best_of, 0),
-            ("evaluation.max_train_articles", self.evaluation.max_train_articles, 1),
-            ("selection.temperature", self.selection.temperature, 0),
-            ("selection.max_usd", self.selection.max_usd, 0),
-            ("save_every", self.save_every, 1),
-            ("record_every", self.record_every, 1),
-            ("model.adapter_rank", self.model.adapter_rank, 0),
-        ):
-            if not low <= value < math.inf:
-                found.append(f"`{name}` must be at least {low}{'' if value < low else ' and finite'}, got {value}")
-        if not 0 < self.selection.entropy_fraction < 1:
-            found.append(f"`selection.entropy_fraction` must lie in (0, 1), got {self.selection.entropy_fraction}")
-        if not 0 < self.episode.temperature < math.inf:
-            found.append(
-                f"`episode.temperature` must be finite and above 0 (a greedy policy cannot learn), "
-                f"got {self.episode.temperature}"
-            )
-        if not 0 < self.episode.top_p <= 1:
-            found.append(f"`episode.top_p` must lie in (0, 1], got {self.episode.top_p}")
-        if self.episode.top_k < 0:
-            found.append(f"`episode.top_k` must be at least 0, got {self.episode.top_k}")
-        if not 0 < self.update.filter_fraction <= 1:
-            found.append(f"`update.filter_fraction` must lie in (0, 1], got {self.update.filter_fraction}")
-        if self.update.clip_norm <= 0:
-            found.append(f"`update.clip_norm` must be above 0 (.inf clips nothing), got {self.update.clip_norm}")
         if self.data.num_pairs == 1 or self.episode.budget > self.data.num_pairs > 0:
             found.append(
                 f"`episode.budget` must be at most `data.num_pairs`, which must be at least 2 (or 0 for all), got "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -47,8 +46,8 @@ class DataOptions:
 
     text: str = option("", "UTF-8 text file; empty is the reference documentation that comes with Python")
     tokens: Literal["characters", "bpe", "referee"] = option("characters", "unit; referee: the referee model's own")
-    vocab_size: int = option(512, "entries of the byte-pair encoding (tokens: bpe)")
-    train_share: float = option(0.9, "leading share of the text that teaches; the rest only judges")
+    vocab_size: int = option(512, "entries of the byte-pair encoding (tokens: bpe)", within="[2, inf)")
+    train_share: float = option(0.9, "leading share of the text that teaches; the rest only judges", within="(0, 1)")
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,10 @@ class StudentOptions:
     """The model that learns to speak, from random weights."""
 
     architecture: Literal["gpt2", "llama"] = option("gpt2", "of the transformer")
-    num_layers: int = option(2, "layers")
-    num_heads: int = option(4, "attention heads")
-    width: int = option(64, "hidden size")
-    block_size: int = option(48, "tokens of context")
+    num_layers: int = option(2, "layers", within="[1, inf)")
+    num_heads: int = option(4, "attention heads", within="[1, inf)")
+    width: int = option(64, "hidden size", within="[1, inf)")
+    block_size: int = option(48, "tokens of context", within="[2, inf)")
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,11 @@ class RefereeOptions:
     """Whose opinion gives partial rewards and judges what the student writes."""
 
     kind: Literal["ngram", "model"] = option("ngram", "counts on the training text, or a pretrained model")
-    order: int = option(5, "n of the n-gram")
+    order: int = option(5, "n of the n-gram", within="[1, inf)")
     model: str = option("", "folder that `preceptor pretrain` wrote (kind: model)")
-    training_tokens: int = option(0, "that the model cost; 0 reads them from result.json beside its folder")
+    training_tokens: int = option(
+        0, "that the model cost; 0 reads them from result.json beside its folder", within="[0, inf)"
+    )
 
 
 @dataclass(frozen=True)
@@ -79,29 +80,35 @@ class LearningOptions:
     objective: Literal["sampled", "expected", "avatarl", "cross_entropy", "distil"] = option(
         "expected", "what is optimised at every position of every sequence"
     )
-    partial_reward: float = option(1.0, "c: what a token earns that the referee is sure of (sampled, expected)")
-    confidence_penalty: float = option(1.0, "share of its own probability that an action is taxed; 1 is proper")
-    group_size: int = option(32, "tokens drawn at a position (sampled)")
+    partial_reward: float = option(
+        1.0, "c: what a token earns that the referee is sure of (sampled, expected)", within="[0, inf)"
+    )
+    confidence_penalty: float = option(
+        1.0, "share of its own probability that an action is taxed; 1 is proper", within="[0, inf)"
+    )
+    group_size: int = option(32, "tokens drawn at a position (sampled)", within="[2, inf)")
     advantage: Literal["leave_one_out", "group_normalised"] = option("leave_one_out", "within a group (sampled)")
-    batch_size: int = option(16, "sequences a step")
-    learning_rate: float = option(3e-3, "AdamW, the highest")
-    final_learning_rate: float = option(3e-4, "AdamW, where the cosine ends; also in the joint phase")
-    warm_up_steps: int = option(50, "of linear warm-up")
-    beta2: float = option(0.99, "AdamW's second")
-    weight_decay: float = option(0.1, "of matrices")
-    clip_norm: float = option(1.0, "global gradient norm")
+    batch_size: int = option(16, "sequences a step", within="[1, inf)")
+    learning_rate: float = option(3e-3, "AdamW, the highest", within="[0, inf)")
+    final_learning_rate: float = option(
+        3e-4, "AdamW, where the cosine ends; also in the joint phase", within="[0, inf)"
+    )
+    warm_up_steps: int = option(50, "of linear warm-up", within="[0, inf)")
+    beta2: float = option(0.99, "AdamW's second", within="(0, 1)")
+    weight_decay: float = option(0.1, "of matrices", within="[0, inf)")
+    clip_norm: float = option(1.0, "global gradient norm", within="(0, inf]", hint=".inf clips nothing")
 
 
 @dataclass(frozen=True)
 class PhaseOptions:
     """How long each phase lasts."""
 
-    bootstrap_steps: int = option(800, "updates of the objective alone")
-    surgery_edits: int = option(150, "edits tried on the frozen student, by each arm that edits")
-    joint_edits: int = option(30, "edits tried while the student goes on learning")
-    updates_per_edit: int = option(5, "of the objective before each edit of the joint phase")
-    plateau_window: int = option(5, "measurements over which a plateau is judged")
-    plateau_slope: float = option(0.01, "nats per 100 steps; a plateau falls more slowly")
+    bootstrap_steps: int = option(800, "updates of the objective alone", within="[1, inf)")
+    surgery_edits: int = option(150, "edits tried on the frozen student, by each arm that edits", within="[0, inf)")
+    joint_edits: int = option(30, "edits tried while the student goes on learning", within="[0, inf)")
+    updates_per_edit: int = option(5, "of the objective before each edit of the joint phase", within="[0, inf)")
+    plateau_window: int = option(5, "measurements over which a plateau is judged", within="[2, inf)")
+    plateau_slope: float = option(0.01, "nats per 100 steps; a plateau falls more slowly", within="[0, inf)")
 
 
 @dataclass(frozen=True)
@@ -111,8 +118,8 @@ class EditOptions:
     kind: Literal["singular_values", "head_scale", "low_rank"] = option("singular_values", "action space")
     roles: tuple[str, ...] = option(("query", "key", "value", "output"), "attention matrices that are edited")
     layers: tuple[int, ...] = option((), "numbers of their layers; empty is all")
-    rank: int = option(2, "leading singular values or vectors of each matrix")
-    max_relative_norm: float = option(0.1, "of an edit to one matrix, in (0, 1)")
+    rank: int = option(2, "leading singular values or vectors of each matrix", within="[1, inf)")
+    max_relative_norm: float = option(0.1, "of an edit to one matrix", within="(0, 1)")
     moments: Literal["keep", "zero", "scale"] = option("keep", "Adam's moments of a matrix after a committed edit")
 
 
@@ -120,31 +127,37 @@ class EditOptions:
 class QualityOptions:
     """What an edit is paid for, and what it must pass to stay."""
 
-    num_prompts: int = option(16, "continuations that are judged, drawn anew for each edit")
-    prompt_tokens: int = option(12, "of each")
-    continuation_tokens: int = option(32, "drawn after each prompt; both must fit the block")
-    num_windows: int = option(32, "sequences of the fixed batch whose loss counts")
-    loss_weight: float = option(1.0, "reward per nat of that batch's loss")
-    referee_weight: float = option(0.02, "reward per nat of the referee's log-likelihood of the continuations")
-    repetition_weight: float = option(0.02, "reward lost where every 4-gram was written before in the continuation")
-    distinct_weight: float = option(0.02, "reward where all pairs of tokens are different")
-    acceptance_windows: int = option(192, "sequences drawn afresh for the test of one edit")
-    acceptance_z: float = option(1.64, "standard errors by which their paired loss must fall")
+    num_prompts: int = option(16, "continuations that are judged, drawn anew for each edit", within="[1, inf)")
+    prompt_tokens: int = option(12, "of each", within="[1, inf)")
+    continuation_tokens: int = option(32, "drawn after each prompt; both must fit the block", within="[1, inf)")
+    num_windows: int = option(32, "sequences of the fixed batch whose loss counts", within="[1, inf)")
+    loss_weight: float = option(1.0, "reward per nat of that batch's loss", within="[0, inf)")
+    referee_weight: float = option(
+        0.02, "reward per nat of the referee's log-likelihood of the continuations", within="[0, inf)"
+    )
+    repetition_weight: float = option(
+        0.02, "reward lost where every 4-gram was written before in the continuation", within="[0, inf)"
+    )
+    distinct_weight: float = option(0.02, "reward where all pairs of tokens are different", within="[0, inf)")
+    acceptance_windows: int = option(192, "sequences drawn afresh for the test of one edit", within="[2, inf)")
+    acceptance_z: float = option(1.64, "standard errors by which their paired loss must fall", within="[0, inf)")
 
 
 @dataclass(frozen=True)
 class AgentOptions:
     """The SAC surgeon."""
 
-    hidden_dim: int = option(64, "of every network")
-    learning_rate: float = option(2e-3, "of every network and the temperature")
-    discount: float = option(0.5, "of rewards, per edit, in [0, 1)")
-    target_step: float = option(0.01, "of the target critics, per update")
-    batch_size: int = option(64, "transitions an update")
-    updates_per_edit: int = option(8, "of the agent")
-    initial_temperature: float = option(0.05, "entropy weight; rewards are divided by their running deviation")
-    random_edits: int = option(30, "drawn uniformly before the policy acts")
-    capacity: int = option(10_000, "transitions kept")
+    hidden_dim: int = option(64, "of every network", within="[1, inf)")
+    learning_rate: float = option(2e-3, "of every network and the temperature", within="[0, inf)")
+    discount: float = option(0.5, "of rewards, per edit", within="[0, 1)")
+    target_step: float = option(0.01, "of the target critics, per update", within="(0, 1]")
+    batch_size: int = option(64, "transitions an update", within="[1, inf)")
+    updates_per_edit: int = option(8, "of the agent", within="[0, inf)")
+    initial_temperature: float = option(
+        0.05, "entropy weight; rewards are divided by their running deviation", within="(0, inf)"
+    )
+    random_edits: int = option(30, "drawn uniformly before the policy acts", within="[0, inf)")
+    capacity: int = option(10_000, "transitions kept", within="[1, inf)")
 
 
 @dataclass(frozen=True)
@@ -152,7 +165,7 @@ class ControlOptions:
     """What the surgeon and the objective are compared with."""
 
     arms: tuple[str, ...] = option(tuple(ARMS), "which; no_edit is always there")
-    best_of: int = option(10, "N of best_of_n")
+    best_of: int = option(10, "N of best_of_n", within="[1, inf)")
     objectives: tuple[str, ...] = option(("cross_entropy",), "further bootstraps at equal tokens and at equal FLOPs")
 
 
@@ -160,10 +173,10 @@ class ControlOptions:
 class EvaluationOptions:
     """What is measured."""
 
-    every: int = option(100, "updates between measurements on the held-out text")
-    num_windows: int = option(64, "sequences of it, on the way; the end uses all")
-    ladder_order: int = option(7, "highest n of the n-gram ladder")
-    num_prompts: int = option(128, "held-out prompts whose continuations are judged at the end")
+    every: int = option(100, "updates between measurements on the held-out text", within="[1, inf)")
+    num_windows: int = option(64, "sequences of it, on the way; the end uses all", within="[1, inf)")
+    ladder_order: int = option(7, "highest n of the n-gram ladder", within="[1, inf)")
+    num_prompts: int = option(128, "held-out prompts whose continuations are judged at the end", within="[1, inf)")
 
 
 @dataclass(frozen=True)
@@ -181,62 +194,11 @@ class SurgeryConfig:
     agent: AgentOptions = field(default_factory=AgentOptions)
     controls: ControlOptions = field(default_factory=ControlOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
-    save_every: int = option(200, "steps between checkpoints")
+    save_every: int = option(200, "steps between checkpoints", within="[1, inf)")
 
     def faults(self) -> list[str]:
-        """Every reason why this configuration cannot run."""
-        return [*self._out_of_range(), *self._unknown(), *self._at_odds()]
-
-    def _out_of_range(self) -> list[str]:
-        found = []
-        for section, names, low in (
-            ("data", "vocab_size", 2),
-            ("student", "num_layers num_heads width", 1),
-            ("student", "block_size", 2),
-            ("referee", "order", 1),
-            ("referee", "training_tokens", 0),
-            ("learning", "batch_size", 1),
-            ("learning", "warm_up_steps partial_reward confidence_penalty learning_rate final_learning_rate", 0),
-            ("learning", "weight_decay", 0),
-            ("learning", "group_size", 2),
-            ("phases", "bootstrap_steps", 1),
-            ("phases", "surgery_edits joint_edits updates_per_edit", 0),
-            ("phases", "plateau_window", 2),
-            ("phases", "plateau_slope", 0),
-            ("edit", "rank", 1),
-            ("quality", "num_prompts prompt_tokens continuation_tokens num_windows", 1),
-            ("quality", "acceptance_windows", 2),
-            ("quality", "loss_weight referee_weight repetition_weight distinct_weight acceptance_z", 0),
-            ("agent", "hidden_dim batch_size capacity", 1),
-            ("agent", "updates_per_edit random_edits learning_rate", 0),
-            ("controls", "best_of", 1),
-            ("evaluation", "every num_windows ladder_order num_prompts", 1),
-        ):
-            for name in names.split():
-                value = getattr(getattr(self, section), name)
-                if not low <= value < math.inf:
-                    limit = "" if value < low else " and finite"
-                    found.append(f"`{section}.{name}` must be at least {low}{limit}, got {value}")
-        for name, value in (
-            ("data.train_share", self.data.train_share),
-            ("edit.max_relative_norm", self.edit.max_relative_norm),
-            ("learning.beta2", self.learning.beta2),
-        ):
-            if not 0 < value < 1:
-                found.append(f"`{name}` must lie in (0, 1), got {value}")
-        if not 0 <= self.agent.discount < 1:
-            found.append(f"`agent.discount` must lie in [0, 1), got {self.agent.discount}")
-        if not 0 < self.agent.target_step <= 1:
-            found.append(f"`agent.target_step` must lie in (0, 1], got {self.agent.target_step}")
-        if not 0 < self.agent.initial_temperature < math.inf:
-            found.append(
-                f"`agent.initial_temperature` must be above 0 and finite, got {self.agent.initial_temperature}"
-            )
-        if self.learning.clip_norm <= 0:
-            found.append(f"`learning.clip_norm` must be above 0 (.inf clips nothing), got {self.learning.clip_norm}")
-        if self.save_every < 1:
-            found.append(f"`save_every` must be at least 1, got {self.save_every}")
-        return found
+        """What is at odds in this configuration, besides numbers out of their range."""
+        return [*self._unknown(), *self._at_odds()]
 
     def _unknown(self) -> list[str]:
         roles = ("query", "key", "value", "output")

@@ -17,7 +17,10 @@ Action = Float[Tensor, " action"]
 
 
 class Surgeon(Protocol):
-    """Proposes an edit, is told what it earned, and names the edit that deserves the acceptance test, if any."""
+    """Proposes an edit, is told what it earned, and names the edit that deserves the acceptance test, if any.
+
+    Unless it says otherwise, it has every edit tested that earned something, and learns nothing.
+    """
 
     def propose(self, state: Float[Tensor, " state"], *, generator: torch.Generator) -> Action:
         """An action in [−1, 1]."""
@@ -25,7 +28,7 @@ class Surgeon(Protocol):
 
     def candidate(self, action: Action, reward: float) -> Action | None:
         """What is to be tested now; None where nothing is."""
-        ...
+        return action if reward > 0 else None
 
     def observe(
         self,
@@ -37,11 +40,11 @@ class Surgeon(Protocol):
         generator: torch.Generator,
     ) -> None:
         """Take in what the action earned."""
-        ...
+        return
 
     def metrics(self) -> dict[str, float]:
         """What is worth recording of the surgeon itself."""
-        ...
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
@@ -52,12 +55,7 @@ class Surgeon(Protocol):
         ...
 
 
-def if_better(action: Action, reward: float) -> Action | None:
-    """``action`` if it earned something."""
-    return action if reward > 0 else None
-
-
-class SacSurgeon:
+class SacSurgeon(Surgeon):
     """The agent, whose rewards are divided by their running root mean square.
 
     Rewards are differences of a few thousandths; the temperature could not come down to them from any usual start
@@ -86,10 +84,6 @@ class SacSurgeon:
             for _ in range(self._updates_per_edit):
                 self._metrics = self._agent.update(generator=generator)
         return self._agent.act(state, generator=generator)
-
-    def candidate(self, action: Action, reward: float) -> Action | None:
-        """Every edit that earned something."""
-        return if_better(action, reward)
 
     def observe(
         self,
@@ -132,7 +126,7 @@ class SacSurgeon:
         self._metrics = dict(state["metrics"])
 
 
-class RandomSurgeon:
+class RandomSurgeon(Surgeon):
     """Random edits as large as another surgeon's at the same step: its action's numbers in random order and sign.
 
     Args:
@@ -150,25 +144,6 @@ class RandomSurgeon:
         signs = 2.0 * torch.randint(2, model.shape, generator=generator) - 1
         return model[torch.randperm(len(model), generator=generator)] * signs
 
-    def candidate(self, action: Action, reward: float) -> Action | None:
-        """Every edit that earned something."""
-        return if_better(action, reward)
-
-    def observe(
-        self,
-        state: Float[Tensor, " state"],
-        action: Action,
-        reward: float,
-        *,
-        committed: bool,
-        generator: torch.Generator,
-    ) -> None:
-        """Nothing is learned."""
-
-    def metrics(self) -> dict[str, float]:
-        """None."""
-        return {}
-
     def state_dict(self) -> dict[str, Any]:
         """How many were proposed."""
         return {"num_edits": self._num_edits}
@@ -178,7 +153,7 @@ class RandomSurgeon:
         self._num_edits = state["num_edits"]
 
 
-class EvolutionSurgeon:
+class EvolutionSurgeon(Surgeon):
     """(1+1)-ES: Gaussian steps from the student as it is, kept when they improve it; one in five should.
 
     The standard deviation grows by a half after a commit and shrinks by its fourth root otherwise, so that it stands
@@ -198,10 +173,6 @@ class EvolutionSurgeon:
     def propose(self, state: Float[Tensor, " state"], *, generator: torch.Generator) -> Action:
         """A Gaussian action, cut off at ±1."""
         return (self._standard_deviation * torch.randn(self._action_dim, generator=generator)).clamp(-1, 1)
-
-    def candidate(self, action: Action, reward: float) -> Action | None:
-        """Every edit that earned something."""
-        return if_better(action, reward)
 
     def observe(
         self,
@@ -230,7 +201,7 @@ class EvolutionSurgeon:
         self._standard_deviation = state["standard_deviation"]
 
 
-class BestOfNSurgeon:
+class BestOfNSurgeon(Surgeon):
     """The best of every ``n`` uniform edits is tested, the others are forgotten.
 
     Args:
@@ -256,22 +227,7 @@ class BestOfNSurgeon:
         if self._num_tried < self._n:
             return None
         (reward, action), self._num_tried, self._best = self._best, 0, None
-        return if_better(action, reward)
-
-    def observe(
-        self,
-        state: Float[Tensor, " state"],
-        action: Action,
-        reward: float,
-        *,
-        committed: bool,
-        generator: torch.Generator,
-    ) -> None:
-        """Nothing is learned."""
-
-    def metrics(self) -> dict[str, float]:
-        """None."""
-        return {}
+        return super().candidate(action, reward)
 
     def state_dict(self) -> dict[str, Any]:
         """The round so far."""
