@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from preceptor.cli import main
-from preceptor.run.watching import MetricsTail, is_at_work
+from preceptor.cli.watch import _table
+from preceptor.doctor.forecast import _time
+from preceptor.run.watching import MetricsTail, is_at_work, planned_steps
 
 QUICK = ["--set", "update.steps=2", "--set", "evaluation.num_episodes=2", "--set", "save_every=1"]
 
@@ -133,6 +140,54 @@ def test_the_tail_follows_a_resume_and_the_lock_tells_who_is_at_work(finished: P
     (run / "metrics.jsonl").write_text(f"{lines[0]}\n")
     assert tail.look()
     assert [row["step"] for row in tail.rows] == [1]
+
+
+def test_a_run_says_how_many_steps_it_will_have(run: Path) -> None:
+    assert planned_steps(run) == 2
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(_table(run, [{"step": 1, "reward": 0.5}], []))
+    assert "copy: step 1 of 2" in console.export_text()
+    (run / "plan.json").unlink()
+    assert planned_steps(run) is None
+
+
+def test_the_forecast_is_the_pace_after_the_first_step() -> None:
+    """Three steps in 3 s after the first, which took longer; then ten more at that pace."""
+    assert (
+        _time([(1, 20.0), (2, 21.5), (4, 23.0)], 13).line().startswith("ok    time: 1 s a step, 13 steps in about 0:13")
+    )
+    assert _time([(1, 20.0), (2, 21.0)], None).line() == "ok    time: 1 s a step"
+    assert _time([(3, 20.0)], 13).status == "warn"
+
+
+@pytest.mark.slow
+def test_memory_is_forecast_within_15_per_cent_and_linear_in_the_episodes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Doctor's figure after its first steps against the peak of the whole training, for 8, 16 and 32 episodes."""
+    sizes, peaks = (8, 16, 32), []
+    for size in sizes:
+        words = ["--threads", "1", "--set", f"episode.batch_size={size}", "--set", "update.steps=6"]
+        code, out = said(capsys, "doctor", "reading", *words)
+        assert code == 0
+        forecast = float(re.search(r"memory: ([\d,]+) MiB", out)[1].replace(",", ""))  # type: ignore[index]
+        # In a process of its own, since a peak is of a process.
+        command = [
+            sys.executable,
+            "-m",
+            "preceptor",
+            "run",
+            "reading",
+            "--no-report",
+            "--out",
+            str(tmp_path / f"{size}"),
+        ]
+        subprocess.run([*command, *words], check=True, capture_output=True)
+        rows = (tmp_path / f"{size}" / "metrics.jsonl").read_text().splitlines()
+        peaks.append(json.loads(rows[-1])["peak_memory_mib"])
+        assert forecast == pytest.approx(peaks[-1], rel=0.15)
+    slope = (peaks[2] - peaks[0]) / (sizes[2] - sizes[0])
+    assert peaks[1] == pytest.approx(peaks[0] + slope * (sizes[1] - sizes[0]), rel=0.05)
 
 
 @pytest.mark.slow

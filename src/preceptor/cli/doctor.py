@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from preceptor.cli.arguments import CONFIGURATION, EXIT_CODES, Command, add_configuration, add_device, add_system_flags
 from preceptor.cli.replay import CHECK_FAILED
 from preceptor.cli.systems import configuration, system_named
-from preceptor.config import dump_yaml, to_dict
+from preceptor.config import dump_yaml
 from preceptor.errors import ConfigError, PreceptorError
 from preceptor.plain_yaml import shown
 from preceptor.systems import SYSTEMS
@@ -82,7 +82,7 @@ def _before(name: str, config: Any, options: argparse.Namespace) -> Iterator[Che
             file.write_text(dump_yaml(config), encoding="utf-8")
             words = [name, "--config", str(file), "--device", options.device]
             words += ["--threads", str(options.threads)] if options.threads else []
-            yield from forecast(words, Path(parent) / "run", to_dict(config))
+            yield from forecast(words, Path(parent) / "run")
 
 
 def _model(model: Any, episode: Any, options: argparse.Namespace) -> Iterator[Check]:

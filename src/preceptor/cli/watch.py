@@ -123,10 +123,11 @@ def _table(folder: Path, rows: Sequence[Mapping[str, Any]], wanted: Sequence[str
     from rich.table import Table
     from rich.text import Text
 
-    from preceptor.run.watching import numbers
+    from preceptor.run.watching import numbers, planned_steps
 
-    step = rows[-1]["step"] if rows else 0
-    table = Table(title=Text(f"{folder.name}: step {step}"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    step, total = rows[-1]["step"] if rows else 0, planned_steps(folder)
+    place = f"step {step}" if total is None else f"step {step} of {total}"
+    table = Table(title=Text(f"{folder.name}: {place}"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric")
     for header in ("last", f"mean of {WINDOW}"):
         table.add_column(header, justify="right")

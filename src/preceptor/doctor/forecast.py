@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from preceptor.doctor.check import Check
-from preceptor.run.environment import flattened
 from preceptor.run.metrics import read_jsonl
+from preceptor.run.progress import duration
+from preceptor.run.watching import MetricsTail, planned_steps
 
 NUM_STEPS = 2
-"""Steps that are waited for; the last is the one measured, since the first pays for warming up."""
+"""Steps that are waited for at least; the first is left out, since it pays for warming up."""
+
+MIN_SECONDS = 5.0
+"""For how long steps are watched, unless the run ends before."""
 
 
-def forecast(
-    arguments: list[str], folder: Path, config: dict[str, Any], *, timeout: float = 180.0
-) -> tuple[Check, Check]:
+def forecast(arguments: list[str], folder: Path, *, timeout: float = 180.0) -> tuple[Check, Check]:
     """Time and memory of ``preceptor run ARGUMENTS``, from its first steps.
 
     ``folder`` is where the short run is made. The time is that of the steps alone: the measurement of the controls at
@@ -31,11 +33,15 @@ def forecast(
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
     )
-    peak, rows = 0, 0
+    tail, peak = MetricsTail(folder / "metrics.jsonl"), 0
+    seen: list[tuple[int, float]] = []  # rows, and when there were so many
     try:
-        while process.poll() is None and rows < NUM_STEPS and time.monotonic() - began < timeout:
+        while process.poll() is None and time.monotonic() - began < timeout:
             peak = max(peak, _peak_bytes(process.pid))
-            rows = len(list(read_jsonl(folder / "metrics.jsonl"))) if (folder / "metrics.jsonl").is_file() else 0
+            if tail.look() and tail.rows:
+                seen.append((len(tail.rows), time.monotonic()))
+            if seen and seen[-1][0] >= NUM_STEPS and time.monotonic() - seen[0][1] >= MIN_SECONDS:
+                break
             time.sleep(0.1)
     finally:
         if process.poll() is None:
@@ -51,19 +57,18 @@ def forecast(
         reason = lines[-1].removeprefix("preceptor: error: ")
         fault = Check("fail", "first step", reason, "mend this, or make the run smaller")
         return fault, Check("warn", "memory", "unknown: there was no step")
-    return _time(metrics, config), _memory(metrics, peak)
+    return _time(seen, planned_steps(folder)), _memory(metrics, peak)
 
 
-def _time(metrics: list[dict[str, Any]], config: dict[str, Any]) -> Check:
-    seconds = metrics[-1].get("seconds")
-    if not isinstance(seconds, int | float):
-        return Check("warn", "time", "unknown: its metrics have no seconds")
-    named = [value for key, value in flattened(config).items() if key.split(".")[-1] == "steps" and value]
-    if len(named) != 1:
+def _time(seen: list[tuple[int, float]], num_steps: int | None) -> Check:
+    if len(seen) < 2:
+        return Check("warn", "time", "unknown: too few steps were seen")
+    (first, begin), (last, end) = seen[0], seen[-1]
+    seconds = (end - begin) / (last - first)
+    if num_steps is None:
         return Check("ok", "time", f"{seconds:.2g} s a step")
-    total = seconds * named[0]
-    spelled = f"{total:.0f} s" if total < 120 else f"{total / 60:.0f} min" if total < 7200 else f"{total / 3600:.1f} h"
-    return Check("ok", "time", f"{seconds:.2g} s a step, {named[0]:,} steps in about {spelled}, then the controls")
+    total = f"{num_steps:,} steps in about {duration(seconds * num_steps)} at this pace"
+    return Check("ok", "time", f"{seconds:.2g} s a step, {total}; measuring the arms at the end comes on top")
 
 
 def _memory(metrics: list[dict[str, Any]], peak: int) -> Check:

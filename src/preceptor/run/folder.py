@@ -3,6 +3,7 @@
 config.yaml       the resolved configuration
 manifest.json     system, seed, streams, versions, commit, device, threads; written once, last, so that its presence
                   means "this is a run"
+plan.json         how many steps it will have
 metrics.jsonl     one row a step
 decisions.jsonl   every action of the teacher
 checkpoints/      step-NNNNNN/
@@ -34,7 +35,7 @@ from preceptor.run.device import choose_device, exact_matmul_precision, set_thre
 from preceptor.run.files import replace_file, storage_errors, write_all
 from preceptor.run.lock import FolderLock
 from preceptor.run.metrics import JsonlLog
-from preceptor.run.progress import COLUMNS, Progress
+from preceptor.run.progress import COLUMNS, PLAN_NAME, Progress
 from preceptor.run.random import RandomStreams, derived_seed, global_random_state, load_global_random_state
 from preceptor.run.record import RECORD, plain_config, read_config, read_manifest, require_free, write_record
 from preceptor.run.signals import StopSignals
@@ -102,7 +103,11 @@ class Run:
     # What happened
 
     def show_progress(self, total: int, columns: Mapping[str, str] = COLUMNS) -> None:
-        """Shows ``log``'s rows from now on: ``total`` steps in all, and ``columns`` (metric → label)."""
+        """Shows ``log``'s rows from now on: ``total`` steps in all, and ``columns`` (metric → label).
+
+        The total is written down too, for whoever looks on from outside.
+        """
+        replace_file(self.path / PLAN_NAME, json.dumps({"num_steps": total}) + "\n")
         self._progress = Progress(total, first_step=self._step, columns=columns, enabled=not self.quiet)
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:

@@ -12,6 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
+PLAN_NAME = "plan.json"
+"""File of a run folder that says how many steps it will have, the controls' included."""
+
 COLUMNS = {
     "reward": "reward",
     "kl": "KL",
@@ -69,7 +72,7 @@ class Progress:
             return
         parts = [f"{label} {_short(row[key])}" for key, label in self.columns.items() if row.get(key) is not None]
         if (left := self._seconds_left(step)) is not None:
-            parts.append(f"{_duration(left)} left")
+            parts.append(f"{duration(left)} left")
         text = "  ".join(parts)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
@@ -107,7 +110,7 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """``4:05`` or ``2:04:05``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -11,6 +11,7 @@ from typing import Any
 
 from preceptor.run.lock import LOCK_NAME
 from preceptor.run.metrics import read_jsonl
+from preceptor.run.progress import PLAN_NAME
 
 
 class MetricsTail:
@@ -56,6 +57,14 @@ def is_at_work(folder: Path) -> bool:
     except PermissionError:
         return True  # somebody else's process, so there is one
     return True
+
+
+def planned_steps(folder: Path) -> int | None:
+    """How many steps the run will have in all; None where it has not said so (yet)."""
+    try:
+        return int(json.loads((folder / PLAN_NAME).read_text())["num_steps"])
+    except FileNotFoundError:
+        return None
 
 
 def numbers(row: Mapping[str, Any]) -> dict[str, float]:
