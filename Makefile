@@ -27,6 +27,9 @@ bench: $(VENV)/installed-test ## Every benchmark beside its peer (BENCH=decode f
 	$(BIN)/python -m benchmarks $(BENCH)
 	$(BIN)/python -m benchmarks.report
 
+docs: $(VENV)/installed-docs ## The documentation as a site in site/
+	$(BIN)/mkdocs build --strict
+
 lint: $(VENV)/installed-dev ## Format, lint and types, changing nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

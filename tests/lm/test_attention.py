@@ -66,6 +66,60 @@ def test_bfloat16_is_computed_in_float32() -> None:
     assert all(part.dtype == torch.bfloat16 for part in torch.autograd.grad(found.sum(), (query, key, value)))
 
 
+@pytest.mark.parametrize("how", ["by name", "by position", "all by name"])
+def test_a_mask_is_heeded_however_it_is_given(how: str) -> None:
+    """Models that are no part of Transformers give it by position."""
+    query, key, value = made()
+    visible = torch.ones(5, 5).tril().bool()
+    expected = by_hand(query, key, value, visible)
+    with CpuAttention():
+        if how == "by name":
+            found = scaled_dot_product_attention(query, key, value, attn_mask=visible)
+        elif how == "by position":
+            found = scaled_dot_product_attention(query, key, value, visible, 0.0, False)
+            causal = scaled_dot_product_attention(query, key, value, None, 0.0, True)
+            torch.testing.assert_close(causal, expected, atol=1e-12, rtol=0)
+        else:
+            found = scaled_dot_product_attention(query=query, key=key, value=value, attn_mask=visible)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)  # float64
+
+
+def test_a_learned_bias_gets_its_gradient() -> None:
+    """The bias is added to the scores, so its slope is their slope, summed over rows and heads."""
+    query, key, value = (part.detach() for part in made())
+    bias = torch.randn(5, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
+    scores = query @ key.transpose(-1, -2) / math.sqrt(4) + bias
+    (expected,) = torch.autograd.grad(((scores.softmax(-1) @ value) ** 2).sum(), bias)
+    with CpuAttention():
+        found = scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    (gradient,) = torch.autograd.grad((found**2).sum(), bias)
+    torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=0)
+
+
+def test_an_added_mask_may_have_the_dtype_of_the_queries() -> None:
+    """Transformers builds it in the model's own dtype, and the kernel wants that of its inputs."""
+    query, key, value = made(torch.bfloat16)
+    visible = torch.ones(5, 5).tril().bool()
+    mask = torch.zeros(5, 5, dtype=torch.bfloat16).masked_fill_(~visible, torch.finfo(torch.bfloat16).min)
+    with CpuAttention():
+        found = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    exact = by_hand(query.float(), key.float(), value.float(), visible)
+    torch.testing.assert_close(found, exact.to(torch.bfloat16), atol=0, rtol=2**-8)
+    assert mask.dtype == torch.bfloat16
+
+
+def test_the_setting_survives_a_call_that_fails() -> None:
+    before = torch.get_float32_matmul_precision()
+    query, key, value = made(torch.float32)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with CpuAttention(), pytest.raises(RuntimeError):
+            scaled_dot_product_attention(query, key[..., :3], value)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_only_what_needs_a_gradient_gets_one() -> None:
     query, key, value = made()
     with CpuAttention():
@@ -87,7 +141,8 @@ def test_grouped_heads_and_a_scale_are_passed_on() -> None:
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
 
-def test_the_kernel_runs_at_full_precision_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("keys", "setting"), [(5, "highest"), (319, "highest"), (320, "medium")])
+def test_the_kernel_runs_at_full_precision_both_ways(keys: int, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The setting is seen from inside: at the kernel's forward call and when its backward pass begins."""
     seen: list[str] = []
 
@@ -102,12 +157,12 @@ def test_the_kernel_runs_at_full_precision_both_ways(monkeypatch: pytest.MonkeyP
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        query, key, value = made(torch.float32)
+        query, key, value = (torch.randn(1, 1, keys, 64, requires_grad=True) for _ in range(3))
         attention._Attention.apply(query, key, value, {"is_causal": True}).sum().backward()  # type: ignore[no-untyped-call]
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert seen == ["highest", "highest"]
+    assert seen == [setting, setting]
 
 
 def test_dropout_is_left_to_pytorch() -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from preceptor.report import build_report
+from preceptor.report.page import MAXIMUM_BYTES
+from tests.report.systems import write_system_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")
@@ -71,12 +73,25 @@ class Browser:
         return result
 
     def open(self, url: str) -> None:
+        self.events.clear()
         self.call("Page.navigate", url=url)
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self.receive())
 
     def value(self, expression: str) -> Any:
         return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def width(self, pixels: int) -> None:
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=pixels, height=900, deviceScaleFactor=1, mobile=pixels < 600
+        )
+
+    def complaints(self) -> list[dict[str, Any]]:
+        return [e for e in self.events if e.get("method") in ("Log.entryAdded", "Runtime.exceptionThrown")]
+
+    def requests(self) -> list[str]:
+        sent = [event for event in self.events if event.get("method") == "Network.requestWillBeSent"]
+        return [event["params"]["request"]["url"] for event in sent]
 
     def press(self, key: str) -> None:
         for kind in ("keyDown", "keyUp"):
@@ -107,6 +122,8 @@ def test_the_page_works_and_asks_nobody(browser: Browser, build_run: Callable[..
     browser.press("ArrowRight")
     browser.press("ArrowRight")
     assert browser.value(where) == "step 3 of 8"
+    # What was read before is struck out, and nothing else, however unlikely it was.
+    assert browser.value("document.querySelectorAll('#viewer .step:not([hidden]) .keys .gone').length") == 2
     browser.press("ArrowLeft")
     assert browser.value(where) == "step 2 of 8"
     browser.value("document.querySelectorAll('.path button')[7].click()")
@@ -152,11 +169,55 @@ def test_the_page_works_and_asks_nobody(browser: Browser, build_run: Callable[..
 
     assert browser.value("document.title") == "run · Preceptor"
     assert browser.value("document.querySelectorAll('img, svg [onload], script').length") == 2
-    requests = [e["params"]["request"]["url"] for e in browser.events if e.get("method") == "Network.requestWillBeSent"]
-    assert requests == [page.as_uri()]
-    complaints = [e for e in browser.events if e.get("method") in ("Log.entryAdded", "Runtime.exceptionThrown")]
-    assert complaints == []
+    assert browser.requests() == [page.as_uri()]
+    assert browser.complaints() == []
     assert browser.value("document.documentElement.scrollWidth <= window.innerWidth") is True
 
-    browser.call("Emulation.setDeviceMetricsOverride", width=400, height=900, deviceScaleFactor=1, mobile=True)
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
+
+    # The keyboard reads it too, without moving the trajectory, and leaving it brings the last values back.
+    last = browser.value("document.querySelector('[data-chart=reward] .value').textContent")
+    browser.value("document.querySelector('[data-chart=reward] svg').focus()")
+    browser.press("Home")
+    assert browser.value("document.querySelector('[data-chart=reward] .at').textContent") == "at 1"
+    browser.press("ArrowRight")
+    assert browser.value("document.querySelector('[data-chart=reward] .at').textContent") == "at 2"
+    assert browser.value(where) == "step 1 of 7"
+    browser.value("document.activeElement.blur()")
+    assert browser.value("document.querySelector('[data-chart=reward] .at').textContent") == ""
+    assert browser.value("document.querySelector('[data-chart=reward] .value').textContent") == last
+
+    browser.width(400)
     assert browser.value("document.documentElement.scrollWidth") == 400  # nothing sticks out on a telephone
+    browser.width(1280)
+
+
+SHOWN = {
+    "reading": ("A reading, step by step", "Query entropy"),
+    "bandit": ("Probability of 'bean' under each prompt", "Crossed contexts"),
+    "curriculum": ("Weights of the datasets", "static no noise"),
+    "surgery": ("Edits by layer and matrix", "layer 1 output"),
+}
+
+
+@pytest.mark.parametrize("system", SHOWN)
+def test_ten_thousand_steps_open_at_once(
+    system: str, browser: Browser, build_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = tmp_path / system
+    if system == "reading":
+        build_run(run, num_steps=10_000, num_episodes=400)
+    else:
+        write_system_run(run, system, num_steps=10_000)
+    page = build_report(run)
+    assert page.stat().st_size < MAXIMUM_BYTES
+    for pixels in (1280, 400):
+        browser.width(pixels)
+        browser.open(page.as_uri())
+        took = browser.value("performance.getEntriesByType('navigation')[0].loadEventEnd")
+        assert took < 2_000, f"{took} ms"
+        assert browser.requests() == [page.as_uri()]
+        assert browser.complaints() == []
+        assert browser.value("document.documentElement.scrollWidth <= window.innerWidth") is True
+    text = browser.value("document.body.textContent")
+    assert all(words in text for words in SHOWN[system])

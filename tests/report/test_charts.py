@@ -33,7 +33,7 @@ def test_a_name_with_a_dot_is_found_whole_first() -> None:
 
 
 def test_columns_that_nothing_draws_get_a_chart_of_their_own() -> None:
-    assert [chart.name for chart in other_charts(ROWS, declared_charts([LINES]))] == ["loss"]
+    assert [chart.name for chart in other_charts(ROWS, declared_charts([LINES]))] == ["other-loss"]
     assert [chart.name for chart in other_charts([{"step": 1, "seconds": 1.0, "flag": True}], [])] == []
 
 
@@ -57,7 +57,7 @@ def test_a_matrix_is_shaded_from_low_to_high_and_says_its_numbers() -> None:
     }  # fmt: skip
     ((name, cells),) = matrices([chart])[0].rows
     assert name == "r"
-    assert [(cell.text, cell.shade) for cell in cells] == [("0", 0), ("0.5", 4), ("1", 7)]
+    assert [(cell.text, cell.shade) for cell in cells] == [("0.000", 0), ("0.500", 4), ("1.000", 7)]
     free = matrices([{**chart, "low": None, "high": None, "values": [[2.0, float("nan"), 2.0]]}])[0].rows[0][1]
     assert [(cell.text, cell.shade) for cell in free] == [("2", 0), ("\N{EN DASH}", None), ("2", 0)]
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preceptor.report.arms import Arms
-from preceptor.report.curves import CHARTS, Panel, curve
-from preceptor.report.drawing import BOTTOM, HEIGHT, LABEL, LEFT, RIGHT, TOP, WIDTH, arm_chart, line_chart, ticks
+from preceptor.report.curves import READING_CHARTS, Panel, curve
+from preceptor.report.drawing import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, arm_chart, line_chart, ticks
 
 
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
@@ -23,7 +23,7 @@ def test_ticks_cover_the_range_with_few_round_numbers(low: float, width: float) 
 def test_a_line_runs_from_corner_to_corner() -> None:
     drawn = curve([{"step": k, "passed_fraction": k / 10} for k in range(11)], "passed_fraction", label="passed")
     assert drawn is not None
-    chart = next(chart for chart in CHARTS if chart.name == "passed_fraction")
+    chart = next(chart for chart in READING_CHARTS if chart.name == "passed_fraction")
     picture = line_chart(Panel(chart, [drawn]))
     points = re.findall(r"([\d.]+) ([\d.]+)", picture.lines[0].path)
     assert [float(x) for x in points[0]] == [LEFT, HEIGHT - BOTTOM]
@@ -34,7 +34,7 @@ def test_a_line_runs_from_corner_to_corner() -> None:
 def test_one_step_is_drawn_in_the_middle() -> None:
     drawn = curve([{"step": 7, "reward": -3.0}], "reward", label="reward")
     assert drawn is not None
-    picture = line_chart(Panel(CHARTS[0], [drawn]))
+    picture = line_chart(Panel(READING_CHARTS[0], [drawn]))
     assert "nan" not in picture.lines[0].path
     assert picture.lines[0].path.startswith(f"M{LEFT + (WIDTH - LEFT - RIGHT) / 2:.1f} ")
 
@@ -53,8 +53,8 @@ def test_arms_are_ordered_and_placed() -> None:
     assert chart.oracle == chart.rows[0].mean
     assert chart.band == (chart.rows[2].low, chart.rows[2].high)
     left, right = chart.x_ticks[0], chart.x_ticks[-1]
-    assert (left.at, right.at) == pytest.approx((LABEL, WIDTH - RIGHT))
+    assert (left.at, right.at) == pytest.approx((chart.label, WIDTH - RIGHT))
     # The axis runs from -0.2 to 1.0: 0.5 lies at 7/12 of it.
-    assert chart.rows[1].mean == pytest.approx(LABEL + (WIDTH - RIGHT - LABEL) * 0.7 / 1.2, abs=0.1)
+    assert chart.rows[1].mean == pytest.approx(chart.label + (WIDTH - RIGHT - chart.label) * 0.7 / 1.2, abs=0.1)
     assert chart.rows[0].low is None
     assert chart.rows[0].text == "1 (no interval)"

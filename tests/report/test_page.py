@@ -17,6 +17,7 @@ import pytest
 from preceptor.errors import DataError, StorageError
 from preceptor.report import build_report
 from preceptor.report.page import MAXIMUM_BYTES
+from tests.report.systems import write_system_run
 
 BuildRun = Callable[..., Path]
 
@@ -62,6 +63,25 @@ def test_hostile_text_makes_no_element(build_run: BuildRun, tmp_path: Path, host
     assert tags(page) == tags(plain)
     assert embedded(page)["articles"]["hostile"]["pairs"][0][0] == hostile[0]
     assert "<script>document.title" not in page
+
+
+@pytest.mark.parametrize("system", ["bandit", "curriculum", "surgery"])
+def test_hostile_text_of_other_systems_makes_no_element(system: str, tmp_path: Path, hostile: tuple[str, ...]) -> None:
+    """Words, prompts, texts, arms, datasets and titles, each replaced by a payload."""
+    names = ("bean", "Pick", "def f", "return x", "learned", "dialogue", "evolution", "Surgery", "Crossed")
+
+    def page(name: str, payloads: tuple[str, ...]) -> str:
+        run = write_system_run(tmp_path / name, system, num_steps=90)
+        for file in ("metrics.jsonl", "decisions.jsonl", "result.json"):
+            text = (run / file).read_text(encoding="utf-8")
+            for k, old in enumerate(names):
+                text = text.replace(old, f"{json.dumps(payloads[k % len(payloads)])[1:-1]} {k}")
+            (run / file).write_text(text, encoding="utf-8")
+        return build_report(run).read_text(encoding="utf-8")
+
+    dangerous = tuple(text for text in hostile if "\0" not in text)
+    harmless = tuple(re.sub(r"\S", "x", text) for text in dangerous)
+    assert tags(page("hostile", dangerous)) == tags(page("plain", harmless))
 
 
 FRAGMENTS = (

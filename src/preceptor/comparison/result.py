@@ -16,7 +16,7 @@ from preceptor.evaluation.aggregate import aggregate, improvement, scores_by_ite
 from preceptor.evaluation.summary import SPLITS, compare, summarise
 from preceptor.evaluation.verdict import claims, verdict
 
-COSTS = ("tokens", "model_calls", "flops")
+COSTS = ("tokens", "model_calls", "flops", "gflops")
 """Counted costs: shown for every arm and never compared."""
 
 Records = Sequence[Mapping[str, Any]]

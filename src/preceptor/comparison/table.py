@@ -40,10 +40,15 @@ def _table(rows: Sequence[Mapping[str, Any]], arms: Mapping[str, Mapping[str, An
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    table.add_column("arm", no_wrap=True)
-    headers = ("mean", "interquartile\nmean", f"{spelled(reference)}\nless arm", f"P({spelled(reference)}\nis above)")
-    for header in (*headers, *map(spelled, costs)):
-        table.add_column(Text(header), justify="right")
+    table.add_column("arm", overflow="fold")
+    headers = (
+        "mean",
+        "inter-\nquartile\nmean",
+        f"{spelled(reference)}\nless arm",
+        f"P({spelled(reference)}\nis above)",
+    )
+    for header in (*headers, *(spelled(cost).replace(" ", "\n") for cost in costs)):
+        table.add_column(Text(header), justify="right", overflow="fold")
 
     def add(arm: str, *compared: Text) -> None:
         cells = [spelled(arm), *_reached(arms[arm][metric])]
@@ -58,15 +63,16 @@ def _table(rows: Sequence[Mapping[str, Any]], arms: Mapping[str, Mapping[str, An
 
 
 def _reached(estimate: Mapping[str, Any]) -> tuple[str, str]:
-    return _interval(estimate, "mean"), _interval(estimate["interquartile_mean"], "iqm")
+    """The mean alone, so that a row fits 80 columns, and the interquartile mean with its interval."""
+    return f"{estimate['mean']:.3f}", _interval(estimate["interquartile_mean"], "iqm")
 
 
 def _interval(estimate: Mapping[str, Any], key: str, *, digits: int = 3) -> str:
-    """``0.124 [0.080,0.171]``: one space, so that a narrow terminal breaks it before the bracket."""
+    """``0.124`` and below it ``[0.080, 0.171]``, so that a narrow terminal cuts neither."""
     value = f"{estimate[key]:.{digits}f}"
     if estimate["low"] is None:
         return value
-    return f"{value} [{estimate['low']:.{digits}f},{estimate['high']:.{digits}f}]"
+    return f"{value}\n[{estimate['low']:.{digits}f}, {estimate['high']:.{digits}f}]"
 
 
 def _cost(metrics: Mapping[str, Any], costs: Sequence[str]) -> list[str]:

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from preceptor.comparison.runs import FinishedRun
+from preceptor.comparison.runs import FinishedRun, grouped
 from preceptor.errors import ConfigError
+from preceptor.report.seeds import merged_charts
+from preceptor.run.environment import flattened
 from preceptor.run.files import replace_file, storage_errors
 from preceptor.run.strict_json import row_json
 
@@ -16,7 +18,7 @@ from preceptor.run.strict_json import row_json
 def write_comparison(
     folder: Path, comparison: Mapping[str, Any], merged: Mapping[str, Any], runs: Sequence[FinishedRun]
 ) -> None:
-    """``comparison.json``, ``result.json`` of all runs as one, and ``seconds.json`` beside them.
+    """``comparison.json``, ``result.json`` of all runs as one with their charts, and ``seconds.json`` beside them.
 
     Raises :class:`ConfigError` for a folder that is a run itself, whose own result would be lost.
     """
@@ -24,6 +26,8 @@ def write_comparison(
         raise ConfigError(f"{folder} is a run of its own; choose another --out for the comparison")
     with storage_errors(f"create {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
+    groups = grouped(runs, inputs=_inputs(comparison, runs))
+    merged = {**merged, "charts": merged_charts((group.label, run.path) for group in groups for run in group.runs)}
     taken = {run.path.name: run.seconds for run in runs}
     seconds = {
         "what": "seconds of training steps; no two runs share them, so they are no part of the comparison",
@@ -33,3 +37,11 @@ def write_comparison(
     for name, content in (("result", merged), ("comparison", comparison), ("seconds", seconds)):
         text = json.dumps(json.loads(row_json(content)), indent=2, ensure_ascii=False)
         replace_file(folder / f"{name}.json", text + "\n")
+
+
+def _inputs(comparison: Mapping[str, Any], runs: Sequence[FinishedRun]) -> list[str]:
+    """The keys in which runs of one group differ: all that differ at all, but for those that a group's label names."""
+    configs = [flattened(run.config) for run in runs]
+    named = {part.partition("=")[0] for group in comparison["groups"] for part in group["label"].split(", ")}
+    differing = [key for key in configs[0] if any(config.get(key) != configs[0][key] for config in configs)]
+    return [key for key in differing if key not in named]

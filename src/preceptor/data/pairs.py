@@ -40,7 +40,8 @@ def sentence_pairs(
     Args:
         text: plain text as in `preceptor.data.article.Article.text`.
         language: ISO 639-1 code for the sentence splitter.
-        min_characters, max_characters: bounds of a sentence's length, inclusive.
+        min_characters: shortest sentence that counts.
+        max_characters: longest sentence that counts.
 
     Raises:
         DataError: there is not even one pair.

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 LEARNED = "learned"
-COUNTS = ("model_calls", "tokens", "flops")
+COUNTS = ("model_calls", "tokens", "flops", "gflops")
 """Costs: shown as whole numbers and not drawn as intervals."""
+
+_WRITTEN = {
+    **{name: name.upper() for name in ("auc", "kl", "ppo", "mmr", "ucb1", "ado", "grpo", "rloo")},
+    **{"flops": "FLOPs", "gflops": "GFLOPs", "exp3": "Exp3", "prob": "probability"},
+}
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class Arms:
         baseline: the arm whose interval is drawn as a band behind the others.
         lower_is_better: metrics, such as a loss, of which less is more.
         table: metrics of the short table; empty is all.
+        taught: arms that the others are controls of.
     """
 
     estimates: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
@@ -28,17 +35,22 @@ class Arms:
     baseline: str = "random"
     lower_is_better: frozenset[str] = frozenset()
     table: tuple[str, ...] = ()
+    taught: frozenset[str] = frozenset({LEARNED})
 
     @classmethod
     def of(cls, result: Mapping[str, Any] | None) -> Arms:
         """The arms of a result, none where there is no result yet."""
         result = result or {}
+        estimates = result.get("arms", {})
+        compared = {str(comparison.get("arm")) for comparison in result.get("comparisons", ())}
+        taught = {arm for arm in estimates if arm == LEARNED or arm.startswith(f"{LEARNED} (")}
         return cls(
-            estimates=result.get("arms", {}),
+            estimates=estimates,
             oracles=frozenset(result.get("oracles", ())),
             baseline=result.get("baseline", "random"),
             lower_is_better=frozenset(result.get("lower_is_better", ())),
             table=tuple(result.get("table", ())),
+            taught=frozenset(taught or [arm for arm in estimates if arm in compared][:1]),
         )
 
     @property
@@ -62,9 +74,13 @@ class Arms:
         oracles = [arm for arm in self.ordered(metric) if arm in self.oracles]
         return float(self.estimates[oracles[0]][metric]["mean"]) if oracles else None
 
+    def has_interval(self, arm: str) -> bool:
+        """Whether the arm is there and any metric of it has an interval."""
+        return any(estimate["low"] is not None for estimate in self.estimates.get(arm, {}).values())
+
     def kind(self, arm: str) -> str:
         """``learned``, ``oracle`` or ``control``."""
-        return "learned" if arm == LEARNED else "oracle" if arm in self.oracles else "control"
+        return "learned" if arm in self.taught else "oracle" if arm in self.oracles else "control"
 
     @staticmethod
     def base_name(metric: str) -> str:
@@ -73,5 +89,12 @@ class Arms:
 
 
 def spelled(name: str) -> str:
-    """A name as it is read: ``progress_auc`` becomes ``progress AUC``."""
-    return name.replace("_", " ").replace("auc", "AUC")
+    """A name as it is read; what follows in brackets is a configuration's own words and stays as it is.
+
+    >>> spelled("progress_auc"), spelled("held_out_log_prob"), spelled("best_of_n (a_b=c_d)")
+    ('progress AUC', 'log probability, held out', 'best of n (a_b=c_d)')
+    """
+    name, bracket, rest = name.partition(" (")
+    if name.startswith("held_out_"):
+        return f"{spelled(name.removeprefix('held_out_'))}, held out{bracket}{rest}"
+    return re.sub(r"[A-Za-z0-9]+", lambda word: _WRITTEN.get(word[0], word[0]), name.replace("_", " ")) + bracket + rest

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from preceptor.errors import DataError
-from preceptor.report.curves import MAXIMUM_POINTS, Chart, Curve, Panel, evenly_spaced
-from preceptor.report.drawing import number
+from preceptor.report.arms import spelled
+from preceptor.report.curves import MAXIMUM_POINTS, Chart, Curve, Panel, evenly_spaced, legible
+from preceptor.report.drawing import fixed
 from preceptor.report.run_folder import JsonObject, is_finite
 
 NUM_SHADES = 8
@@ -43,6 +44,8 @@ class Matrix:
 
     title: str
     unit: str
+    low: str
+    high: str
     columns: list[str]
     rows: list[tuple[str, list[Cell]]]
 
@@ -56,7 +59,7 @@ def declared_charts(charts: Sequence[JsonObject]) -> list[Chart]:
     return [
         Chart(
             name=f"declared-{index}",
-            title=str(chart["title"]),
+            title=spelled(str(chart["title"])),
             unit=str(chart["unit"]),
             columns=tuple((str(column), str(label)) for column, label in chart["columns"].items()),
             constants=tuple((str(label), float(value)) for label, value in chart.get("constants", {}).items()),
@@ -85,9 +88,11 @@ def series_panels(charts: Sequence[JsonObject]) -> list[Panel]:
             steps = [chart["x"][at] for at in points]
             if points:
                 curves.append(Curve(str(label), steps, [values[at] for at in points], low, high, 0))
-        described = Chart(f"series-{index}", str(chart["title"]), str(chart["unit"]), (), x_label=str(chart["x_label"]))
+        described = Chart(
+            f"series-{index}", spelled(str(chart["title"])), str(chart["unit"]), (), x_label=str(chart["x_label"])
+        )
         if curves:
-            found.append(Panel(described, curves))
+            found.append(Panel(described, curves if chart.get("bands") else legible(curves)))
     return found
 
 
@@ -110,9 +115,9 @@ def matrices(charts: Sequence[JsonObject]) -> list[Matrix]:
             (str(name), [_cell(value, low, high) for value in values])
             for name, values in zip(chart["rows"], chart["values"], strict=True)
         ]
-        found.append(
-            Matrix(str(chart["title"]), str(chart["unit"]), [str(column) for column in chart["columns"]], rows)
-        )
+        columns = [str(column) for column in chart["columns"]]
+        least, most = (fixed(end, high - low) for end in (low, high))
+        found.append(Matrix(spelled(str(chart["title"])), str(chart["unit"]), least, most, columns, rows))
     return found
 
 
@@ -120,7 +125,7 @@ def _cell(value: Any, low: float, high: float) -> Cell:
     if not is_finite(value):
         return Cell("\N{EN DASH}", None)
     share = (value - low) / (high - low) if high > low else 0.0
-    return Cell(number(float(f"{value:.3g}")), min(NUM_SHADES - 1, max(0, int(share * NUM_SHADES))))
+    return Cell(fixed(value, high - low), min(NUM_SHADES - 1, max(0, int(share * NUM_SHADES))))
 
 
 def _kind(chart: Any) -> str:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from preceptor.report.arms import spelled
 from preceptor.report.run_folder import JsonObject, is_finite
 
 MAXIMUM_POINTS = 300
+"""Of one curve; a chart of many has fewer of each, so that no chart outgrows the page."""
+MAXIMUM_POINTS_OF_A_CHART = 1_200
+MAXIMUM_BANDS = 4
+"""More curves than these are drawn without bands, which would only cover each other."""
 WINDOWS_PER_RUN = 20
+STEPS_OF_AN_ARM = ("arm_step", "stretch_step")
+"""Columns that count an arm's own steps, where a run trains one arm after the other."""
+COUNTERS = ("step", "seconds", "arm_number", "epoch", *STEPS_OF_AN_ARM)
+"""Columns that say when a row was written and are no curves."""
 ABSENT = object()
 
 
@@ -32,7 +41,7 @@ class Chart:
     x_label: str = "step"
 
 
-CHARTS = (
+READING_CHARTS = (
     Chart("reward", "Reward", "nats per value token", (("reward", "reward"),)),
     Chart("normalised_reward", "Normalised reward", "nats per value token", (("normalised_reward", "normalised"),)),
     Chart("gap", "Gap closed, training", "share", (("gap_closed_train", "gap closed"),)),
@@ -58,11 +67,23 @@ CHARTS = (
     Chart("tokens_per_second", "Speed", "tokens per second", (("tokens_per_second", "speed"),)),
     Chart("peak_memory", "Peak memory", "MiB", (("peak_memory_mib", "memory"),)),
 )
+OTHER_CHARTS = (
+    Chart("reward", "Reward", "", (("reward", "reward"),)),
+    Chart("kl", "KL to the reference", "nats", (("kl", "KL"),)),
+    *READING_CHARTS[-4:],
+)
+MACHINE = ("tokens_per_second", "peak_memory")
+"""Charts of the machine rather than of what is learned."""
+
+
+def standard_charts(system: str) -> tuple[Chart, ...]:
+    """The charts that every run of ``system`` is drawn with."""
+    return READING_CHARTS if system == "reading" else OTHER_CHARTS
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One column over the steps, smoothed; ``low`` and ``high`` are one standard deviation of the window around it."""
+    """One column over the steps, smoothed; ``low`` and ``high`` are the ends of its band."""
 
     label: str
     steps: list[int]
@@ -83,20 +104,58 @@ class Panel:
     notes: list[str] = field(default_factory=list)
 
 
-def panels(rows: Sequence[JsonObject], charts: Sequence[Chart] = CHARTS) -> tuple[list[Panel], list[str]]:
-    """The panels of ``charts`` that ``rows`` have data for, and the titles of those left out."""
+def panels(rows: Sequence[JsonObject], charts: Sequence[Chart]) -> tuple[list[Panel], list[str]]:
+    """The panels of ``charts`` that ``rows`` have data for, and the titles of those left out.
+
+    Where a run trains one arm after the other, each arm has a curve of its own over its own steps.
+    """
     drawn, left_out = [], []
+    x = next((name for name in STEPS_OF_AN_ARM if any(name in row for row in rows)), "step")
     for chart in charts:
-        curves = [c for column, label in chart.columns if (c := curve(rows, column, label=label)) is not None]
+        curves = _curves(rows, chart, x)
         if not curves:
             left_out.append(chart.title)
             continue
-        bound = curve(rows, chart.maximum[0], label=chart.maximum[1]) if chart.maximum else None
+        bound = curve(rows, chart.maximum[0], label=chart.maximum[1], x=x) if chart.maximum else None
         steps = sorted({step for c in curves for step in (c.steps[0], c.steps[-1])})
         levels = [level(label, value, steps) for label, value in chart.constants]
         notes = [f"{c.label}: no finite value at {c.num_missing} of the steps" for c in curves if c.num_missing]
-        drawn.append(Panel(chart, curves, [*([bound] if bound else []), *levels], notes))
+        if x != "step":
+            chart = replace(chart, x_label="step of the arm")
+        drawn.append(Panel(chart, legible(curves), [*([bound] if bound else []), *levels], notes))
     return drawn, left_out
+
+
+def _curves(rows: Sequence[JsonObject], chart: Chart, x: str) -> list[Curve]:
+    found = []
+    for column, label in chart.columns:
+        having = [row for row in rows if value_at(row, column) is not ABSENT]
+        parts = _parts(having, "arm" if x != "step" else "bandit" if chart in OTHER_CHARTS[:1] else None)
+        for part, own in parts:
+            name = label if part is None else part if len(chart.columns) == 1 else f"{label}, {part}"
+            if (drawn := curve(own, column, label=name, x=x)) is not None:
+                found.append(drawn)
+    return found
+
+
+def _parts(rows: Sequence[JsonObject], key: str | None) -> list[tuple[str | None, Sequence[JsonObject]]]:
+    """``rows`` by their ``key``, or as they are where there is none, one of them lacks it or all have the same."""
+    parts: dict[str, list[JsonObject]] = {}
+    for row in rows:
+        parts.setdefault(str(row.get(key, "")) if key else "", []).append(row)
+    return [(None, rows)] if "" in parts or len(parts) < 2 else list(parts.items())
+
+
+def legible(curves: Sequence[Curve]) -> list[Curve]:
+    """``curves`` with fewer points each where there are many, and then without bands."""
+    kept = max(50, MAXIMUM_POINTS_OF_A_CHART // max(1, len(curves)))
+    thinned = []
+    for c in curves:
+        at = evenly_spaced(len(c.steps), kept)
+        low, high = (c.values, c.values) if len(curves) > MAXIMUM_BANDS else (c.low, c.high)
+        steps, values, low, high = ([sequence[k] for k in at] for sequence in (c.steps, c.values, low, high))
+        thinned.append(Curve(c.label, steps, values, low, high, c.num_missing))  # type: ignore[arg-type]
+    return thinned
 
 
 def level(label: str, value: float, steps: Sequence[int]) -> Curve:
@@ -106,15 +165,24 @@ def level(label: str, value: float, steps: Sequence[int]) -> Curve:
 
 
 def other_charts(rows: Sequence[JsonObject], charts: Sequence[Chart]) -> list[Chart]:
-    """A chart of its own for every column of numbers that none of ``charts`` draws, in order of first appearance."""
-    known = {column.partition(".")[0] for chart in charts for column, _ in chart.columns}
-    known |= {chart.maximum[0] for chart in charts if chart.maximum} | {"step", "seconds"}
-    found: dict[str, Chart] = {}
+    """A chart of its own for every column of numbers that none of ``charts`` draws, in order of first appearance.
+
+    Entries of a column that is named like an arm are drawn metric by metric, with the arms as curves.
+    """
+    drawn = {column for chart in charts for column, _ in chart.columns} | {c.maximum[0] for c in charts if c.maximum}
+    arms = {str(row["arm"]) for row in rows if "arm" in row}
+    found: dict[str, dict[str, str]] = {}
     for row in rows:
         for column, value in row.items():
-            if column not in known and column not in found and is_finite(value):
-                found[column] = Chart(column, column.replace("_", " "), "", ((column, column.replace("_", " ")),))
-    return list(found.values())
+            if column in COUNTERS:
+                continue
+            if is_finite(value) and column not in drawn:
+                found.setdefault(column, {})[column] = spelled(column)
+            elif isinstance(value, dict) and column in arms:
+                for metric, entry in value.items():
+                    if is_finite(entry) and f"{column}.{metric}" not in drawn:
+                        found.setdefault(metric, {})[f"{column}.{metric}"] = column
+    return [Chart(f"other-{name}", spelled(name), "", tuple(columns.items())) for name, columns in found.items()]
 
 
 def value_at(row: JsonObject, column: str) -> Any:
@@ -125,37 +193,35 @@ def value_at(row: JsonObject, column: str) -> Any:
     """
     if column in row:
         return row[column]
-    outer, dot, inner = column.partition(".")
-    nested = row.get(outer)
-    return value_at(nested, inner) if dot and isinstance(nested, dict) else ABSENT
+    for dot in (at for at, character in enumerate(column) if character == "."):  # a name may have dots of its own
+        nested = row.get(column[:dot])
+        if isinstance(nested, dict) and (value := value_at(nested, column[dot + 1 :])) is not ABSENT:
+            return value
+    return ABSENT
 
 
-def curve(rows: Sequence[JsonObject], column: str, *, label: str) -> Curve | None:
+def curve(rows: Sequence[JsonObject], column: str, *, label: str, x: str = "step") -> Curve | None:
     """The curve of a column, or ``None`` where no row has a finite number in it.
 
-    Value and band are mean and standard deviation in a centred window of a twentieth of the run; at most
-    ``MAXIMUM_POINTS`` are kept, evenly spaced, the last one among them.
+    Value and band are mean and standard deviation in a centred window of a twentieth of the run, the band cut off at
+    the least and the greatest value in the window; at most ``MAXIMUM_POINTS`` are kept, evenly spaced, the last one
+    among them. ``x`` is the column of the steps.
     """
-    present = [(row["step"], value) for row in rows if (value := value_at(row, column)) is not ABSENT]
+    present = [(row[x], value) for row in rows if x in row and (value := value_at(row, column)) is not ABSENT]
     points = [(step, float(value)) for step, value in present if is_finite(value)]
     if not points:
         return None
     half = len(points) // (2 * WINDOWS_PER_RUN)
     centres = evenly_spaced(len(points), MAXIMUM_POINTS)
-    values, deviations = [], []
+    values, low, high = [], [], []
     for centre in centres:
         window = [value for _, value in points[max(0, centre - half) : centre + half + 1]]
         mean = sum(window) / len(window)
+        deviation = math.sqrt(sum((value - mean) ** 2 for value in window) / len(window))
         values.append(mean)
-        deviations.append(math.sqrt(sum((value - mean) ** 2 for value in window) / len(window)))
-    return Curve(
-        label=label,
-        steps=[points[centre][0] for centre in centres],
-        values=values,
-        low=[value - deviation for value, deviation in zip(values, deviations, strict=True)],
-        high=[value + deviation for value, deviation in zip(values, deviations, strict=True)],
-        num_missing=len(present) - len(points),
-    )
+        low.append(max(mean - deviation, min(window)))
+        high.append(min(mean + deviation, max(window)))
+    return Curve(label, [points[centre][0] for centre in centres], values, low, high, len(present) - len(points))
 
 
 def reward_by_position(rows: Sequence[JsonObject], *, share: float = 0.1) -> tuple[list[float], list[float]] | None:

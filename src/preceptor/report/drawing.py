@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from preceptor.report.arms import Arms, spelled
 from preceptor.report.curves import Chart, Curve, Panel
 
-WIDTH, HEIGHT = 340, 190
-LEFT, RIGHT, TOP, BOTTOM = 46, 18, 10, 24
-ROW, LABEL = 22, 118
+WIDTH, HEIGHT = 340, 204
+LEFT, RIGHT, TOP, BOTTOM = 46, 18, 10, 38
+ROW, FOOT = 22, 24
+LEAST_LABEL, MOST_LABEL, CHARACTER = 64, 170, 6.4
+"""Room left of the arms, by the length of the longest name."""
+SHARES = ("share", "probability")
+"""Units whose axis stays within 0 and 1 where the numbers do."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,13 @@ class ArmChart:
 
     metric: str
     unit: str
+    label: float
     height: float
     rows: list[ArmRow]
     band: tuple[float, float] | None
     oracle: float | None
+    zero: float | None
+    """Where no difference lies, in a chart of differences."""
     x_ticks: list[Tick]
 
 
@@ -81,6 +89,8 @@ def line_chart(panel: Panel) -> LineChart:
     ends = [end for c in panel.curves for end in (*c.low, *c.high)] + [v for c in panel.bounds for v in c.values]
     low, high = chart.limits or (min(ends), max(ends))
     y_values = ticks(low, high, 4)
+    if chart.unit.partition(" ")[0] in SHARES and low >= 0 and high <= 1:
+        y_values = [value for value in y_values if 0 <= value <= 1]
     low, high = min(low, y_values[0]), max(high, y_values[-1])
     steps = [step for c in panel.curves for step in c.steps]
     first, last = min(steps), max(steps)
@@ -97,7 +107,9 @@ def line_chart(panel: Panel) -> LineChart:
         below = _path([(x(s), y(v)) for s, v in zip(reversed(c.steps), reversed(c.low), strict=True)])
         band = f"M{above}L{below}Z" if c.low != c.values else ""
         points = [(x(s), y(v)) for s, v in zip(c.steps, c.values, strict=True)]
-        return Line(c.label, "M" + _path(points if len(points) > 1 else points * 2), band, number(c.values[-1]))
+        return Line(
+            spelled(c.label), "M" + _path(points if len(points) > 1 else points * 2), band, number(c.values[-1])
+        )
 
     return LineChart(
         name=chart.name,
@@ -113,7 +125,7 @@ def line_chart(panel: Panel) -> LineChart:
             "from": first,
             "to": last,
             "curves": [
-                {"label": c.label, "steps": c.steps, "values": [float(f"{v:.4g}") for v in c.values]}
+                {"label": spelled(c.label), "steps": c.steps, "values": [float(f"{v:.4g}") for v in c.values]}
                 for c in (*panel.curves, *panel.bounds)
             ],
         },
@@ -123,37 +135,70 @@ def line_chart(panel: Panel) -> LineChart:
 def arm_chart(arms: Arms, metric: str) -> ArmChart:
     """The coordinates of the interval chart of one metric, best arm on top."""
     names = arms.ordered(metric)
-    estimates = [arms.estimates[name][metric] for name in names]
-    ends = [e[key] for e in estimates for key in ("mean", "low", "high") if e[key] is not None]
+    baseline = arms.estimates.get(arms.baseline, {}).get(metric)
+    return _intervals(
+        spelled(metric),
+        arms.unit(metric),
+        [(spelled(name), arms.kind(name), arms.estimates[name][metric]) for name in names],
+        baseline=baseline if len(names) > 1 else None,
+        oracle=arms.best_oracle(metric),
+    )
+
+
+def difference_chart(title: str, unit: str, rows: Sequence[tuple[str, bool, Mapping[str, Any]]]) -> ArmChart:
+    """Differences (name, whether one may be claimed, estimate) about zero."""
+    named = [(name, "learned" if claimed else "control", estimate) for name, claimed, estimate in rows]
+    return _intervals(title, unit, named, zero=True)
+
+
+def _intervals(
+    title: str,
+    unit: str,
+    named: Sequence[tuple[str, str, Mapping[str, Any]]],
+    *,
+    baseline: Mapping[str, Any] | None = None,
+    oracle: float | None = None,
+    zero: bool = False,
+) -> ArmChart:
+    ends = [e[key] for _, _, e in named for key in ("mean", "low", "high") if e[key] is not None] + [0.0] * zero
     x_values = ticks(min(ends), max(ends), 4)
     low, high = min(*ends, x_values[0]), max(*ends, x_values[-1])
+    label = min(MOST_LABEL, max(LEAST_LABEL, 12 + CHARACTER * max(len(name) for name, _, _ in named)))
 
     def x(value: float) -> float:
-        return round(LABEL + (WIDTH - LABEL - RIGHT) * (value - float(low)) / float(high - low), 1)
+        return round(label + (WIDTH - label - RIGHT) * (value - float(low)) / float(high - low), 1)
 
     rows = [
         ArmRow(
-            name=spelled(name),
-            kind=arms.kind(name),
+            name=name,
+            kind=kind,
             y=TOP + ROW * (index + 0.5),
             low=None if e["low"] is None else x(e["low"]),
             high=None if e["high"] is None else x(e["high"]),
             mean=x(e["mean"]),
             text=interval_text(e),
         )
-        for index, (name, e) in enumerate(zip(names, estimates, strict=True))
+        for index, (name, kind, e) in enumerate(named)
     ]
-    baseline = arms.estimates.get(arms.baseline, {}).get(metric)
-    oracle = arms.best_oracle(metric)
     return ArmChart(
-        metric=spelled(metric),
-        unit=arms.unit(metric),
-        height=TOP + ROW * len(rows) + BOTTOM,
+        metric=title,
+        unit=unit,
+        label=label,
+        height=TOP + ROW * len(rows) + FOOT,
         rows=rows,
         band=(x(baseline["low"]), x(baseline["high"])) if baseline and baseline["low"] is not None else None,
         oracle=None if oracle is None else x(oracle),
-        x_ticks=[Tick(x(tick), number(tick)) for tick in x_values],
+        zero=x(0.0) if zero else None,
+        x_ticks=_apart([Tick(x(tick), number(tick)) for tick in x_values]),
     )
+
+
+def _apart(x_ticks: list[Tick]) -> list[Tick]:
+    """Every tick, but where two names would touch only every second name."""
+    room = min((after.at - before.at for before, after in pairwise(x_ticks)), default=WIDTH)
+    if max((CHARACTER * len(tick.label) for tick in x_ticks), default=0) <= room:
+        return x_ticks
+    return [Tick(tick.at, "" if index % 2 else tick.label) for index, tick in enumerate(x_ticks)]
 
 
 def position_chart(positions: tuple[Sequence[float], Sequence[float]]) -> Panel:
@@ -194,11 +239,32 @@ def number(value: float) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
+def fixed(value: float, span: float) -> str:
+    """A number with as many decimals as tell numbers apart that lie ``span`` apart at most.
+
+    >>> fixed(0.5, 1.0), fixed(3.2e-7, 1.0), fixed(4.6622, 6.2), fixed(12345.6, 9000.0)
+    ('0.500', '<0.001', '4.662', '12,346')
+    """
+    if span <= 0:
+        return _three(value)
+    digits = min(12, max(0, 3 - math.floor(math.log10(span))))
+    least: float = 10.0**-digits
+    if 0 < abs(value) < least / 2:
+        return f"<{least:.{digits}f}" if value > 0 else f">\N{MINUS SIGN}{least:.{digits}f}"
+    return f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
 def interval_text(estimate: Any) -> str:
-    """``0.124 (0.08 to 0.171)``, or the mean alone where there is no interval."""
-    if estimate["low"] is None:
-        return f"{_three(estimate['mean'])} (no interval)"
-    return f"{_three(estimate['mean'])} ({_three(estimate['low'])} to {_three(estimate['high'])})"
+    """A mean and its interval, with the decimals that tell the ends apart, or the mean alone.
+
+    >>> interval_text({"mean": -4.49712, "low": -4.5142, "high": -4.4781})
+    '\N{MINUS SIGN}4.497 (\N{MINUS SIGN}4.514 to \N{MINUS SIGN}4.478)'
+    """
+    mean, low, high = (estimate[key] for key in ("mean", "low", "high"))
+    if low is None:
+        return f"{number(mean)} (no interval)"
+    span = 100 * (high - low) or 10 * abs(mean)
+    return f"{fixed(mean, span)} ({fixed(low, span)} to {fixed(high, span)})"
 
 
 def _three(value: float) -> str:

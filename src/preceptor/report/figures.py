@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from preceptor.errors import DataError, StorageError
 from preceptor.report.arms import Arms, spelled
-from preceptor.report.curves import CHARTS, Panel, panels, reward_by_position
+from preceptor.report.curves import READING_CHARTS, Panel, panels, reward_by_position
 from preceptor.report.run_folder import JsonObject, read_run
 
 if TYPE_CHECKING:
@@ -142,8 +142,8 @@ def write_figures(run_dir: Path, out_dir: Path) -> list[Path]:
 
 
 def _curves_figure(rows: Sequence[JsonObject], names: tuple[str, ...]) -> Figure:
-    wanted = [chart for chart in CHARTS if chart.name in names]
-    drawn = [panel for panel in panels(rows)[0] if panel.chart in wanted]
+    wanted = [chart for chart in READING_CHARTS if chart.name in names]
+    drawn = [panel for panel in panels(rows, READING_CHARTS)[0] if panel.chart in wanted]
     if not drawn:
         columns = ", ".join(column for chart in wanted for column, _ in chart.columns)
         raise DataError(f"no row has a finite value in {columns}; the figure is drawn from these columns.")

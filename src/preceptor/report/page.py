@@ -18,9 +18,24 @@ from typing import TYPE_CHECKING, Any
 from preceptor.errors import StorageError
 from preceptor.report.arms import COUNTS, LEARNED, Arms, spelled
 from preceptor.report.charts import declared_charts, matrices, series_panels
-from preceptor.report.curves import CHARTS, other_charts, panels, reward_by_position
-from preceptor.report.decisions import are_readings, decision_table
-from preceptor.report.drawing import arm_chart, interval_text, line_chart, number, position_chart
+from preceptor.report.comparison import contrasts, durations, group_labels
+from preceptor.report.curves import other_charts, panels, reward_by_position, standard_charts
+from preceptor.report.decisions import are_readings, decision_tables
+from preceptor.report.drawing import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    arm_chart,
+    interval_text,
+    line_chart,
+    number,
+    position_chart,
+)
+from preceptor.report.edits import edit_maps
+from preceptor.report.prompts import prompt_matrices
 from preceptor.report.run_folder import RunFolder, is_finite, read_run
 from preceptor.report.trajectories import Selection, clipped, select_episodes
 
@@ -28,6 +43,8 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 MAXIMUM_BYTES = 5_000_000
+PLOT = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "top": TOP, "bottom": HEIGHT - BOTTOM}
+"""Of a curve panel: its size, and where in it the axes are."""
 
 
 def build_report(run_dir: Path) -> Path:
@@ -65,12 +82,14 @@ def render(run: RunFolder) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number_or_word, "spelled": spelled, "shade": shade, "clipped": clipped}
-    figures = (run.result or {}).get("charts", [])
-    declared = declared_charts(figures)
+    environment.filters |= {"number": _number_or_word, "spelled": spelled, "shade": shade}
+    environment.filters |= {"clipped": clipped, "breadth": breadth}
+    result, system = run.result or {}, str((run.result or run.manifest).get("system", "reading"))
+    figures = result.get("charts", [])
+    declared, standard = declared_charts(figures), list(standard_charts(system))
     own = [line_chart(panel) for panel in (*panels(run.metrics, declared)[0], *series_panels(figures))]
     taken = {column for chart in declared for column, _ in chart.columns}
-    standard = [chart for chart in CHARTS if taken.isdisjoint(column for column, _ in chart.columns)]
+    standard = [chart for chart in standard if taken.isdisjoint(column for column, _ in chart.columns)]
     drawn, left_out = panels(run.metrics, standard)
     if (positions := reward_by_position(run.metrics)) is not None:
         drawn.append(position_chart(positions))
@@ -82,32 +101,45 @@ def render(run: RunFolder) -> str:
     short = [metric for metric in drawn_metrics if arms.base_name(metric) in arms.table] or drawn_metrics
     readings = run.decisions is None or are_readings(run.decisions)
     selection = select_episodes(run.decisions, run.articles) if run.decisions and readings else Selection([], 0, {})
-    system = (run.result or run.manifest).get("system", "reading")
+    decisions = None if readings else run.decisions
+    run_config = result.get("config") or run.manifest.get("config") or {}
+    maps, sizes = edit_maps(decisions, run_config) if decisions else ([], [])
+    labels = group_labels(run.comparison or {})
     return environment.get_template("report.html.j2").render(
         policy=content_security_policy(style, script),
         style=Markup(style),  # this and the script are files of the package
         script=Markup(script),
         title=run.path.resolve().name,
-        result=run.result or {},
+        system=system,
+        result=result,
         headline=list(headline(run)),
+        comparison=run.comparison,
+        contrasts=contrasts(run.comparison) if run.comparison else [],
+        durations=durations(run.seconds, labels),
         arms=arms_rows(arms),
         metrics=[(spelled(metric), arms.unit(metric)) for metric in arms.metrics],
         arm_charts=[arm_chart(arms, metric) for metric in drawn_metrics if metric in short],
         more_arm_charts=[arm_chart(arms, metric) for metric in drawn_metrics if metric not in short],
-        baseline=spelled(arms.baseline) if arms.baseline in arms.estimates else None,
+        intervals=any(e["low"] is not None for metrics in arms.estimates.values() for e in metrics.values()),
+        taught=[spelled(arm) for arm in arms.estimates if arm in arms.taught],
+        baseline=spelled(arms.baseline) if arms.has_interval(arms.baseline) else None,
         oracles=[spelled(arm) for arm in arms.estimates if arm in arms.oracles],
         own_charts=own,
-        matrices=matrices(figures),
+        matrices=[*matrices(figures), *sizes, *(prompt_matrices(decisions) if decisions else [])],
+        edit_maps=maps,
         charts=charts,
         more_charts=more,
-        left_out=left_out if system == "reading" else [],
-        decisions=None if readings or run.decisions is None else decision_table(run.decisions),
+        left_out=left_out if system == "reading" and run.comparison is None else [],
+        decisions=decision_tables(decisions) if decisions else [],
+        viewer=run.comparison is None and (bool(selection.episodes) or system == "reading"),
         selection=selection,
         first=first_episode(selection),
-        facts=list(flattened(run.manifest)),
-        config=run.config,
+        facts=list(flattened({key: value for key, value in run.manifest.items() if key != "config"})),
+        config=run.config or as_lines(run_config),
+        plot=PLOT,
         data=embedded_json(
             {
+                "plot": PLOT,
                 "charts": {chart.name: chart.data for chart in (*own, *charts, *more)},
                 "episodes": selection.episodes,
                 "articles": selection.articles,
@@ -153,8 +185,13 @@ def headline(run: RunFolder) -> Iterator[tuple[str, str, str]]:
         interval = "no interval"
         if gap.get("low") is not None:
             interval = f"{100 * gap['low']:.0f} to {100 * gap['high']:.0f} %".replace("-", "\N{MINUS SIGN}")
-        against = f", to the {gap['oracle']}" if gap.get("oracle") else ""
+        against = f", to the {spelled(str(gap['oracle']))}" if gap.get("oracle") else ""
         yield what, f"{100 * gap['mean']:.0f} %".replace("-", "\N{MINUS SIGN}"), interval + against
+    if run.comparison:
+        compared = run.comparison.get("comparisons", [])
+        claimed = sum(bool(c.get("claimed")) for c in compared)
+        yield "differences that may be claimed", f"{claimed} of {len(compared)}", "of those compared below"
+        yield "runs", f"{len(run.comparison.get('runs', [])):,}", ""
     if run.metrics:
         yield "steps", f"{len(run.metrics):,}", f"last: step {run.metrics[-1]['step']:,}"
     if seeds := (run.result or {}).get("seeds"):
@@ -179,12 +216,46 @@ def first_episode(selection: Selection) -> dict[str, Any]:
 
 
 def flattened(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested facts as (dotted name, text) rows."""
+    """Nested facts as (name, text) rows.
+
+    >>> list(flattened({"code": {"is_dirty": False}, "streams": ["a", "b"], "trackers": []}))
+    [('code: is dirty', 'no'), ('streams', 'a, b'), ('trackers', 'none')]
+    """
     for key, entry in value.items():
+        name = f"{prefix}{key.replace('_', ' ')}"
         if isinstance(entry, Mapping):
-            yield from flattened(entry, f"{prefix}{key}.")
+            yield from flattened(entry, f"{name}: ")
+        elif isinstance(entry, list) and all(isinstance(part, str | int | float) for part in entry):
+            yield name, clipped(", ".join(spelled(str(part)) for part in entry) or "none", 500)
         else:
-            yield f"{prefix}{key}", clipped(entry if isinstance(entry, str) else json.dumps(entry), 500)
+            words = {None: "unknown", True: "yes", False: "no"} if entry is None or isinstance(entry, bool) else {}
+            text = words.get(entry) or (entry if isinstance(entry, str) else json.dumps(entry))
+            yield name, clipped(text, 500)
+
+
+def as_lines(value: Mapping[str, Any], indent: str = "") -> str:
+    """A nested configuration as indented lines.
+
+    >>> print(as_lines({"seed": 0, "update": {"steps": 4}}))
+    seed: 0
+    update:
+      steps: 4
+    """
+    lines = []
+    for key, entry in value.items():
+        nested = as_lines(entry, indent + "  ") if isinstance(entry, Mapping) and entry else ""
+        text = json.dumps(entry, ensure_ascii=False)
+        lines.append(f"{indent}{key}:\n{nested}" if nested else f"{indent}{key}: {text}")
+    return "\n".join(lines)
+
+
+def breadth(text: str) -> str:
+    """The class of a table's cell: ``long`` must break inside a word, ``wide`` wants room for its words.
+
+    >>> breadth("learning_progress+ppo"), breadth("x" * 40), breadth("word " * 20)
+    ('', 'long', 'wide')
+    """
+    return "long" if any(len(word) > 24 for word in text.split()) else "wide" if len(text) > 40 else ""
 
 
 def shade(log_prob: float | None) -> int:

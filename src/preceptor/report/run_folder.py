@@ -25,6 +25,9 @@ class RunFolder:
     metrics: list[JsonObject]
     articles: dict[str, JsonObject]
     decisions: Path | None
+    comparison: JsonObject | None = None
+    """``comparison.json``, where the folder is of a comparison rather than of a run."""
+    seconds: JsonObject | None = None
 
 
 def read_run(run_dir: Path) -> RunFolder:
@@ -50,6 +53,8 @@ def read_run(run_dir: Path) -> RunFolder:
         metrics=rows,
         articles=_read_articles(run_dir / "articles.json"),
         decisions=decisions if decisions.is_file() else None,
+        comparison=_read_object(run_dir / "comparison.json"),
+        seconds=_read_object(run_dir / "seconds.json"),
     )
 
 

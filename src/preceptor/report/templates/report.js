@@ -19,31 +19,58 @@ function number(value) {
   return text.replace("-", "\u2212");
 }
 
-// Curves: the pointer reads off the nearest step.
+// Curves: pointer and arrow keys read values off them, and pointing at a name brings its line out.
+const { left, right, width } = data.plot;
 for (const figure of document.querySelectorAll("[data-chart]")) {
   const { from, to, curves } = data.charts[figure.dataset.chart];
-  const svg = figure.querySelector("svg"), cursor = figure.querySelector(".cursor");
-  const readout = figure.querySelector(".readout"), resting = [...readout.childNodes];
-  svg.addEventListener("pointermove", (event) => {
-    const box = svg.getBoundingClientRect();
-    const share = ((event.clientX - box.left) / box.width * 340 - 46) / 276;
-    const wanted = from + Math.min(1, Math.max(0, share)) * (to - from);
-    let at = null;
-    const parts = curves.map((curve) => {
-      let k = 0;
-      while (k + 1 < curve.steps.length && Math.abs(curve.steps[k + 1] - wanted) <= Math.abs(curve.steps[k] - wanted)) k++;
-      if (at === null) at = curve.steps[k];
-      return element("span", {}, `${curve.label} ${number(curve.values[k])}`);
-    });
-    const x = 46 + 276 * (to > from ? (at - from) / (to - from) : 0.5);
+  const svg = figure.querySelector("svg"), cursor = figure.querySelector(".cursor"), at = figure.querySelector(".at");
+  const values = [...figure.querySelectorAll(".value")], resting = values.map((node) => node.textContent);
+  const nearest = (steps, wanted) => {
+    let k = 0;
+    while (k + 1 < steps.length && Math.abs(steps[k + 1] - wanted) <= Math.abs(steps[k] - wanted)) k++;
+    return k;
+  };
+  const longest = curves.reduce((most, curve) => (curve.steps.length > most.steps.length ? curve : most)).steps;
+  let index = longest.length - 1;
+  const read = (wanted) => {
+    index = nearest(longest, wanted);
+    const step = longest[index];
+    const x = left + (right - left) * (to > from ? (step - from) / (to - from) : 0.5);
     cursor.setAttribute("x1", x);
     cursor.setAttribute("x2", x);
     cursor.style.visibility = "visible";
-    readout.replaceChildren(element("span", {}, `at ${at.toLocaleString("en")}`), ...parts);
-  });
-  svg.addEventListener("pointerleave", () => {
+    at.textContent = `at ${step.toLocaleString("en")}`;
+    curves.forEach((curve, k) => {
+      const { steps } = curve, outside = step < steps[0] || step > steps[steps.length - 1];
+      values[k].textContent = outside && steps.length > 1 ? "\u2013" : number(curve.values[nearest(steps, step)]);
+    });
+  };
+  const rest = () => {
     cursor.style.visibility = "hidden";
-    readout.replaceChildren(...resting);
+    at.textContent = "";
+    values.forEach((node, k) => { node.textContent = resting[k]; });
+  };
+  svg.addEventListener("pointermove", (event) => {
+    const box = svg.getBoundingClientRect();
+    const share = ((event.clientX - box.left) / box.width * width - left) / (right - left);
+    read(from + Math.min(1, Math.max(0, share)) * (to - from));
+  });
+  svg.addEventListener("pointerleave", rest);
+  svg.addEventListener("blur", rest);
+  svg.addEventListener("keydown", (event) => {
+    const moves = { ArrowLeft: index - 1, ArrowRight: index + 1, Home: 0, End: longest.length - 1 };
+    if (!(event.key in moves)) return;
+    read(longest[Math.min(longest.length - 1, Math.max(0, moves[event.key]))]);
+    event.preventDefault();
+    event.stopPropagation();
+  });
+  figure.querySelectorAll(".key").forEach((key, k, all) => {
+    if (all.length < 2) return;
+    key.addEventListener("pointerenter", () => {
+      svg.classList.add("emphasis");
+      svg.querySelectorAll("[data-line]").forEach((node) => node.classList.toggle("on", node.dataset.line === String(k)));
+    });
+    key.addEventListener("pointerleave", () => svg.classList.remove("emphasis"));
   });
 }
 
@@ -67,17 +94,19 @@ function tokens(logProbs) {
   return [strip, hovered];
 }
 
-function keys(step, pairs) {
+function keys(step, pairs, read) {
+  const percent = (share, index) =>
+    !read.has(index) && share < 0.0005 ? "<0.1 %" : `${(100 * share).toFixed(1)} %`;
   return element("ol", { class: "keys" }, ...step.probabilities.map((probability, index) => element("li",
-    { class: index === step.pair ? "chosen" : probability === 0 ? "gone" : null },
+    { class: index === step.pair ? "chosen" : read.has(index) ? "gone" : null },
     element("span", { class: "index" }, String(index)),
     element("span", { class: "label", dir: "auto", title: pairs[index] ? pairs[index][0] : null }, pairs[index] ? pairs[index][0] : ""),
     element("svg", { viewBox: "0 0 100 8", preserveAspectRatio: "none", "aria-hidden": "true" },
       element("rect", { width: 100 * probability, height: 8 })),
-    element("span", { class: "percent" }, `${(100 * probability).toFixed(1)} %`))));
+    element("span", { class: "percent" }, percent(probability, index)))));
 }
 
-function panel(step, index, pairs) {
+function panel(step, index, pairs, read) {
   const written = step.query === null ? [] : [
     element("h4", {}, "Query written"),
     element("p", { class: "text", dir: "auto" }, step.query.text),
@@ -92,7 +121,7 @@ function panel(step, index, pairs) {
       element("div", {}, ...written, element("h4", {}, `Read: pair ${step.pair}`), key,
         element("p", { class: "text", dir: "auto" }, step.value.text), ...tokens(step.value.log_probs)),
       step.probabilities.length
-        ? element("div", {}, element("h4", {}, "Probability over keys"), keys(step, pairs)) : null));
+        ? element("div", {}, element("h4", {}, "Probability over keys"), keys(step, pairs, read)) : null));
 }
 
 // Bars of what each step earned, about a common zero.
@@ -136,7 +165,7 @@ function openEpisode(episode) {
   if (episode.probes !== null) facts.push(` · probes ${number(episode.probes)} nats per token`);
   byId("viewer").replaceChildren(
     element("p", { class: "episode" }, `${episode.arm} · `, element("bdi", {}, title), ` · episode ${episode.episode}`, ...facts),
-    path(episode.steps), ...episode.steps.map((step, index) => panel(step, index, pairs)));
+    path(episode.steps), ...episode.steps.map((step, index) => panel(step, index, pairs, new Set(episode.steps.slice(0, index).map((s) => s.pair)))));
   show(0);
 }
 

@@ -13,6 +13,8 @@ from preceptor.systems.curriculum.measures import macro_curve, units_of
 TABLE = ("loss_fall", "macro_loss", "loss_auc", "steps_to_uniform", "reward_gain", "kl", "model_calls")
 """Metrics that the terminal shows; the page shows all."""
 
+LOWER_IS_BETTER = ("macro_loss", "loss_auc", "steps_to_uniform", "kl")
+
 ADAPTIVE = ("second_order", "learning_progress", "difficulty", "exp3", "ado")
 """Rules whose weights move."""
 
@@ -40,6 +42,8 @@ def curriculum_result(
         "seeds": list(seeds),
         "arms": arms,
         "table": [metric for metric in TABLE if any(metric in metrics for metrics in arms.values())],
+        "baseline": "uniform",
+        "lower_is_better": list(LOWER_IS_BETTER),
         "comparisons": comparisons,
         "static_gap_closed": gaps,
         "verdict": verdict(comparisons, gaps),

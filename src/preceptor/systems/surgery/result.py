@@ -183,6 +183,8 @@ def surgery_result(
         "seeds": list(seeds),
         "arms": summarise(unique, units=UNITS, split="held_out"),
         "table": list(TABLE),
+        "baseline": "no_edit",
+        "lower_is_better": ["repetition", "plateau_step"],
         "comparisons": comparisons,
         "gap_to_other_objectives": gaps,
         "verdict": " ".join([*_ladder_sentences(unique), *_gap_sentences(gaps), *_surgeon_sentences(comparisons)]),
