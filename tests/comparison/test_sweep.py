@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from preceptor.comparison import sweep
 from preceptor.comparison.result import comparison_of, merged_result
 from preceptor.comparison.runs import grouped, merged_records, read_finished, run_folders
 from preceptor.comparison.sweep import Cell, CellFailed, run_cells
 from preceptor.comparison.table import comparison_tables
 from preceptor.comparison.write import write_comparison
-from preceptor.errors import ConfigError, DataError
+from preceptor.errors import ConfigError, DataError, Interrupted
 from preceptor.evaluation.summary import compare, summarise
 
 CONFIG = {"bonus": 0.8, "data": {"words": 3}}
@@ -86,7 +91,15 @@ def test_a_sweep_runs_every_cell_once_and_concludes(tmp_path: Path, starts: Path
     assert comparison["verdict"].startswith("On these 2 training inputs alone (10 seeds; 95 % intervals), learned is ")
     assert "seconds" not in json.dumps(comparison)
     assert set(json.loads((tmp_path / "s" / "seconds.json").read_text())["runs"]) == {cell.name for cell in planned}
-    assert sum(len(table.rows) for table in comparison_tables(comparison)) == 3
+    tables = list(comparison_tables(comparison))
+    assert sum(len(table.rows) for table in tables) == 3
+    printed = io.StringIO()
+    Console(width=80, file=printed).print(*tables)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in printed.getvalue()  # nothing is cut
+    # Every run adds its seed to the reward, and the curves of the seeds 0 to 9 are one with a band.
+    (reward,) = json.loads((tmp_path / "s" / "result.json").read_text())["charts"]
+    assert (reward["x"], reward["lines"]) == ([1, 2, 3, 4], {"reward": [5.5, 6.5, 7.5, 8.5]})
+    assert reward["bands"] == {"reward": [[1, 2, 3, 4], [10, 11, 12, 13]]}
     starts.unlink()
     run_cells(planned, tmp_path / "s", program=FAKE)
     assert not starts.exists()  # finished cells are not run again
@@ -149,6 +162,84 @@ def _children(pid: int) -> list[int]:
         return []
 
 
+@pytest.fixture
+def at_work(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """At each start, how many runs are at work then, that one included; the others have done a step by then."""
+    started: list[sweep._Running] = []
+    counts: list[int] = []
+    start = sweep._start
+
+    def counting(cell: Cell, root: Path, program: Sequence[str]) -> sweep._Running:
+        earlier = [job for job in started if job.process.poll() is None]
+        assert all((root / job.cell.name / "metrics.jsonl").exists() for job in earlier)
+        started.append(start(cell, root, program))
+        counts.append(len(earlier) + 1)
+        return started[-1]
+
+    monkeypatch.setattr(sweep, "_start", counting)
+    monkeypatch.setenv("FAKE_RUN_SECONDS", "0.1")
+    return counts
+
+
+@pytest.mark.parametrize(("num_jobs", "num_cores", "most"), [(1, 8, 1), (2, 8, 2), (None, 2, 2), (None, None, 1)])
+def test_no_more_run_at_once_than_allowed(
+    num_jobs: int | None,
+    num_cores: int | None,
+    most: int,
+    tmp_path: Path,
+    starts: Path,
+    at_work: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sweep.os, "cpu_count", lambda: num_cores)
+    run_cells(cells(3), tmp_path / "s", num_jobs=num_jobs, program=FAKE)
+    assert len(at_work) == 3
+    assert max(at_work) == most
+
+
+@pytest.mark.parametrize(("available", "most"), [(125, 1), (126, 2)])
+def test_another_starts_only_while_memory_holds_one_more_of_the_largest(
+    available: int, most: int, tmp_path: Path, starts: Path, at_work: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run has taken 100 bytes, and a quarter is added."""
+    monkeypatch.setattr(sweep, "_peak_bytes", lambda _: 100)
+    monkeypatch.setattr(sweep, "_available_bytes", lambda: available)
+    run_cells(cells(3), tmp_path / "s", num_jobs=2, program=FAKE)
+    assert max(at_work) == most
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="is about Linux's accounting")
+def test_memory_is_counted_in_bytes() -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert sweep._peak_bytes(os.getpid()) == pytest.approx(peak, rel=0.02)
+    assert sweep._peak_bytes(2**22 + 1) == 0  # no process has this number
+    page = os.sysconf("SC_PAGE_SIZE")
+    free, whole = os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+    assert free / 2 < sweep._available_bytes() < whole  # what is free moves while it is looked at
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_passed_on_and_the_handlers_are_put_back(
+    number: signal.Signals, tmp_path: Path, starts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes while the first run is at work, which ends by it; no other begins."""
+    jobs: list[sweep._Running] = []
+    start = sweep._start
+
+    def starting(*arguments: Any) -> sweep._Running:
+        jobs.append(start(*arguments))
+        threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+        return jobs[-1]
+
+    monkeypatch.setattr(sweep, "_start", starting)
+    monkeypatch.setenv("FAKE_RUN_SECONDS", "1")
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Interrupted, match="the same command goes on"):
+        run_cells(cells(3), tmp_path / "s", num_jobs=1, program=FAKE)
+    assert [job.process.returncode for job in jobs] == [-number]
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
 def test_a_cell_that_fails_is_named_and_nothing_more_is_begun(
     tmp_path: Path, starts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +252,34 @@ def test_a_cell_that_fails_is_named_and_nothing_more_is_begun(
     assert len(starts.read_text().splitlines()) == 2
     monkeypatch.delenv("FAKE_RUN_REFUSES")
     run_cells(cells(6), tmp_path / "s", program=FAKE)
+
+
+def test_a_failure_lets_the_others_end_and_begins_none(
+    tmp_path: Path, starts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two at work fails at once; the first goes on to its end, the third is not begun."""
+    monkeypatch.setenv("FAKE_RUN_REFUSES", "1")
+    monkeypatch.setenv("FAKE_RUN_SECONDS", "0.3")
+    with pytest.raises(CellFailed, match="seed1-x"):
+        run_cells(cells(4), tmp_path / "s", num_jobs=2, program=FAKE)
+    assert starts.read_text().splitlines() == ["seed0-x run", "seed1-x run"]
+    assert (tmp_path / "s" / "seed0-x" / "result.json").exists()
+
+
+def test_a_run_that_another_process_is_at_work_on_is_waited_for(
+    tmp_path: Path, starts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed sweep left it; it cannot be resumed before it ends, and that is no failure."""
+    monkeypatch.setattr(sweep, "_LOCKED_SECONDS", 0.4)
+    monkeypatch.setenv("FAKE_RUN_SECONDS", "0.2")
+    folder = tmp_path / "s" / "seed0-x"
+    words = [*FAKE, "run", *cells(1)[0].arguments, "--out", str(folder)]
+    with subprocess.Popen(words) as left:
+        while not (folder / "manifest.json").exists():
+            time.sleep(0.01)
+        run_cells(cells(1), tmp_path / "s", program=FAKE)
+    assert left.returncode == 0
+    assert starts.read_text().splitlines()[0] == "seed0-x run"
 
 
 def test_a_folder_of_another_configuration_is_refused_before_anything_runs(tmp_path: Path, starts: Path) -> None:
@@ -189,6 +308,13 @@ def test_runs_whose_configurations_differ_are_arms_of_their_own(
     assert [c["baseline"] for c in chosen] == ["random (bonus=0.8)", "random (bonus=-0.5)"]
     with pytest.raises(ConfigError, match=r"no run has an arm 'randm' \(did you mean 'random'\?\)"):
         comparison_of(groups, merged, arms=["learned", "randm"])
+
+    # Both sweeps have folders of the same names; the page's curves are told apart by configuration all the same.
+    (tmp_path / "b" / "seed5-x" / "metrics.jsonl").write_text('{"step": 1, "reward": 100.0}\n')
+    write_comparison(tmp_path / "c", comparison, merged, runs)
+    (reward,) = json.loads((tmp_path / "c" / "result.json").read_text())["charts"]
+    assert reward["bands"]["reward (bonus=0.8)"][1][0] == 6.0
+    assert reward["bands"]["reward (bonus=-0.5)"][1][0] == 100.0
 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path, starts: Path) -> None:

@@ -99,6 +99,20 @@ def test_rewinding_forgets(make_lm: Callable[..., LanguageModel], plain: Any, ra
 
 
 @pytest.mark.parametrize("lengths", [(3, 6), (4, 4)], ids=["ragged", "even"])
+def test_a_rewound_decoder_goes_on_from_the_mark(
+    family: str, lengths: tuple[int, int], make_lm: Callable[..., LanguageModel], plain: Any, random_tokens: Any
+) -> None:
+    """Nothing is read in between that would tell again which slots are holes, or what comes next."""
+    checked = Checked(make_lm(family), [[0, *random_tokens(length)] for length in lengths], plain)
+    rows, mark = [list(row) for row in checked.rows], checked.decoder.mark()
+    checked.append([random_tokens(5), random_tokens(2)])
+    checked.generate(2)
+    checked.decoder.rewind(mark)
+    checked.rows = rows
+    checked.generate(3)
+
+
+@pytest.mark.parametrize("lengths", [(3, 6), (4, 4)], ids=["ragged", "even"])
 def test_a_prompt_is_read_once_for_its_group(
     family: str, lengths: tuple[int, int], make_lm: Callable[..., LanguageModel], plain: Any, random_tokens: Any
 ) -> None:

@@ -164,17 +164,19 @@ def test_bfloat16_is_near_and_records_what_was_sampled(through: str, make_lm: Ma
 def test_rows_are_shared_out_over_threads(threads: int, make_lm: MakeLM, random_tokens: Any) -> None:
     before = torch.get_num_threads()
     lm, given = make_lm(), rows(random_tokens)
-    _, *expected = read(lm, given, native=False)
+    _, *expected = read(lm, given, capture=lm.layers[0], native=False)
     torch.set_num_threads(threads)
     try:
-        _, *found = read(lm, given)
+        _, *found = read(lm, given, capture=lm.layers[0])
     finally:
         torch.set_num_threads(before)
     for ours, theirs in zip(found, expected, strict=True):
         assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("shape", [{"hidden_size": 40, "head_dim": 10, "intermediate_size": 37}, {"head_dim": 64}])
+@pytest.mark.parametrize(
+    "shape", [{"hidden_size": 40, "head_dim": 10, "intermediate_size": 37}, {"head_dim": 64}, {"head_dim": 24}]
+)
 def test_widths_need_not_be_multiples_of_a_vector(shape: dict[str, int], make_lm: MakeLM, random_tokens: Any) -> None:
     lm, given = make_lm(**shape), rows(random_tokens)
     decoder, *found = read(lm, given)
@@ -182,6 +184,52 @@ def test_widths_need_not_be_multiples_of_a_vector(shape: dict[str, int], make_lm
     assert decoder.is_native
     for ours, theirs in zip(found, expected, strict=True):
         assert_same(ours, theirs)
+
+
+def test_epsilons_are_the_models_own(make_lm: MakeLM, random_tokens: Any) -> None:
+    """Large ones, so that a norm of heads, or any other, that had none would show."""
+    lm, given = make_lm("qwen3", rms_norm_eps=0.5), rows(random_tokens)
+    decoder, *found = read(lm, given)
+    _, *expected = read(lm, given, native=False)
+    assert decoder.is_native
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same(ours, theirs)
+
+
+def test_scores_far_below_zero_are_scores_like_others(make_lm: MakeLM, random_tokens: Any) -> None:
+    """Queries of +8 and keys of −8 make every score about −180, which no empty slot may outweigh."""
+    lm, given = make_lm("gpt2"), rows(random_tokens)
+    attention: Any = lm.layers[0].attn
+    attention.c_attn.bias.data[:32] += 8
+    attention.c_attn.bias.data[32:64] -= 8
+    _, *found = read(lm, given)
+    _, *expected = read(lm, given, native=False)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same(ours, theirs, tolerance=2e-3)  # float32 rounds 180 to 1e-5, and the model's weights are large
+
+
+def test_scores_far_apart_do_not_overflow(make_lm: MakeLM, random_tokens: Any) -> None:
+    """Scores differ by hundreds, and e⁸⁹ is no float32: the largest of all slots is what is subtracted."""
+    lm, given = make_lm("gpt2"), rows(random_tokens, (24, 39, 20, 5, 0, 7))
+    for layer in lm.layers:
+        attention: Any = layer.attn
+        attention.c_attn.weight.data[:, :32] *= 40
+    _, *found = read(lm, given)
+    _, *expected = read(lm, given, native=False)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same(ours, theirs, tolerance=2e-3)  # float32 rounds scores of hundreds to 3e-5
+
+
+def test_another_source_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else an upgrade would go on with what an earlier version has built."""
+    compiler = compiled.shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler here")
+    monkeypatch.setattr(compiled.Path, "home", lambda: tmp_path)
+    for number in (1, 2, 1):
+        library = compiled._built(compiler, compiled._OPTIONS, f"int number(void) {{ return {number}; }}")
+        assert library.number() == number
+    assert len(list((tmp_path / ".cache" / "preceptor").glob("*.so"))) == 2
 
 
 def test_the_step_is_compiled_where_there_is_a_compiler() -> None:

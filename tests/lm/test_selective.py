@@ -60,8 +60,10 @@ def test_every_blocking_gives_the_definition(
     np.testing.assert_allclose(log_probs.numpy(), slow(states, weight, tokens, bias), atol=1e-12)
 
 
+@pytest.mark.parametrize("chunk_rows", [4, 1_024])
 @pytest.mark.parametrize("chunk_logits", [3, 10_000])
-def test_gradients(chunk_logits: int) -> None:
+def test_gradients(chunk_logits: int, chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selective, "_CHUNK_ROWS", chunk_rows)
     leaves = [
         random(6, 4).requires_grad_(),
         random(11, 4, seed=1).requires_grad_(),
@@ -120,6 +122,17 @@ def test_autocast_multiplies_in_bfloat16_and_sums_in_float32() -> None:
     assert weight.grad.dtype == torch.float32
     rounded = (states.bfloat16() @ weight.bfloat16().T).float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
     torch.testing.assert_close(log_probs, rounded, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_of_bfloat16_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """600 blocks add ½ and −½ to the weights: a sum in bfloat16 would stand still at 128, where ½ is rounded away."""
+    monkeypatch.setattr(selective, "_CHUNK_ROWS", 1)
+    states = torch.ones(600, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    chosen_log_probs(states, weight, torch.zeros(600, dtype=torch.long)).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.bfloat16
+    assert weight.grad.flatten().tolist() == [300.0, -300.0]
 
 
 def test_memory_does_not_follow_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,16 @@ def test_rewards_carry_no_gradient():
     assert not next_token_rewards(logits, torch.tensor([[0]])).requires_grad
 
 
+def test_losses_carry_no_gradient_into_the_rewards():
+    logits = torch.randn(1, 2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    rewards = torch.rand(1, 2, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    samples = torch.tensor([[[0, 1, 2], [2, 2, 0]]])
+    for loss in (expected_reward_loss(logits, rewards), sampled_reward_loss(logits, rewards, samples=samples)):
+        loss.backward()
+    assert rewards.grad is None
+    assert logits.grad is not None
+
+
 def test_a_partial_reward_needs_a_referee():
     with pytest.raises(ConfigError, match="needs the referee"):
         next_token_rewards(torch.zeros(1, 1, 3), torch.tensor([[0]]), partial_reward=0.1)

@@ -64,7 +64,11 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="is about Linux's accounting")
 def test_peak_memory_of_the_process() -> None:
     block = torch.ones(2**26)  # 256 MiB, every page of it touched
-    assert block.nbytes / 2**20 < peak_memory_mib(torch.device("cpu"))
+    with_block = peak_memory_mib(torch.device("cpu"))
+    assert block.nbytes / 2**20 < with_block
+    del block
+    # The most so far, not what is held now; the kernel's count is off by some pages a core.
+    assert peak_memory_mib(torch.device("cpu")) > with_block - 16
     assert peak_memory_mib(torch.device("cpu")) == pytest.approx(
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, rel=0.02
     )

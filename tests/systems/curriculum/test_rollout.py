@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from preceptor.systems.curriculum.rollout import (
     Prompt,
     end_token,
     generate_rollouts,
+    rollout_distributions,
     rollout_log_probs,
     rollout_sampling,
 )
@@ -28,6 +31,7 @@ def test_recorded_log_probs_are_those_of_a_pass_over_the_whole_row(tiny: Languag
     assert [prompt.dataset for prompt in rollouts.prompts] == ["a", "a", "a", "b", "b", "b"]
     with torch.no_grad():
         log_probs = rollout_log_probs(tiny, rollouts, sampling)
+        distributions = rollout_distributions(tiny, rollouts, sampling)
     torch.testing.assert_close(log_probs, rollouts.log_probs, atol=2e-5, rtol=0)  # float32, other order of sums
     for row, prompt in enumerate(rollouts.prompts):  # and by hand, without the mask of positions
         tokens = rollouts.tokens[row].tolist()
@@ -37,6 +41,10 @@ def test_recorded_log_probs_are_those_of_a_pass_over_the_whole_row(tiny: Languag
         for place, token in enumerate(tokens):
             value = float(expected[len(prompt.tokens) - 1 + place, token])
             assert float(log_probs[row, place]) == pytest.approx(value, abs=2e-5)
+            whole = expected[len(prompt.tokens) - 1 + place]
+            torch.testing.assert_close(distributions[row, place], whole, atol=2e-5, rtol=0)
+            entropy = -sum(float(p) * float(p.log()) for p in whole.exp() if p > 0)
+            assert float(rollouts.entropy[row, place]) == pytest.approx(entropy, abs=1e-4)
 
 
 def test_nothing_counts_behind_the_end(tiny: LanguageModel) -> None:
@@ -73,7 +81,12 @@ def test_rows_and_their_predicting_places() -> None:
 
 def test_a_selection_of_rows_keeps_everything_together() -> None:
     made = rollouts_from([[5, 6], [7], [8, 9]], prompts=[[1], [2], [3]])
+    made = replace(made, log_probs=-torch.arange(6.0).view(3, 2), entropy=torch.arange(6.0).view(3, 2) + 10)
     part = made.at(torch.tensor([2, 0]))
+    assert part.log_probs.tolist() == [[-4, -5], [0, -1]]
+    assert part.entropy.tolist() == [[14, 15], [10, 11]]
+    assert made.at(torch.tensor([0, 1])).mask.long().tolist() == [[1, 1], [1, 0]]
+    assert made.at(torch.tensor([1])).mask.long().tolist() == [[1, 0]]
     assert [prompt.tokens for prompt in part.prompts] == [(3,), (1,)]
     assert part.tokens.tolist() == [[8, 9], [5, 6]]
     assert made.without(torch.tensor([True, False, False])).mask.long().tolist() == [[0, 0], [1, 0], [1, 1]]

@@ -25,8 +25,10 @@ from preceptor.systems.curriculum.update import (
     Sums,
     accumulate_cross_entropy,
     accumulate_ppo,
+    policy_loss,
 )
 from preceptor.systems.curriculum.value_network import build_value_network
+from tests.systems.curriculum.made import rollouts_from
 
 SAMPLING_TEMPERATURE = 0.8
 BASE = PPOOptions(kl_place="none", temperature=SAMPLING_TEMPERATURE)
@@ -201,6 +203,102 @@ def test_the_value_network_learns_its_targets_and_leaves_the_policy_alone(
         optimiser.zero_grad()
         losses.append(sums.means()["value_loss"])
     assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize("value_clip_epsilon", [0.0, 0.05])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 6])
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_the_value_loss_is_a_mean_over_the_tokens_of_the_minibatch(
+    tiny: LanguageModel, experience: Experience, value_clip_epsilon: float, micro_batch_size: int, aggregation: str
+) -> None:
+    """½ (V − R)² of what counts, or the larger of that and its clipped form, whatever the policy's aggregation is."""
+    network = build_value_network(tiny, kind="small", width=64, num_layers=1, seed=0)
+    old = torch.randn(6, 5, generator=torch.Generator().manual_seed(4))
+    options = replace(BASE, value_clip_epsilon=value_clip_epsilon, aggregation=aggregation)
+    _, sums = ppo(
+        tiny, replace(experience, values=old), options, value_network=network, micro_batch_size=micro_batch_size
+    )
+    found = [parameter.grad.clone() for parameter in network.parameters()]
+    network.zero_grad()
+    values, returns, mask = network(experience.rollouts), experience.credit.returns, experience.rollouts.mask
+    assert returns is not None
+    total, num_clipped = torch.zeros(()), 0
+    for row, place in mask.nonzero().tolist():
+        value, target, before = values[row, place], returns[row, place], old[row, place]
+        error = (value - target) ** 2
+        if value_clip_epsilon:
+            near = torch.minimum(torch.maximum(value, before - value_clip_epsilon), before + value_clip_epsilon)
+            num_clipped += bool((near - target) ** 2 > error)
+            error = torch.maximum(error, (near - target) ** 2)
+        total = total + error / 2
+    (total / mask.sum()).backward()
+    assert num_clipped > 0 or not value_clip_epsilon
+    assert sums.means()["value_loss"] == pytest.approx(float(total.detach()) / int(mask.sum()), rel=1e-5)
+    for ours, parameter in zip(found, network.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def one_token(ratios: list[float], advantages: list[float]) -> tuple[Tensor, Experience]:
+    """Rows of one token whose probability has changed by ``ratios``."""
+    rollouts = replace(rollouts_from([[5]] * len(ratios)), log_probs=torch.full((len(ratios), 1), -1.0))
+    log_probs = (torch.tensor(ratios)[:, None].log() - 1).requires_grad_()
+    credit = Credit(torch.tensor(advantages)[:, None], None)
+    return log_probs, Experience(rollouts, credit, None, torch.zeros(len(ratios), 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # min(ρ A, clip(ρ, 0.9, 1.4) A) of (1.5, +2), (0.5, −1), (4, −2): 2.8, −0.9, −8
+        ({}, -(2.8 - 0.9 - 8) / 3),
+        # the last no lower than 3 A = −6
+        ({"dual_clip": 3.0}, -(2.8 - 0.9 - 6) / 3),
+        # min(ρ, 2) with gradient through ln π alone: 1.5 · 2 ln π₁ + 0.5 · (−1) ln π₂ + 2 · (−2) ln π₃
+        ({"loss": "cispo", "max_ratio": 2.0}, None),
+    ],
+    ids=["clip", "dual clip", "cispo"],
+)
+def test_the_loss_has_the_bounds_that_the_options_name(options: dict[str, Any], expected: float | None) -> None:
+    log_probs, part = one_token([1.5, 0.5, 4.0], [2.0, -1.0, -2.0])
+    settings = {"clip_epsilon_low": 0.1, "clip_epsilon_high": 0.4, "dual_clip": 0.0} | options
+    loss = policy_loss(log_probs, part, options=replace(BASE, **settings))
+    loss.backward()
+    assert log_probs.grad is not None
+    slopes = (3 * log_probs.grad).flatten().tolist()
+    if expected is None:
+        assert slopes == pytest.approx([-3.0, 0.5, 4.0])
+    else:
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+        assert slopes == pytest.approx([0.0, 0.0, 0.0 if options else 8.0], abs=1e-5)
+
+
+def test_a_sequence_is_clipped_as_one() -> None:
+    """GSPO: ratio 3 of the only token and A = 2 give min(6, 1.4 · 2); ratio 0.5 and A = −1 give min(−0.5, −0.9)."""
+    log_probs, part = one_token([3.0, 0.5], [2.0, -1.0])
+    options = replace(BASE, loss="gspo", clip_epsilon_low=0.1, clip_epsilon_high=0.4)
+    assert policy_loss(log_probs, part, options=options).item() == pytest.approx(-(2.8 - 0.9) / 2, rel=1e-5)
+
+
+def test_the_weight_of_the_policy_loss_is_that_of_its_gradient(tiny: LanguageModel, experience: Experience) -> None:
+    once, _ = ppo(tiny, experience, BASE)
+    thrice, _ = ppo(tiny, experience, replace(BASE, weight=3.0))
+    assert_close(thrice, {name: 3 * gradient for name, gradient in once.items()})
+
+
+@pytest.mark.parametrize("micro_batch_size", [2, 6])
+def test_the_drift_is_that_from_the_policy_that_wrote(
+    tiny: LanguageModel, experience: Experience, micro_batch_size: int
+) -> None:
+    """k3 of KL(old ‖ new): e^d − 1 − d with d = ln new − ln old at what the old one drew, the mean over tokens."""
+    with torch.no_grad():
+        for parameter in tiny.model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+        new = rollout_log_probs(tiny, experience.rollouts, rollout_sampling(tiny, SAMPLING_TEMPERATURE))
+    d = (new - experience.rollouts.log_probs)[experience.rollouts.mask].double()
+    expected = float((d.exp() - 1 - d).mean())
+    assert expected != pytest.approx(float(((-d).exp() - 1 + d).mean()), rel=0.05)
+    _, sums = ppo(tiny, experience, BASE, micro_batch_size=micro_batch_size)
+    assert sums.means()["old_policy_kl"] == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 8])

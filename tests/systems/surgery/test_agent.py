@@ -52,6 +52,14 @@ def test_networks_side_by_side_are_the_networks_one_by_one() -> None:
     assert all(0.9 < weight.abs().max() * math.sqrt(weight.shape[1]) <= 1 for weight in both.weights)
 
 
+def test_the_critics_begin_apart() -> None:
+    """Two that were the same would learn the same, and the smaller of their values would counter nothing."""
+    agent = make()
+    for weight in agent._critics.weights:
+        assert not torch.isclose(weight[0], weight[1]).any()
+    assert all(map(torch.equal, agent._critics.parameters(), agent._targets.parameters()))
+
+
 def test_everything_comes_from_the_generators() -> None:
     before = torch.get_rng_state()
     runs = []
@@ -343,3 +351,14 @@ def test_pendulum_in_20k_steps(seed: int) -> None:
             total, done = total + float(reward), terminated or truncated
         returns.append(total)
     assert statistics.fmean(returns) >= -126.3 - 10
+
+
+def test_no_policy_is_wider_or_narrower_than_the_limits() -> None:
+    """σ lies in [e⁻⁵, e²] whatever the network says, so that densities stay finite."""
+    agent = make(random_steps=0)
+    states = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    for said, expected in ((60.0, 2.0), (-60.0, -5.0)):
+        agent._actor.biases[-1].data[..., 2:] = said  # two numbers of an action: means first, then these
+        mean, log_standard_deviation = agent._policy(states)
+        assert mean.shape == (4, 2)
+        assert (log_standard_deviation == expected).all()

@@ -160,3 +160,15 @@ def test_all_faults_at_once() -> None:
     assert "did you mean 'head_scale'?" in caught.value.faults[0]
     with pytest.raises(ConfigError, match=r"must lie in \[0.078, 1\), well above the rounding"):
         Edit("head_scale", [target(dtype=torch.bfloat16)], max_relative_norm=0.05)
+
+
+@pytest.mark.parametrize("kind", EDIT_KINDS)
+def test_no_edit_leaves_every_bit_also_a_negative_zero(kind: EditKind) -> None:
+    """−0 + 0 is +0: a zero that is added, not left out, would change the bit."""
+    some = target()
+    some.parameter.data[1, 2] = -0.0
+    before = weight(some).view(torch.int32)
+    edit = Edit(kind, [some, target(seed=1)], rank=2)
+    action = torch.cat([torch.zeros(edit._dims[0]), torch.ones(edit._dims[1])])
+    assert edit.apply_(action).relative_norms[0] == 0.0
+    assert torch.equal(weight(some).view(torch.int32), before)

@@ -128,6 +128,34 @@ def test_moments_are_treated_as_configured() -> None:
         assert (patient.optimiser.state[edited]["exp_avg"].abs().sum() == 0) == (moments == "zero")
 
 
+@pytest.mark.parametrize("moments", ["keep", "zero"])
+def test_an_edit_that_passes_the_test_treats_the_moments_as_configured(moments: str) -> None:
+    patient = small_patient()
+    table = surgery(patient, moments=moments)
+    windows = torch.randint(7, (40, 17), generator=torch.Generator().manual_seed(2))
+    learning = patient._learning
+    patient.learn(windows[:2], learning=learning, learning_rate=1e-4, step=1, generator=torch.Generator())
+    better, _ = better_and_worse(patient, table, windows)
+    assert table.test(better, windows).passed
+    moment = patient.optimiser.state[table.edit.targets[0].parameter]["exp_avg"]
+    assert bool(moment.any()) == (moments == "keep")
+
+
+def test_an_examination_costs_what_student_and_referee_compute() -> None:
+    """Three prompts of 4 + 5 tokens for both, ten windows of 8 positions for the student; a bigram over 7 tokens."""
+    patient = small_patient()
+    table = surgery(patient)
+    expected = (3 * 9 + 10 * 8) * patient.flops_per_token + 3 * 9 * (2 * 2 * 7)
+    assert examination_flops(patient, table._examiner) == expected
+
+
+def test_a_test_costs_two_readings_of_its_windows() -> None:
+    patient = small_patient()
+    table = surgery(patient)
+    table.test(torch.full((table.edit.action_dim,), 0.5), torch.zeros(5, 17, dtype=torch.long))
+    assert patient.costs.flops == 2 * 5 * 16 * patient.flops_per_token
+
+
 def test_gradient_steps_cost_what_the_edits_cost() -> None:
     patient = small_patient()
     table = surgery(patient)

@@ -47,6 +47,38 @@ def test_a_snapshot_put_back_learns_on_as_before() -> None:
     assert all(a is b for a, b in zip(parameters, patient.model.parameters(), strict=True))
 
 
+def test_a_snapshot_is_not_moved_by_what_comes_after() -> None:
+    """Weights and moments are copies: learning goes on in the patient's own."""
+    patient = small_patient()
+    learn(patient, 1)
+    snapshot = patient.snapshot()
+    before = {group: {n: t.clone() for n, t in tensors.items()} for group, tensors in snapshot.tensors.items()}
+    learn(patient, 2)
+    patient.restore(snapshot)
+    learn(patient, 3)
+    assert before["optimiser"]
+    for group, tensors in before.items():
+        assert all(torch.equal(tensor, snapshot.tensors[group][name]) for name, tensor in tensors.items())
+
+
+def test_an_update_clips_decays_and_steps_as_configured() -> None:
+    """Adam's first mean is (1 − β₁) of the clipped gradient; only matrices decay; a rate of 0 moves nothing."""
+    patient = small_patient(LearningOptions(objective="cross_entropy", clip_norm=0.01, weight_decay=0.3))
+    before = weights(patient)
+    windows = torch.randint(7, (4, 17), generator=torch.Generator().manual_seed(0))
+    metrics, _ = patient.learn(
+        windows, learning=LEARNING, learning_rate=0.0, step=1, generator=torch.Generator().manual_seed(0)
+    )
+    assert same(before, weights(patient))
+    assert metrics["gradient_norm"] > 0.1  # before it is clipped
+    means = [state["exp_avg"] for state in patient.optimiser.state.values()]
+    assert torch.stack([mean.norm() for mean in means]).norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)
+    for group in patient.optimiser.param_groups:
+        assert group["lr"] == 0.0
+        assert {parameter.ndim >= 2 for parameter in group["params"]} == {group["weight_decay"] == 0.3}
+    assert sum(len(group["params"]) for group in patient.optimiser.param_groups) == len(before)
+
+
 def test_reset_is_the_beginning() -> None:
     patient = small_patient()
     first = weights(patient)

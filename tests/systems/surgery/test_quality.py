@@ -68,6 +68,16 @@ def test_quality_is_the_weighted_sum_of_its_parts() -> None:
     )
 
 
+def test_repetition_counts_against_a_student() -> None:
+    """Noise of 0 draws the first token of the vocabulary every time: of nine runs of four, eight were there before."""
+    student, prompts = small_student(), draws().prompts
+    found = examiner().examine(student, Draws(prompts, torch.zeros(len(prompts), 12, dtype=torch.float64)))
+    assert found.repetition == pytest.approx(8 / 9)
+    assert found.distinct == pytest.approx(1 / (11 * len(prompts)))
+    rest = found.log_prob + 0.5 * found.referee_log_prob + 2 * found.distinct
+    assert found.total == pytest.approx(rest - 0.25 * 8 / 9, rel=1e-9)
+
+
 def test_the_same_draws_give_the_same_quality_bit_for_bit() -> None:
     student, exam = small_student(), examiner()
     assert exam.examine(student, draws()) == exam.examine(student, draws())

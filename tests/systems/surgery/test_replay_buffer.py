@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,30 @@ def test_what_is_sampled_is_what_was_added_last(where: str, tmp_path: Path) -> N
     assert torch.equal(batch.rewards, -numbers)
     assert torch.equal(batch.next_states, batch.states + 1)
     assert torch.equal(batch.terminated, numbers % 3 == 0)
+
+
+@pytest.mark.parametrize("where", ["memory", "file"])
+def test_a_slot_that_is_not_filled_is_never_sampled(where: str, tmp_path: Path) -> None:
+    buffer = make(where, tmp_path)
+    fill(buffer, range(7, 10))
+    numbers = buffer.sample(200, generator=torch.Generator().manual_seed(0)).states[:, 0]
+    assert set(numbers.tolist()) == {7, 8, 9}
+
+
+def test_a_buffer_spills_from_the_first_byte_above_the_limit(tmp_path: Path) -> None:
+    num_bytes = 5 * (2 + 1 + 1 + 2 + 1) * 4
+    for limit, spilled in ((num_bytes, False), (num_bytes - 1, True)):
+        buffer = ReplayBuffer(5, state_dim=2, action_dim=1, memory_limit_bytes=limit, spill_folder=tmp_path)
+        assert buffer.spilled == spilled
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's table of mappings")
+def test_what_is_spilled_is_written_to_the_file(tmp_path: Path) -> None:
+    """Mapped as shared ("s"): a private mapping would keep every row that is written in memory after all."""
+    buffer = make("file", tmp_path)
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    assert [line.split()[1] for line in mapped] == ["rw-s"]
+    assert buffer.memory_bytes == 0
 
 
 def test_sampling_is_uniform_and_from_the_generator_alone() -> None:

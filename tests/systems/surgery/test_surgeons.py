@@ -144,6 +144,11 @@ def test_a_surgeon_goes_on_as_it_would_have(kind: str) -> None:
     first.candidate(torch.tensor([0.5, 0.5]), 0.7)
     second.load_state_dict(join_state(*split_state(first.state_dict())))
     assert first.metrics() == second.metrics()
+    if isinstance(first, SacSurgeon):
+        # What the next reward is paid in depends on all before it; the agent hears of it at the proposal after.
+        operate(first, [0.4, 0.0])
+        operate(second, [0.4, 0.0])  # type: ignore[arg-type]
+        assert stored_rewards(first) == stored_rewards(second)  # type: ignore[arg-type]
     for rewards in ([0.2, 0.1, -0.1], [0.3]):
         for one, other in zip(operate(first, rewards), operate(second, rewards), strict=True):
             assert torch.equal(one, other)

@@ -162,6 +162,20 @@ def test_tied_and_shared_weights() -> None:
     assert same(bits(model), before)
 
 
+def test_every_part_of_a_fused_matrix_is_put_back() -> None:
+    """Query, key and value are parts of one parameter; each is edited alone, and all of them together."""
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11, n_positions=8, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config)
+    fused = attention_targets(model, roles=["query", "key", "value"])
+    assert len({id(target.parameter) for target in fused}) == 1
+    before = bits(model)
+    for edited in (fused, *([target] for target in fused)):
+        with SurgicalTheater(model, fused) as theatre:
+            assert theatre.bytes_held == fused[0].parameter.nbytes
+            scramble(edited, torch.Generator().manual_seed(0))
+        assert same(bits(model), before)
+
+
 def test_targets_that_overlap_are_put_back() -> None:
     config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11, n_positions=8, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config)
@@ -284,6 +298,30 @@ def test_moments_are_kept_zeroed_or_scaled() -> None:
             assert state["step"] == (num_steps if edited else 3)
 
 
+def test_the_moments_of_every_target_are_treated() -> None:
+    model, optimiser = stepped(lambda parameters: torch.optim.Adam(parameters, lr=0.01))
+    with SurgicalTheater(model, named_targets(model, ["0.weight", "2.weight"])) as theatre:
+        theatre.commit(optimiser, moments="zero")
+    zeroed = {name for name, parameter in model.named_parameters() if not optimiser.state[parameter]["exp_avg"].any()}
+    assert zeroed >= {"0.weight", "2.weight"}
+    assert not zeroed & {"2.bias", "1.weight"}
+
+
+def test_moments_of_a_fused_matrix_are_scaled_once() -> None:
+    """Its three targets share the parameter, whose moments are meant as one."""
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11, n_positions=8, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config)
+    fused = attention_targets(model, roles=["query", "key", "value"])
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
+    model(input_ids=torch.arange(8)[None]).logits.square().sum().backward()
+    optimiser.step()
+    state = optimiser.state[fused[0].parameter]
+    before = state["exp_avg"].clone()
+    with SurgicalTheater(model, fused) as theatre:
+        theatre.commit(optimiser, moments="scale", moment_scale=0.5)
+    assert torch.equal(state["exp_avg"], before * 0.5)
+
+
 def test_a_zeroed_parameter_steps_like_a_new_one() -> None:
     model, optimiser = stepped(lambda parameters: torch.optim.Adam(parameters, lr=0.01))
     with SurgicalTheater(model, named_targets(model, ["0.weight"])) as theatre:
@@ -356,6 +394,21 @@ def test_leaving_out_of_order_is_an_error_and_puts_everything_back() -> None:
     assert same(bits(model), before)
     for theatre in (third, second):
         theatre.__exit__(None, None, None)  # nothing is left to do, and nothing is done
+    assert same(bits(model), before)
+
+
+def test_a_theatre_of_a_part_lies_within_one_of_the_whole() -> None:
+    """The same memory, reached through two modules: the later one is closed first, or its copy would be put back."""
+    model = small_model()
+    before = bits(model)
+    whole = SurgicalTheater(model, named_targets(model, ["0.weight"]))
+    part = SurgicalTheater(model[0], named_targets(model[0], ["weight"]))
+    for theatre in (whole, part):
+        theatre.__enter__()
+        scramble(theatre.targets)
+    with pytest.raises(ModelError, match="left a theatre before 1 opened later on the same model"):
+        whole.__exit__(None, None, None)
+    part.__exit__(None, None, None)  # nothing is left to do
     assert same(bits(model), before)
 
 

@@ -149,6 +149,22 @@ def test_what_is_committed_lasts_and_what_is_not_leaves_no_trace(
         assert not row["committed"] or (row["acceptance"]["passed"] and row["acceptance"]["gain"] > 0)
 
 
+def test_committed_edits_are_counted_as_decided(finished: tuple[Path, SurgeryConfig, dict[str, Any]]) -> None:
+    folder, _, result = finished
+    decisions = rows(folder / "decisions.jsonl")
+    logged = [row for row in rows(folder / "metrics.jsonl") if row["arm"] in {d["arm"] for d in decisions}]
+    assert len(logged) == len(decisions)
+    num_committed: dict[str, int] = {}
+    for row, decision in zip(logged, decisions, strict=True):
+        arm = decision["arm"]
+        num_committed[arm] = num_committed.get(arm, 0) + decision["committed"]
+        assert row[arm]["committed"] == num_committed[arm]
+        assert row[arm]["committed_share"] == num_committed[arm] / decision["edit"]
+    assert any(decision["tested"] and not decision["committed"] for decision in decisions)
+    counted = {r["arm"]: r["committed"] for r in result["records"] if "committed" in r}
+    assert counted == num_committed
+
+
 def test_one_seed_claims_nothing(finished: tuple[Path, SurgeryConfig, dict[str, Any]]) -> None:
     _, _, result = finished
     assert "Whether the surgeon helps cannot be said from 1 seed" in result["verdict"]
