@@ -62,14 +62,14 @@ FIVE_RUNS = {
 
 
 def test_point_values_are_rliables() -> None:
-    """What rliable 1.2.0 gives (``metrics.aggregate_iqm``, ``metrics.probability_of_improvement``), a tie among them."""
+    """What rliable 1.2.0 gives for ``aggregate_iqm`` and ``probability_of_improvement``, a tie among them."""
     assert aggregate(SIX_RUNS)["iqm"] == pytest.approx(0.565, abs=1e-12)
     assert aggregate(FIVE_RUNS)["iqm"] == pytest.approx(0.39444444444444443, abs=1e-12)
     assert improvement(SIX_RUNS, FIVE_RUNS)["probability"] == pytest.approx(0.6611111111111111, abs=1e-12)
 
 
 def test_stratified_intervals_are_rliables() -> None:
-    """``library.get_interval_estimates`` of rliable 1.2.0 with arch 7.2.0, 50,000 resamples (20,000 for the improvement),
+    """``get_interval_estimates`` of rliable 1.2.0 with arch 7.2.0: 50,000 resamples (20,000 for the improvement),
     ``random_state`` 0 and ``confidence_interval_size`` 1 − 2 · tail, where the tail is the expanded one of 5 and of 4
     degrees of freedom. Both sides are Monte Carlo quantiles at 0.2 and 0.1 %, of statistics in steps of about 0.01.
     """
