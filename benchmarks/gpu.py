@@ -6,11 +6,11 @@ The limits are measured on the same device: bytes a second of a large copy, oper
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
+from benchmarks.limits import arithmetic, bandwidth, synchronised, update_operations
 from benchmarks.measurement import OURS, Bar, Comparison
 from benchmarks.models import LLAMA_3B, random_llama
 from preceptor.lm.decode import Decoder
@@ -36,7 +36,7 @@ def comparisons(*, quick: bool = False) -> Iterator[Comparison]:
     size = 128 if quick else 8_192
     for batch_size in (2,) if quick else (8, 32):
         yield decode(lm, batch_size, *((4, 4) if quick else (512, 128)), bandwidth=bandwidth(device, size))
-    yield update(lm, *((2, 8) if quick else (4, 1_024)), arithmetic=arithmetic(device, size))
+    yield update(lm, *((2, 8) if quick else (4, 1_024)), arithmetic=arithmetic(device, size, torch.bfloat16))
 
 
 def decode(lm: LanguageModel, batch_size: int, prompt: int, new: int, *, bandwidth: float) -> Comparison:
@@ -78,13 +78,10 @@ def decode(lm: LanguageModel, batch_size: int, prompt: int, new: int, *, bandwid
 
 def update(lm: LanguageModel, rows: int, time: int, *, arithmetic: float) -> Comparison:
     """Forward and backward: 6 operations a weight and token, and the attention's own (model-FLOPs utilisation)."""
-    config = lm.model.config
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, lm.vocab_size, (rows, time), generator=generator).to(lm.device)
     keep = torch.ones_like(tokens, dtype=torch.bool)
     keep[:, -1] = False
-    attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * time
-    operations = rows * time * (6 * lm.model.num_parameters() + attention)
 
     def ours() -> None:
         (-lm.chosen_log_probs(tokens, keep=keep, chosen=tokens[:, 1:].flatten()).mean()).backward()
@@ -100,42 +97,6 @@ def update(lm: LanguageModel, rows: int, time: int, *, arithmetic: float) -> Com
         ways={OURS: synchronised(ours, lm.device), "Transformers": synchronised(plain, lm.device)},
         bars=(Bar("Transformers", at_least=1.0),),
         units=dict.fromkeys((OURS, "Transformers"), rows * time),
-        ideal_seconds=dict.fromkeys((OURS, "Transformers"), operations / arithmetic),
+        ideal_seconds=dict.fromkeys((OURS, "Transformers"), update_operations(lm, rows, time) / arithmetic),
         device=lm.device,
     )
-
-
-def bandwidth(device: torch.device, size: int) -> float:
-    """Bytes a second that a copy of ``size``² bfloat16 numbers reads and writes."""
-    source = torch.zeros(size, size, dtype=torch.bfloat16, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
-
-
-def arithmetic(device: torch.device, size: int) -> float:
-    """Operations a second of a product of two bfloat16 matrices of ``size`` rows and columns."""
-    matrix = torch.randn(size, size, device=device).to(torch.bfloat16)
-    return 2 * size**3 / _seconds(lambda: matrix @ matrix, device)
-
-
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The best of some repetitions."""
-    run = synchronised(run, device)
-    run()
-    found = []
-    for _ in range(5):
-        start = time.perf_counter()
-        run()
-        found.append(time.perf_counter() - start)
-    return min(found)
-
-
-def synchronised(run: Callable[[], object], device: torch.device) -> Callable[[], None]:
-    """``run`` until the device has done it."""
-
-    def call() -> None:
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return call

@@ -28,10 +28,20 @@ def newest(lines: list[str]) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: for every row and every peer our time, theirs, the ratio with its bar, and who is faster."""
-    lines = [
-        "| benchmark | case | ours | peer | ours takes | peer takes | peer / ours | bar | memory | threads, commit |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = (
+        "benchmark",
+        "case",
+        "ours",
+        "peer",
+        "ours takes",
+        "peer takes",
+        "ratio",
+        "of limit",
+        "bar",
+        "memory",
+        "run",
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         bars = {(bar["way"], bar["against"]): bar for bar in row["bars"]}
         for pair, speed_up in row["speed_up"].items():
@@ -47,6 +57,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 _seconds(row, way),
                 _seconds(row, peer),
                 f"{ratio:.2f}" + ("" if ratio >= 1 else " (the peer is faster)"),
+                _share(row, way, peer),
                 _bar(bar),
                 _memory(row, way, peer),
                 f"{row['threads']}, {row['commit'][:7]}",
@@ -92,6 +103,12 @@ def _bar(bar: Mapping[str, Any] | None) -> str:
     if bar["seconds_at_most"] is not None:
         parts.append(f"≤ {bar['seconds_at_most']:g} s")
     return f"{', '.join(parts)}: {'met' if bar['holds'] else '**not met**'}"
+
+
+def _share(row: Mapping[str, Any], way: str, peer: str) -> str:
+    """What of the measured bandwidth or arithmetic ours and the peer reach."""
+    shares = row["share_of_limit"]
+    return f"{shares[way]:.0%}, {shares[peer]:.0%}" if way in shares and peer in shares else ""
 
 
 def _memory(row: Mapping[str, Any], way: str, peer: str) -> str:

@@ -94,6 +94,7 @@ def test_the_page_is_written_from_the_newest_rows(tmp_path: Path) -> None:
             case,
             {"ours": lambda: {"wall": seconds, "cpu": seconds}, "peer": lambda: {"wall": 1.0, "cpu": 1.0}},
             bars=(Bar("peer", at_least=1.5),),
+            ideal_seconds={"ours": 0.1, "peer": 0.1},
         )
         return json.dumps(measurement.measure(comparison, rounds=1, threads=1) | {"commit": commit, "dirty": False})
 
@@ -109,8 +110,8 @@ def test_the_page_is_written_from_the_newest_rows(tmp_path: Path) -> None:
     assert text.endswith("after\n")
     assert "old" not in text
     assert "1111111" not in text
-    assert "| 2.00 | ≥ 1.5: met |" in text
-    assert "| 0.50 (the peer is faster) | ≥ 1.5: **not met** |" in text
+    assert "| 2.00 | 20%, 10% | ≥ 1.5: met |" in text
+    assert "| 0.50 (the peer is faster) | 5%, 10% | ≥ 1.5: **not met** |" in text
     report.write(tmp_path)
     assert page.read_text() == text
 

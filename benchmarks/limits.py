@@ -1,0 +1,58 @@
+"""What the hardware alone would take: its bandwidth and its arithmetic, measured where the benchmark runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.measurement import matmul_precision
+from preceptor.lm.language_model import LanguageModel
+from preceptor.run.device import exact_matmul_precision
+
+
+def update_operations(lm: LanguageModel, rows: int, length: int) -> float:
+    """Forward and backward: 6 operations a weight and token, and the attention's own (model-FLOPs utilisation)."""
+    config = lm.model.config
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    return rows * length * float(6 * lm.model.num_parameters() + 6 * config.num_hidden_layers * width * length)
+
+
+def bandwidth(device: torch.device, size: int) -> float:
+    """Bytes a second that a copy of ``size``² bfloat16 numbers reads and writes."""
+    source = torch.zeros(size, size, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
+
+
+def arithmetic(device: torch.device, size: int, dtype: torch.dtype) -> float:
+    """Operations a second of a product of two matrices of ``size`` rows and columns, by the measured kernel."""
+    matrix = torch.randn(size, size, device=device).to(dtype)
+    with matmul_precision(exact_matmul_precision(device)):
+        return 2 * size**3 / _seconds(lambda: matrix @ matrix, device)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The best of some repetitions."""
+    run = synchronised(run, device)
+    run()
+    found = []
+    for _ in range(5):
+        start = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def synchronised(run: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    """``run`` until the device has done it."""
+
+    def call() -> None:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return call
