@@ -51,34 +51,35 @@ def test_the_resamples_are_stratified_and_their_quantiles_a_slow_references() ->
 
 SIX_RUNS = {
     "a": [0.91, 0.63, 0.47, 0.88, 0.30, 0.76],
-    "b": [0.14, 0.80, 0.39, 0.05, 0.97, 0.44],
-    "c": [0.55, 0.22, 0.71, 0.60, 0.12, 0.83],
+    "b": [2.14, 2.80, 2.39, 2.05, 2.97, 2.44],
+    "c": [5.55, 5.22, 5.71, 5.60, 5.12, 5.83],
 }
 FIVE_RUNS = {
     "a": [0.41, 0.66, 0.47, 0.08, 0.20],
-    "b": [0.24, 0.10, 0.59, 0.35, 0.67],
-    "c": [0.35, 0.52, 0.11, 0.90, 0.42],
+    "b": [2.24, 2.10, 2.59, 2.35, 2.67],
+    "c": [5.35, 5.52, 5.11, 5.90, 5.42],
 }
 
 
 def test_point_values_are_rliables() -> None:
     """What rliable 1.2.0 gives for ``aggregate_iqm`` and ``probability_of_improvement``, a tie among them."""
-    assert aggregate(SIX_RUNS)["iqm"] == pytest.approx(0.565, abs=1e-12)
-    assert aggregate(FIVE_RUNS)["iqm"] == pytest.approx(0.39444444444444443, abs=1e-12)
+    assert aggregate(SIX_RUNS)["iqm"] == pytest.approx(2.692, abs=1e-12)
+    assert aggregate(FIVE_RUNS)["iqm"] == pytest.approx(2.6155555555555554, abs=1e-12)
     assert improvement(SIX_RUNS, FIVE_RUNS)["probability"] == pytest.approx(0.6611111111111111, abs=1e-12)
 
 
 def test_stratified_intervals_are_rliables() -> None:
     """``get_interval_estimates`` of rliable 1.2.0 with arch 7.2.0: 50,000 resamples (20,000 for the improvement),
     ``random_state`` 0 and ``confidence_interval_size`` 1 − 2 · tail, where the tail is the expanded one of 5 and of 4
-    degrees of freedom. Both sides are Monte Carlo quantiles at 0.2 and 0.1 %, of statistics in steps of about 0.01.
+    degrees of freedom. Items lie far apart, so that resampling over them would show. Both sides are Monte Carlo
+    quantiles at 0.2 and 0.1 %, of statistics in steps of about 0.01.
     """
     assert (expanded_tail(0.95, 5), expanded_tail(0.95, 4)) == pytest.approx((0.0024318, 0.00095410), rel=1e-4)
-    for scores, low, high in ((SIX_RUNS, 0.312, 0.779), (FIVE_RUNS, 0.18744897, 0.60333333)):
+    for scores, low, high in ((SIX_RUNS, 2.48, 2.946), (FIVE_RUNS, 2.42522675, 2.80111111)):
         found = aggregate(scores, num_resamples=50_000)
         assert (found["low"], found["high"]) == pytest.approx((low, high), abs=0.015)
     better = improvement(SIX_RUNS, FIVE_RUNS, num_resamples=20_000)
-    assert (better["low"], better["high"]) == pytest.approx((0.35555556, 0.93843857), abs=0.02)
+    assert (better["low"], better["high"]) == pytest.approx((0.34444444, 0.94444444), abs=0.02)
 
 
 def test_one_score_an_item_has_no_interval_and_none_is_refused() -> None:

@@ -259,7 +259,7 @@ def _cached(cache_dir: Path, key: str, read: Callable[[], Article]) -> Article:
                 file.flush()
                 os.fsync(file.fileno())
                 Path(file.name).replace(entry)
-            except BaseException:
+            except BaseException:  # Ctrl-C too: half an entry must not stay
                 Path(file.name).unlink(missing_ok=True)
                 raise
     except OSError as error:

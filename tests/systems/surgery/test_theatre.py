@@ -23,6 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from preceptor.errors import ConfigError, ModelError
 from preceptor.run.signals import StopSignals
 from preceptor.systems.surgery import theatre as theatre_module
+from preceptor.systems.surgery.interrupts import DeferredSignals
 from preceptor.systems.surgery.targets import Target, attention_targets, named_targets
 from preceptor.systems.surgery.theatre import SurgicalTheater, checksum, require_closed
 
@@ -528,6 +529,17 @@ def test_interrupts_at_random_moments(num_interrupts: int) -> None:
     # An interrupt may land where the handlers are put back and leave one standing, which passes its signal on; the next
     # theatre that ends in peace puts it back.
     operate(model, targets, generator)
+
+
+def test_a_handler_left_standing_passes_its_signal_on_and_is_put_back_by_the_next_theatre() -> None:
+    """As an interrupt leaves it that lands while the handlers are being put back."""
+    model = small_model()
+    DeferredSignals({}).install()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    with SurgicalTheater(model, named_targets(model, ["0.weight"])):
+        pass
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def interrupt_at(boundary: int, work: Callable[[], None]) -> tuple[bool, bool]:

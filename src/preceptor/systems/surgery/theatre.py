@@ -84,7 +84,7 @@ class SurgicalTheater:
         try:
             self._admit()
             _signals.deliver()
-        except BaseException:
+        except BaseException:  # Ctrl-C too: what was admitted is put back before it goes on
             self._close()
             _signals.deliver()
             raise
