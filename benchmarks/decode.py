@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.limits import arithmetic
+from benchmarks.limits import arithmetic_seconds, forward_operations
 from benchmarks.measurement import OURS, Bar, Comparison, measured_precision, require_equal
 from benchmarks.models import H192, random_llama, starter
 from preceptor.lm.decode import Decoder
@@ -70,9 +70,6 @@ def compare(
     unlike = float((measured_precision(lambda: ours(sample=False))() != generate(sample=False)).double().mean())
     bars = (Bar("generate()", at_least=1.6), Bar("generate()", at_least=2.2, way=f"{OURS}, bfloat16"))
     tokens = batch_size * new_tokens
-    # Every weight twice an operation a token, prompts included; the attention of so few tokens is small beside that.
-    operations = 2.0 * lm.model.num_parameters() * batch_size * (prompt_tokens + new_tokens)
-    exact, rounded = (arithmetic(lm.device, 1_024, dtype) for dtype in (torch.float32, torch.bfloat16))
     return Comparison(
         benchmark="decode",
         case=f"{name}: batch {batch_size}, {prompt_tokens} + {new_tokens} tokens",
@@ -82,5 +79,7 @@ def compare(
         agreement={"share of greedy tokens": require_equal("greedy tokens", unlike, at_most=0.05)},
         details={"parameters": lm.model.num_parameters(), "batch_size": batch_size},
         units=dict.fromkeys(ways, tokens),
-        ideal_seconds={way: operations / (rounded if "bfloat16" in way else exact) for way in ways},
+        ideal_seconds=arithmetic_seconds(
+            forward_operations(lm, batch_size, prompt_tokens + new_tokens), ways, lm.device
+        ),
     )

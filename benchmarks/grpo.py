@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.limits import arithmetic_seconds, forward_operations
 from benchmarks.measurement import OURS, Bar, Comparison, matmul_precision
 from benchmarks.models import H192, random_llama, starter
 from preceptor.lm.language_model import LanguageModel
@@ -64,6 +65,10 @@ def compare(name: str, lm: LanguageModel, *, num_prompts: int, prompt_tokens: in
         bars=(Bar(TRL, at_least=2.5), Bar(TRL, at_least=2.5, way=f"{OURS}, bfloat16")),
         details={"parameters": lm.model.num_parameters(), "kl_coefficient": KL},
         units=dict.fromkeys(ways, tokens),
+        # Writing, the untrained model's pass, and the update.
+        ideal_seconds=arithmetic_seconds(
+            5 * forward_operations(lm, num_prompts * GROUP, prompt_tokens + new_tokens), ways, lm.device
+        ),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -12,13 +12,24 @@ from preceptor.lm.language_model import LanguageModel
 from preceptor.run.device import exact_matmul_precision
 
 
-def update_operations(lm: LanguageModel, rows: int, length: int) -> float:
-    """Forward and backward: 6 operations a weight and token, and the attention's own (model-FLOPs utilisation)."""
+def forward_operations(lm: LanguageModel, rows: int, length: int) -> float:
+    """2 operations a weight and token, and those of causal attention, for rows that are encoded once."""
     config = lm.model.config
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
-    return rows * length * float(6 * lm.model.num_parameters() + 6 * config.num_hidden_layers * width * length)
+    return rows * length * float(2 * lm.model.num_parameters() + 2 * config.num_hidden_layers * width * length)
+
+
+def update_operations(lm: LanguageModel, rows: int, length: int) -> float:
+    """Forward and backward, which is twice the forward (model-FLOPs utilisation)."""
+    return 3 * forward_operations(lm, rows, length)
+
+
+def arithmetic_seconds(operations: float, ways: Iterable[str], device: torch.device) -> dict[str, float]:
+    """What ``operations`` take by :func:`arithmetic`, for each way in its own precision."""
+    exact, rounded = (arithmetic(device, 1_024, dtype) for dtype in (torch.float32, torch.bfloat16))
+    return {way: operations / (rounded if "bfloat16" in way else exact) for way in ways}
 
 
 def bandwidth(device: torch.device, size: int) -> float:
@@ -26,6 +37,11 @@ def bandwidth(device: torch.device, size: int) -> float:
     source = torch.zeros(size, size, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
+
+
+def bandwidth_seconds(num_bytes: float, ways: Iterable[str]) -> dict[str, float]:
+    """What reading and writing ``num_bytes`` take on this processor by :func:`bandwidth` of 8 MiB."""
+    return dict.fromkeys(ways, num_bytes / bandwidth(torch.device("cpu"), 2_048))
 
 
 def arithmetic(device: torch.device, size: int, dtype: torch.dtype) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.limits import arithmetic_seconds
 from benchmarks.measurement import OURS, Bar, Comparison, measured_precision, require_equal
 from preceptor.lm.selective import chosen_log_probs
 
@@ -60,6 +61,7 @@ def compare(vocabulary: int, rows: int, *, is_large: bool) -> Comparison:
         for name, a, b in zip(names, ours, theirs, strict=True)
     }
     del ours, theirs
+    product = 2.0 * rows * vocabulary * WIDTH
     memory = {way: extra_memory_mib(run) for way, run in ways.items()}
     bars = (
         Bar(FULL, at_least=1.0, memory_at_most=0.30 if vocabulary < 100_000 else 0.55),
@@ -72,6 +74,10 @@ def compare(vocabulary: int, rows: int, *, is_large: bool) -> Comparison:
         bars=bars if is_large else (),
         agreement=agreement,
         memory=memory,
+        ideal_seconds={
+            way: seconds * (1 if way in (OURS_WITHOUT, FULL_WITHOUT) else 3)
+            for way, seconds in arithmetic_seconds(product, ways, states.device).items()
+        },
     )
 
 

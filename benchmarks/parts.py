@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from benchmarks.limits import arithmetic_seconds, bandwidth_seconds
 from benchmarks.measurement import OURS, Bar, Comparison, require_equal
 from benchmarks.models import starter
 from preceptor.data.mixture import MixtureSampler
@@ -60,6 +61,7 @@ def gae_comparison(*, rows: int = 16, steps: int = 1_024) -> Comparison:
         ways={OURS: ours, "torchrl": torchrl},
         bars=(Bar("torchrl", at_least=1.0),),
         agreement={"advantages": require_equal("advantages", difference, at_most=1e-4)},
+        ideal_seconds=bandwidth_seconds(2 * rewards.nbytes + mask.nbytes + values.nbytes, (OURS, "torchrl")),
     )
 
 
@@ -83,7 +85,21 @@ def sac_comparison(batch_size: int, width: int, *, updates: int) -> Comparison:
         },
         bars=(Bar("plain PyTorch", at_least=1 / 1.1),),
         units=dict.fromkeys((OURS, "plain PyTorch", "torchrl"), updates),
+        # Four forward passes' worth through the actor and twelve through a critic (a backward pass is worth two).
+        ideal_seconds=arithmetic_seconds(
+            2.0
+            * updates
+            * batch_size
+            * (4 * weights(STATE, width, 2 * ACTION) + 12 * weights(STATE + ACTION, width, 1)),
+            (OURS, "plain PyTorch", "torchrl"),
+            torch.device("cpu"),
+        ),
     )
+
+
+def weights(inputs: int, width: int, outputs: int) -> int:
+    """Of :func:`mlp`, without biases."""
+    return inputs * width + width * width + width * outputs
 
 
 def repeated(call: Callable[[], object], times: int) -> Callable[[], object]:
@@ -210,6 +226,8 @@ def theatre_comparison() -> Comparison:
     model = starter().model
     targets = attention_targets(model)
     before = targets[0].matrix()
+    edited = sum(target.matrix().nbytes for target in targets)
+    copied = sum(parameter.nbytes for parameter in model.parameters())
 
     def theatre() -> None:
         with SurgicalTheater(model, targets):
@@ -228,6 +246,9 @@ def theatre_comparison() -> Comparison:
         case="starter, all attention projections",
         ways={OURS: theatre, "copy.deepcopy": deep_copy},
         agreement={"weights after": require_equal("weights", difference, at_most=0.0)},
+        # Saved, edited and put back; a copy is made and edited.
+        ideal_seconds=bandwidth_seconds(6 * edited, (OURS,))
+        | bandwidth_seconds(2 * copied + 2 * edited, ("copy.deepcopy",)),
     )
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.grpo import KL, LEARNING_RATE, OurStep, copied
+from benchmarks.limits import arithmetic_seconds, forward_operations
 from benchmarks.measurement import OURS, Bar, Comparison
 from benchmarks.models import H192, random_llama
 from preceptor.lm.language_model import LanguageModel
@@ -64,6 +65,10 @@ def compare(lm: LanguageModel, *, num_prompts: int, prompt_tokens: int, new_toke
         bars=(Bar(TRL, at_least=1.0), Bar(TRL, at_least=1.0, way=f"{OURS}, bfloat16")),
         details={"parameters": lm.model.num_parameters(), "kl_coefficient": KL},
         units=dict.fromkeys(ways, num_prompts * new_tokens),
+        # Writing, the untrained model's pass, values, and the updates of policy and value network.
+        ideal_seconds=arithmetic_seconds(
+            (3 + 2 * EPOCHS * 3) * forward_operations(lm, num_prompts, prompt_tokens + new_tokens), ways, lm.device
+        ),
     )
 
 

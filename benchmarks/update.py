@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from benchmarks.limits import arithmetic, update_operations
+from benchmarks.limits import arithmetic_seconds, update_operations
 from benchmarks.measurement import OURS, Bar, Comparison, matmul_precision, require_equal
 from benchmarks.models import H192, random_llama, starter
 from preceptor.lm.language_model import LanguageModel
@@ -63,14 +63,7 @@ def compare(name: str, lm: LanguageModel, *, rows: int, time: int, steps: int) -
         agreement=agreement,
         details={"parameters": lm.model.num_parameters()},
         units=dict.fromkeys(kinds, rows * time),
-        ideal_seconds={
-            way: update_operations(lm, rows, time) / arithmetic(lm.device, 1_024, dtype)
-            for way, dtype in (
-                (OURS, torch.float32),
-                (f"{OURS}, bfloat16", torch.bfloat16),
-                ("Transformers", torch.float32),
-            )
-        },
+        ideal_seconds=arithmetic_seconds(update_operations(lm, rows, time), kinds, lm.device),
     )
 
 

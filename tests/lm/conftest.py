@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
+import shutil
+import subprocess
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -23,6 +27,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from preceptor.lm import kernels
 from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import Adapter, _with_adapter, load_language_model
 from preceptor.lm.tokenizer import train_bpe_tokenizer
@@ -154,3 +159,15 @@ def random_tokens() -> Callable[[int], list[int]]:
     """Token ids of text, the same sequence of them in every test."""
     generator = torch.Generator().manual_seed(5)
     return lambda length: torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+
+
+@pytest.fixture(scope="session", params=["-mno-avx", "-mavx2 -mfma -mno-avx512f"])
+def narrow_kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernels as processors with vectors of four and of eight floats build them."""
+    compiler, target = shutil.which("cc"), tmp_path_factory.mktemp("kernels") / "narrow.so"
+    if compiler is None or platform.machine() != "x86_64":
+        pytest.skip("needs a C compiler and a processor of this family")
+    sources = [str(Path(kernels.__file__).with_name(name)) for name in kernels.SOURCES if name.endswith(".c")]
+    options = [*request.param.split(), "-O2", "-std=gnu11", "-fPIC", "-shared", "-o", str(target)]
+    subprocess.run([compiler, *options, *sources, "-lm"], check=True)
+    return ctypes.CDLL(str(target))

@@ -71,8 +71,9 @@ def test_a_folder_is_what_transformers_loads(folder: Path, make_lm: MakeLM) -> N
     tokens = torch.tensor([[0, 5, 17]])
     expected = AutoModelForCausalLM.from_pretrained(folder)(input_ids=tokens).logits[0]
     every = torch.ones_like(tokens, dtype=torch.bool)
-    assert torch.equal(lm.forward(tokens, keep=every).logits, expected)
-    assert torch.equal(make_lm().forward(tokens, keep=every).logits, expected)
+    logits = lm.forward(tokens, keep=every).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)  # attention sums in another order
+    assert torch.equal(make_lm().forward(tokens, keep=every).logits, logits)
     assert lm.encode("the sea") == make_lm().encode("the sea")
 
 

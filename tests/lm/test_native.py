@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from preceptor.errors import ModelError
-from preceptor.lm import compiled, native
+from preceptor.lm import native
 from preceptor.lm.decode import Decoder, Generated
 from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.sampling import Sampling
@@ -25,7 +24,7 @@ MakeLM = Callable[..., LanguageModel]
 @pytest.fixture
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine without a C compiler."""
-    monkeypatch.setattr(native, "step_library", lambda: None)
+    monkeypatch.setattr(native, "kernel_library", lambda: None)
 
 
 def read(lm: LanguageModel, random_rows: list[list[int]], *, capture: nn.Module | None = None, **options: Any) -> Any:
@@ -208,6 +207,21 @@ def test_scores_far_below_zero_are_scores_like_others(make_lm: MakeLM, random_to
         assert_same(ours, theirs, tolerance=2e-3)  # float32 rounds 180 to 1e-5, and the model's weights are large
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_activations_far_below_zero_vanish(name: str, make_lm: MakeLM, random_tokens: Any) -> None:
+    """silu and GELU of −200 take e²⁰⁰ and more, which is no float32."""
+    lm, given = make_lm(name), rows(random_tokens)
+    for layer in lm.layers:
+        feed_forward: Any = layer.mlp
+        widened = feed_forward.gate_proj.weight if name == "llama" else feed_forward.c_fc.weight
+        widened.data *= 300
+    _, *found = read(lm, given)
+    _, *expected = read(lm, given, native=False)
+    assert all(part.log_probs.isfinite().all() for part in found)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same(ours, theirs, tolerance=2e-3)  # float32 rounds activations of hundreds to 3e-5
+
+
 def test_scores_far_apart_do_not_overflow(make_lm: MakeLM, random_tokens: Any) -> None:
     """Scores differ by hundreds, and e⁸⁹ is no float32: the largest of all slots is what is subtracted."""
     lm, given = make_lm("gpt2"), rows(random_tokens, (24, 39, 20, 5, 0, 7))
@@ -220,33 +234,17 @@ def test_scores_far_apart_do_not_overflow(make_lm: MakeLM, random_tokens: Any) -
         assert_same(ours, theirs, tolerance=2e-3)  # float32 rounds scores of hundreds to 3e-5
 
 
-def test_another_source_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else an upgrade would go on with what an earlier version has built."""
-    compiler = compiled.shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler here")
-    monkeypatch.setattr(compiled.Path, "home", lambda: tmp_path)
-    for number in (1, 2, 1):
-        library = compiled._built(compiler, compiled._OPTIONS, f"int number(void) {{ return {number}; }}")
-        assert library.number() == number
-    assert len(list((tmp_path / ".cache" / "preceptor").glob("*.so"))) == 2
-
-
-def test_the_step_is_compiled_where_there_is_a_compiler() -> None:
-    """Else every test above would pass without it."""
-    if compiled.shutil.which("cc") is None:
-        pytest.skip("no C compiler here")
-    assert compiled.step_library() is not None
-
-
-def test_without_a_place_or_a_compiler_there_is_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = compiled.step_library.__wrapped__
-    monkeypatch.setattr(compiled.Path, "home", lambda: tmp_path)
-    monkeypatch.setattr(compiled, "_OPTIONS", ("--no-such-option",))
-    assert build() is None
-    (tmp_path / ".cache").rmdir() if not list((tmp_path / ".cache").iterdir()) else None
-    monkeypatch.setattr(compiled.shutil, "which", lambda _: None)
-    assert build() is None
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_step_on_narrower_processors(
+    name: str, narrow_kernels: Any, make_lm: MakeLM, random_tokens: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "kernel_library", lambda: narrow_kernels)
+    lm, given = make_lm(name), rows(random_tokens)
+    decoder, *found = read(lm, given, capture=lm.layers[-1])
+    assert decoder._native._compiled._library is narrow_kernels
+    _, *expected = read(lm, given, capture=lm.layers[-1], native=False)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same(ours, theirs)
 
 
 def test_attention_in_blocks_is_attention(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,9 @@ def test_every_blocking_gives_the_definition(
 
 @pytest.mark.parametrize("chunk_rows", [4, 1_024])
 @pytest.mark.parametrize("chunk_logits", [3, 10_000])
-def test_gradients(chunk_logits: int, chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kept_logits", [65, 66])
+def test_gradients(chunk_logits: int, kept_logits: int, chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """6 × 11 logits, made again for the backward pass or kept for it."""
     monkeypatch.setattr(selective, "_CHUNK_ROWS", chunk_rows)
     leaves = [
         random(6, 4).requires_grad_(),
@@ -72,10 +75,17 @@ def test_gradients(chunk_logits: int, chunk_rows: int, monkeypatch: pytest.Monke
     tokens = torch.tensor([0, 10, 4, 4, 9, 2])
     assert torch.autograd.gradcheck(
         lambda states, weight, bias: chosen_log_probs(
-            states, weight, tokens, bias=bias, chunk_logits=chunk_logits
+            states, weight, tokens, bias=bias, chunk_logits=chunk_logits, kept_logits=kept_logits
         ).square(),
         leaves,
     )
+
+
+def test_what_is_kept_survives_a_second_backward_pass() -> None:
+    weight = random(11, 4, seed=1).requires_grad_()
+    log_probs = chosen_log_probs(random(6, 4), weight, torch.tensor([0, 10, 4, 4, 9, 2])).sum()
+    first, second = (torch.autograd.grad(log_probs, weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_what_needs_no_gradient_gets_none() -> None:
@@ -135,15 +145,30 @@ def test_gradients_of_bfloat16_are_summed_in_float32(monkeypatch: pytest.MonkeyP
     assert weight.grad.flatten().tolist() == [300.0, -300.0]
 
 
-def test_memory_does_not_follow_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tensor of rows × vocabulary is ever made, forward or backward."""
+@pytest.mark.parametrize(("kept_logits", "times"), [(0, 2), (63_999, 2), (64_000, 1)])
+def test_memory_does_not_follow_the_vocabulary(kept_logits: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor of rows × vocabulary is ever made, and logits are made once only where they are few."""
     sizes: list[int] = []
     logits = selective._logits
     monkeypatch.setattr(selective, "_logits", lambda *given: sizes.append((found := logits(*given)).numel()) or found)
     states, weight = random(64, 4).requires_grad_(), random(1_000, 4, seed=1).requires_grad_()
-    chosen_log_probs(states, weight, torch.zeros(64, dtype=torch.long), chunk_logits=4_096).sum().backward()
+    tokens = torch.zeros(64, dtype=torch.long)
+    log_probs = chosen_log_probs(states, weight, tokens, chunk_logits=4_096, kept_logits=kept_logits)
+    log_probs.sum().backward()
     assert max(sizes) <= 4_096
-    assert sum(sizes) == 2 * 64 * 1_000  # once forward, once backward
+    assert sum(sizes) == times * 64 * 1_000
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted() -> None:
+    states, weight = random(6, 4), random(11, 4, seed=1)
+    context = SimpleNamespace(needs_input_grad=(False,) * 6, save_for_backward=lambda *saved: kept.extend(saved))
+    kept: list[Tensor | None] = []
+    selective._ChosenLogProbs.forward(context, states, weight, None, torch.zeros(6, dtype=torch.long), 2**20, 2**24)
+    assert len(kept) == 5  # the inputs and the normalisers
+    context.needs_input_grad = (True, *(False,) * 5)
+    kept.clear()
+    selective._ChosenLogProbs.forward(context, states, weight, None, torch.zeros(6, dtype=torch.long), 2**20, 2**24)
+    assert len(kept) == 7
 
 
 @pytest.mark.parametrize("sampling", [None, Sampling(temperature=0.7, suppressed=(0, 2)), Sampling(top_k=3)])

@@ -1,22 +1,9 @@
-"""The compiled step: ``step.c`` built once by the machine's C compiler, and called for one token of every row.
-
-Where there is no compiler, or it cannot build the file, there is no compiled step and the layers run as PyTorch calls.
-The library is kept in the user's cache, under a name that its source and the processor decide.
-"""
+"""The compiled step: ``step.c``, called for one token of every row."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from functools import cache
-from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,9 +18,6 @@ if TYPE_CHECKING:
 
 PANEL = 32
 """Outputs side by side in a packed weight, as ``step.c`` has it."""
-
-_OPTIONS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared")
-_BUILD_SECONDS = 60
 
 
 class _Product(ctypes.Structure):
@@ -185,53 +169,6 @@ class CompiledStep:
         tensor = tensor.detach().contiguous()
         self._tensors.append(tensor)
         return tensor.data_ptr()
-
-
-@cache
-def step_library() -> ctypes.CDLL | None:
-    """``step.c`` as a library, built unless it is in the cache; None where it cannot be built.
-
-    It shares torch's OpenMP threads: others of its own would meet torch's, which wait for their next piece of work
-    without letting go of the core. A compiler without OpenMP builds it for one thread.
-    """
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        return None
-    source = resources.files("preceptor.lm").joinpath("step.c").read_text(encoding="utf-8")
-    for options in ((*_OPTIONS, "-fopenmp"), _OPTIONS):
-        try:
-            return _built(compiler, options, source)
-        except (OSError, subprocess.SubprocessError):  # no place to build, no such options, or no such processor
-            continue
-    return None
-
-
-def _built(compiler: str, options: Sequence[str], source: str) -> ctypes.CDLL:
-    """``source`` as a library from the user's cache, compiled first where it is not there."""
-    identity = "\n".join((source, compiler, *options, platform.machine(), _processor()))
-    name = f"step-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    folder = Path.home() / ".cache" / "preceptor"
-    if not (folder / name).is_file():
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as build:
-            (Path(build) / "step.c").write_text(source, encoding="utf-8")
-            subprocess.run(
-                [compiler, *options, "-o", f"{build}/step.so", f"{build}/step.c", "-lm"],
-                check=True,
-                capture_output=True,
-                timeout=_BUILD_SECONDS,
-            )
-            os.replace(f"{build}/step.so", folder / name)
-    return ctypes.CDLL(str(folder / name))
-
-
-def _processor() -> str:
-    """What distinguishes this processor from others that share the user's cache."""
-    described = Path("/proc/cpuinfo")
-    if not described.is_file():
-        return platform.processor()
-    lines = described.read_text(encoding="utf-8").splitlines()
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:

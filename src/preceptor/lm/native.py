@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from preceptor.lm.compiled import CompiledStep, step_library
+from preceptor.lm.compiled import CompiledStep
 from preceptor.lm.kept_layer import KeptLayer
+from preceptor.lm.kernels import kernel_library
 
 if TYPE_CHECKING:
     from preceptor.lm.language_model import LanguageModel
@@ -238,7 +239,7 @@ class NativeModel:
         fits = self._states_dtype == torch.float32 and self.dtype in (torch.float32, torch.bfloat16)
         if not (self._fuse and fits and weights <= MAX_COMPILED):
             return None
-        library = step_library()
+        library = kernel_library()
         return None if library is None else CompiledStep(self, library)
 
     def _turns(self, positions: Tensor) -> Tensor:

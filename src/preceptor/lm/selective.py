@@ -15,6 +15,9 @@ from preceptor.errors import ShapeError
 CHUNK_LOGITS = 2**20
 """Logits held at once: 4 MiB in float32."""
 
+KEPT_LOGITS = 2**24
+"""Logits up to which the backward pass finds their exponentials kept: 64 MiB in float32."""
+
 _CHUNK_ROWS = 1_024
 """Rows in a block: enough for large products, few enough for thousands of columns in a block."""
 
@@ -26,12 +29,13 @@ def chosen_log_probs(
     *,
     bias: Float[Tensor, " vocab"] | None = None,
     chunk_logits: int = CHUNK_LOGITS,
+    kept_logits: int = KEPT_LOGITS,
 ) -> Float[Tensor, " row"]:
     """Log-probability in nats of one token a row, ``log_softmax(states @ weight.T + bias)[row, token]``.
 
-    The logits are made in blocks of rows and of the vocabulary, and once more in the backward pass, so that beside the
-    gradients themselves about ``chunk_logits`` numbers are held, whatever the rows and the vocabulary (as in Wijmans et
-    al. 2024, arXiv 2411.09009, with plain products).
+    The logits are made in blocks of rows and of the vocabulary, and where there are more than ``kept_logits`` of them
+    once more in the backward pass, so that beside the gradients themselves about ``chunk_logits`` numbers are held,
+    whatever the rows and the vocabulary (as in Wijmans et al. 2024, arXiv 2411.09009, with plain products).
 
     Carries gradient into ``states``, ``weight`` and ``bias``, once (no second derivative). Products are in the dtype of
     ``states``, or autocast's; sums are in float32 (float64 for float64 states).
@@ -41,7 +45,8 @@ def chosen_log_probs(
         weight: of the output head.
         tokens: chosen tokens, in 0..vocab − 1.
         bias: of the output head, or None; −inf rules a token out.
-        chunk_logits: logits held at once.
+        chunk_logits: logits in a block.
+        kept_logits: logits in all up to which what the backward pass needs is kept.
 
     Raises:
         ShapeError: not one token a row.
@@ -56,43 +61,57 @@ def chosen_log_probs(
         dtype = torch.get_autocast_dtype(states.device.type)
         states, weight, bias = states.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     apply: Any = _ChosenLogProbs.apply
-    result: Tensor = apply(states, weight, bias, tokens, chunk_logits)
+    result: Tensor = apply(states, weight, bias, tokens, chunk_logits, kept_logits)
     return result
 
 
 class _ChosenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, chunk_logits: int
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        chunk_logits: int,
+        kept_logits: int,
     ) -> Tensor:
         chosen = states.new_empty(len(states), dtype=_sum_dtype(states))
         normalisers = torch.full_like(chosen, -torch.inf)
+        ctx.keeps = any(ctx.needs_input_grad) and len(states) * len(weight) <= kept_logits
+        kept: list[Tensor] = []
         with torch.autocast(states.device.type, enabled=False):
             for rows, columns in _blocks(len(states), len(weight), chunk_logits):
                 logits = _logits(states[rows], weight[columns], None if bias is None else bias[columns])
                 here, places = _within(tokens[rows], columns)
                 chosen[rows] = torch.where(here, logits.gather(-1, places)[:, 0], chosen[rows])
                 # Finite also for a block of nothing but −inf (tokens that a bias rules out), or NaN would arise.
-                largest = logits.amax(-1, keepdim=True).clamp_min_(torch.finfo(logits.dtype).min)
-                block = logits.sub_(largest).exp_().sum(-1).log_() + largest[:, 0]
-                normalisers[rows] = torch.logaddexp(normalisers[rows], block)
-        ctx.save_for_backward(states, weight, bias, tokens, normalisers)
+                largest = logits.amax(-1).clamp_min_(torch.finfo(logits.dtype).min)
+                exponentials = logits.sub_(largest[:, None]).exp_()
+                normalisers[rows] = torch.logaddexp(normalisers[rows], exponentials.sum(-1).log_() + largest)
+                if ctx.keeps:
+                    kept += exponentials, largest
+        ctx.save_for_backward(states, weight, bias, tokens, normalisers, *kept)
         ctx.chunk_logits = chunk_logits
         return chosen - normalisers
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        states, weight, bias, tokens, normalisers = ctx.saved_tensors
+        states, weight, bias, tokens, normalisers, *kept = ctx.saved_tensors
         # Sums over blocks, hence in float32 at least.
         for_states, for_weight, for_bias = (
             torch.zeros_like(tensor, dtype=_sum_dtype(tensor)) if needed else None
             for tensor, needed in zip((states, weight, bias), ctx.needs_input_grad[:3], strict=True)
         )
-        for rows, columns in _blocks(len(states), len(weight), ctx.chunk_logits):
+        for index, (rows, columns) in enumerate(_blocks(len(states), len(weight), ctx.chunk_logits)):
             # d chosen_log_prob / d logit = [logit is the chosen one] − probability
-            slopes = _logits(states[rows], weight[columns], None if bias is None else bias[columns])
-            slopes.sub_(normalisers[rows, None]).exp_().mul_(-gradient[rows, None])
+            if ctx.keeps:
+                exponentials, largest = kept[2 * index : 2 * index + 2]
+                slopes = exponentials * ((largest - normalisers[rows]).exp_() * -gradient[rows])[:, None]
+            else:
+                slopes = _logits(states[rows], weight[columns], None if bias is None else bias[columns])
+                slopes.sub_(normalisers[rows, None]).exp_().mul_(-gradient[rows, None])
             here, places = _within(tokens[rows], columns)
             slopes.scatter_add_(-1, places, (gradient[rows] * here)[:, None])
             if for_bias is not None:
@@ -103,7 +122,7 @@ class _ChosenLogProbs(torch.autograd.Function):
             if for_weight is not None:
                 _add_product(for_weight[columns], slopes.T, states[rows])
         gradients = zip((states, weight, bias), (for_states, for_weight, for_bias), strict=True)
-        return *(None if total is None else total.to(tensor.dtype) for tensor, total in gradients), None, None
+        return *(None if total is None else total.to(tensor.dtype) for tensor, total in gradients), None, None, None
 
 
 def _blocks(num_rows: int, num_columns: int, chunk_logits: int) -> Iterator[tuple[slice, slice]]:

@@ -6,19 +6,14 @@
  * Weights are packed in panels of PANEL outputs: [output / PANEL][input][PANEL], in float32 or bfloat16. Keys are kept
  * as [row][head][coordinate][slot], values as [row][head][slot][coordinate], in float32.
  */
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "lanes.h"
 
-#define LANES 16
 #define PANEL 32
-#define BLOCK 64 /* slots scored at once; capacities are multiples of it */
+#define VECTORS 2 /* of a tile of products */
+#define BLOCK 64  /* slots scored at once; capacities are multiples of it */
 
-typedef float vec __attribute__((vector_size(64), aligned(4)));
-typedef int32_t ints __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t words __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t halves __attribute__((vector_size(32), aligned(2)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
 
 struct product {
     const void *weight;
@@ -39,47 +34,45 @@ struct model {
     float norm_epsilon, head_norm_epsilon;
 };
 
-static inline vec load(const float *from) { return *(const vec *)from; }
-
-static inline vec choose(ints where, vec yes, vec no) { return (vec)((where & (ints)yes) | (~where & (ints)no)); }
-
-static inline vec load_weights(const void *weight, int64_t at, int is_bfloat16) {
+INLINE vec load_weights(const void *weight, int64_t at, int is_bfloat16) {
     if (!is_bfloat16) return load((const float *)weight + at);
     halves stored = *(const halves *)((const uint16_t *)weight + at);
     return (vec)(__builtin_convertvector(stored, words) << 16);
 }
 
 /* out[r][0..PANEL) of `rows` rows (a constant where this is inlined). */
-static inline __attribute__((always_inline)) void panel_product(
-    int rows, const float *x, int64_t inputs, const void *weight, int64_t at, int is_bfloat16, float out[8][PANEL]) {
-    vec low[8] = {0}, high[8] = {0};
-    for (int64_t i = 0; i < inputs; i++) {
-        vec first = load_weights(weight, at + i * PANEL, is_bfloat16);
-        vec second = load_weights(weight, at + i * PANEL + LANES, is_bfloat16);
-        for (int r = 0; r < rows; r++) {
-            float scalar = x[r * inputs + i];
-            low[r] += scalar * first;
-            high[r] += scalar * second;
+INLINE void panel_product(int rows, const float *x, int64_t inputs, const void *weight, int64_t at, int is_bfloat16,
+                          float out[ROWS][PANEL]) {
+    for (int64_t lane = 0; lane < PANEL; lane += VECTORS * LANES) {
+        vec sums[ROWS][VECTORS] = {0};
+        for (int64_t i = 0; i < inputs; i++) {
+            vec first = load_weights(weight, at + i * PANEL + lane, is_bfloat16);
+            vec second = load_weights(weight, at + i * PANEL + lane + LANES, is_bfloat16);
+            for (int r = 0; r < rows; r++) {
+                float scalar = x[r * inputs + i];
+                sums[r][0] += scalar * first;
+                sums[r][1] += scalar * second;
+            }
         }
-    }
-    for (int r = 0; r < rows; r++) {
-        *(vec *)&out[r][0] = low[r];
-        *(vec *)&out[r][LANES] = high[r];
+        for (int r = 0; r < rows; r++) {
+            store(&out[r][lane], sums[r][0]);
+            store(&out[r][lane + LANES], sums[r][1]);
+        }
     }
 }
 
 /* out = x @ weight + bias, or out += it. */
 static void multiply(const struct product *product, int is_bfloat16, const float *x, float *out, int64_t rows, int add) {
     int64_t inputs = product->inputs, outputs = product->outputs;
-    float part[8][PANEL];
+    float part[ROWS][PANEL];
     for (int64_t start = 0; start < outputs; start += PANEL) {
         int64_t count = outputs - start < PANEL ? outputs - start : PANEL, at = start * inputs;
         for (int64_t row = 0; row < rows;) {
             const float *from = x + row * inputs;
-            int64_t left = rows - row, done = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+            int64_t left = rows - row, done = left >= ROWS ? ROWS : left >= 4 ? 4 : left >= 2 ? 2 : 1;
 #define CASE(R, B) panel_product(R, from, inputs, product->weight, at, B, part)
 #define CASES(B) \
-    if (done == 8) CASE(8, B); \
+    if (done == ROWS) CASE(ROWS, B); \
     else if (done == 4) CASE(4, B); \
     else if (done == 2) CASE(2, B); \
     else CASE(1, B)
@@ -108,23 +101,6 @@ static void normalise(const float *x, const float *weight, const float *bias, fl
     for (int64_t i = 0; i < width; i++) out[i] = (x[i] - mean) * scale * weight[i] + (bias ? bias[i] : 0);
 }
 
-/* e^x to about one unit in the last place; NaN stays NaN. */
-static inline vec exponential(vec x) {
-    const vec lowest = (vec){0} - 87.0f, highest = (vec){0} + 88.0f;
-    x = choose(x < lowest, lowest, x);
-    x = choose(x > highest, highest, x);
-    vec shifted = x * 1.44269504f + 12582912.0f; /* the integer ends up in the lowest bits */
-    ints exponent = (ints)shifted - 0x4B400000;
-    vec whole = shifted - 12582912.0f, rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    vec y = rest * 1.9875691500e-4f + 1.3981999507e-3f;
-    y = y * rest + 8.3334519073e-3f;
-    y = y * rest + 4.1665795894e-2f;
-    y = y * rest + 1.6666665459e-1f;
-    y = y * rest + 5.0000001201e-1f;
-    y = y * rest * rest + rest + 1.0f;
-    return y * (vec)((exponent + 127) << 23);
-}
-
 /* silu(gate) * up in place of gate; or the tanh form of GELU, x / (1 + e^(−2u)). Rows are padded to LANES. */
 static void activate(float *x, int64_t outputs, int64_t rows, int is_gated) {
     int64_t hidden = is_gated ? outputs / 2 : outputs;
@@ -148,12 +124,12 @@ static void attend(const struct model *model, const float *query, const float *k
                    const uint8_t *filled, int64_t slots, float *scores, float *out) {
     int64_t width = model->head_width, capacity = model->capacity, padded = (slots + BLOCK - 1) / BLOCK * BLOCK;
     float scale = 1 / sqrtf((float)width);
-    for (int64_t start = 0; start < slots; start += BLOCK) {
-        vec sums[BLOCK / LANES] = {0};
+    for (int64_t start = 0; start < slots; start += 4 * LANES) {
+        vec sums[4] = {0};
         for (int64_t d = 0; d < width; d++) {
             float q = query[d] * scale;
             const float *from = keys + d * capacity + start;
-            for (int i = 0; i < BLOCK / LANES; i++) sums[i] += q * load(from + i * LANES);
+            for (int i = 0; i < 4; i++) sums[i] += q * load(from + i * LANES);
         }
         memcpy(scores + start, sums, sizeof sums);
     }
@@ -161,14 +137,13 @@ static void attend(const struct model *model, const float *query, const float *k
     if (filled)
         for (int64_t s = 0; s < slots; s++) scores[s] = filled[s] ? scores[s] : -INFINITY;
     vec largest = load(scores);
-    for (int64_t s = LANES; s < padded; s += LANES) largest = choose(load(scores + s) > largest, load(scores + s), largest);
+    for (int64_t s = LANES; s < padded; s += LANES) largest = larger(load(scores + s), largest);
     float top = largest[0];
     for (int i = 1; i < LANES; i++) top = largest[i] > top ? largest[i] : top;
     vec total = {0};
     for (int64_t s = 0; s < padded; s += LANES) {
-        vec score = load(scores + s), p = exponential(score - top);
-        p = choose(score == -INFINITY, (vec){0}, p);
-        *(vec *)(scores + s) = p;
+        vec p = exponential(load(scores + s) - top);
+        store(scores + s, p);
         total += p;
     }
     float sum = 0;
@@ -188,7 +163,7 @@ static void attend(const struct model *model, const float *query, const float *k
         for (; s + 4 <= slots; s += 4)
             for (int i = 0; i < 4; i++) means[i] += scores[s + i] * load(values + (s + i) * width + d);
         for (; s < slots; s++) means[0] += scores[s] * load(values + s * width + d);
-        *(vec *)(out + d) = ((means[0] + means[1]) + (means[2] + means[3])) / sum;
+        store(out + d, ((means[0] + means[1]) + (means[2] + means[3])) / sum);
     }
 }
 

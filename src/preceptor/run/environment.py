@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 import preceptor
-from preceptor.lm.compiled import step_library
+from preceptor.lm.kernels import kernel_library
 
 EXACT = (
     *("preceptor", "torch", "transformers", "machine", "cpu", "device", "threads"),
-    *("float32_matmul_precision", "decode_step"),
+    *("float32_matmul_precision", "kernels"),
 )
 """The fields that change the last bits of a result; the others of ``environment`` are for the reader."""
 
@@ -35,7 +35,7 @@ def environment(device: torch.device, num_threads: int) -> dict[str, Any]:
         "device": f"{device} ({name})" if name else str(device),
         "threads": num_threads,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "decode_step": "pytorch" if step_library() is None else "compiled",
+        "kernels": "pytorch" if kernel_library() is None else "compiled",
     }
 
 
