@@ -1,7 +1,7 @@
 /* One token of every row of a batch through the layers of a decoder: the same mathematics as NativeModel.forward.
  *
  * A small model decodes as fast as its weights stream from the cache, if nothing is in between; a framework's call for
- * every product, norm and copy is what is in between. Vectors are GCC's and Clang's own, so any processor will do.
+ * every product, norm and copy is what is in between.
  *
  * Weights are packed in panels of PANEL outputs: [output / PANEL][input][PANEL], in float32 or bfloat16. Keys are kept
  * as [row][head][coordinate][slot], values as [row][head][slot][coordinate], in float32.
