@@ -305,6 +305,22 @@ def test_every_layer_gets_its_own_mask() -> None:
 
 
 @pytest.mark.usefixtures("_only_the_kernel")
+@pytest.mark.parametrize("hidden", [-math.inf, torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min])
+def test_blocks_that_are_hidden_are_passed_over(hidden: float) -> None:
+    """Three texts in one row, the first of which all see: most blocks of 48 queries and 64 keys hold nothing."""
+    parts = case((2, 4, 2, 300, 300, 24))
+    text = torch.tensor([0] * 20 + [1] * 150 + [2] * 130)
+    visible = ((text[None] == 0) | (text[None] == text[:, None])).tril()
+    added = torch.zeros(300, 300).masked_fill_(~visible, -math.inf)
+    mask = torch.zeros(300, 300).masked_fill_(~visible, hidden)
+    assert_equal(found(parts, attn_mask=mask), written_out(parts, added))
+    query, key, value, slope = (part.clone() for part in parts)
+    key[:, :, 64:128] = value[:, :, 64:128] = math.nan  # a whole block of the second text's own keys
+    output = found((query, key, value, slope), attn_mask=mask)[0]
+    assert output[:, :, 170 + 22 :].isfinite().all(), "blocks of the third text's queries alone saw the second's keys"
+
+
+@pytest.mark.usefixtures("_only_the_kernel")
 def test_a_query_that_sees_nothing_gets_nothing() -> None:
     """0 and no gradient, as PyTorch has it; the others are as if it were not there."""
     parts = case((2, 2, 2, 60, 70, 8))
@@ -360,6 +376,20 @@ def test_threads_and_layout_change_no_bit() -> None:
     turned = query.transpose(-1, -2).contiguous().transpose(-1, -2), key, value, slope  # coordinates far apart
     for other in (threaded, found((query, key, value, slope), is_causal=True), found(turned, is_causal=True)):
         assert all(torch.equal(a, b) for a, b in zip(other, expected, strict=True))
+
+
+def test_a_kernel_of_one_thread_is_for_one_thread(monkeypatch: pytest.MonkeyPatch, narrow_kernels: Any) -> None:
+    """Built without OpenMP, it would lose to PyTorch's kernel on several cores."""
+    assert kernel_library() is None or kernel_library().preceptor_attention_is_threaded()
+    assert not narrow_kernels.preceptor_attention_is_threaded()
+    monkeypatch.setattr(attention, "kernel_library", lambda: narrow_kernels)
+    before = torch.get_num_threads()
+    try:
+        for threads, expected in ((1, True), (2, False)):
+            torch.set_num_threads(threads)
+            assert attention.kernel_is_faster() is expected
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("_only_the_kernel")

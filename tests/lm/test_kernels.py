@@ -37,6 +37,19 @@ def test_without_a_place_or_a_compiler_there_is_no_library(tmp_path: Path, monke
     build = kernel_library.__wrapped__
     monkeypatch.setattr(kernels.Path, "home", lambda: tmp_path)
     monkeypatch.setattr(kernels, "_OPTIONS", ("--no-such-option",))
+    monkeypatch.setattr(kernels, "_ARM_OPTIONS", ("--no-such-option",))
     assert build() is None
     monkeypatch.setattr(kernels.shutil, "which", lambda _: None)
     assert build() is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("machine", ["arm64", "x86_64"])
+def test_an_arm_compiler_need_not_know_its_own_processor(
+    machine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere a build for any processor would be slower than PyTorch, so there is none."""
+    monkeypatch.setattr(kernels.Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(kernels.platform, "machine", lambda: machine)
+    monkeypatch.setattr(kernels, "_OPTIONS", ("-march=unheard-of", *kernels._ARM_OPTIONS))
+    assert (kernel_library.__wrapped__() is not None) == (machine == "arm64")

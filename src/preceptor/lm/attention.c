@@ -9,7 +9,8 @@
 
 #define VECTORS 3
 #define QUERIES (VECTORS * LANES)
-#define KEYS 64 /* scored at once */
+#define KEYS 64       /* scored at once */
+#define HIDDEN -1e30f /* a mask of less hides */
 
 /* A tensor [batch][head][token][coordinate] whose coordinates lie side by side. */
 struct heads {
@@ -101,6 +102,18 @@ static void along_lanes(const float *from, int64_t token, int64_t count, int64_t
         for (int64_t d = 0; d < width; d++) to[q * padded + d] = scale * from[q * token + d];
 }
 
+/* So that a row may hold many texts at the cost of each: whether none of `count` keys from `key` on is visible to a query from `first` on. */
+static int hides_all(const struct attention *a, const float *mask, int64_t first, int64_t key, int64_t count) {
+    vec largest = all(HIDDEN);
+    if (!mask) return 0;
+    for (int64_t s = 0; s < count; s++)
+        for (int64_t lane = 0; lane < QUERIES; lane += LANES)
+            largest = larger(load(mask + (key + s) * a->mask.token + first + lane), largest);
+    for (int i = 0; i < LANES; i++)
+        if (!(largest[i] <= HIDDEN)) return 0;
+    return 1;
+}
+
 /* Scores [key][QUERIES] of `count` keys from `key` on and the queries from `first` on, with the mask. */
 static void score(const struct attention *a, const float *query_lanes, const float *keys, const float *mask, int64_t first,
                   int64_t key, int64_t count, float *scores) {
@@ -108,8 +121,9 @@ static void score(const struct attention *a, const float *query_lanes, const flo
     if (mask)
         for (int64_t s = 0; s < count; s++)
             for (int64_t lane = 0; lane < QUERIES; lane += LANES) {
+                vec added = load(mask + (key + s) * a->mask.token + first + lane);
                 float *at = scores + s * QUERIES + lane;
-                store(at, load(at) + load(mask + (key + s) * a->mask.token + first + lane));
+                store(at, choose(added < HIDDEN, all(-INFINITY), load(at) + added));
             }
     if (a->is_causal)
         for (int64_t s = key < first ? first - key : 0; s < count; s++)
@@ -135,6 +149,7 @@ static void forward_head(const struct attention *a, int64_t row, int64_t head, f
         memset(means, 0, width * QUERIES * sizeof(float));
         for (int64_t key = 0; key < end; key += KEYS) {
             int64_t block = least(KEYS, end - key);
+            if (hides_all(a, mask, first, key, block)) continue;
             score(a, query_lanes, keys, mask, first, key, block, scores);
             for (int64_t lane = 0; lane < QUERIES; lane += LANES) {
                 float *at = scores + lane;
@@ -196,6 +211,7 @@ static void backward_head(const struct attention *a, int64_t row, int64_t head, 
         for (int64_t key = 0; key < end; key += KEYS) {
             int64_t block = least(KEYS, end - key);
             struct left rows = {values + key * a->value.token, a->value.token, 1};
+            if (hides_all(a, mask, first, key, block)) continue;
             score(a, query_lanes, keys, mask, first, key, block, weights);
             product(block, QUERIES, width, rows, slope_lanes, for_scores, 0);
             for (int64_t lane = 0; lane < QUERIES; lane += LANES)
@@ -213,6 +229,15 @@ static void backward_head(const struct attention *a, int64_t row, int64_t head, 
             for (int64_t d = 0; d < width; d++)
                 for_query[(first + q) * a->for_query.token + d] = for_query_lanes[d * QUERIES + q] * a->scale;
     }
+}
+
+/* Whether more than one thread works; without OpenMP there is one. */
+int preceptor_attention_is_threaded(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
 }
 
 static float *scratch_of(int64_t floats) { return aligned_alloc(64, (sizeof(float) * floats + 63) / 64 * 64); }

@@ -38,8 +38,8 @@ class CpuAttention(TorchFunctionMode):
     """Within this context, attention of CPU tensors is computed in float32 (float64 stays), whatever is set outside.
 
     Any model that calls ``scaled_dot_product_attention`` gains from it, in the backward pass too; outputs have the
-    dtype of the queries. A query that may attend to nothing gets 0, as from PyTorch. Tensors elsewhere, dropout, and a
-    mask that needs a gradient are left to PyTorch.
+    dtype of the queries. A query that may attend to nothing gets 0. Tensors elsewhere, dropout, and a mask that needs a
+    gradient are left to PyTorch.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,8 @@ def mask_for_kernel(mask: Tensor) -> Float[Tensor, "batch heads slots time"]:
         mask = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
     mask = mask.detach().float()
     mask = mask.view(*(1,) * (4 - mask.dim()), *mask.shape)
-    return pad(mask, (0, 0, 0, -mask.shape[2] % _QUERIES)).transpose(2, 3).contiguous()
+    padded = pad(mask, (0, 0, 0, -mask.shape[2] % _QUERIES), value=-torch.inf)
+    return padded.transpose(2, 3).contiguous()
 
 
 def _fits_kernel(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> bool:
@@ -93,8 +94,14 @@ def _fits_kernel(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str
         key.shape == value.shape == (rows, kept_heads, slots, width)
         and (heads == kept_heads or (bool(options.get("enable_gqa")) and heads % kept_heads == 0))
         and (mask is None or (_is_mask_of(mask, (rows, heads, queries, slots)) and not options.get("is_causal")))
-        and kernel_library() is not None
+        and kernel_is_faster()
     )
+
+
+def kernel_is_faster() -> bool:
+    """Whether the kernel is here and, where PyTorch's has several threads, has them too."""
+    library = kernel_library()
+    return library is not None and (torch.get_num_threads() == 1 or bool(library.preceptor_attention_is_threaded()))
 
 
 def _is_mask_of(mask: Tensor, shape: Sequence[int]) -> bool:

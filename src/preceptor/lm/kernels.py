@@ -21,6 +21,9 @@ from pathlib import Path
 SOURCES = ("lanes.h", "attention.c", "step.c")
 
 _OPTIONS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared")
+_ARM_OPTIONS = tuple(option for option in _OPTIONS if option != "-march=native")
+"""Compilers of Apple may not know the option, and every 64-bit Arm has the vectors that count."""
+
 _BUILD_SECONDS = 60
 
 
@@ -36,7 +39,8 @@ def kernel_library() -> ctypes.CDLL | None:
         return None
     folder = resources.files("preceptor.lm")
     sources = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in SOURCES}
-    for options in ((*_OPTIONS, "-fopenmp"), _OPTIONS):
+    variants = [_OPTIONS, *([_ARM_OPTIONS] if platform.machine() in ("arm64", "aarch64") else [])]
+    for options in [(*variant, *threads) for variant in variants for threads in (["-fopenmp"], [])]:
         try:
             return _built(compiler, options, sources)
         except (OSError, subprocess.SubprocessError):  # no place to build, no such options, or no such processor

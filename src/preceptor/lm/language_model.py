@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from preceptor.errors import ModelError
-from preceptor.lm.attention import CpuAttention
+from preceptor.lm.attention import CpuAttention, kernel_is_faster
 from preceptor.lm.kept_layer import KeptLayer
 from preceptor.lm.native import ARCHITECTURES, NativeModel
 from preceptor.lm.sampling import Sampling
@@ -108,6 +108,12 @@ class LanguageModel:
             if isinstance(module, nn.ModuleList) and len(module) == num_layers:
                 return module
         raise ModelError(f"{self.name} has no list of {num_layers} layers; use a layered transformer")
+
+    @property
+    def skips_hidden_slots(self) -> bool:
+        """Whether attention to slots that a mask hides costs nothing, so that rows may be packed into one."""
+        uses_kernel = self._causal_model.config.get_text_config()._attn_implementation == "sdpa"
+        return self.device.type == "cpu" and self.dtype != torch.float64 and uses_kernel and kernel_is_faster()
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that an optimiser moves, by name: all of them, the adapter's, or none of a frozen model."""

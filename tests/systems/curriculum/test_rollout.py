@@ -7,11 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from preceptor.lm import language_model
+from preceptor.lm.attention import kernel_is_faster
 from preceptor.lm.language_model import LanguageModel
+from preceptor.systems.curriculum import rollout
 from preceptor.systems.curriculum.rollout import (
     Prompt,
     end_token,
     generate_rollouts,
+    passage,
     rollout_distributions,
     rollout_log_probs,
     rollout_sampling,
@@ -77,6 +81,84 @@ def test_rows_and_their_predicting_places() -> None:
     assert padded.tolist() == [[0, 1, 2, 5, 6], [0, 7, 8, 99, 99]]
     # 5 is predicted at place 2 and 6 at 3; 7 at 0 and 8 at 1.
     assert keep.long().tolist() == [[0, 0, 1, 1, 0], [1, 1, 0, 0, 0]]
+
+
+def test_a_packed_group_holds_its_prompt_once() -> None:
+    """Prompt 0 1 2 of rows 0 and 2, prompt 0 7 8 of row 1, two drawn tokens each."""
+    made = rollouts_from([[5, 6], [3, 4], [8, 9]], prompts=[[0, 1, 2], [0, 7, 8], [0, 1, 2]])
+    read = passage(made, filler=99, packs=True)
+    assert read.tokens.tolist() == [[0, 1, 2, 5, 2, 8], [0, 7, 8, 3, 99, 99]]
+    assert read.keep.long().tolist() == [[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0]]
+    assert read.order.tolist() == [0, 2, 1]
+    assert read.positions is not None
+    assert read.positions.tolist() == [[0, 1, 2, 3, 2, 3], [0, 1, 2, 3, 0, 0]]
+    assert read.visible is not None
+    assert read.visible[0].long().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 1, 1],
+    ]
+    assert read.visible.any(-1).all(), "a token that attends to nothing"
+
+
+def test_rows_are_packed_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_packed(prompts: list[list[int]], drawn: int = 2, *, packs: bool = True) -> bool:
+        made = rollouts_from([[5] * drawn for _ in prompts], prompts=prompts)
+        return passage(made, filler=99, packs=packs).visible is not None
+
+    long = [0, *range(3, 20)]
+    assert is_packed([long, long])
+    assert not is_packed([long, long], packs=False)
+    assert not is_packed([long, long[:-1]])
+    assert is_packed([[0, 1, 2]] * 2, 6)  # 14 tokens for 18
+    assert not is_packed([[0, 1]] * 2, 20)  # 41 for 44
+    monkeypatch.setattr(rollout, "MAX_MASK", 21**2 - 1)
+    assert not is_packed([long, long])  # a row of 17 + 2 · 2
+    monkeypatch.setattr(rollout, "MAX_MASK", 21**2)
+    assert is_packed([long, long])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_packed_rows_say_and_teach_what_plain_rows_do(
+    temperature: float, tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-probabilities, distributions and gradients, with rows of a group apart from each other."""
+    prompts = [Prompt("a", (0, *range(30, 62)), ()), Prompt("b", (0, *range(40, 63)), ())]
+    sampling = rollout_sampling(tiny, temperature)
+    rollouts = generate_rollouts(
+        tiny, prompts, group_size=4, num_tokens=30, sampling=sampling, generator=torch.Generator().manual_seed(0)
+    ).at(torch.tensor([6, 0, 3, 4, 1, 7, 2]))
+    slopes = torch.randn(7, 30, generator=torch.Generator().manual_seed(1))
+    found = []
+    for packs in (True, False):
+        monkeypatch.setattr(LanguageModel, "skips_hidden_slots", packs)
+        assert (passage(rollouts, filler=0, packs=packs).visible is not None) == packs
+        log_probs = rollout_log_probs(tiny, rollouts, sampling)
+        (log_probs * slopes).sum().backward()
+        gradients = {name: parameter.grad for name, parameter in tiny.trainable_parameters().items()}
+        tiny.model.zero_grad(set_to_none=True)
+        found.append((log_probs.detach(), rollout_distributions(tiny, rollouts, sampling).detach(), gradients))
+    (ours, our_distributions, our_gradients), (plain, distributions, gradients) = found
+    torch.testing.assert_close(ours, rollouts.log_probs, atol=5e-5, rtol=0)  # float32, other order of sums
+    torch.testing.assert_close(ours, plain, atol=5e-5, rtol=0)
+    torch.testing.assert_close(our_distributions, distributions, atol=5e-5, rtol=0)
+    for name, gradient in gradients.items():
+        assert gradient is not None
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(our_gradients[name], gradient, atol=1e-4 * scale, rtol=0)
+
+
+def test_what_packs_is_a_cpu_with_the_kernel(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tiny.skips_hidden_slots == kernel_is_faster()
+    monkeypatch.setattr(language_model, "kernel_is_faster", lambda: False)
+    assert not tiny.skips_hidden_slots
+    monkeypatch.setattr(language_model, "kernel_is_faster", lambda: True)
+    assert tiny.skips_hidden_slots
+    tiny.model.set_attn_implementation("eager")
+    assert not tiny.skips_hidden_slots
 
 
 def test_a_selection_of_rows_keeps_everything_together() -> None:

@@ -14,6 +14,12 @@ from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.lm.score import pad_rows
 
+MAX_MASK = 2**24
+"""Entries of the masks of packed groups: 64 MiB in float32."""
+
+MIN_SHARED = 1 / 8
+"""Share of the tokens from which packing pays for its mask."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -73,6 +79,14 @@ class Rollouts:
     def without(self, rows: Bool[Tensor, " batch"]) -> Rollouts:
         """The same with nothing counted in ``rows``."""
         return replace(self, mask=self.mask & ~rows[:, None])
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """Rows with the same prompt, in order of their first."""
+        members: dict[tuple[int, ...], list[int]] = {}
+        for row, prompt in enumerate(self.prompts):
+            members.setdefault(prompt.tokens, []).append(row)
+        return list(members.values())
 
     def padded(self, filler: int) -> tuple[Int[Tensor, "batch time"], Bool[Tensor, "batch time"]]:
         """Prompts and continuations as rows padded on the right, and where the drawn tokens are predicted.
@@ -137,14 +151,75 @@ def rollout_sampling(lm: LanguageModel, temperature: float) -> Sampling:
     return Sampling(temperature=temperature, suppressed=[token for token in lm.special_tokens if token != end])
 
 
+@dataclass(frozen=True)
+class Passage:
+    """What one pass reads to predict every drawn token once.
+
+    Attributes:
+        tokens: token ids.
+        keep: True = a drawn token is predicted here.
+        order: the rollout of each stretch of kept positions, in row-major order.
+        visible: True = this token attends to that one; None where rows are plain.
+        positions: of each token in its text; None where rows are plain.
+    """
+
+    tokens: Int[Tensor, "batch time"]
+    keep: Bool[Tensor, "batch time"]
+    order: Int[Tensor, " kept"]
+    visible: Bool[Tensor, "batch time time"] | None = None
+    positions: Int[Tensor, "batch time"] | None = None
+
+
+def passage(rollouts: Rollouts, *, filler: int, packs: bool) -> Passage:
+    """A row for each rollout or, where it pays and ``packs``, one for each group, which holds its prompt once.
+
+    In a packed row the prompt is followed by the continuations, each of which begins with the prompt's last token and
+    sees the prompt and itself.
+    """
+    groups, num_tokens, device = rollouts.groups, rollouts.num_tokens, rollouts.tokens.device
+    prompts = [rollouts.prompts[members[0]].tokens for members in groups]
+    packed_sizes = [
+        len(prompt) - 1 + len(members) * num_tokens for prompt, members in zip(prompts, groups, strict=True)
+    ]
+    plain_size = sum(len(prompt.tokens) + num_tokens for prompt in rollouts.prompts)
+    pays = sum(packed_sizes) <= (1 - MIN_SHARED) * plain_size and len(groups) * max(packed_sizes) ** 2 <= MAX_MASK
+    if not (packs and pays):
+        return Passage(*rollouts.padded(filler), order=torch.arange(len(rollouts), device=device))
+    drawn = rollouts.tokens.tolist()
+    rows: list[list[int]] = []
+    texts: list[list[int]] = []  # 0 is the prompt, 1 the first continuation, …
+    positions: list[list[int]] = []
+    for prompt, members in zip(prompts, groups, strict=True):
+        shared = len(prompt) - 1
+        rows.append([*prompt[:-1], *(token for row in members for token in (prompt[-1], *drawn[row][:-1]))])
+        texts.append([0] * shared + [text for text in range(1, len(members) + 1) for _ in range(num_tokens)])
+        positions.append([*range(shared), *list(range(shared, shared + num_tokens)) * len(members)])
+    text = pad_rows(texts, filler=-1, device=device)
+    visible = (text[:, None, :] == 0) | (text[:, None, :] == text[:, :, None])
+    return Passage(
+        tokens=pad_rows(rows, filler=filler, device=device),
+        keep=text > 0,
+        order=torch.tensor([row for members in groups for row in members], device=device),
+        visible=visible.tril(),
+        positions=pad_rows(positions, filler=0, device=device),
+    )
+
+
 def rollout_log_probs(lm: LanguageModel, rollouts: Rollouts, sampling: Sampling) -> Float[Tensor, "batch token"]:
     """Log-probability in nats of each drawn token, without the logits of all places at once.
 
     Carries gradient into the trainable parameters of ``lm``, unless the caller switches it off.
     """
-    tokens, keep = rollouts.padded(lm.begin_token)
-    chosen = rollouts.tokens.flatten()
-    return lm.chosen_log_probs(tokens, keep=keep, chosen=chosen, sampling=sampling).view_as(rollouts.tokens)
+    read = passage(rollouts, filler=lm.begin_token, packs=lm.skips_hidden_slots)
+    log_probs = lm.chosen_log_probs(
+        read.tokens,
+        keep=read.keep,
+        chosen=rollouts.tokens[read.order].flatten(),
+        attention_mask=read.visible,
+        positions=read.positions,
+        sampling=sampling,
+    )
+    return log_probs.view_as(rollouts.tokens)[read.order.argsort()]
 
 
 def rollout_distributions(
@@ -154,6 +229,7 @@ def rollout_distributions(
 
     Carries gradient into the trainable parameters of ``lm``, unless the caller switches it off.
     """
-    tokens, keep = rollouts.padded(lm.begin_token)
-    logits = lm.forward(tokens, keep=keep).logits.view(len(rollouts), rollouts.num_tokens, -1)
+    read = passage(rollouts, filler=lm.begin_token, packs=lm.skips_hidden_slots)
+    output = lm.forward(read.tokens, keep=read.keep, attention_mask=read.visible, positions=read.positions)
+    logits = output.logits.view(len(rollouts), rollouts.num_tokens, -1)[read.order.argsort()]
     return sampling.log_probs(logits, drawn=rollouts.tokens)
