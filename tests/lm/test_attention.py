@@ -331,6 +331,8 @@ def test_a_query_that_sees_nothing_gets_nothing() -> None:
     query, key, value = (part.detach().requires_grad_() for part in parts[:3])
     output = scaled_dot_product_attention(query, key, value, attn_mask=visible)
     theirs = [output.detach(), *torch.autograd.grad(output, (query, key, value), parts[3])]
+    lowest = torch.zeros(visible.shape).masked_fill_(~visible, torch.finfo(torch.float32).min)
+    assert_equal(found(parts, attn_mask=lowest), [part.double() for part in ours])  # a mask of Transformers' kind
     assert (ours[0][0, :, 7] == 0).all()
     assert (ours[1][1, :, 55:] == 0).all()
     assert_equal(ours, [part.double() for part in theirs])
