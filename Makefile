@@ -18,7 +18,7 @@ demo: $(VENV)/installed-demo ## Learn a reading order on the bundled model and a
 	@echo "The page of this run: $(DEMO_OUT)/report.html"
 
 test: $(VENV)/installed-test ## All tests but the slow ones, with the examples of docstrings and docs
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
 
 test-all: $(VENV)/installed-test ## The slow tests too
 	$(BIN)/python -m pytest

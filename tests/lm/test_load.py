@@ -56,7 +56,7 @@ def refusal(name: object, **options: Any) -> str:
         load_language_model(str(name), device=CPU, **options)
     message = str(caught.value)
     assert "\n" not in message
-    assert len(message) < 500
+    assert len(message.replace(str(name), "NAME")) < 450
     return message
 
 
