@@ -164,6 +164,7 @@ class TrlStep:
                 times.append((time.perf_counter(), time.process_time()))
 
         self.times, folder = times, tempfile.mkdtemp()
+        self.generation = clocked_generation(lm)
         weakref.finalize(self, shutil.rmtree, folder)  # the trainer reads the untrained model from it at every step
         lm.model.generation_config.eos_token_id = None  # continuations of full length, as ours
         save_language_model(lm, Path(folder) / "model")
@@ -198,11 +199,28 @@ class TrlStep:
 
     def __call__(self) -> dict[str, float]:
         self.times.clear()
+        self.generation.clear()
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             self.make().train()
         (wall, cpu), (wall_end, cpu_end) = self.times[0], self.times[-1]
-        return {"wall": wall_end - wall, "cpu": cpu_end - cpu}
+        return {"wall": wall_end - wall, "cpu": cpu_end - cpu, "generation": sum(self.generation)}
+
+
+def clocked_generation(lm: LanguageModel) -> list[float]:
+    """A list to which every call of the model's ``generate`` adds its seconds from now on."""
+    seconds: list[float] = []
+    model: Any = lm.model
+    generate = model.generate
+
+    def clocked(*args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        found = generate(*args, **kwargs)
+        seconds.append(time.perf_counter() - begin)
+        return found
+
+    model.generate = clocked
+    return seconds
 
 
 def copied(lm: LanguageModel) -> LanguageModel:

@@ -76,18 +76,19 @@ class Comparison:
 def alternate(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, Spread]]:
     """Wall and process CPU seconds of each way over ``rounds`` turns: A B A B, so that a busy spell meets both.
 
-    A way that returns a ``dict`` with ``wall`` and ``cpu`` has measured itself (set-up left out).
+    A way that returns a ``dict`` with ``wall`` and ``cpu`` has measured itself (set-up left out); what else the
+    dictionary holds are parts of the wall time.
     """
-    seconds: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in ways}
+    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in ways}
     for _ in range(rounds):
         for name, run in ways.items():
             wall, cpu = time.perf_counter(), time.process_time()
             result = run()
             own = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
             if isinstance(result, dict) and own.keys() <= result.keys():
-                own = {clock: float(result[clock]) for clock in own}
+                own = {clock: float(value) for clock, value in result.items()}
             for clock, value in own.items():
-                seconds[name][clock].append(value)
+                seconds[name].setdefault(clock, []).append(value)
     return {name: {clock: Spread.of(values) for clock, values in clocks.items()} for name, clocks in seconds.items()}
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.grpo import KL, LEARNING_RATE, OurStep, copied
+from benchmarks.grpo import KL, LEARNING_RATE, OurStep, clocked_generation, copied
 from benchmarks.limits import arithmetic_seconds, forward_operations
 from benchmarks.measurement import OURS, Bar, Comparison
 from benchmarks.models import H192, random_llama
@@ -83,6 +83,7 @@ class TrlPpoStep:
             from trl.experimental.ppo import PPOConfig, PPOTrainer
 
         lm.tokenizer.padding_side = "left"
+        self.generation = clocked_generation(lm)
         value_model = LlamaForSequenceClassification(LlamaConfig(**{**lm.model.config.to_dict(), "num_labels": 1}))
         value_model.model.load_state_dict(lm.model.base_model.state_dict())
         batch = len(prompts)
@@ -123,9 +124,11 @@ class TrlPpoStep:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             trainer = self.make()
+            self.generation.clear()
             begin = time.perf_counter(), time.process_time()
             trainer.train()
-        return {"wall": time.perf_counter() - begin[0], "cpu": time.process_time() - begin[1]}
+        wall, cpu = time.perf_counter() - begin[0], time.process_time() - begin[1]
+        return {"wall": wall, "cpu": cpu, "generation": sum(self.generation)}
 
 
 class Free(nn.Module):

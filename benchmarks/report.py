@@ -89,7 +89,9 @@ def _seconds(row: Mapping[str, Any], way: str) -> str:
     spread, units = row["seconds"][way]["wall"], row["units"].get(way, 1)
     scale, unit = next(((s, u) for s, u in ((1, "s"), (1e3, "ms")) if spread["median"] / units * s >= 1), (1e6, "µs"))
     median, low, high = (spread[key] / units * scale for key in ("median", "minimum", "maximum"))
-    return f"{median:.3g} {unit} ({low:.3g}–{high:.3g})"
+    generation = row["seconds"][way].get("generation")
+    part = "" if generation is None else f", {generation['median'] / spread['median']:.0%} of it generation"
+    return f"{median:.3g} {unit} ({low:.3g}–{high:.3g}){part}"
 
 
 def _bar(bar: Mapping[str, Any] | None) -> str:

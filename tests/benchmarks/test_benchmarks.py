@@ -40,6 +40,8 @@ def test_the_grpo_step_runs_on_both_sides() -> None:
     (comparison,) = grpo.comparisons(quick=True)
     row = measurement.measure(comparison, rounds=1, threads=1)
     assert row["seconds"].keys() == {"ours", "ours, bfloat16", grpo.TRL}
+    for clocks in row["seconds"].values():
+        assert 0 < clocks["generation"]["median"] < clocks["wall"]["median"]
 
 
 def test_a_ratio_is_time_per_unit_and_bars_are_judged_by_it() -> None:
@@ -100,7 +102,17 @@ def test_the_page_is_written_from_the_newest_rows(tmp_path: Path) -> None:
 
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "docs").mkdir()
-    lines = [row("a", 0.25, "1" * 40), row("b", 2.0, "2" * 40), row("a", 0.5, "3" * 40), '{"benchmark": "episode"}']
+    halves = Comparison(
+        "grpo", "d", {name: lambda: {"wall": 1, "cpu": 1, "generation": 0.5} for name in ("ours", "peer")}
+    )
+    split = json.dumps(measurement.measure(halves, rounds=1, threads=1) | {"commit": "4" * 40, "dirty": False})
+    lines = [
+        row("a", 0.25, "1" * 40),
+        row("b", 2.0, "2" * 40),
+        row("a", 0.5, "3" * 40),
+        '{"benchmark": "episode"}',
+        split,
+    ]
     (tmp_path / record.HISTORY).write_text("\n".join(lines) + "\n")
     page = tmp_path / report.PAGE
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
@@ -112,6 +124,7 @@ def test_the_page_is_written_from_the_newest_rows(tmp_path: Path) -> None:
     assert "1111111" not in text
     assert "| 2.00 | 20%, 10% | ≥ 1.5: met |" in text
     assert "| 0.50 (the peer is faster) | 5%, 10% | ≥ 1.5: **not met** |" in text
+    assert "| 1 s (1–1), 50% of it generation |" in text
     report.write(tmp_path)
     assert page.read_text() == text
 

@@ -175,7 +175,8 @@ class Decoder:
             token = draw(log_probs, generator)
             tokens.append(token)
             token_log_probs.append(log_probs.gather(-1, token[:, None])[:, 0])
-            entropies.append(-(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1))
+            finite = log_probs.clamp_min(torch.finfo(log_probs.dtype).min)  # 0 · −∞ is NaN
+            entropies.append(-(log_probs.exp() * finite).sum(-1))
             self._next_logits, state = self._advance(token[:, None], every, keep=every)
             if state is not None:
                 captured.append(state[:, 0])
