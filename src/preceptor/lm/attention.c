@@ -102,16 +102,29 @@ static void along_lanes(const float *from, int64_t token, int64_t count, int64_t
         for (int64_t d = 0; d < width; d++) to[q * padded + d] = scale * from[q * token + d];
 }
 
-/* So that a row may hold many texts at the cost of each: whether none of `count` keys from `key` on is visible to a query from `first` on. */
-static int hides_all(const struct attention *a, const float *mask, int64_t first, int64_t key, int64_t count) {
-    vec largest = all(HIDDEN);
-    if (!mask) return 0;
-    for (int64_t s = 0; s < count; s++)
-        for (int64_t lane = 0; lane < QUERIES; lane += LANES)
-            largest = larger(load(mask + (key + s) * a->mask.token + first + lane), largest);
-    for (int i = 0; i < LANES; i++)
-        if (!(largest[i] <= HIDDEN)) return 0;
-    return 1;
+/* Whether any lane is true. */
+INLINE int any(ints lanes) {
+    int64_t parts[LANES / 2], found = 0;
+    memcpy(parts, &lanes, sizeof parts);
+    for (int i = 0; i < LANES / 2; i++) found |= parts[i];
+    return found != 0;
+}
+
+/* Of `count` keys from `*key` on, how many there are from the first to the last that a query from `first` on sees; `*key`
+ * becomes that first one. So a row may hold many texts at the cost of each. */
+static int64_t seen_keys(const struct attention *a, const float *mask, int64_t first, int64_t count, int64_t *key) {
+    int64_t low = count, end = 0;
+    if (!mask) return count;
+    for (int64_t s = 0; s < count; s++) {
+        const float *added = mask + (*key + s) * a->mask.token + first;
+        vec largest = load(added);
+        for (int64_t lane = LANES; lane < QUERIES; lane += LANES) largest = larger(load(added + lane), largest);
+        if (!any(largest > HIDDEN)) continue;
+        low = least(low, s);
+        end = s + 1;
+    }
+    *key += low;
+    return end - low > 0 ? end - low : 0;
 }
 
 /* Scores [key][QUERIES] of `count` keys from `key` on and the queries from `first` on, with the mask. */
@@ -147,9 +160,9 @@ static void forward_head(const struct attention *a, int64_t row, int64_t head, f
         for (int64_t q = 0; q < QUERIES; q++) largest[q] = -INFINITY;
         across_lanes(queries + first * a->query.token, a->query.token, count, width, a->scale, query_lanes);
         memset(means, 0, width * QUERIES * sizeof(float));
-        for (int64_t key = 0; key < end; key += KEYS) {
-            int64_t block = least(KEYS, end - key);
-            if (hides_all(a, mask, first, key, block)) continue;
+        for (int64_t start = 0; start < end; start += KEYS) {
+            int64_t key = start, block = seen_keys(a, mask, first, least(KEYS, end - start), &key);
+            if (!block) continue;
             score(a, query_lanes, keys, mask, first, key, block, scores);
             for (int64_t lane = 0; lane < QUERIES; lane += LANES) {
                 float *at = scores + lane;
@@ -164,7 +177,7 @@ static void forward_head(const struct attention *a, int64_t row, int64_t head, f
                 }
                 vec shrunk = exponential(before - base);
                 store(sums + lane, load(sums + lane) * shrunk + sum);
-                for (int64_t d = 0; key && d < width; d++) {
+                for (int64_t d = 0; start && d < width; d++) {
                     float *mean = means + d * QUERIES + lane;
                     store(mean, load(mean) * shrunk);
                 }
@@ -208,10 +221,10 @@ static void backward_head(const struct attention *a, int64_t row, int64_t head, 
             for (int64_t d = 0; q < count && d < width; d++)
                 common[q] += slope[q * a->slope.token + d] * out[q * a->out.token + d];
         }
-        for (int64_t key = 0; key < end; key += KEYS) {
-            int64_t block = least(KEYS, end - key);
+        for (int64_t start = 0; start < end; start += KEYS) {
+            int64_t key = start, block = seen_keys(a, mask, first, least(KEYS, end - start), &key);
+            if (!block) continue;
             struct left rows = {values + key * a->value.token, a->value.token, 1};
-            if (hides_all(a, mask, first, key, block)) continue;
             score(a, query_lanes, keys, mask, first, key, block, weights);
             product(block, QUERIES, width, rows, slope_lanes, for_scores, 0);
             for (int64_t lane = 0; lane < QUERIES; lane += LANES)

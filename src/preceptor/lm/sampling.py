@@ -66,8 +66,8 @@ class Sampling:
         if self.temperature == 0:
             greedy = logits.argmax(-1) if drawn is None else drawn
             return torch.full_like(logits, -torch.inf).scatter(-1, greedy[..., None], 0.0)
-        # Relative to the largest, so that a tiny temperature cannot overflow.
-        logits = (logits - logits.detach().amax(-1, keepdim=True)) / self.temperature
+        if self.temperature != 1:  # relative to the largest, so that a tiny temperature cannot overflow
+            logits = (logits - logits.detach().amax(-1, keepdim=True)) / self.temperature
         if self.top_k or self.top_p < 1:
             allowed = self._allowed(logits.detach())
             if drawn is not None:
