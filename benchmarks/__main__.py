@@ -56,11 +56,15 @@ def table(row: Mapping[str, Any]) -> Table:
         found.add_row(
             way,
             *cells,
-            f"{units / clocks['wall']['median']:,.0f}" if units else "",
+            _rate(units / clocks["wall"]["median"]) if units else "",
             f"{memory:.0f}" if memory is not None else "",
             f"{share:.0%}" if share is not None else "",
         )
     return found
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.2g}"
 
 
 def verdicts(row: Mapping[str, Any]) -> list[str]:
