@@ -74,7 +74,10 @@ def kept_cache(case: episode.Case) -> torch.Tensor:
 
     def read(tokens: list[int]) -> torch.Tensor:
         output = model(
-            input_ids=torch.tensor([tokens]), past_key_values=cache, output_hidden_states=True, logits_to_keep=1
+            input_ids=torch.tensor([tokens], device=model.device),
+            past_key_values=cache,
+            output_hidden_states=True,
+            logits_to_keep=1,
         )
         output.hidden_states[LAYER].float()  # what the query's vector is made of
         logits: torch.Tensor = output.logits[0, -1]

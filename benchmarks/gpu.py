@@ -1,4 +1,5 @@
-"""Llama-3.2-3B's architecture with random weights on one GPU: decode against bandwidth, update against arithmetic.
+"""Llama-3.2-3B's architecture with random weights on one GPU: decode against bandwidth, update against arithmetic,
+episodes a second, and a GRPO step against TRL's.
 
 Without CUDA there is nothing to measure, and ``comparisons`` gives nothing; ``quick`` runs a tiny shape on the CPU.
 The limits are measured on the same device: bytes a second of a large copy, operations a second of a large product.
@@ -7,12 +8,23 @@ The limits are measured on the same device: bytes a second of a large copy, oper
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
-from benchmarks.limits import arithmetic, bandwidth, synchronised, update_operations
-from benchmarks.measurement import OURS, Bar, Comparison
+from benchmarks import episode
+from benchmarks.episodes import KEPT, kept_cache
+from benchmarks.limits import (
+    arithmetic,
+    arithmetic_seconds,
+    bandwidth,
+    forward_operations,
+    synchronised,
+    update_operations,
+)
+from benchmarks.measurement import OURS, Bar, Comparison, require_equal
 from benchmarks.models import LLAMA_3B, random_llama
+from benchmarks.naive_episode import naive_query_log_probs
 from preceptor.lm.decode import Decoder
 from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.sampling import Sampling
@@ -28,7 +40,7 @@ TINY = {
 
 
 def comparisons(*, quick: bool = False) -> Iterator[Comparison]:
-    """Decode of 8 and 32 rows, and one update of 4 × 1,024 tokens."""
+    """Decode of 8 and 32 rows, an update of 4 × 1,024 tokens, 16 episodes of 20 pairs, a step of 4 × 8 rollouts."""
     if not (quick or torch.cuda.is_available()):
         return
     device = torch.device("cpu" if quick else "cuda")
@@ -37,6 +49,12 @@ def comparisons(*, quick: bool = False) -> Iterator[Comparison]:
     for batch_size in (2,) if quick else (8, 32):
         yield decode(lm, batch_size, *((4, 4) if quick else (512, 128)), bandwidth=bandwidth(device, size))
     yield update(lm, *((2, 8) if quick else (4, 1_024)), arithmetic=arithmetic(device, size, torch.bfloat16))
+    yield episodes(lm, episode.Sizes(2, 3, 4, 8) if quick else episode.Sizes(16, 20, 16, 32))
+    if not quick:  # TRL's trainer takes seconds to build; the step itself is a benchmark of its own
+        from benchmarks import grpo
+
+        step = grpo.compare("", lm, num_prompts=4, prompt_tokens=128, new_tokens=128)
+        yield replace(step, benchmark="gpu grpo", case=f"{lm.model.num_parameters() / 1e9:.2f}B{step.case}")
 
 
 def decode(lm: LanguageModel, batch_size: int, prompt: int, new: int, *, bandwidth: float) -> Comparison:
@@ -72,6 +90,39 @@ def decode(lm: LanguageModel, batch_size: int, prompt: int, new: int, *, bandwid
         bars=(Bar("generate()", at_least=1.0),),
         units=dict.fromkeys((OURS, "generate()"), batch_size * new),
         ideal_seconds=dict.fromkeys((OURS, "generate()"), new * step_bytes / bandwidth),
+        device=lm.device,
+    )
+
+
+def episodes(lm: LanguageModel, sizes: episode.Sizes) -> Comparison:
+    """Episodes of reading at once against a kept ``DynamicCache``, one at a time."""
+    case = episode.prepare(lm, sizes, seed=0)
+    sampled = episode.ours(case, sampling=replace(case.policy.sampling, temperature=1.0))
+    expected = naive_query_log_probs(
+        lm.model,
+        prompt=case.material.prompt,
+        values=case.material.values,
+        orders=case.orders[:1],
+        queries=sampled.queries[:1].cpu(),
+        suppressed=lm.special_tokens,
+    )
+    difference = float((sampled.query_log_probs[:1].cpu() - expected).abs().max())
+    one = replace(case, orders=case.orders[:1])
+    length = len(case.material.prompt) + sizes.pairs * (sizes.query_tokens + sizes.value_tokens)
+    seconds = arithmetic_seconds(forward_operations(lm, 1, length), ("bfloat16",), lm.device)["bfloat16"]
+    return Comparison(
+        benchmark="gpu episodes",
+        case=f"{lm.model.num_parameters() / 1e9:.2f}B, {sizes.episodes} episodes x {sizes.pairs} pairs, "
+        f"{sizes.query_tokens} query and {sizes.value_tokens} value tokens",
+        ways={
+            OURS: synchronised(lambda: episode.ours(case), lm.device),
+            KEPT: synchronised(lambda: kept_cache(one), lm.device),
+        },
+        bars=(Bar(KEPT, at_least=1.0),),
+        # bfloat16 rounds a logit of 10 to 0.03, and so does every layer before it.
+        agreement={"query log-probabilities": require_equal("log-probabilities", difference, at_most=0.25)},
+        units={OURS: sizes.episodes, KEPT: 1},
+        ideal_seconds={OURS: sizes.episodes * seconds, KEPT: seconds},
         device=lm.device,
     )
 

@@ -69,6 +69,7 @@ def compare(name: str, lm: LanguageModel, *, num_prompts: int, prompt_tokens: in
         ideal_seconds=arithmetic_seconds(
             5 * forward_operations(lm, num_prompts * GROUP, prompt_tokens + new_tokens), ways, lm.device
         ),
+        device=lm.device,
     )
 
 
@@ -186,7 +187,7 @@ class TrlStep:
                 beta=KL,
                 learning_rate=LEARNING_RATE,
                 max_steps=1,
-                use_cpu=True,
+                use_cpu=lm.device.type == "cpu",
                 bf16=False,
                 gradient_checkpointing=False,
                 report_to="none",

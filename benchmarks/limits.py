@@ -28,7 +28,8 @@ def update_operations(lm: LanguageModel, rows: int, length: int) -> float:
 
 def arithmetic_seconds(operations: float, ways: Iterable[str], device: torch.device) -> dict[str, float]:
     """What ``operations`` take by :func:`arithmetic`, for each way in its own precision."""
-    exact, rounded = (arithmetic(device, 1_024, dtype) for dtype in (torch.float32, torch.bfloat16))
+    size = 1_024 if device.type == "cpu" else 8_192
+    exact, rounded = (arithmetic(device, size, dtype) for dtype in (torch.float32, torch.bfloat16))
     return {way: operations / (rounded if "bfloat16" in way else exact) for way in ways}
 
 

@@ -71,7 +71,7 @@ def naive_episodes(
         context = list(prompt)
         gone: list[int] = []
         for pair in order:
-            tokens = torch.tensor([context])
+            tokens = torch.tensor([context], device=model.device)
             written = generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
@@ -109,15 +109,17 @@ def naive_query_log_probs(
         context = list(prompt)
         for pair, query in zip(order, episode, strict=True):
             context += query.tolist()
-            logits = model(input_ids=torch.tensor([context]), use_cache=False).logits[0, -len(query) - 1 : -1].float()
+            read = torch.tensor([context], device=model.device)
+            logits = model(input_ids=read, use_cache=False).logits[0, -len(query) - 1 : -1].float()
             logits[:, list(suppressed)] = -torch.inf
-            found.append(logits.log_softmax(-1)[torch.arange(len(query)), query])
+            found.append(logits.log_softmax(-1).cpu()[torch.arange(len(query)), query])
             context += values[pair]
     return torch.stack(found).view(queries.shape)
 
 
 def _states(model: PreTrainedModel, tokens: Sequence[int]) -> Float[Tensor, "time dimension"]:
     # The decoder without its output head: the naive way is not charged for logits that nobody reads.
-    output = model.base_model(input_ids=torch.tensor([tokens]), use_cache=False, output_hidden_states=True)
+    read = torch.tensor([tokens], device=model.device)
+    output = model.base_model(input_ids=read, use_cache=False, output_hidden_states=True)
     states: Tensor = output.hidden_states[LAYER][0].float()
     return states
