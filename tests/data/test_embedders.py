@@ -115,6 +115,7 @@ def test_a_real_model_puts_meaning_before_wording() -> None:
     ]
     vectors = embedder.embed(texts)
     assert vectors.shape == (3, 384)
+    # The norm of 384 numbers that were divided by their norm, in float32 (which has 6e-8).
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3), atol=1e-6, rtol=0)
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.2
 

@@ -8,6 +8,7 @@ between any two of these leaves the previous checkpoint or the new one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -80,7 +81,9 @@ class CheckpointStore:
             self.root.mkdir(parents=True, exist_ok=True)
             self._clear_leftovers()
             self._require_space(num_needed, step)
-            try:
+            with contextlib.ExitStack() as on_failure:
+                # Gives the space back, whatever failed; on success the folder has its final name by then.
+                on_failure.callback(shutil.rmtree, temporary, ignore_errors=True)
                 os.mkdir(temporary)
                 files: dict[str, Digest] = {}
                 for group, named in tensors.items():
@@ -92,9 +95,7 @@ class CheckpointStore:
                     os.rename(final, self.root / f"{_REPLACED}{_name(step)}")  # `_paths` finds it if we die here
                 os.rename(temporary, final)
                 sync_folder(self.root)
-            except Exception:
-                shutil.rmtree(temporary, ignore_errors=True)  # gives the space back; the error is what matters
-                raise
+                on_failure.pop_all()
         self._damaged.discard(step)
         with storage_errors(f"remove old checkpoints in {self.root}", safe=f"checkpoint {_name(step)} is saved"):
             self._clear_leftovers()

@@ -345,12 +345,11 @@ def default_run_path(root: Path, system: str, today: date) -> Path:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[FolderLock]:
     """Locks ``path``; unlocks again if the block fails."""
-    lock = FolderLock(path)
-    try:
+    with contextlib.ExitStack() as on_failure:
+        lock = FolderLock(path)
+        on_failure.callback(lock.release)
         yield lock
-    except BaseException:
-        lock.release()
-        raise
+        on_failure.pop_all()
 
 
 def _prepare(device: str, threads: int | None, float32_matmul_precision: str | None) -> dict[str, Any]:
