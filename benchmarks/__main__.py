@@ -20,6 +20,7 @@ from preceptor.errors import ConfigError, PreceptorError, nearest
 
 BENCHMARKS = {
     "log-probs": "log_probs",
+    "kernels": "kernels",
     "decode": "decode",
     "episodes": "episodes",
     "update": "update",

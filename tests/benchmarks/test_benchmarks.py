@@ -9,11 +9,24 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import decode, episodes, gpu, growth, log_probs, measurement, parts, record, report, startup, update
+from benchmarks import (
+    decode,
+    episodes,
+    gpu,
+    growth,
+    kernels,
+    log_probs,
+    measurement,
+    parts,
+    record,
+    report,
+    startup,
+    update,
+)
 from benchmarks.measurement import Bar, Comparison, Spread
 from preceptor.errors import NumericError
 
-MODULES = (decode, episodes, gpu, growth, log_probs, parts, startup, update)
+MODULES = (decode, episodes, gpu, growth, kernels, log_probs, parts, startup, update)
 
 
 @pytest.mark.filterwarnings("ignore")  # torchrl's own

@@ -147,8 +147,9 @@ class _CompiledAttention(torch.autograd.Function):
         scale = options.get("scale")
         ctx.scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
         ctx.is_causal = bool(options.get("is_causal"))
-        ctx.save_for_backward(*inputs, options.get("attn_mask"), out, log_sums)
-        _run("preceptor_attention", _arguments(ctx, ctx.to_save))
+        tensors = (*inputs, options.get("attn_mask"), out, log_sums)
+        ctx.save_for_backward(*tensors)
+        _run("preceptor_attention", _arguments(ctx, tensors))
         return out.to(query.dtype)
 
     @staticmethod
