@@ -47,7 +47,7 @@ def builds() -> dict[str, ctypes.CDLL]:
     if compiler is not None and platform.machine() == "x86_64" and torch.backends.cpu.get_cpu_capability() == "AVX512":
         folder = resources.files("preceptor.lm")
         sources = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in kernels.SOURCES}
-        found["AVX2"] = kernels._built(compiler, AVX2, sources)
+        found["AVX2"] = kernels.build_library(compiler, AVX2, sources)
     return {name: library for name, library in found.items() if library is not None}
 
 
@@ -62,7 +62,7 @@ def attention_comparison(build: str, library: ctypes.CDLL, shape: tuple[int, int
     slopes = torch.randn(parts[0].shape, generator=generator)
 
     def through(library: ctypes.CDLL | None) -> list[Tensor]:
-        with mock.patch.object(attention, "kernel_library", lambda: library), CpuAttention():
+        with mock.patch.object(attention, "kernel_library", return_value=library), CpuAttention():
             output = scaled_dot_product_attention(parts[0], parts[1], parts[2], is_causal=True, enable_gqa=True)
             return [output.detach(), *torch.autograd.grad(output, parts, slopes)]
 
@@ -90,7 +90,7 @@ def decode_comparison(
 
     def through(library: ctypes.CDLL | None, dtype: torch.dtype | None) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            with mock.patch.object(native, "kernel_library", lambda: library):
+            with mock.patch.object(native, "kernel_library", return_value=library):
                 decoder = Decoder(lm, batch_size=batch_size, dtype=dtype)
                 decoder.append(prompts)
                 generator = torch.Generator().manual_seed(0)

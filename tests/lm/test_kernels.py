@@ -21,7 +21,7 @@ def test_another_source_is_another_library(tmp_path: Path, monkeypatch: pytest.M
     unit = '#include "number.h"\nint number(void) { return NUMBER; }'
     for number in (1, 2, 1):
         sources = {"number.h": f"#define NUMBER {number}", "number.c": unit}
-        assert kernels._built(COMPILER, kernels._OPTIONS, sources).number() == number
+        assert kernels.build_library(COMPILER, kernels._OPTIONS, sources).number() == number
     assert len(list((tmp_path / ".cache" / "preceptor").glob("*.so"))) == 2
 
 

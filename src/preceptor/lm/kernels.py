@@ -42,13 +42,13 @@ def kernel_library() -> ctypes.CDLL | None:
     variants = [_OPTIONS, *([_ARM_OPTIONS] if platform.machine() in ("arm64", "aarch64") else [])]
     for options in [(*variant, *threads) for variant in variants for threads in (["-fopenmp"], [])]:
         try:
-            return _built(compiler, options, sources)
+            return build_library(compiler, options, sources)
         except (OSError, subprocess.SubprocessError):  # no place to build, no such options, or no such processor
             continue
     return None
 
 
-def _built(compiler: str, options: Sequence[str], sources: Mapping[str, str]) -> ctypes.CDLL:
+def build_library(compiler: str, options: Sequence[str], sources: Mapping[str, str]) -> ctypes.CDLL:
     """``sources`` as a library from the user's cache, compiled first where it is not there."""
     identity = "\n".join((*sources.values(), compiler, *options, platform.machine(), _processor()))
     name = f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
