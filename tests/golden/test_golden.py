@@ -24,7 +24,7 @@ MEASURED = ("seconds", "evaluation_seconds", "tokens_per_second", "peak_memory_m
 TOLERANCE = 1e-5
 """Elsewhere: absolute, or relative where a number is above 1. float32 rounding grows to 1e-6 over these short runs."""
 ILL_CONDITIONED = ("acceptance_z", "gradient_norm", "action_norm", "surgeon_")
-"""Beginnings of the names of metrics in which rounding grows: a quotient of tiny differences, the gradient where a ratio
+"""Beginnings of names of metrics in which rounding grows: a quotient of tiny differences, the gradient where a ratio
 stands at the clip's edge, a soft actor-critic's own numbers. Another instruction set moved them by up to 3e-3."""
 ILL_CONDITIONED_TOLERANCE = 1e-2
 
