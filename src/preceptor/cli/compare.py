@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from preceptor.cli.arguments import EXIT_CODES, Command, Parser
 from preceptor.cli.run import add_run
-from preceptor.cli.systems import config_class, configuration, inputs_of, module_of, system_named
+from preceptor.cli.systems import configuration, systems
 from preceptor.config import schema, to_dict
 from preceptor.errors import ConfigError, nearest
 from preceptor.plain_yaml import shown
-from preceptor.systems import SYSTEMS
+from preceptor.systems import find_system, known_systems
 
 if TYPE_CHECKING:
     from preceptor.comparison.runs import FinishedRun
@@ -41,7 +41,9 @@ one), seconds.json (what each run took, which is nobody's result), and of a swee
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", metavar="SYSTEM | RUN", nargs="+", help=f"one of: {', '.join(SYSTEMS)}; or run folders")
+    parser.add_argument(
+        "what", metavar="SYSTEM | RUN", nargs="+", help=f"one of: {', '.join(known_systems())}; or run folders"
+    )
     parser.add_argument(
         "--arms", metavar="A,B,...", help="the first is compared with each other (default: as in a run)"
     )
@@ -49,8 +51,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("a sweep")
     group.add_argument("--preset", metavar="NAME", default="default", help="a named configuration; see preceptor list")
     group.add_argument("--seeds", metavar="N|N-M", nargs="+", default=[], help="such as 0-9, or 1 5 7")
-    for option, (systems, key) in _input_options().items():
-        text = f"{', '.join(systems)}: a run for each value of {key}"
+    for option, (owners, key) in _input_options().items():
+        text = f"{', '.join(owners)}: a run for each value of {key}"
         group.add_argument(f"--{option.replace('_', '-')}", dest=option, metavar="X", nargs="+", default=[], help=text)
     group.add_argument("--jobs", metavar="N", type=_num_jobs, help="runs at a time (default: by cores and memory)")
 
@@ -58,8 +60,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _input_options() -> dict[str, tuple[list[str], str]]:
     """Options of systems whose every value makes a run, with the systems that have them and the key."""
     options: dict[str, tuple[list[str], str]] = {}
-    for name, system in SYSTEMS.items():
-        for option, key in inputs_of(system).items():
+    for name, system in systems().items():
+        for option, key in system.inputs.items():
             options.setdefault(option, ([], key))[0].append(name)
     return options
 
@@ -75,12 +77,12 @@ def _compare(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
     first = options.what[0]
     # A folder named like a system is given as ./reading.
-    if first in SYSTEMS:
+    if first in known_systems():
         if len(options.what) > 1:
             raise ConfigError(f"unexpected argument {shown(options.what[1])}; a sweep is of one system, {first}")
         return _compare_system(first, options)
     if not Path(first).is_dir():
-        hint = nearest(first[:100], SYSTEMS) or f"; there are {', '.join(SYSTEMS)}"
+        hint = nearest(first[:100], known_systems()) or f"; there are {', '.join(known_systems())}"
         raise ConfigError(f"{shown(first)} is neither a folder nor a system{hint}")
     given = [name for name in (*_input_options(), "seeds", "passed") if getattr(options, name)]
     if given:
@@ -105,8 +107,8 @@ def _cells(name: str, options: argparse.Namespace) -> list[Cell]:
     """Every seed on every input, each with its whole configuration, so that a fault is found before anything runs."""
     from preceptor.comparison.sweep import Cell
 
-    system = system_named(name)
-    inputs = inputs_of(system)
+    system = find_system(name)
+    inputs = system.inputs
     for option in _input_options():
         if getattr(options, option) and option not in inputs:
             raise ConfigError(f"--{option} is no option of {name}")
@@ -122,7 +124,7 @@ def _cells(name: str, options: argparse.Namespace) -> list[Cell]:
         cell_name = "-".join([f"seed{seed}", *stems])
         number = sum(cell.name == cell_name or cell.name.startswith(f"{cell_name}~") for cell in cells)
         cell_name += f"~{number + 1}" if number else ""
-        cells.append(Cell(cell_name, to_dict(configuration(system, name, parsed)), tuple(words)))
+        cells.append(Cell(cell_name, to_dict(configuration(system, parsed)), tuple(words)))
     return cells
 
 
@@ -159,7 +161,7 @@ def _arms(options: argparse.Namespace) -> list[str]:
 
 def _check_arms(name: str, arms: Sequence[str]) -> None:
     """Refuse a misspelled arm before hours of runs, where the system says which arms there are."""
-    known = getattr(module_of(system_named(name), "config"), "CHOICES", {}).get("arms", {})
+    known = find_system(name).choices.get("arms", {})
     for arm in arms:
         if known and arm not in known:
             raise ConfigError(
@@ -174,10 +176,10 @@ def _conclude(runs: Sequence[FinishedRun], options: argparse.Namespace) -> int:
     from preceptor.comparison.write import write_comparison
 
     name = runs[0].system
-    system = system_named(name)
-    inputs = inputs_of(system)
-    groups = grouped(runs, inputs=[key for key in schema(config_class(system)) if key in inputs.values()])
-    merged = merged_result(groups, getattr(module_of(system, "result"), f"{name}_result"))
+    system = find_system(name)
+    inputs = system.inputs
+    groups = grouped(runs, inputs=[key for key in schema(system.Config) if key in inputs.values()])
+    merged = merged_result(groups, system.result)
     noun = next(iter(inputs), "").removesuffix("s").replace("_", " ")
     comparison = comparison_of(groups, merged, arms=_arms(options), noun=noun)
     merged = {"verdict": comparison["verdict"], **merged}

@@ -19,16 +19,17 @@ from preceptor.cli.arguments import (
     add_system_flags,
     num_threads,
 )
-from preceptor.cli.systems import PRETRAINING, config_class, configuration, module_of, needs_of, system_named
+from preceptor.cli.systems import configuration, services
 from preceptor.config import dump_yaml, from_dict, to_dict
 from preceptor.errors import Interrupted, PreceptorError
 from preceptor.run.trackers import TRACKERS
-from preceptor.systems import SYSTEMS, SystemInfo
+from preceptor.systems import find_system, known_systems
+from preceptor.systems.base import System
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``run``."""
-    parser.add_argument("system", metavar="SYSTEM", help=f"one of: {', '.join(SYSTEMS)}")
+    parser.add_argument("system", metavar="SYSTEM", help=f"one of: {', '.join(known_systems())}")
     add_configuration(parser)
     add_system_flags(parser)
     _add_execution(parser)
@@ -64,29 +65,29 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    return _begin(system_named(options.system), options.system, options, environ)
+    return _begin(find_system(options.system), options, environ)
 
 
 def _pretrain(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    return _begin(PRETRAINING, "pretrain", options, environ)
+    return _begin(find_system("pretrain"), options, environ)
 
 
-def _begin(system: SystemInfo, name: str, options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    config = configuration(system, name, options)
+def _begin(system: System, options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    config = configuration(system, options)
     if options.print_config:
         print(dump_yaml(config), end="")
         return 0
     from preceptor.run.folder import create_run, default_run_path, discard_unbegun
 
-    path: Path = options.out or default_run_path(Path("runs"), name, date.today())
+    path: Path = options.out or default_run_path(Path("runs"), system.name, date.today())
     try:
         run = create_run(
             path,
-            system=name,
+            system=system.name,
             config=to_dict(config),
             seed=config.seed,
             save_every=config.save_every,
-            streams=module_of(system, "train").STREAMS,
+            streams=system.streams,
             device=options.device,
             threads=options.threads,
             trackers=options.tracker,
@@ -111,16 +112,15 @@ def _resume(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     run = open_run(options.folder, allow_inexact=options.allow_inexact, device=options.device, threads=options.threads)
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(run.close)
-        name = run.manifest["system"]
-        system = PRETRAINING if name == "pretrain" else system_named(name)
-        config = from_dict(config_class(system), run.config)
+        system = find_system(run.manifest["system"])
+        config = from_dict(system.Config, run.config)
         on_failure.pop_all()
     return _train(system, config, run, environ, report=not options.no_report)
 
 
-def _train(system: SystemInfo, config: Any, run: Any, environ: Mapping[str, str], *, report: bool) -> int:
+def _train(system: System, config: Any, run: Any, environ: Mapping[str, str], *, report: bool) -> int:
     with run:
-        result = module_of(system, "train").train(config, run, **needs_of(system, environ))
+        result = system.train(config, run, services(environ))
         run.write_result(result)
     _show(result)
     print(f"results: {run.path}")
@@ -157,5 +157,8 @@ RUN = Command(
 RESUME = Command("go on with a run that was stopped, from its last checkpoint", _add_resume, _resume)
 REPORT = Command("write report.html, one self-contained page about a run", _add_report, _report)
 PRETRAIN = Command(
-    PRETRAINING.description, _add_pretrain, _pretrain, epilog=CONFIGURATION.replace("run SYSTEM", "pretrain")
+    "train a small language model from text files",
+    _add_pretrain,
+    _pretrain,
+    epilog=CONFIGURATION.replace("run SYSTEM", "pretrain"),
 )
