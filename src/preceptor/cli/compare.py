@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from preceptor.cli.arguments import EXIT_CODES, Command, Parser
 from preceptor.cli.run import add_run
 from preceptor.cli.systems import configuration, systems
-from preceptor.config import schema, to_dict
+from preceptor.config import to_dict
 from preceptor.errors import ConfigError, nearest
 from preceptor.plain_yaml import shown
 from preceptor.systems import find_system, known_systems
@@ -170,33 +170,20 @@ def _check_arms(name: str, arms: Sequence[str]) -> None:
 
 
 def _conclude(runs: Sequence[FinishedRun], options: argparse.Namespace) -> int:
-    from preceptor.comparison.result import comparison_of, merged_result
-    from preceptor.comparison.runs import grouped
-    from preceptor.comparison.table import comparison_tables
-    from preceptor.comparison.write import write_comparison
-
-    name = runs[0].system
-    system = find_system(name)
-    inputs = system.inputs
-    groups = grouped(runs, inputs=[key for key in schema(system.Config) if key in inputs.values()])
-    merged = merged_result(groups, system.result)
-    noun = next(iter(inputs), "").removesuffix("s").replace("_", " ")
-    comparison = comparison_of(groups, merged, arms=_arms(options), noun=noun)
-    merged = {"verdict": comparison["verdict"], **merged}
     from rich.console import Console
 
+    from preceptor.api import compared
+    from preceptor.comparison.table import comparison_tables
+
+    comparison, result = compared(runs, methods=_arms(options), out=options.out)
     console = Console()
-    print(f"{name}: {len(runs)} runs, {len(comparison['seeds'])} seeds")
+    print(f"{runs[0].system}: {len(runs)} runs, {len(comparison['seeds'])} seeds")
     for table in comparison_tables(comparison):
         console.print(table)
     print(f"\n{comparison['verdict']}\n")
-    if options.out is None:
-        return 0
-    write_comparison(options.out, comparison, merged, runs)
-    from preceptor.report.page import build_report
-
-    print(f"results: {options.out / 'comparison.json'}")
-    print(f"report:  {build_report(options.out)}")
+    if result is not None:
+        print(f"results: {result.folder / 'comparison.json'}")
+        print(f"report:  {result.folder / 'report.html'}")
     return 0
 
 

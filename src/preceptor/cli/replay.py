@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from preceptor.api import services
 from preceptor.cli.arguments import EXIT_CODES, Command
-from preceptor.cli.systems import services
 from preceptor.config import from_dict
 from preceptor.errors import ConfigError, DataError
 from preceptor.plain_yaml import shown
