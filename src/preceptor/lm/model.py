@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from preceptor.errors import ModelError
-from preceptor.lm.attention import CpuAttention, kernel_is_faster
-from preceptor.lm.kept_layer import KeptLayer
-from preceptor.lm.native import ARCHITECTURES, NativeModel
+from preceptor.lm.cpu.attention import CpuAttention, kernel_is_faster
+from preceptor.lm.cpu.engine import Engine, accelerate, probe_logits
+from preceptor.lm.log_probs import chosen_log_probs
 from preceptor.lm.sampling import Sampling
-from preceptor.lm.selective import chosen_log_probs
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class LanguageModel:
     Attributes:
         adapter_enabled: False in a view in which the LoRA adapter is switched off (the untrained model).
         context_length: tokens that a row may hold.
-        has_native_forward: whether :class:`~preceptor.lm.native.NativeModel` says what this model says.
+        has_engine: whether :meth:`engine` gives one: its logits agreed with the model's own.
         begin_token: starts a row, and fills what rows of a batch lack in length.
         special_tokens: ids of the control tokens that the model knows, ascending; text never becomes one of them.
 
@@ -171,6 +170,16 @@ class LanguageModel:
                 logits = self._causal_model(**arguments).logits[keep]
         return Output(logits=logits.float(), captured=captured[0] if captured else None)
 
+    def engine(self, *, dtype: torch.dtype | None = None) -> Engine | None:
+        """A faster forward pass without gradient, for the weights as they are at its first call; None if there is none.
+
+        Args:
+            dtype: matrices are rounded to this dtype; None is the model's own.
+        """
+        if not self.has_engine:
+            return None
+        return accelerate(self._causal_model, dtype=dtype, adapter_enabled=self.adapter_enabled)
+
     def chosen_log_probs(
         self,
         tokens: Int[Tensor, "batch time"],
@@ -184,7 +193,7 @@ class LanguageModel:
         """Log-probability in nats of one token after each kept position, in row-major order; float32.
 
         As :meth:`forward` with a log-softmax, but the logits of all kept positions are never held at once
-        (:func:`~preceptor.lm.selective.chosen_log_probs`). Carries gradient into the trainable parameters.
+        (:func:`~preceptor.lm.log_probs.chosen_log_probs`). Carries gradient into the trainable parameters.
 
         Args:
             tokens: token ids.
@@ -211,7 +220,7 @@ class LanguageModel:
             )
         return chosen_log_probs(states, self._head.weight, chosen, bias=bias)
 
-    def untrained(self) -> LanguageModel:
+    def initial_model(self) -> LanguageModel:
         """The model as it is now, frozen: a view with the adapter off, or a copy that shares no storage.
 
         Call it before the first update.
@@ -332,28 +341,12 @@ class LanguageModel:
         largest = tolerance * logits.float().abs().max()
         if (told - logits[0].float()).abs().max() > largest:
             raise ModelError(f"{self.name} {_UNFIT}")
-        self.has_native_forward = False
-        if self._causal_model.config.model_type in ARCHITECTURES and head_is_linear:
-            native = self._native_logits(tokens, split=4)
-            self.has_native_forward = bool((native - logits[0].float()).abs().max() <= largest)
+        self.has_engine = False
+        engine = accelerate(self._causal_model) if head_is_linear else None
+        if engine is not None:
+            difference = probe_logits(engine, tokens, num_layers=len(self.layers)) - logits[0].float()
+            self.has_engine = bool(difference.abs().max() <= largest)
         return head_is_linear
-
-    def _native_logits(self, tokens: Tensor, *, split: int) -> Tensor:
-        """Logits of one row by the native forward, read in two parts; the second is one token."""
-        native, cache = NativeModel(self), [KeptLayer(slots_innermost=self.device.type == "cpu") for _ in self.layers]
-        visible = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=self.device).tril()
-        positions = torch.arange(tokens.shape[1], device=self.device)[None]
-        parts = [
-            native.forward(
-                tokens[:, start:end],
-                keep=torch.ones_like(tokens[:, start:end], dtype=torch.bool),
-                attention_mask=visible[None, start:end, :end],
-                positions=positions[:, start:end],
-                cache=cache,
-            )[0]
-            for start, end in ((0, split), (split, tokens.shape[1]))
-        ]
-        return torch.cat(parts)
 
 
 _WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size", "local": "window_size"}
