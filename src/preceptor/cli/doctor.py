@@ -12,8 +12,7 @@ from preceptor.cli.arguments import CONFIGURATION, EXIT_CODES, Command, add_conf
 from preceptor.cli.replay import CHECK_FAILED
 from preceptor.cli.systems import configuration, system_named
 from preceptor.config import dump_yaml
-from preceptor.errors import ConfigError, PreceptorError
-from preceptor.plain_yaml import shown
+from preceptor.errors import ConfigError, PreceptorError, short_repr
 from preceptor.systems import SYSTEMS
 
 if TYPE_CHECKING:
@@ -56,7 +55,9 @@ def _doctor(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             f"{options.what} is not a run folder (no manifest.json); give the folder of a run or a system"
         )
     else:
-        raise ConfigError(f"{shown(options.what)} is neither a run folder nor a system; there are {', '.join(SYSTEMS)}")
+        raise ConfigError(
+            f"{short_repr(options.what)} is neither a run folder nor a system; there are {', '.join(SYSTEMS)}"
+        )
     counts = dict.fromkeys(("ok", "warn", "fail"), 0)
     for check in checks:
         counts[check.status] += 1

@@ -11,8 +11,7 @@ from pathlib import Path
 from preceptor.cli.arguments import EXIT_CODES, Command
 from preceptor.cli.systems import config_class, module_of, needs_of, system_named
 from preceptor.config import from_dict
-from preceptor.errors import ConfigError, DataError
-from preceptor.plain_yaml import shown
+from preceptor.errors import ConfigError, DataError, short_repr
 
 CHECK_FAILED = 7
 """Exit code of a command whose business is to check, and which found a fault."""
@@ -41,7 +40,7 @@ def _tolerance(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {shown(text)}")
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {short_repr(text)}")
     return value
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from preceptor.config import load_config
-from preceptor.errors import ConfigError, nearest
-from preceptor.plain_yaml import shown, write_flow
+from preceptor.errors import ConfigError, did_you_mean, short_repr
+from preceptor.plain_yaml import write_flow
 from preceptor.systems import SYSTEMS, SystemInfo
 
 PRETRAINING = SystemInfo("preceptor.pretraining", "PretrainConfig", "train a small language model from text files")
@@ -21,8 +21,8 @@ PRETRAINING = SystemInfo("preceptor.pretraining", "PretrainConfig", "train a sma
 def system_named(name: str) -> SystemInfo:
     """The system called ``name``; raises :class:`ConfigError` with the nearest that there is."""
     if name not in SYSTEMS:
-        hint = nearest(name[:100], SYSTEMS) or f"; there are {', '.join(SYSTEMS)}"
-        raise ConfigError(f"unknown system {shown(name)}{hint}")
+        hint = did_you_mean(name[:100], SYSTEMS) or f"; there are {', '.join(SYSTEMS)}"
+        raise ConfigError(f"unknown system {short_repr(name)}{hint}")
     return SYSTEMS[name]
 
 
@@ -68,8 +68,8 @@ def configuration(system: SystemInfo, name: str, options: argparse.Namespace) ->
     overrides += options.set
     known = presets(name)
     if options.preset not in known:
-        hint = nearest(options.preset[:100], known) or f"; there are {', '.join(known)}"
-        raise ConfigError(f"unknown preset {shown(options.preset)} of {name}{hint}")
+        hint = did_you_mean(options.preset[:100], known) or f"; there are {', '.join(known)}"
+        raise ConfigError(f"unknown preset {short_repr(options.preset)} of {name}{hint}")
     with importlib.resources.as_file(preset_folder(name) / f"{options.preset}.yaml") as preset:
         layer = preset if preset.is_file() else None  # `default` needs no file: it is the defaults of the code
         return load_config(config_class(system), preset=layer, file=options.config, overrides=overrides)
