@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from preceptor.config import from_dict, load_config, to_dict
-from preceptor.errors import ConfigError, nearest
+from preceptor.errors import ConfigError, did_you_mean
 from preceptor.systems.base import System
 
 
@@ -41,7 +41,7 @@ def configuration(
     given = dict(flags or {})
     if strangers := given.keys() - system.flags.keys():
         name = sorted(strangers)[0]
-        hint = nearest(name, system.flags) or f"; its own are {', '.join(system.flags)}"
+        hint = did_you_mean(name, system.flags) or f"; its own are {', '.join(system.flags)}"
         raise ConfigError(f"{name!r} is no option of {system.name}{hint}")
     assignments = [_assignment(key, given[flag]) for flag, key in system.flags.items() if given.get(flag) is not None]
     if isinstance(overrides, Mapping):
@@ -50,7 +50,7 @@ def configuration(
         assignments += overrides
     known = presets(system)
     if preset not in known:
-        hint = nearest(preset[:100], known) or f"; there are {', '.join(known)}"
+        hint = did_you_mean(preset[:100], known) or f"; there are {', '.join(known)}"
         raise ConfigError(f"unknown preset {preset[:100]!r} of {system.name}{hint}")
     with importlib.resources.as_file(preset_folder(system) / f"{preset}.yaml") as path:
         layer = path if path.is_file() else None  # `default` needs no file: it is the defaults of the code

@@ -25,7 +25,7 @@ from preceptor.data.embedders.base import require_texts
 from preceptor.data.embedders.openai_answer import Answer, Reply, read_answer, retry_after, service_error
 from preceptor.data.embedders.spend_ledger import SpendLedger, format_usd
 from preceptor.data.embedders.vector_cache import VectorCache, vector_key
-from preceptor.errors import ConfigError, DataError, MissingExtraError, ServiceError, nearest
+from preceptor.errors import ConfigError, DataError, MissingExtraError, ServiceError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -296,7 +296,9 @@ def _faults(
 ) -> list[str]:
     faults = []
     if model not in MODELS:
-        faults.append(f"embedding model {model!r} is unknown{nearest(model, MODELS)}; allowed: {', '.join(MODELS)}")
+        faults.append(
+            f"embedding model {model!r} is unknown{did_you_mean(model, MODELS)}; allowed: {', '.join(MODELS)}"
+        )
     elif dimensions is not None and not MODELS[model].shortens:
         faults.append(f"{model} cannot shorten its vectors, got dimensions={dimensions}; leave it out")
     elif dimensions is not None and not 1 <= dimensions <= MODELS[model].dimension:
