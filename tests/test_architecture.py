@@ -32,6 +32,7 @@ MIN_MODULES = 30
 # Imports point to a lower number only. Each package below `systems` is a room of its own.
 LEVELS = {
     "errors": 0,
+    "version": 0,
     "interval": 1,
     "plain_yaml": 1,
     "config": 2,
@@ -164,7 +165,7 @@ def arrows_point_down(modules: Sequence[Module]) -> Violations:
             if not found.target.startswith("preceptor.") or room in (module.room, "") or theirs is None:
                 continue  # another package, the same room, or a name of the package itself such as `__version__`
             # The front door reaches everything, once it is opened: importing the package imports nothing of it.
-            if found.at_import_time if own is None else theirs >= own:
+            if found.at_import_time and theirs > 0 if own is None else theirs >= own:
                 importer = module.room or "preceptor"
                 yield f"{module.where}:{found.line}: '{importer}' imports '{room}', which is not below it"
 

@@ -16,12 +16,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from preceptor.version import __version__
+
 if TYPE_CHECKING:
     from preceptor import mixtures
     from preceptor.result import Result
     from preceptor.systems.surgery.theater import SurgicalTheater
 
-__version__ = "0.1.0"
 __all__ = ["Result", "SurgicalTheater", "__version__", "compare", "load", "mixtures", "resume", "run"]
 
 _LAZY = {"Result": "preceptor.result", "SurgicalTheater": "preceptor.systems.surgery.theater"}
