@@ -19,9 +19,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from preceptor.errors import ConfigError, nearest
+from preceptor.errors import ConfigError, did_you_mean, short_repr
 from preceptor.interval import Interval
-from preceptor.plain_yaml import number, read_yaml, shown, write_flow
+from preceptor.plain_yaml import number, read_yaml, write_flow
 
 Config = TypeVar("Config")
 Value = TypeVar("Value")
@@ -145,7 +145,7 @@ def _read_override(cls: type, text: str, faults: list[str]) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     settings = schema(cls)
     if not equals:
-        faults.append(f"override {shown(text)} has no '='; write it as key=value")
+        faults.append(f"override {short_repr(text)} has no '='; write it as key=value")
     elif key in settings:
         return {key: _Reader(cls, faults).value(settings[key].type, _Typed(value), key)}
     elif inside := [name for name in settings if name.startswith(f"{key}.")]:
@@ -174,7 +174,7 @@ class _Reader:
         """The values in the mapping ``given``, checked against ``cls``, by dotted key relative to ``cls``."""
         if not isinstance(given, dict):
             name = f"`{prefix[:-1]}`" if prefix else "a configuration"
-            self._refuse(prefix[:-1], f"{name} must be a section with keys, got {shown(given)}")
+            self._refuse(prefix[:-1], f"{name} must be a section with keys, got {short_repr(given)}")
             return {}
         known = {field.name: kind for field, kind in _fields(cls)}
         values: dict[str, Any] = {}
@@ -202,7 +202,7 @@ class _Reader:
         if dataclasses.is_dataclass(wanted) and isinstance(given, dict):
             return self._instance(cast(type, wanted), given, path)
         if origin is dict and isinstance(given, dict):
-            pairs = {key: self.value(arguments[1], item, f"{path}[{shown(key)}]") for key, item in given.items()}
+            pairs = {key: self.value(arguments[1], item, f"{path}[{short_repr(key)}]") for key, item in given.items()}
             return _REFUSED if _REFUSED in pairs.values() else pairs
         if origin in (tuple, list) and isinstance(given, list):
             members = arguments[:1] * len(given) if origin is list or arguments[-1] is Ellipsis else arguments
@@ -212,7 +212,7 @@ class _Reader:
             return _REFUSED if _REFUSED in pairs.values() else origin(pairs.values())
         value = _REFUSED if nested else _scalar(wanted, given)
         if value is _REFUSED:
-            self._refuse(path, f"`{path}` must be {_kind(wanted)}, got {shown(given)}{_remedy(wanted, given)}")
+            self._refuse(path, f"`{path}` must be {_kind(wanted)}, got {short_repr(given)}{_remedy(wanted, given)}")
         return value
 
     def _any_of(self, wanted: Any, given: Any, path: str) -> Any:
@@ -228,7 +228,7 @@ class _Reader:
         if len(members) == 1:
             self.faults += attempt.faults
             return _REFUSED
-        return self._refuse(path, f"`{path}` must be {_kind(wanted)}, got {shown(given)}")
+        return self._refuse(path, f"`{path}` must be {_kind(wanted)}, got {short_repr(given)}")
 
     def _instance(self, cls: type, given: dict[str, Any], path: str) -> Any:
         before = len(self.faults)
@@ -286,20 +286,22 @@ def _kind(wanted: Any) -> str:
 
 def _remedy(wanted: Any, given: Any) -> str:
     if get_origin(wanted) is Literal:
-        return nearest(str(given)[:100], map(str, get_args(wanted)))
+        return did_you_mean(str(given)[:100], map(str, get_args(wanted)))
     if wanted in (str, Path) and isinstance(given, (bool, int, float)):
         return "; put it in quotes"
     if wanted in (str, Path) and isinstance(given, str):
         return "; it has a NUL character or half a surrogate pair"
     if wanted is int and isinstance(given, float) and given.is_integer():
-        return f"; write {shown(int(given))}"
+        return f"; write {short_repr(int(given))}"
     return ""
 
 
 def _unknown_key(key: str, known: list[str]) -> str:
     """The fault for a ``key`` that is not among the ``known`` dotted keys, with the nearest that is."""
     if key in known:
-        return f"unknown key {shown(key)}; in a file, nest it: '{key.partition('.')[0]}:' and the rest indented below"
+        return (
+            f"unknown key {short_repr(key)}; in a file, nest it: '{key.partition('.')[0]}:' and the rest indented below"
+        )
     section, dot, leaf = key.rpartition(".")
     inside = [name for name in known if name.startswith(section + dot)] or known
     prefix = section + dot if inside is not known else ""
@@ -310,8 +312,8 @@ def _unknown_key(key: str, known: list[str]) -> str:
         {name.rpartition(".")[2]: name for name in reversed(known)},
     ):
         if matches := get_close_matches(leaf[:100], names, n=1):
-            return f"unknown key {shown(key)} (did you mean '{names[matches[0]]}'?)"
-    return f"unknown key {shown(key)}; known{f' in {section}' if prefix else ''} are {', '.join(nearby)}"
+            return f"unknown key {short_repr(key)} (did you mean '{names[matches[0]]}'?)"
+    return f"unknown key {short_repr(key)}; known{f' in {section}' if prefix else ''} are {', '.join(nearby)}"
 
 
 # ---- building and checking ----

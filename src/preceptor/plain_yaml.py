@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import yaml
 from yaml.composer import ComposerError
 
+from preceptor.errors import short_repr
+
 MAX_DEPTH = 8
 
 _INTEGER = re.compile(r"[-+]?[0-9]{1,100}")
@@ -83,12 +85,6 @@ def write_flow(value: Any) -> str:
     return f'"{"".join(map(_escaped, value))}"'
 
 
-def shown(value: Any) -> str:
-    """``value`` as messages quote it: its repr, cut to 60 characters, always printable and in one line."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _escaped(character: str) -> str:
     if character in '"\\':
         return "\\" + character
@@ -108,7 +104,7 @@ class _Loader(yaml.SafeLoader):
         if getattr(event, "anchor", None) is not None:
             problem = "anchors and aliases are not allowed; write the value out"
         elif getattr(event, "tag", None) is not None:
-            problem = f"the tag {shown(event.tag)} is not allowed; leave it out"
+            problem = f"the tag {short_repr(event.tag)} is not allowed; leave it out"
         elif self.depth == MAX_DEPTH:
             problem = f"nested deeper than {MAX_DEPTH} levels"
         if problem:
@@ -137,7 +133,9 @@ def _value(node: Any, path: str, document: Document) -> Any:
             document.problems.append(f"{line}: a key must be a word, not a list or a mapping")
         elif key in found:
             first = document.lines[inner]
-            document.problems.append(f"{line}: the key {shown(inner)} is given twice, first in line {first}; keep one")
+            document.problems.append(
+                f"{line}: the key {short_repr(inner)} is given twice, first in line {first}; keep one"
+            )
         else:
             document.lines[inner] = line
             found[key] = _value(value_node, inner, document)

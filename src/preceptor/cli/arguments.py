@@ -9,8 +9,7 @@ from typing import Any, NamedTuple, NoReturn, get_args, get_origin
 
 from preceptor.cli.systems import systems
 from preceptor.config import Setting, schema
-from preceptor.errors import ConfigError
-from preceptor.plain_yaml import shown
+from preceptor.errors import ConfigError, short_repr
 
 EXIT_CODES = """\
 exit codes:
@@ -92,5 +91,5 @@ def add_device(parser: Any) -> None:
 def num_threads(text: str) -> int:
     """``text`` as a number of threads."""
     if not (text.isdecimal() and len(text) <= 4 and 1 <= int(text) <= 1024):
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 1024, got {shown(text)}")
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 1024, got {short_repr(text)}")
     return int(text)

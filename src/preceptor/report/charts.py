@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from preceptor.errors import DataError
-from preceptor.report.arms import spelled
+from preceptor.report.arms import title_case
 from preceptor.report.curves import MAXIMUM_POINTS, Chart, Curve, Panel, evenly_spaced, legible
 from preceptor.report.drawing import fixed
 from preceptor.report.run_folder import JsonObject, is_finite
@@ -59,7 +59,7 @@ def declared_charts(charts: Sequence[JsonObject]) -> list[Chart]:
     return [
         Chart(
             name=f"declared-{index}",
-            title=spelled(str(chart["title"])),
+            title=title_case(str(chart["title"])),
             unit=str(chart["unit"]),
             columns=tuple((str(column), str(label)) for column, label in chart["columns"].items()),
             constants=tuple((str(label), float(value)) for label, value in chart.get("constants", {}).items()),
@@ -89,7 +89,7 @@ def series_panels(charts: Sequence[JsonObject]) -> list[Panel]:
             if points:
                 curves.append(Curve(str(label), steps, [values[at] for at in points], low, high, 0))
         described = Chart(
-            f"series-{index}", spelled(str(chart["title"])), str(chart["unit"]), (), x_label=str(chart["x_label"])
+            f"series-{index}", title_case(str(chart["title"])), str(chart["unit"]), (), x_label=str(chart["x_label"])
         )
         if curves:
             found.append(Panel(described, curves if chart.get("bands") else legible(curves)))
@@ -117,7 +117,7 @@ def matrices(charts: Sequence[JsonObject]) -> list[Matrix]:
         ]
         columns = [str(column) for column in chart["columns"]]
         least, most = (fixed(end, high - low) for end in (low, high))
-        found.append(Matrix(spelled(str(chart["title"])), str(chart["unit"]), least, most, columns, rows))
+        found.append(Matrix(title_case(str(chart["title"])), str(chart["unit"]), least, most, columns, rows))
     return found
 
 

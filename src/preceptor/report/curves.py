@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from preceptor.report.arms import spelled
+from preceptor.report.arms import title_case
 from preceptor.report.run_folder import JsonObject, is_finite
 
 MAXIMUM_POINTS = 300
@@ -177,12 +177,12 @@ def other_charts(rows: Sequence[JsonObject], charts: Sequence[Chart]) -> list[Ch
             if column in COUNTERS:
                 continue
             if is_finite(value) and column not in drawn:
-                found.setdefault(column, {})[column] = spelled(column)
+                found.setdefault(column, {})[column] = title_case(column)
             elif isinstance(value, dict) and column in arms:
                 for metric, entry in value.items():
                     if is_finite(entry) and f"{column}.{metric}" not in drawn:
                         found.setdefault(metric, {})[f"{column}.{metric}"] = column
-    return [Chart(f"other-{name}", spelled(name), "", tuple(columns.items())) for name, columns in found.items()]
+    return [Chart(f"other-{name}", title_case(name), "", tuple(columns.items())) for name, columns in found.items()]
 
 
 def value_at(row: JsonObject, column: str) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from preceptor.report.arms import spelled
+from preceptor.report.arms import title_case
 from preceptor.report.curves import evenly_spaced
 from preceptor.report.drawing import number
 from preceptor.report.run_folder import parse_row, read_rows
@@ -59,7 +59,7 @@ def decision_tables(decisions: Path) -> list[Decisions]:
             columns = [name for name in names if name != "kind" and not name.endswith(TOKEN_IDS)][:MAXIMUM_COLUMNS]
             rows = [
                 [
-                    _text(spelled(str(row[column])) if column == "arm" and column in row else row.get(column))
+                    _text(title_case(str(row[column])) if column == "arm" and column in row else row.get(column))
                     for column in columns
                 ]
                 for row in chosen
@@ -87,5 +87,5 @@ def _words(value: object) -> str:
     if isinstance(value, list) and not any(isinstance(entry, list | dict) for entry in value):
         return ", ".join(_words(entry) for entry in value)
     if isinstance(value, Mapping):
-        return "; ".join(f"{spelled(key)} {_words(entry)}" for key, entry in value.items())
+        return "; ".join(f"{title_case(key)} {_words(entry)}" for key, entry in value.items())
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from preceptor.report.arms import Arms, spelled
+from preceptor.report.arms import Arms, title_case
 from preceptor.report.curves import Chart, Curve, Panel
 
 WIDTH, HEIGHT = 340, 204
@@ -108,7 +108,7 @@ def line_chart(panel: Panel) -> LineChart:
         band = f"M{above}L{below}Z" if c.low != c.values else ""
         points = [(x(s), y(v)) for s, v in zip(c.steps, c.values, strict=True)]
         return Line(
-            spelled(c.label), "M" + _path(points if len(points) > 1 else points * 2), band, number(c.values[-1])
+            title_case(c.label), "M" + _path(points if len(points) > 1 else points * 2), band, number(c.values[-1])
         )
 
     return LineChart(
@@ -125,7 +125,7 @@ def line_chart(panel: Panel) -> LineChart:
             "from": first,
             "to": last,
             "curves": [
-                {"label": spelled(c.label), "steps": c.steps, "values": [float(f"{v:.4g}") for v in c.values]}
+                {"label": title_case(c.label), "steps": c.steps, "values": [float(f"{v:.4g}") for v in c.values]}
                 for c in (*panel.curves, *panel.bounds)
             ],
         },
@@ -137,9 +137,9 @@ def arm_chart(arms: Arms, metric: str) -> ArmChart:
     names = arms.ordered(metric)
     baseline = arms.estimates.get(arms.baseline, {}).get(metric)
     return _intervals(
-        spelled(metric),
+        title_case(metric),
         arms.unit(metric),
-        [(spelled(name), arms.kind(name), arms.estimates[name][metric]) for name in names],
+        [(title_case(name), arms.kind(name), arms.estimates[name][metric]) for name in names],
         baseline=baseline if len(names) > 1 else None,
         oracle=arms.best_oracle(metric),
     )

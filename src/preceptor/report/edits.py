@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from preceptor.report.arms import spelled
+from preceptor.report.arms import title_case
 from preceptor.report.charts import Matrix, matrices
 from preceptor.report.curves import evenly_spaced
 from preceptor.report.drawing import Tick, number
@@ -91,7 +91,7 @@ def edit_maps(decisions: Path, config: Mapping[str, Any]) -> tuple[list[EditMap]
         "kind": "matrix",
         "title": "Mean size of the edits by matrix",
         "unit": "share of the largest that is allowed",
-        "rows": [spelled(arm) for arm in by_arm],
+        "rows": [title_case(arm) for arm in by_arm],
         "columns": list(groups),
         "values": values,
         "low": 0.0,

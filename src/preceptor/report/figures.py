@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from preceptor.errors import DataError, StorageError
-from preceptor.report.arms import Arms, spelled
+from preceptor.report.arms import Arms, title_case
 from preceptor.report.curves import READING_CHARTS, Panel, panels, reward_by_position
 from preceptor.report.run_folder import JsonObject, read_run
 
@@ -80,7 +80,7 @@ def arms_figure(arms: Arms, metric: str) -> Figure:
     figure, (axes,) = _figure(1, height=0.6 + 0.26 * len(names))
     baseline = arms.estimates.get(arms.baseline, {}).get(metric)
     if baseline and baseline["low"] is not None:
-        label = f"{spelled(arms.baseline)}, interval"
+        label = f"{title_case(arms.baseline)}, interval"
         axes.axvspan(baseline["low"], baseline["high"], color=GREY, alpha=0.25, linewidth=0, label=label)
     if (oracle := arms.best_oracle(metric)) is not None:
         axes.axvline(oracle, color=OCHRE, linestyle=":", linewidth=1.3, label="best oracle")
@@ -94,12 +94,12 @@ def arms_figure(arms: Arms, metric: str) -> Figure:
         marker, face = ("D", "white") if kind == "oracle" else ("o", colour)
         size = 6 if kind == "learned" else 4.5
         axes.plot(estimate["mean"], y, marker, color=colour, markerfacecolor=face, markersize=size)
-    axes.set_yticks(range(len(names)), [spelled(name) for name in reversed(names)])
+    axes.set_yticks(range(len(names)), [title_case(name) for name in reversed(names)])
     axes.grid(visible=False, axis="y")
     for tick, name in zip(axes.get_yticklabels(), reversed(names), strict=True):
         tick.set_fontweight("bold" if arms.kind(name) == "learned" else "normal")
         tick.set_fontstyle("italic" if arms.kind(name) == "oracle" else "normal")
-    _label(axes, title=spelled(metric), x=arms.unit(metric), y="", legend=bool(axes.get_legend_handles_labels()[1]))
+    _label(axes, title=title_case(metric), x=arms.unit(metric), y="", legend=bool(axes.get_legend_handles_labels()[1]))
     return figure
 
 

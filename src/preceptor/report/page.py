@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preceptor.errors import StorageError
-from preceptor.report.arms import COUNTS, LEARNED, Arms, spelled
+from preceptor.report.arms import COUNTS, LEARNED, Arms, title_case
 from preceptor.report.charts import declared_charts, matrices, series_panels
 from preceptor.report.comparison import contrasts, durations, group_labels
 from preceptor.report.curves import other_charts, panels, reward_by_position, standard_charts
@@ -82,7 +82,7 @@ def render(run: RunFolder) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number_or_word, "spelled": spelled, "shade": shade}
+    environment.filters |= {"number": _number_or_word, "title_case": title_case, "shade": shade}
     environment.filters |= {"clipped": clipped, "breadth": breadth}
     result, system = run.result or {}, str((run.result or run.manifest).get("system", "reading"))
     figures = result.get("charts", [])
@@ -117,13 +117,13 @@ def render(run: RunFolder) -> str:
         contrasts=contrasts(run.comparison) if run.comparison else [],
         durations=durations(run.seconds, labels),
         arms=arms_rows(arms),
-        metrics=[(spelled(metric), arms.unit(metric)) for metric in arms.metrics],
+        metrics=[(title_case(metric), arms.unit(metric)) for metric in arms.metrics],
         arm_charts=[arm_chart(arms, metric) for metric in drawn_metrics if metric in short],
         more_arm_charts=[arm_chart(arms, metric) for metric in drawn_metrics if metric not in short],
         intervals=any(e["low"] is not None for metrics in arms.estimates.values() for e in metrics.values()),
-        taught=[spelled(arm) for arm in arms.estimates if arm in arms.taught],
-        baseline=spelled(arms.baseline) if arms.has_interval(arms.baseline) else None,
-        oracles=[spelled(arm) for arm in arms.estimates if arm in arms.oracles],
+        taught=[title_case(arm) for arm in arms.estimates if arm in arms.taught],
+        baseline=title_case(arms.baseline) if arms.has_interval(arms.baseline) else None,
+        oracles=[title_case(arm) for arm in arms.estimates if arm in arms.oracles],
         own_charts=own,
         matrices=[*matrices(figures), *sizes, *(prompt_matrices(decisions) if decisions else [])],
         edit_maps=maps,
@@ -178,14 +178,14 @@ def content_security_policy(style: str, script: str) -> str:
 def headline(run: RunFolder) -> Iterator[tuple[str, str, str]]:
     """The figures at the top of the page: (what, how much, between what)."""
     for split, gap in ((run.result or {}).get("gap_closed") or {}).items():
-        what = f"gap closed, {spelled(split)}"
+        what = f"gap closed, {title_case(split)}"
         if not is_finite(gap.get("mean")):
             yield what, "\N{EN DASH}", str(gap.get("reason") or "undefined")
             continue
         interval = "no interval"
         if gap.get("low") is not None:
             interval = f"{100 * gap['low']:.0f} to {100 * gap['high']:.0f} %".replace("-", "\N{MINUS SIGN}")
-        against = f", to the {spelled(str(gap['oracle']))}" if gap.get("oracle") else ""
+        against = f", to the {title_case(str(gap['oracle']))}" if gap.get("oracle") else ""
         yield what, f"{100 * gap['mean']:.0f} %".replace("-", "\N{MINUS SIGN}"), interval + against
     if run.comparison:
         compared = run.comparison.get("comparisons", [])
@@ -204,7 +204,7 @@ def arms_rows(arms: Arms) -> list[tuple[str, list[str]]]:
     metrics = arms.metrics
     ranked = arms.ordered(metrics[0]) if metrics else []
     return [
-        (spelled(arm), [_cell(arms.estimates[arm].get(metric), count=metric in COUNTS) for metric in metrics])
+        (title_case(arm), [_cell(arms.estimates[arm].get(metric), count=metric in COUNTS) for metric in metrics])
         for arm in [*ranked, *(arm for arm in arms.estimates if arm not in ranked)]
     ]
 
@@ -226,7 +226,7 @@ def flattened(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
         if isinstance(entry, Mapping):
             yield from flattened(entry, f"{name}: ")
         elif isinstance(entry, list) and all(isinstance(part, str | int | float) for part in entry):
-            yield name, clipped(", ".join(spelled(str(part)) for part in entry) or "none", 500)
+            yield name, clipped(", ".join(title_case(str(part)) for part in entry) or "none", 500)
         else:
             words = {None: "unknown", True: "yes", False: "no"} if entry is None or isinstance(entry, bool) else {}
             text = words.get(entry) or (entry if isinstance(entry, str) else json.dumps(entry))

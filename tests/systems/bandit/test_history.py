@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.bandit.environment import Bandit, EpisodeTables, sample_tables
 from preceptor.systems.bandit.history import Episodes, play, round_text
 from preceptor.systems.bandit.policy import Vocabulary, decide

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.bandit import baselines
 from preceptor.systems.bandit.environment import Bandit
 from preceptor.systems.bandit.policy import Vocabulary, decide

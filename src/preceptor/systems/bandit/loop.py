@@ -22,10 +22,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from preceptor.config import to_dict
-from preceptor.lm.load import save_language_model
 from preceptor.lm.sampling import draw
 from preceptor.objectives.advantages import reward_to_go
 from preceptor.run.device import peak_memory_mib
+from preceptor.run.export import MODEL, save_model
 from preceptor.run.random import derived_seed
 from preceptor.systems.bandit import evaluate, history
 from preceptor.systems.bandit.config import BanditConfig
@@ -65,7 +65,7 @@ def train(config: BanditConfig, run: Run, services: Services) -> dict[str, Any]:
         pretrain(setup, state)
         # The checkpoint of the last pretraining step lies before this transition, which a resume from there repeats.
         state.begin_rewards()
-        save_language_model(setup.lm, run.path / "pretrained")
+        save_model(setup.lm.model, setup.lm.tokenizer, run.path / "pretrained")
     run.notice(evaluate.balance_notice(setup, state))
 
     if config.mode == "history":
@@ -77,7 +77,7 @@ def train(config: BanditConfig, run: Run, services: Services) -> dict[str, Any]:
         for n in run.loop(last_step, state):
             run.log(n, step(setup, state, n))
         records, charts = evaluate.evaluate(setup, state)
-    save_language_model(setup.lm, run.path / "model")
+    save_model(setup.lm.model, setup.lm.tokenizer, run.path / MODEL)
     return result(records, config=to_dict(config), seeds=[config.seed]) | {"charts": charts}
 
 

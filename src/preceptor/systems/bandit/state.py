@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.run.guard import NonFiniteGuard, guarded_step
 from preceptor.run.state import copy_tensors, load_optimizer, optimizer_state
 from preceptor.systems.bandit.config import PretrainingOptions, UpdateOptions
