@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from preceptor.errors import DataError
 from preceptor.report.run_folder import read_run
 from preceptor.systems.reading import report
 from preceptor.systems.reading.report import episode_view, reward_by_position, select_episodes
-from tests.report.conftest import build_run  # noqa: F401 - a fixture
+from tests.report.conftest import write_run
 
 ARTICLES = {"a": {"title": "A", "pairs": [{"key": "k0", "value": "v0"}, {"key": "k1", "value": "v1"}]}}
 
@@ -102,8 +101,8 @@ def test_malformed_rows_are_refused(changes: dict[str, Any], message: str) -> No
         episode_view(row(**changes), ARTICLES, where="here")
 
 
-def test_selection_shows_every_arm_and_article_learned_first(build_run: Callable[..., Path], tmp_path: Path) -> None:
-    run = read_run(build_run(tmp_path / "run", num_steps=20, num_episodes=64))
+def test_selection_shows_every_arm_and_article_learned_first(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", num_steps=20, num_episodes=64))
     assert run.decisions is not None
     selection = select_episodes(run.decisions, run.articles)
     groups = [(episode["arm"], episode["article"]) for episode in selection.episodes]
@@ -115,10 +114,8 @@ def test_selection_shows_every_arm_and_article_learned_first(build_run: Callable
     assert numbers == [0, 16, 32, 41, 57]
 
 
-def test_selection_keeps_to_its_budget(
-    build_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = read_run(build_run(tmp_path / "run", num_steps=20))
+def test_selection_keeps_to_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = read_run(write_run(tmp_path / "run", num_steps=20))
     assert run.decisions is not None
     monkeypatch.setattr(report, "MAXIMUM_BYTES", 30_000)
     selection = select_episodes(run.decisions, run.articles)
@@ -126,8 +123,8 @@ def test_selection_keeps_to_its_budget(
     assert len(json.dumps([selection.episodes, selection.articles])) <= 31_000
 
 
-def test_a_bad_line_is_named(build_run: Callable[..., Path], tmp_path: Path) -> None:
-    path = build_run(tmp_path / "run", num_steps=5) / "decisions.jsonl"
+def test_a_bad_line_is_named(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", num_steps=5) / "decisions.jsonl"
     lines = path.read_bytes().split(b"\n")
     lines[6] = lines[6][:100]
     path.write_bytes(b"\n".join(lines))
