@@ -12,7 +12,7 @@ from typing import Any
 
 from preceptor.config import load_config
 from preceptor.errors import ConfigError, did_you_mean, short_repr
-from preceptor.plain_yaml import write_flow
+from preceptor.strict_yaml import write_yaml
 from preceptor.systems import SYSTEMS, SystemInfo
 
 PRETRAINING = SystemInfo("preceptor.pretraining", "PretrainConfig", "train a small language model from text files")
@@ -61,7 +61,7 @@ def configuration(system: SystemInfo, name: str, options: argparse.Namespace) ->
     for flag in {flag for other in SYSTEMS.values() for flag in flags_of(other)} & given.keys() - flags.keys():
         raise ConfigError(f"--{flag.replace('_', '-')} is no option of {name}; its own are {_spelled(flags)}")
     overrides = [
-        f"{key}={value if isinstance(value := given[flag], str) else write_flow(value)}"
+        f"{key}={value if isinstance(value := given[flag], str) else write_yaml(value)}"
         for flag, key in flags.items()
         if flag in given
     ]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from preceptor.config import to_dict
 from preceptor.data.corpus import read_documents
 from preceptor.errors import DataError
 from preceptor.lm.tokenizer import train_bpe_tokenizer
@@ -105,7 +105,7 @@ def train(config: PretrainConfig, run: Run) -> dict[str, Any]:
     return {
         "system": "pretrain",
         "status": "finished",
-        "config": asdict(config),
+        "config": to_dict(config),
         "parameters": model.num_parameters(),
         "tokens": config.optimisation.steps * config.optimisation.batch_size * config.model.context_length,
         "held_out_bits_per_byte": bits_per_byte(model, tokenizer, held_out, context_length=config.model.context_length)
