@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_args, get_origin
 
-from preceptor.cli.systems import config_class, flags_of
+from preceptor.cli.systems import systems
 from preceptor.config import schema
 from preceptor.errors import ConfigError, short_repr
-from preceptor.systems import SYSTEMS
 
 EXIT_CODES = """\
 exit codes:
@@ -66,9 +65,9 @@ def add_system_flags(parser: argparse.ArgumentParser) -> None:
     """An option for every key that a system names in ``FLAGS``; its help is the key's own."""
     group = parser.add_argument_group("keys with an option of their own")
     added: set[str] = set()
-    for name, system in SYSTEMS.items():
-        keys = schema(config_class(system))
-        for flag, key in flags_of(system).items():
+    for name, system in systems().items():
+        keys = schema(system.Config)
+        for flag, key in system.flags.items():
             if flag not in added:
                 added.add(flag)
                 text = COMMON_FLAGS.get(flag) or f"{name}: {keys[key].description}"

@@ -10,10 +10,10 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from preceptor import __version__
 from preceptor.cli import compare, completion, doctor, listing, replay, run, watch
 from preceptor.cli.arguments import EXIT_CODES, Command, Parser
 from preceptor.errors import ConfigError, Interrupted, PreceptorError, StorageError, did_you_mean, short_repr
+from preceptor.version import __version__
 
 COMMANDS: dict[str, Command] = {
     "run": run.RUN,

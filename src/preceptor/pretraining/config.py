@@ -14,7 +14,9 @@ class Source(Options):
 
     path: str = Field("", description="File or folder, relative to data.root.")
     share: float = Field(1.0, gt=0, description="Share of the training tokens, relative to the other sources.")
-    adapter: str = Field("text", description="How a JSONL row becomes a document (see preceptor.data.corpus.ADAPTERS).")
+    adapter: str = Field(
+        "text", description="How a JSONL row becomes a document (see preceptor.data.corpora.corpus.ADAPTERS)."
+    )
     join: int = Field(1, ge=1, description="Number of rows that make one document.")
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from preceptor.config import Options
-from preceptor.data.datasets import Source, source_faults
+from preceptor.data.corpora.datasets import Source, source_faults
 from preceptor.systems.curriculum.choices import ADVANTAGES, BUILTIN, KL_PLACES, LOSSES, REWARDS, RULES
 
 FLAGS = {"model": "model.name", "seed": "seed", "rule": "mixture.rule"}
