@@ -32,9 +32,8 @@ MIN_MODULES = 30
 # Imports point to a lower number only. Each package below `systems` is a room of its own.
 LEVELS = {
     "errors": 0,
+    "strict_yaml": 1,
     "version": 0,
-    "interval": 1,
-    "plain_yaml": 1,
     "config": 2,
     "objectives": 3,
     "lm": 3,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from preceptor.config import from_dict, to_dict
 from preceptor.errors import ConfigError, Interrupted, PreceptorError
-from preceptor.result import Result
+from preceptor.result import Result, write_page
 from preceptor.systems import find_system
 from preceptor.systems.base import Services, System
 from preceptor.systems.configuration import extended_configuration
@@ -151,9 +151,7 @@ def _train(system: System, config: Any, run: Any, services: Services, *, report:
         run.write_result(result)
         write_model_card(run.path)
     if report:
-        from preceptor.report.page import build_report
-
-        build_report(run.path)
+        write_page(run.path)
     return Result(run.path)
 
 
@@ -179,7 +177,6 @@ def compared(
     from preceptor.comparison.result import comparison_of, merged_result
     from preceptor.comparison.runs import grouped
     from preceptor.comparison.write import write_comparison
-    from preceptor.report.page import build_report
 
     if not runs:
         raise ConfigError("nothing to compare; give the folders of finished runs")
@@ -192,6 +189,6 @@ def compared(
     comparison = comparison_of(groups, merged, arms=list(methods), noun=noun)
     if out is None:
         return comparison, None
-    write_comparison(out, comparison, {"verdict": comparison["verdict"], **merged}, runs)
-    build_report(out)
+    write_comparison(out, comparison, {"verdict": comparison["verdict"], **merged}, runs, sections=system.sections)
+    write_page(out)
     return comparison, Result(out)

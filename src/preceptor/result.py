@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import io
 import json
@@ -144,9 +145,7 @@ class Result:
         """The page of the run, written if it is not there yet."""
         page = self.folder / "report.html"
         if not page.is_file():
-            from preceptor.report.page import build_report
-
-            build_report(self.folder)
+            write_page(self.folder)
         return page
 
     def renderables(self) -> Iterator[RenderableType]:
@@ -195,3 +194,22 @@ class Result:
 
 def _cell(value: object) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_page(folder: Path) -> Path:
+    """Writes ``report.html`` of the run or comparison in ``folder``, with what its system shows, and returns its path.
+
+    Raises:
+        DataError: a malformed file.
+        StorageError: the page cannot be written; an older one is then untouched.
+    """
+    from preceptor.report.page import build_report
+    from preceptor.systems import find_system, known_systems
+
+    name = ""
+    for record in ("result.json", "manifest.json"):
+        if not name and (folder / record).is_file():
+            with contextlib.suppress(ValueError, AttributeError):  # a damaged file is named when the page is made
+                name = str(json.loads((folder / record).read_bytes()).get("system", ""))
+    # A run of a package that is not installed here still has its curves and decisions.
+    return build_report(folder, find_system(name).sections if name in known_systems() else None)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import preceptor
 from preceptor.run import environment as env
 
 

@@ -19,7 +19,7 @@ from preceptor.cli.arguments import (
 )
 from preceptor.cli.systems import configuration
 from preceptor.config import dump_yaml
-from preceptor.result import Result
+from preceptor.result import Result, write_page
 from preceptor.run.trackers import TRACKERS
 from preceptor.systems import find_system, known_systems
 from preceptor.systems.base import System
@@ -124,9 +124,7 @@ def _report(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _write_page(folder: Path) -> int:
-    from preceptor.report.page import build_report
-
-    print(f"report:  {build_report(folder)}")
+    print(f"report:  {write_page(folder)}")
     return 0
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.resources
-import json
 import operator
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from preceptor.config import from_dict, load_config, to_dict
 from preceptor.errors import ConfigError, did_you_mean
+from preceptor.strict_yaml import read_yaml, write_yaml
 from preceptor.systems.base import System
 
 
@@ -66,7 +64,7 @@ def extended_configuration(system: System, config: Any, overrides: Iterable[str]
     if isinstance(overrides, Mapping):
         changed = dict(overrides)
     else:
-        changed = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in overrides)}
+        changed = {key: read_yaml(value).value for key, _, value in (text.partition("=") for text in overrides)}
     if refused := [key for key in changed if key not in system.extendable]:
         allowed = f"only {', '.join(system.extendable)} may" if system.extendable else "none may"
         raise ConfigError(
@@ -87,10 +85,18 @@ def extended_configuration(system: System, config: Any, overrides: Iterable[str]
 
 
 def _assignment(key: str, value: Any) -> str:
-    """``key=value`` as it would be typed; YAML reads all JSON."""
+    """``key=value`` as it would be typed."""
     if isinstance(value, Path):
         value = str(value)
-    return f"{key}={value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)}"
+    return f"{key}={value if isinstance(value, str) else write_yaml(_plain(value))}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def preset_folder(system: System) -> Any:

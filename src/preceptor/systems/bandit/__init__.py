@@ -12,6 +12,7 @@ SYSTEM = System(
     streams=("windows", "dropout", "prompts", "actions", "environment", "references"),
     train=lazy("preceptor.systems.bandit.loop:train"),
     result=lazy("preceptor.systems.bandit.result:result"),
+    sections=lazy("preceptor.systems.bandit.report:sections"),
     verify=lazy("preceptor.systems.bandit.verify:verify"),
     flags=FLAGS,
     choices=CHOICES,

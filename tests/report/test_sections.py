@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from preceptor.errors import DataError
-from preceptor.report.charts import declared_charts, matrices, series_panels
-from preceptor.report.curves import curve, other_charts, panels
+from preceptor.report.curves import curve, other_lines, panels, series_panel
+from preceptor.report.matrix import shaded_table
+from preceptor.report.sections import Lines, Matrix, Series, declared_figures
 
 LINES = {
     "kind": "lines", "title": "Weights", "unit": "share", "columns": {"weights.a.b": "books", "weights.c": "code"},
@@ -15,8 +18,20 @@ LINES = {
 ROWS = [{"step": k, "weights": {"a.b": k / 10, "c": 1 - k / 10}, "loss": 2.0, "name": "x"} for k in range(5)]
 
 
+def lines_of(chart: dict[str, Any]) -> list[Lines]:
+    (figure,) = declared_figures([chart])
+    assert isinstance(figure, Lines)
+    return [figure]
+
+
+def matrix_of(chart: dict[str, Any]) -> Matrix:
+    (figure,) = declared_figures([chart])
+    assert isinstance(figure, Matrix)
+    return figure
+
+
 def test_columns_of_columns_are_drawn_against_level_lines() -> None:
-    (panel,), left_out = panels(ROWS, declared_charts([LINES]))
+    (panel,), left_out = panels(ROWS, lines_of(LINES))
     assert left_out == []
     assert [(c.label, c.values) for c in panel.curves] == [
         ("books", [0.0, 0.1, 0.2, 0.3, 0.4]),
@@ -33,8 +48,8 @@ def test_a_name_with_a_dot_is_found_whole_first() -> None:
 
 
 def test_columns_that_nothing_draws_get_a_chart_of_their_own() -> None:
-    assert [chart.name for chart in other_charts(ROWS, declared_charts([LINES]))] == ["other-loss"]
-    assert [chart.name for chart in other_charts([{"step": 1, "seconds": 1.0, "flag": True}], [])] == []
+    assert [lines.title for lines in other_lines(ROWS, lines_of(LINES))] == ["loss"]
+    assert other_lines([{"step": 1, "seconds": 1.0, "flag": True}], []) == []
 
 
 def test_series_are_thinned_and_leave_out_what_is_not_finite() -> None:
@@ -43,9 +58,12 @@ def test_series_are_thinned_and_leave_out_what_is_not_finite() -> None:
         "lines": {"a": [float(k) for k in range(1000)], "b": [None] * 1000},
         "bands": {"a": [[k - 1.0 for k in range(1000)], [k + 1.0 for k in range(1000)]]},
     }  # fmt: skip
-    (panel,) = series_panels([chart, LINES])
+    (figure,) = declared_figures([chart])
+    assert isinstance(figure, Series)
+    panel = series_panel(figure)
+    assert panel is not None
     (only,) = panel.curves
-    assert panel.chart.x_label == "pull"
+    assert panel.x_label == "pull"
     assert len(only.steps) == 300
     assert (only.steps[-1], only.values[-1], only.low[-1], only.high[-1]) == (999, 999.0, 998.0, 1000.0)
 
@@ -55,14 +73,16 @@ def test_a_matrix_is_shaded_from_low_to_high_and_says_its_numbers() -> None:
         "kind": "matrix", "title": "Crossing", "unit": "probability", "rows": ["r"], "columns": ["a", "b", "c"],
         "values": [[0.0, 0.5, 1.0]], "low": 0.0, "high": 1.0,
     }  # fmt: skip
-    ((name, cells),) = matrices([chart])[0].rows
+    ((name, cells),) = shaded_table(matrix_of(chart)).rows
     assert name == "r"
     assert [(cell.text, cell.shade) for cell in cells] == [("0.000", 0), ("0.500", 4), ("1.000", 7)]
-    free = matrices([{**chart, "low": None, "high": None, "values": [[2.0, float("nan"), 2.0]]}])[0].rows[0][1]
+    free = shaded_table(matrix_of({**chart, "low": None, "high": None, "values": [[2.0, float("nan"), 2.0]]})).rows[0][
+        1
+    ]
     assert [(cell.text, cell.shade) for cell in free] == [("2", 0), ("\N{EN DASH}", None), ("2", 0)]
 
 
 @pytest.mark.parametrize("chart", [{"kind": "pie", "title": "", "unit": ""}, {"kind": "lines", "title": "x"}, 3])
 def test_a_malformed_chart_is_named(chart: object) -> None:
     with pytest.raises(DataError, match=r"a chart of result\.json"):
-        declared_charts([chart])  # type: ignore[list-item]
+        declared_figures([chart])

@@ -1,13 +1,15 @@
-"""Plain values (mappings, lists, text, numbers, truth values, null) as YAML text, read strictly and written exactly.
+"""Plain values (mappings, lists, text, numbers, truth values, null) as YAML, read strictly and written exactly.
 
 Bare words mean what YAML 1.2 says, not what PyYAML makes of them: ``1e-5`` is a number; ``no``, ``1:30`` and
 ``2024-01-01`` are text. Anchors, aliases and tags are refused, so a text is never larger than it looks and never names
-a Python object.
+a Python object. There is no word for NaN.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import yaml
@@ -17,16 +19,24 @@ from preceptor.errors import short_repr
 
 MAX_DEPTH = 8
 
-_INTEGER = re.compile(r"[-+]?[0-9]{1,100}")
-_NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_INFINITY = re.compile(r"[-+]?\.(inf|Inf|INF)")
-_NOT_A_NUMBER = re.compile(r"\.(nan|NaN|NAN)")
+_TAG = "tag:yaml.org,2002:"
 _WORDS = {
-    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
-    **dict.fromkeys(("true", "True", "TRUE"), True),
-    **dict.fromkeys(("false", "False", "FALSE"), False),
+    "null": (re.compile(r"(~|null|Null|NULL|)\Z"), ["~", "n", "N", ""]),
+    "bool": (re.compile(r"(true|True|TRUE|false|False|FALSE)\Z"), list("tTfF")),
+    # Python refuses to read more than 4,300 digits; a hundred are enough for any count.
+    "int": (re.compile(r"[-+]?[0-9]{1,100}\Z"), list("-+0123456789")),
+    "float": (
+        re.compile(r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF))\Z"),
+        list("-+.0123456789"),
+    ),
 }
-_NEEDS_NO_QUOTES = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*")
+"""What an unquoted word can be besides text: its pattern, and the characters with which it can begin."""
+_VALUES: dict[str, Callable[[str], Any]] = {
+    "null": lambda text: None,
+    "bool": lambda text: text.lower() == "true",
+    "int": int,
+    "float": lambda text: float(text.lower().replace(".inf", "inf")),
+}
 
 
 class Document(NamedTuple):
@@ -49,53 +59,29 @@ def read_yaml(text: str) -> Document:
     """
     document = Document(None, {}, [])
     try:
-        node = _Loader(text).get_single_node()
-        return document._replace(value=_value(node, "", document))
+        return document._replace(value=_value(_Loader(text).get_single_node(), "", document))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = " ".join((getattr(error, "problem", None) or str(error)).split())
         return Document(None, {}, [f"{mark.line + 1 if mark else 1}: not valid YAML: {problem}"])
 
 
-def number(text: str) -> float | None:
-    """The number that ``text`` spells in YAML, or None; never NaN."""
-    if _INFINITY.fullmatch(text):
-        return float(text.replace(".", ""))
-    return float(text) if _NUMBER.fullmatch(text) else None
-
-
-def write_flow(value: Any) -> str:
+def write_yaml(value: Any) -> str:
     """``value`` in one line of YAML; :func:`read_yaml` gives the same value and types back.
 
-    >>> write_flow({"rate": 1e-05, "title": "no: 1", "layers": [1, None]})
-    '{rate: 1e-05, title: "no: 1", layers: [1, null]}'
+    >>> write_yaml({"rate": 1e-05, "title": "no: 1", "layers": [1, None], "text": "1e5"})
+    "{rate: 1.0e-05, title: 'no: 1', layers: [1, null], text: '1e5'}"
     """
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{write_flow(key)}: {write_flow(item)}' for key, item in value.items())}}}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(write_flow, value))}]"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, float) and value in (float("inf"), float("-inf")):
-        return ".inf" if value > 0 else "-.inf"
-    if not isinstance(value, str):
-        return repr(value)
-    if _NEEDS_NO_QUOTES.fullmatch(value) and value not in _WORDS:
-        return value
-    return f'"{"".join(map(_escaped, value))}"'
-
-
-def _escaped(character: str) -> str:
-    if character in '"\\':
-        return "\\" + character
-    if character in "\n\t":
-        return "\\n" if character == "\n" else "\\t"
-    return character if character.isprintable() else f"\\U{ord(character):08x}"
+    text = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf, sort_keys=False
+    )
+    return text.removesuffix("...\n").rstrip("\n")
 
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's composer without anchors, aliases and tags, and with a limit on nesting."""
 
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML adds to it; none of YAML 1.1's are wanted
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -115,15 +101,31 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's writer, which quotes what YAML 1.1 or 1.2 would take for something else than text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_str(self, data: str) -> Any:
+        # Only in double quotes has every character an escape, line breaks of all kinds among them.
+        return self.represent_scalar(f"{_TAG}str", data, style=None if data.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+for _name, (_pattern, _first) in _WORDS.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_TAG + _name, _pattern, _first)
+
+
 def _value(node: Any, path: str, document: Document) -> Any:
     """The plain value of a composed ``node``; notes lines and problems of its keys in ``document``."""
+    if node is None:
+        return None
     if isinstance(node, yaml.SequenceNode):
         return [_value(item, f"{path}[{index}]", document) for index, item in enumerate(node.value)]
     if isinstance(node, yaml.ScalarNode):
-        quoted = node.style is not None
-        return node.value if quoted else _bare_word(node.value)
-    if node is None:
-        return None
+        return _VALUES.get(node.tag.removeprefix(_TAG), str)(node.value)
     found: dict[str, Any] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
@@ -133,22 +135,9 @@ def _value(node: Any, path: str, document: Document) -> Any:
             document.problems.append(f"{line}: a key must be a word, not a list or a mapping")
         elif key in found:
             first = document.lines[inner]
-            document.problems.append(
-                f"{line}: the key {short_repr(inner)} is given twice, first in line {first}; keep one"
-            )
+            problem = f"{line}: the key {short_repr(inner)} is given twice, first in line {first}; keep one"
+            document.problems.append(problem)
         else:
             document.lines[inner] = line
             found[key] = _value(value_node, inner, document)
     return found
-
-
-def _bare_word(text: str) -> Any:
-    """What an unquoted word means: null, a truth value, a number, or text."""
-    if text in _WORDS:
-        return _WORDS[text]
-    if _INTEGER.fullmatch(text):
-        return int(text)
-    if _NOT_A_NUMBER.fullmatch(text):
-        return float("nan")
-    numeric = number(text)
-    return text if numeric is None else numeric

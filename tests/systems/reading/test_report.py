@@ -1,16 +1,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from preceptor.errors import DataError
-from preceptor.report import trajectories
 from preceptor.report.run_folder import read_run
-from preceptor.report.trajectories import clipped, episode_view, select_episodes
+from preceptor.systems.reading import report
+from preceptor.systems.reading.report import episode_view, reward_by_position, select_episodes
+from tests.report.conftest import write_run
 
 ARTICLES = {"a": {"title": "A", "pairs": [{"key": "k0", "value": "v0"}, {"key": "k1", "value": "v1"}]}}
 
@@ -101,8 +101,8 @@ def test_malformed_rows_are_refused(changes: dict[str, Any], message: str) -> No
         episode_view(row(**changes), ARTICLES, where="here")
 
 
-def test_selection_shows_every_arm_and_article_learned_first(build_run: Callable[..., Path], tmp_path: Path) -> None:
-    run = read_run(build_run(tmp_path / "run", num_steps=20, num_episodes=64))
+def test_selection_shows_every_arm_and_article_learned_first(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", num_steps=20, num_episodes=64))
     assert run.decisions is not None
     selection = select_episodes(run.decisions, run.articles)
     groups = [(episode["arm"], episode["article"]) for episode in selection.episodes]
@@ -114,19 +114,17 @@ def test_selection_shows_every_arm_and_article_learned_first(build_run: Callable
     assert numbers == [0, 16, 32, 41, 57]
 
 
-def test_selection_keeps_to_its_budget(
-    build_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = read_run(build_run(tmp_path / "run", num_steps=20))
+def test_selection_keeps_to_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = read_run(write_run(tmp_path / "run", num_steps=20))
     assert run.decisions is not None
-    monkeypatch.setattr(trajectories, "MAXIMUM_BYTES", 30_000)
+    monkeypatch.setattr(report, "MAXIMUM_BYTES", 30_000)
     selection = select_episodes(run.decisions, run.articles)
     assert 1 <= len(selection.episodes) < 19
     assert len(json.dumps([selection.episodes, selection.articles])) <= 31_000
 
 
-def test_a_bad_line_is_named(build_run: Callable[..., Path], tmp_path: Path) -> None:
-    path = build_run(tmp_path / "run", num_steps=5) / "decisions.jsonl"
+def test_a_bad_line_is_named(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", num_steps=5) / "decisions.jsonl"
     lines = path.read_bytes().split(b"\n")
     lines[6] = lines[6][:100]
     path.write_bytes(b"\n".join(lines))
@@ -134,6 +132,10 @@ def test_a_bad_line_is_named(build_run: Callable[..., Path], tmp_path: Path) -> 
         select_episodes(path, {})
 
 
-def test_clipped_says_that_it_clipped() -> None:
-    assert clipped("abcdef", 4) == "abc\N{HORIZONTAL ELLIPSIS}"
-    assert clipped("abcd", 4) == "abcd"
+def test_reward_by_position_compares_first_and_last_tenth() -> None:
+    rows = [{"step": k, "reward_by_position": [float(k), 10.0 * k]} for k in range(20)]
+    rows[0]["reward_by_position"] = [0.0]  # a shorter trajectory
+    series = reward_by_position(rows)
+    assert series is not None
+    assert series.lines == {"last tenth of the steps": [18.5, 185.0], "first tenth": [0.5, 10.0]}
+    assert reward_by_position([{"step": 1}]) is None

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
-from preceptor.report.edits import CELL, LEFT, MAXIMUM_EDITS, TOP, action_names, edit_maps
+from preceptor.report.matrix import shaded_table
+from preceptor.report.sections import Matrix, Squares
+from preceptor.report.squares import CELL, LEFT, MAXIMUM_ACTIONS, TOP, square_chart
+from preceptor.systems.surgery.report import action_names, edit_figures
 
 CONFIG: dict[str, Any] = {
     "edit": {"kind": "head_scale", "roles": ["output", "query"], "layers": [3]},
@@ -31,7 +34,11 @@ def squares(path: str) -> list[tuple[float, float, float]]:
 
 def test_numbers_are_squares_in_their_column_and_row(tmp_path: Path) -> None:
     row = {"arm": "learned", "edit": 1, "action": [1.0, -0.25, 0.0, 0.5], "reward": 0.125, "committed": True}
-    ((drawn,), (sizes,)) = edit_maps(written(tmp_path, [row]), CONFIG)
+    diagram, matrix = edit_figures(written(tmp_path, [row]), CONFIG)
+    assert isinstance(diagram, Squares)
+    assert isinstance(matrix, Matrix)
+    assert diagram.title == "learned: 1 of 1 committed"
+    drawn, sizes = square_chart(diagram), shaded_table(matrix)
     assert [label.label for label in drawn.labels] == [
         "layer 3 query head 1",
         "head 2",
@@ -46,17 +53,20 @@ def test_numbers_are_squares_in_their_column_and_row(tmp_path: Path) -> None:
     # The area is the size: a quarter has half the side.
     assert second[2] == pytest.approx(first[2] / 2)
     assert zero[2] == 0
-    assert [(column.text, column.committed) for column in drawn.columns] == [("edit 1, reward 0.125, committed", True)]
+    assert [(column.text, column.marked) for column in drawn.columns] == [("edit 1, reward 0.125, committed", True)]
     assert sizes.columns == ["layer 3 query", "layer 3 output"]
     assert [cell.text for cell in sizes.rows[0][1]] == ["0.625", "0.250"]
 
 
 def test_of_many_edits_the_committed_ones_are_drawn(tmp_path: Path) -> None:
     rows = [{"arm": "a", "edit": k, "action": [0.5], "reward": 0.0, "committed": k % 100 == 50} for k in range(1_000)]
-    ((drawn,), _) = edit_maps(written(tmp_path, rows), {})
-    assert len(drawn.columns) == MAXIMUM_EDITS
-    assert sum(column.committed for column in drawn.columns) == drawn.num_committed == 10
-    assert drawn.num_edits == 1_000
+    diagram, _ = edit_figures(written(tmp_path, rows), {})
+    assert isinstance(diagram, Squares)
+    drawn = square_chart(diagram)
+    assert len(drawn.columns) == MAXIMUM_ACTIONS
+    assert sum(column.marked for column in drawn.columns) == 10
+    assert diagram.title == "a: 10 of 1000 committed"
+    assert drawn.note == f"{MAXIMUM_ACTIONS} are drawn, evenly spaced, marked ones by preference"
 
 
 def test_numbers_that_fit_no_layout_are_numbered() -> None:
@@ -68,7 +78,7 @@ def test_numbers_that_fit_no_layout_are_numbered() -> None:
 
 def test_other_decisions_have_no_map(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"arm": "a", "action": "left", "committed": True}, {"action": [1.0]}, {"x": 1}]
-    assert edit_maps(written(tmp_path, rows), CONFIG) == ([], [])
+    assert edit_figures(written(tmp_path, rows), CONFIG) == []
 
 
 def test_the_names_are_those_of_the_surgeons_own_targets() -> None:

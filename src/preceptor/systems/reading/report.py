@@ -1,35 +1,107 @@
-"""Episodes of ``decisions.jsonl`` as the page shows them: step by step, what was asked, drawn, read and earned."""
+"""What the page shows of a reading run: the article in the learned order, the curves, and episodes step by step."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from preceptor.errors import DataError
 from preceptor.report.arms import LEARNED
 from preceptor.report.curves import evenly_spaced
-from preceptor.report.run_folder import JsonObject, is_finite, parse_row, read_rows
+from preceptor.report.decisions import decisions_section
+from preceptor.report.drawing import clipped
+from preceptor.report.run_folder import JsonObject, RunFolder, is_finite, parse_row, read_rows
+from preceptor.report.sections import GENERAL_LINES, Episodes, Figure, Lines, Passages, Section, Series
 
 MAXIMUM_EPISODES = 150
 MAXIMUM_BYTES = 3_000_000
 """Of the episodes as JSON; with the rest of the page it stays below 5 MB."""
-MAXIMUM_CHARACTERS = 2_000
-"""Of one text; an article may hold a line of a megabyte."""
+MAXIMUM_ORDERS = 20
+"""Articles whose order is written out."""
+
+LINES = (
+    Lines("Reward", "nats per value token", {"reward": "reward"}),
+    Lines("Normalised reward", "nats per value token", {"normalised_reward": "normalised"}),
+    Lines("Gap closed, training", "share", {"gap_closed_train": "gap closed"}),
+    Lines(
+        "Query entropy",
+        "nats per token",
+        {"query_entropy": "query entropy"},
+        maximum=("query_entropy_maximum", "maximum"),
+    ),
+    Lines("Selection entropy", "share of ln(remaining)", {"selection_entropy": "selection entropy"}, limits=(0.0, 1.0)),
+    Lines("KL on value tokens", "nats per token", {"kl": "KL"}),
+    Lines("Selection KL", "nats per step", {"selection_kl": "selection KL"}),
+    Lines("Kept by the filter", "share", {"passed_fraction": "kept"}, limits=(0.0, 1.0)),
+    *GENERAL_LINES[2:],
+)
 
 
-@dataclass(frozen=True)
-class Selection:
-    """The episodes chosen for the page, how many the run has, and the texts that they read."""
+def sections(run: RunFolder) -> list[Section]:
+    """The learned order first, then episodes to step through, then the curves."""
+    found = []
+    if orders := _orders(run):
+        found.append(Section("The article in the learned order", orders))
+    if run.decisions is not None and _are_readings(run.decisions):
+        selection = select_episodes(run.decisions, run.articles)
+        lead = (
+            f"{len(selection.episodes)} of {selection.num_episodes:,} recorded episodes. Each square is a token: the "
+            "stronger its colour, the less likely it was."
+        )
+        found.append(Section("A reading, step by step", [selection], lead=lead))
+    else:
+        found += decisions_section(run)
+    curves: list[Figure] = [*LINES]
+    if (positions := reward_by_position(run.metrics)) is not None:
+        curves.append(positions)
+    return [*found, Section("Training", curves)]
 
-    episodes: list[JsonObject]
-    num_episodes: int
-    articles: dict[str, JsonObject]
+
+def _orders(run: RunFolder) -> list[Passages]:
+    """The most likely order of each article that the result names."""
+    orders = (run.result or {}).get("order") or {}
+    if not isinstance(orders, dict):
+        raise DataError(f"{run.path / 'result.json'}: 'order' must map an article to a list, got {orders!r:.80}.")
+    found = []
+    for name, order in list(orders.items())[:MAXIMUM_ORDERS]:
+        article = article_view(run.articles, name)
+        pairs = article["pairs"]
+        rows = [(index, *pairs[index]) for index in order if isinstance(index, int) and 0 <= index < len(pairs)]
+        found.append(Passages(article["title"], rows, note="Places in the article stand on the left."))
+    return found
 
 
-def select_episodes(decisions: Path, articles: Mapping[str, JsonObject]) -> Selection:
+def reward_by_position(rows: Sequence[JsonObject], *, share: float = 0.1) -> Series | None:
+    """Mean reward at each position of the trajectory over the first and over the last ``share`` of the steps.
+
+    A position that some steps lack is averaged over those that have it. ``None`` where the column is absent.
+    """
+    lists = [row["reward_by_position"] for row in rows if isinstance(row.get("reward_by_position"), list)]
+    if not lists:
+        return None
+    count = max(1, int(len(lists) * share))
+    lines = {
+        "last tenth of the steps": _mean_by_position(lists[-count:]),
+        "first tenth": _mean_by_position(lists[:count]),
+    }
+    places = range(1, max(map(len, lines.values())) + 1)
+    return Series("Reward by position", "nats per value token", "position", places, lines)
+
+
+def _mean_by_position(lists: Sequence[list[Any]]) -> list[float]:
+    columns = [[row[k] for row in lists if k < len(row) and is_finite(row[k])] for k in range(max(map(len, lists)))]
+    return [sum(column) / len(column) for column in columns if column]
+
+
+def _are_readings(decisions: Path) -> bool:
+    """Whether the rows are episodes that can be stepped through; rows of older versions may not be."""
+    return any("reader_spans" in row for _, row in itertools.islice(read_rows(decisions), 1))
+
+
+def select_episodes(decisions: Path, articles: Mapping[str, JsonObject]) -> Episodes:
     """Episodes of every arm and article within the page's budget, the learned arm first.
 
     Of each arm on each article the last episode is taken, then, while room is left, the first and some in between.
@@ -58,7 +130,7 @@ def select_episodes(decisions: Path, articles: Mapping[str, JsonObject]) -> Sele
             chosen.append((number, episode))
             used |= texts
     chosen.sort(key=lambda entry: (entry[1]["arm"] != LEARNED, entry[1]["arm"], entry[1]["article"], entry[0]))
-    return Selection([episode for _, episode in chosen], count, used)
+    return Episodes([episode for _, episode in chosen], count, used)
 
 
 def article_view(articles: Mapping[str, JsonObject], name: str) -> JsonObject:
@@ -128,12 +200,6 @@ def episode_view(row: JsonObject, articles: Mapping[str, JsonObject], *, where: 
         "steps": steps,
         "probes": _mean(probes),
     }
-
-
-def clipped(text: object, maximum: int = MAXIMUM_CHARACTERS) -> str:
-    """A text cut to ``maximum`` characters, an ellipsis saying so."""
-    string = str(text)
-    return string if len(string) <= maximum else string[: maximum - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def _spread(found: Sequence[Any]) -> Sequence[Any]:
