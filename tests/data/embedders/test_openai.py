@@ -381,7 +381,7 @@ def test_a_key_that_no_header_can_hold_is_refused_unquoted(tmp_path: Path, key: 
 def test_all_faults_of_the_settings_are_told_together(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         OpenAIEmbedder(
-            "some-model",
+            "text-embedding-3-smal",
             api_key="",
             cache_dir=tmp_path,
             max_usd=1.0,
@@ -392,7 +392,7 @@ def test_all_faults_of_the_settings_are_told_together(tmp_path: Path) -> None:
             usd_per_million_tokens=float("nan"),
         )
     assert len(caught.value.faults) == 7
-    assert "'some-model' is not one of text-embedding-ada-002" in str(caught.value)
+    assert "(did you mean 'text-embedding-3-small'?)" in str(caught.value)
     assert "state the dimension" in str(caught.value)
     assert "secret" not in str(caught.value)
     for model, dimensions in [

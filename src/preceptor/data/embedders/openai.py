@@ -21,7 +21,7 @@ from torch import Tensor
 from preceptor.data.embedders.answer import read_answer
 from preceptor.data.embedders.base import require_texts
 from preceptor.data.embedders.paid_cache import PaidCache, Vector, text_key
-from preceptor.errors import ConfigError, DataError, MissingExtraError, PreceptorError, ServiceError
+from preceptor.errors import ConfigError, DataError, MissingExtraError, PreceptorError, ServiceError, did_you_mean
 
 OPENAI_URL = "https://api.openai.com/v1"
 PRICES_AS_OF = "2026-05"
@@ -286,7 +286,10 @@ def _faults(
 ) -> Iterator[str]:
     known = MODELS.get(model)
     if known is None and dimensions is None:
-        yield f"embedding model {model!r} is not one of {', '.join(MODELS)}; state the dimension of its vectors"
+        yield (
+            f"embedding model {model!r} is not one of {', '.join(MODELS)}{did_you_mean(model, MODELS)}; "
+            "state the dimension of its vectors"
+        )
     elif known and dimensions is not None and not known.shortens and dimensions != known.dimension:
         yield f"{model} cannot shorten its vectors, got dimensions={dimensions}; leave it out"
     elif dimensions is not None and not 1 <= dimensions <= (known.dimension if known else 1 << 16):

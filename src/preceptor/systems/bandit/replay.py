@@ -9,14 +9,14 @@ from typing import Any
 from preceptor.errors import DataError
 from preceptor.run.metrics import read_jsonl
 from preceptor.run.random import RandomStreams
-from preceptor.run.replayed import Replayed
 from preceptor.systems.bandit.config import BanditConfig
 from preceptor.systems.bandit.history import sample_tables
 from preceptor.systems.bandit.laboratory import as_bandit, reward_tables
 from preceptor.systems.bandit.train import STREAMS
+from preceptor.systems.base import Replayed, Services
 
 
-def replay(config: BanditConfig, folder: Path) -> Iterator[Replayed]:
+def replay(config: BanditConfig, folder: Path, services: Services) -> Iterator[Replayed]:
     """Every recorded reward of the run in ``folder`` beside the one that its bandit pays for the recorded word.
 
     Raises:

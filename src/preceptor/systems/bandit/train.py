@@ -40,12 +40,13 @@ from preceptor.systems.bandit.result import bandit_result
 
 if TYPE_CHECKING:
     from preceptor.run.folder import Run
+    from preceptor.systems.base import Services
 
 STREAMS = ("windows", "dropout", "prompts", "actions", "bandits", "environment", "references")
 PROGRESS_COLUMNS = {"loss": "loss", "reward": "reward", "kl": "KL", "best_word": "P(best)", "entropy": "entropy"}
 
 
-def train(config: BanditConfig, run: Run) -> dict[str, Any]:
+def train(config: BanditConfig, run: Run, services: Services) -> dict[str, Any]:
     """Pre-train, validate, learn from rewards, cross the contexts, compare; gives ``result.json``.
 
     The model before the first reward is saved as ``run.path / "pretrained"``, for other runs to start from.

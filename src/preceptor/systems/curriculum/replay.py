@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from preceptor.errors import DataError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.objectives.mixture import make_mixture
 from preceptor.run.metrics import read_jsonl
 from preceptor.run.random import derived_seed
-from preceptor.run.replayed import Replayed
+from preceptor.systems.base import Replayed, Services
 from preceptor.systems.curriculum.arms import Arm, plan_arms
 from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.decisions import difficulty_of, rollouts_of
@@ -29,7 +29,7 @@ from preceptor.systems.curriculum.policy_model import build_policy
 from preceptor.systems.curriculum.rewards import reward_terms, score
 
 
-def replay(config: CurriculumConfig, folder: Path) -> Iterator[Replayed]:
+def replay(config: CurriculumConfig, folder: Path, services: Services) -> Iterator[Replayed]:
     """Every recorded number of the teacher beside the same one computed again.
 
     Args:

@@ -35,6 +35,7 @@ from preceptor.systems.curriculum.validation import held_out_rewards, macro_mean
 
 if TYPE_CHECKING:
     from preceptor.run.folder import Run
+    from preceptor.systems.base import Services
 
 STREAMS = ("difficulty", "prompt", "rollout", "minibatch")
 PROGRESS_COLUMNS = {
@@ -47,7 +48,7 @@ PROGRESS_COLUMNS = {
 }
 
 
-def train(config: CurriculumConfig, run: Run) -> dict[str, Any]:
+def train(config: CurriculumConfig, run: Run, services: Services) -> dict[str, Any]:
     """Train every arm of ``config`` inside ``run`` and compare them; gives ``result.json``.
 
     The best and the last policy of the first arm are saved as model folders, ``best_model`` and ``model``.

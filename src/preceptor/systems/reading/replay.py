@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from preceptor.errors import DataError, StorageError
-from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import load_language_model
+from preceptor.lm.model import LanguageModel
 from preceptor.run.device import parse_dtype
 from preceptor.run.files import storage_errors
 from preceptor.run.metrics import read_jsonl
-from preceptor.run.replayed import Replayed
+from preceptor.systems.base import Replayed, Services
 from preceptor.systems.reading.config import ReadingConfig
 from preceptor.systems.reading.credit import probe_rewards, value_rewards
 from preceptor.systems.reading.material import Material, Reading, Row, encode_reading
@@ -31,7 +31,7 @@ BATCH = 64
 """Decisions that are scored together."""
 
 
-def replay(config: ReadingConfig, folder: Path, **_needs: Any) -> Iterator[Replayed]:
+def replay(config: ReadingConfig, folder: Path, services: Services) -> Iterator[Replayed]:
     """Three comparisons for every decision of the run in ``folder``.
 
     Its reward (nats per token); how many tokens of the policy's and the reader's rows are others than the named pairs

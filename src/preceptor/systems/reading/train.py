@@ -16,7 +16,6 @@ At the end every control is measured beside the learned policy, on training and 
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +42,7 @@ from preceptor.systems.reading.update import Coefficients, accumulate_gradient
 
 if TYPE_CHECKING:
     from preceptor.run.folder import Run
+    from preceptor.systems.base import Services
 
 STREAMS = (
     "article",
@@ -66,16 +66,15 @@ PROGRESS_COLUMNS = {
 }
 
 
-def train(config: ReadingConfig, run: Run, *, cache_dir: Path, openai_api_key: str | None = None) -> dict[str, Any]:
+def train(config: ReadingConfig, run: Run, services: Services) -> dict[str, Any]:
     """Train the policy of ``config`` inside ``run`` and measure it beside its controls; gives ``result.json``.
 
     Args:
         config: the whole configuration.
         run: folder, streams and checkpoints; streams are :data:`STREAMS`.
-        cache_dir: downloads and bought embeddings.
-        openai_api_key: for the openai embedder.
+        services: cache folder and keys.
     """
-    classroom = prepare(config, run, cache_dir=cache_dir, openai_api_key=openai_api_key)
+    classroom = prepare(config, run, cache_dir=services.cache_dir, openai_api_key=services.openai_api_key)
     return learn(config, run, classroom)
 
 
