@@ -25,7 +25,7 @@ Checks, a line each: ok, warn or fail, with a figure and what to do.
   preceptor doctor reading --model DIR    before a run, with the options that the run will have
   preceptor doctor runs/mine              a run that was made: hashes, logs, lock, environment
 
-Before a run: model and tokenizer load, control tokens cannot come from data, the kept cache equals encoding anew, the
+Before a run: model and tokenizer load, control tokens cannot come from data, the KV cache equals encoding anew, the
 probability ratio is 1 and the KL 0 before the first step, what is sampled is what is scored, the gradient reaches
 exactly what is to learn, the reference stays frozen; then the run itself begins in a folder that is thrown away, to
 forecast time and memory. It ends with exit code 7 if a check fails.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import preceptor
-from preceptor.lm.kernels import kernel_library
+from preceptor.lm.cpu.kernels import kernel_library
 
 EXACT = (
     *("preceptor", "torch", "transformers", "machine", "cpu", "device", "threads"),

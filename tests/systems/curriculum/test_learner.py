@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from preceptor.config import load_config
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum.arms import Arm
 from preceptor.systems.curriculum.config import (
     CurriculumConfig,

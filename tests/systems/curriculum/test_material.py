@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from preceptor.errors import DataError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum.choices import BUILTIN
 from preceptor.systems.curriculum.config import DataOptions, DatasetOptions
 from preceptor.systems.curriculum.material import draw_prompts, evenly, prompt_of, read_corpora

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from preceptor.errors import ConfigError, DataError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum import choices, rewards
 from preceptor.systems.curriculum.config import RewardOptions
 from preceptor.systems.curriculum.rewards import RewardTerm, load_function, reward_terms, score, usable_rows

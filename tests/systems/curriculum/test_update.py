@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum.config import PPOOptions
 from preceptor.systems.curriculum.credit import Credit
 from preceptor.systems.curriculum.rollout import (

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.objectives.statistics import RunningMoments
 from preceptor.run.checkpoint import Checkpoint, copy_tensors, load_optimizer, optimizer_tensors
 from preceptor.run.folder import Run

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from preceptor.lm import kernels
-from preceptor.lm.kernels import kernel_library
+from preceptor.lm.cpu import kernels
+from preceptor.lm.cpu.kernels import kernel_library
 
 COMPILER = kernels.shutil.which("cc")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler here")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from preceptor.errors import ShapeError
-from preceptor.lm import selective
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm import log_probs as lm_log_probs
+from preceptor.lm.log_probs import chosen_log_probs
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
-from preceptor.lm.selective import chosen_log_probs
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -53,7 +53,7 @@ def test_a_case_by_hand() -> None:
 def test_every_blocking_gives_the_definition(
     chunk_logits: int, chunk_rows: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selective, "_CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(lm_log_probs, "_CHUNK_ROWS", chunk_rows)
     states, weight = random(9, 5), random(13, 5, seed=1)
     bias = random(13, seed=2) if with_bias else None
     tokens = torch.tensor([0, 12, 5, 5, 1, 11, 3, 0, 7])
@@ -66,7 +66,7 @@ def test_every_blocking_gives_the_definition(
 @pytest.mark.parametrize("kept_logits", [65, 66])
 def test_gradients(chunk_logits: int, kept_logits: int, chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """6 × 11 logits, made again for the backward pass or kept for it."""
-    monkeypatch.setattr(selective, "_CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(lm_log_probs, "_CHUNK_ROWS", chunk_rows)
     leaves = [
         random(6, 4).requires_grad_(),
         random(11, 4, seed=1).requires_grad_(),
@@ -136,7 +136,7 @@ def test_autocast_multiplies_in_bfloat16_and_sums_in_float32() -> None:
 
 def test_gradients_of_bfloat16_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """600 blocks add ½ and −½ to the weights: a sum in bfloat16 would stand still at 128, where ½ is rounded away."""
-    monkeypatch.setattr(selective, "_CHUNK_ROWS", 1)
+    monkeypatch.setattr(lm_log_probs, "_CHUNK_ROWS", 1)
     states = torch.ones(600, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     chosen_log_probs(states, weight, torch.zeros(600, dtype=torch.long)).sum().backward()
@@ -149,8 +149,10 @@ def test_gradients_of_bfloat16_are_summed_in_float32(monkeypatch: pytest.MonkeyP
 def test_memory_does_not_follow_the_vocabulary(kept_logits: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor of rows × vocabulary is ever made, and logits are made once only where they are few."""
     sizes: list[int] = []
-    logits = selective._logits
-    monkeypatch.setattr(selective, "_logits", lambda *given: sizes.append((found := logits(*given)).numel()) or found)
+    logits = lm_log_probs._logits
+    monkeypatch.setattr(
+        lm_log_probs, "_logits", lambda *given: sizes.append((found := logits(*given)).numel()) or found
+    )
     states, weight = random(64, 4).requires_grad_(), random(1_000, 4, seed=1).requires_grad_()
     tokens = torch.zeros(64, dtype=torch.long)
     log_probs = chosen_log_probs(states, weight, tokens, chunk_logits=4_096, kept_logits=kept_logits)
@@ -163,11 +165,11 @@ def test_nothing_is_kept_where_no_gradient_is_wanted() -> None:
     states, weight = random(6, 4), random(11, 4, seed=1)
     context = SimpleNamespace(needs_input_grad=(False,) * 6, save_for_backward=lambda *saved: kept.extend(saved))
     kept: list[Tensor | None] = []
-    selective._ChosenLogProbs.forward(context, states, weight, None, torch.zeros(6, dtype=torch.long), 2**20, 2**24)
+    lm_log_probs._ChosenLogProbs.forward(context, states, weight, None, torch.zeros(6, dtype=torch.long), 2**20, 2**24)
     assert len(kept) == 5  # the inputs and the normalisers
     context.needs_input_grad = (True, *(False,) * 5)
     kept.clear()
-    selective._ChosenLogProbs.forward(context, states, weight, None, torch.zeros(6, dtype=torch.long), 2**20, 2**24)
+    lm_log_probs._ChosenLogProbs.forward(context, states, weight, None, torch.zeros(6, dtype=torch.long), 2**20, 2**24)
     assert len(kept) == 7
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from preceptor.errors import ModelError
-from preceptor.lm import attention
-from preceptor.lm.attention import CpuAttention
-from preceptor.lm.kernels import kernel_library
+from preceptor.lm.cpu import attention
+from preceptor.lm.cpu.attention import CpuAttention
+from preceptor.lm.cpu.kernels import kernel_library
 
 
 @pytest.fixture(autouse=True)

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from preceptor.errors import ModelError
-from preceptor.lm.attention import CpuAttention, kernel_is_faster
-from preceptor.lm.kept_layer import KeptLayer
-from preceptor.lm.native import ARCHITECTURES, NativeModel
+from preceptor.lm.cpu.attention import CpuAttention, kernel_is_faster
+from preceptor.lm.cpu.engine import ARCHITECTURES, CpuEngine
+from preceptor.lm.kv_cache import KVCacheLayer
+from preceptor.lm.log_probs import chosen_log_probs
 from preceptor.lm.sampling import Sampling
-from preceptor.lm.selective import chosen_log_probs
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LanguageModel:
     Attributes:
         adapter_enabled: False in a view in which the LoRA adapter is switched off (the untrained model).
         context_length: tokens that a row may hold.
-        has_native_forward: whether :class:`~preceptor.lm.native.NativeModel` says what this model says.
+        has_engine: whether :class:`~preceptor.lm.cpu.engine.CpuEngine` says what this model says.
         begin_token: starts a row, and fills what rows of a batch lack in length.
         special_tokens: ids of the control tokens that the model knows, ascending; text never becomes one of them.
 
@@ -184,7 +184,7 @@ class LanguageModel:
         """Log-probability in nats of one token after each kept position, in row-major order; float32.
 
         As :meth:`forward` with a log-softmax, but the logits of all kept positions are never held at once
-        (:func:`~preceptor.lm.selective.chosen_log_probs`). Carries gradient into the trainable parameters.
+        (:func:`~preceptor.lm.log_probs.chosen_log_probs`). Carries gradient into the trainable parameters.
 
         Args:
             tokens: token ids.
@@ -211,7 +211,7 @@ class LanguageModel:
             )
         return chosen_log_probs(states, self._head.weight, chosen, bias=bias)
 
-    def untrained(self) -> LanguageModel:
+    def initial_model(self) -> LanguageModel:
         """The model as it is now, frozen: a view with the adapter off, or a copy that shares no storage.
 
         Call it before the first update.
@@ -332,15 +332,15 @@ class LanguageModel:
         largest = tolerance * logits.float().abs().max()
         if (told - logits[0].float()).abs().max() > largest:
             raise ModelError(f"{self.name} {_UNFIT}")
-        self.has_native_forward = False
+        self.has_engine = False
         if self._causal_model.config.model_type in ARCHITECTURES and head_is_linear:
             native = self._native_logits(tokens, split=4)
-            self.has_native_forward = bool((native - logits[0].float()).abs().max() <= largest)
+            self.has_engine = bool((native - logits[0].float()).abs().max() <= largest)
         return head_is_linear
 
     def _native_logits(self, tokens: Tensor, *, split: int) -> Tensor:
         """Logits of one row by the native forward, read in two parts; the second is one token."""
-        native, cache = NativeModel(self), [KeptLayer(slots_innermost=self.device.type == "cpu") for _ in self.layers]
+        native, cache = CpuEngine(self), [KVCacheLayer(slots_innermost=self.device.type == "cpu") for _ in self.layers]
         visible = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=self.device).tril()
         positions = torch.arange(tokens.shape[1], device=self.device)[None]
         parts = [

@@ -1,4 +1,4 @@
-/* One token of every row of a batch through the layers of a decoder: the same mathematics as NativeModel.forward.
+/* One token of every row of a batch through the layers of a decoder: the same mathematics as CpuEngine.forward.
  *
  * A small model decodes as fast as its weights stream from the cache, if nothing is in between; a framework's call for
  * every product, norm and copy is what is in between.
@@ -29,7 +29,7 @@ struct layer {
 };
 
 struct model {
-    int64_t num_layers, width, num_heads, num_kept_heads, head_width, capacity, captured_layer;
+    int64_t num_layers, width, num_heads, num_kv_heads, head_width, capacity, captured_layer;
     int64_t is_bfloat16, is_layer_norm, is_gated;
     float norm_epsilon, head_norm_epsilon;
 };
@@ -167,13 +167,13 @@ static void attend(const struct model *model, const float *query, const float *k
     }
 }
 
-/* Norm and rotary turn (pairs come out side by side, as NativeModel keeps them) of one head. */
-static void prepare_head(float *head, const float *norm, float epsilon, const float *turns, int64_t width) {
+/* Norm and rotary row_rotary (pairs come out side by side, as CpuEngine keeps them) of one head. */
+static void prepare_head(float *head, const float *norm, float epsilon, const float *rotary, int64_t width) {
     float turned[width];
     if (norm) normalise(head, norm, NULL, epsilon, 0, head, width);
-    if (!turns) return;
+    if (!rotary) return;
     for (int64_t i = 0; i < width / 2; i++) {
-        float a = head[i], b = head[i + width / 2], cosine = turns[2 * i], sine = turns[2 * i + 1];
+        float a = head[i], b = head[i + width / 2], cosine = rotary[2 * i], sine = rotary[2 * i + 1];
         turned[2 * i] = a * cosine - b * sine;
         turned[2 * i + 1] = a * sine + b * cosine;
     }
@@ -182,8 +182,8 @@ static void prepare_head(float *head, const float *norm, float epsilon, const fl
 
 /* Rows first..first + rows of the batch. Returns 0, or 1 where memory is out. */
 static int step_rows(const struct model *model, const struct layer *layers, int64_t first, int64_t rows, float *states,
-                     const float *turns, const uint8_t *filled, int64_t slot, float *captured) {
-    int64_t width = model->width, head_width = model->head_width, kept = model->num_kept_heads, slots = slot + 1;
+                     const float *rotary, const uint8_t *filled, int64_t slot, float *captured) {
+    int64_t width = model->width, head_width = model->head_width, kept = model->num_kv_heads, slots = slot + 1;
     int64_t group = model->num_heads / kept, projected = (model->num_heads + 2 * kept) * head_width;
     int64_t hidden = layers[0].up.outputs, attended_width = model->num_heads * head_width, capacity = model->capacity;
     float *scratch = malloc(sizeof(float) * (rows * (width + projected + attended_width + hidden) + capacity + BLOCK));
@@ -199,14 +199,14 @@ static int step_rows(const struct model *model, const struct layer *layers, int6
         multiply(&layer->query_key_value, model->is_bfloat16, normed, heads, rows, 0);
         for (int64_t r = 0; r < rows; r++) {
             float *query = heads + r * projected, *key = query + attended_width, *value = key + kept * head_width;
-            const float *turn = turns ? turns + (first + r) * head_width : NULL;
+            const float *row_rotary = rotary ? rotary + (first + r) * head_width : NULL;
             const uint8_t *counts = filled ? filled + (first + r) * slots : NULL;
             for (int64_t h = 0; h < model->num_heads; h++)
-                prepare_head(query + h * head_width, layer->query_norm, model->head_norm_epsilon, turn, head_width);
+                prepare_head(query + h * head_width, layer->query_norm, model->head_norm_epsilon, row_rotary, head_width);
             for (int64_t h = 0; h < kept; h++) {
                 float *keys = layer->keys + ((first + r) * kept + h) * capacity * head_width;
                 float *values = layer->values + ((first + r) * kept + h) * capacity * head_width;
-                prepare_head(key + h * head_width, layer->key_norm, model->head_norm_epsilon, turn, head_width);
+                prepare_head(key + h * head_width, layer->key_norm, model->head_norm_epsilon, row_rotary, head_width);
                 for (int64_t d = 0; d < head_width; d++) keys[d * capacity + slot] = key[h * head_width + d];
                 memcpy(values + slot * head_width, value + h * head_width, head_width * sizeof(float));
                 for (int64_t g = h * group; g < (h + 1) * group; g++)
@@ -228,16 +228,16 @@ static int step_rows(const struct model *model, const struct layer *layers, int6
 }
 
 /* `states` [row][width] is replaced by the last layer's output, and slot `slot` of every layer's keys and values is
- * written. `turns` [row][head_width / 2][2] or NULL, `filled` [row][slot + 1] or NULL, `captured` [row][width]. Rows
+ * written. `rotary` [row][head_width / 2][2] or NULL, `filled` [row][slot + 1] or NULL, `captured` [row][width]. Rows
  * are independent, so each thread takes its share of them. Returns 0, or 1 where memory is out. */
 int preceptor_step(const struct model *model, const struct layer *layers, int64_t rows, int64_t num_threads,
-                   float *states, const float *turns, const uint8_t *filled, int64_t slot, float *captured) {
+                   float *states, const float *rotary, const uint8_t *filled, int64_t slot, float *captured) {
     int64_t share = (rows + num_threads - 1) / num_threads;
     int failed = 0;
 #pragma omp parallel for num_threads((int)num_threads) schedule(static) reduction(|| : failed)
     for (int64_t first = 0; first < rows; first += share) {
         int64_t here = rows - first < share ? rows - first : share;
-        failed = step_rows(model, layers, first, here, states, turns, filled, slot, captured) || failed;
+        failed = step_rows(model, layers, first, here, states, rotary, filled, slot, captured) || failed;
     }
     return failed;
 }

@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 _FIRST_SLOTS = 256
-_SLOTS_MULTIPLE = 64  # as step.c reads them
+_SLOTS_MULTIPLE = 64  # as decode_step.c reads them
 
 
-class KeptLayer(CacheLayerMixin):
+class KVCacheLayer(CacheLayerMixin):
     """Keys and values of one layer in buffers that grow by doubling and are written in place.
 
     Setting ``length`` back forgets what came after.

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from preceptor.lm.kept_layer import KeptLayer
+from preceptor.lm.kv_cache import KVCacheLayer
 
 BLOCK = 64
-"""Slots that ``step.c`` reads at once, from any multiple of it on."""
+"""Slots that ``decode_step.c`` reads at once, from any multiple of it on."""
 
 
 def block(num_slots: int, *, rows: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -23,7 +23,7 @@ def block(num_slots: int, *, rows: int = 2, seed: int = 0) -> tuple[Tensor, Tens
 @pytest.mark.parametrize("slots_innermost", [False, True])
 @pytest.mark.parametrize("sizes", [(1, 1), (255, 1, 1), (300, 1), (256, 257, 600), (700, 1, 900)])
 def test_what_was_given_comes_back_however_the_buffers_grow(slots_innermost: bool, sizes: tuple[int, ...]) -> None:
-    layer = KeptLayer(slots_innermost=slots_innermost)
+    layer = KVCacheLayer(slots_innermost=slots_innermost)
     blocks = [block(size, seed=seed) for seed, size in enumerate(sizes)]
     for given in blocks:
         keys, values = layer.update(*given)
@@ -36,7 +36,7 @@ def test_what_was_given_comes_back_however_the_buffers_grow(slots_innermost: boo
 
 def test_keys_lie_as_the_step_reads_them() -> None:
     """[row][head][coordinate][slot], and values [row][head][slot][coordinate], also after rows were repeated."""
-    layer = KeptLayer(slots_innermost=True)
+    layer = KVCacheLayer(slots_innermost=True)
     layer.update(*block(3))
     for _ in range(2):
         assert layer.keys is not None
@@ -48,7 +48,7 @@ def test_keys_lie_as_the_step_reads_them() -> None:
 
 @pytest.mark.parametrize("slots_innermost", [False, True])
 def test_copies_of_a_row_stand_side_by_side_and_part(slots_innermost: bool) -> None:
-    layer = KeptLayer(slots_innermost=slots_innermost)
+    layer = KVCacheLayer(slots_innermost=slots_innermost)
     keys, values = block(5)
     layer.update(keys, values)
     layer.batch_repeat_interleave(3)
@@ -60,7 +60,7 @@ def test_copies_of_a_row_stand_side_by_side_and_part(slots_innermost: bool) -> N
 
 
 def test_a_length_set_back_forgets() -> None:
-    layer = KeptLayer()
+    layer = KVCacheLayer()
     first, other = block(4), block(2, seed=1)
     layer.update(*first)
     layer.update(*block(300, seed=2))
@@ -72,6 +72,6 @@ def test_a_length_set_back_forgets() -> None:
 
 
 def test_nothing_is_there_to_repeat_before_the_first_token() -> None:
-    layer = KeptLayer()
+    layer = KVCacheLayer()
     layer.batch_repeat_interleave(4)
     assert (layer.capacity, layer.get_seq_length()) == (0, 0)

@@ -1,4 +1,4 @@
-"""The compiled step: ``step.c``, called for one token of every row."""
+"""The compiled step: ``decode_step.c``, called for one token of every row."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from preceptor.errors import ModelError
-from preceptor.lm.kept_layer import KeptLayer
+from preceptor.lm.kv_cache import KVCacheLayer
 
 if TYPE_CHECKING:
-    from preceptor.lm.native import Layer, NativeModel, Product
+    from preceptor.lm.cpu.engine import CpuEngine, FusedLinear, Layer
 
 PANEL = 32
-"""Outputs side by side in a packed weight, as ``step.c`` has it."""
+"""Outputs side by side in a packed weight, as ``decode_step.c`` has it."""
 
 
-class _Product(ctypes.Structure):
+class _Linear(ctypes.Structure):
     _fields_ = (
         ("weight", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
@@ -42,7 +42,7 @@ class _Layer(ctypes.Structure):
                 "key_norm",
             )
         ),
-        *((name, _Product) for name in ("query_key_value", "attention_output", "up", "down")),
+        *((name, _Linear) for name in ("query_key_value", "attention_output", "up", "down")),
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
     )
@@ -56,7 +56,7 @@ class _Model(ctypes.Structure):
                 "num_layers",
                 "width",
                 "num_heads",
-                "num_kept_heads",
+                "num_kv_heads",
                 "head_width",
                 "capacity",
                 "captured_layer",
@@ -70,10 +70,10 @@ class _Model(ctypes.Structure):
     )
 
 
-class CompiledStep:
+class CpuDecodeStep:
     """One token of every row through the layers of ``native``, whose weights are packed when this is made."""
 
-    def __init__(self, native: NativeModel, library: ctypes.CDLL) -> None:
+    def __init__(self, native: CpuEngine, library: ctypes.CDLL) -> None:
         self._library = library
         self._tensors: list[Tensor] = []  # what the pointers point to
         layers = native.layers
@@ -82,7 +82,7 @@ class CompiledStep:
             num_layers=len(layers),
             width=layers[0].attention_output.num_outputs,
             num_heads=native.num_heads,
-            num_kept_heads=native.num_kept_heads,
+            num_kv_heads=native.num_kv_heads,
             head_width=native.head_width,
             is_bfloat16=native.dtype == torch.bfloat16,
             is_layer_norm=norm.bias is not None,
@@ -95,9 +95,9 @@ class CompiledStep:
     def __call__(
         self,
         states: Float[Tensor, "row width"],
-        cache: Sequence[KeptLayer],
+        cache: Sequence[KVCacheLayer],
         *,
-        turns: Tensor | None,
+        rotary: Tensor | None,
         filled: Tensor | None,
         captured_layer: int,
     ) -> tuple[Float[Tensor, "row width"], Float[Tensor, "row width"]]:
@@ -106,7 +106,7 @@ class CompiledStep:
         Args:
             states: embedded tokens, float32.
             cache: kept layers, which the step extends by one slot.
-            turns: rotary embedding as complex numbers, [row, …, head_width / 2], or None.
+            rotary: rotary embedding as complex numbers, [row, …, head_width / 2], or None.
             filled: True = the slot counts, [row, slots with the new one], or None for all.
             captured_layer: whose output is wanted.
         """
@@ -119,7 +119,7 @@ class CompiledStep:
             layer.keys, layer.values = kept.keys.data_ptr(), kept.values.data_ptr()
         self._model.capacity = cache[0].capacity
         self._model.captured_layer = captured_layer
-        turns = None if turns is None else turns.contiguous()
+        rotary = None if rotary is None else rotary.contiguous()
         filled = None if filled is None else filled.contiguous()
 
         failed = self._library.preceptor_step(
@@ -128,7 +128,7 @@ class CompiledStep:
             ctypes.c_int64(len(states)),
             ctypes.c_int64(torch.get_num_threads()),
             _pointer(states),
-            _pointer(turns),
+            _pointer(rotary),
             _pointer(filled),
             ctypes.c_int64(slot),
             _pointer(captured),
@@ -155,13 +155,13 @@ class CompiledStep:
             down=self._packed(layer.down),
         )
 
-    def _packed(self, product: Product) -> _Product:
+    def _packed(self, product: FusedLinear) -> _Linear:
         (weight,) = product.weights
         inputs, outputs = weight.shape
         padded = torch.nn.functional.pad(weight, (0, -outputs % PANEL))
         panels = padded.view(inputs, -1, PANEL).transpose(0, 1).contiguous()
         bias = None if product.bias is None else product.bias.float()
-        return _Product(weight=self._keep(panels), bias=self._keep(bias), inputs=inputs, outputs=outputs)
+        return _Linear(weight=self._keep(panels), bias=self._keep(bias), inputs=inputs, outputs=outputs)
 
     def _keep(self, tensor: Tensor | None) -> int | None:
         if tensor is None:

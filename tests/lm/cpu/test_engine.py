@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from preceptor.errors import ModelError
-from preceptor.lm import native
+from preceptor.lm.cpu import engine
 from preceptor.lm.decode import Decoder, Generated
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 
-NATIVE = ("llama", "gpt2", "qwen2", "qwen3", "mistral")
+ACCELERATED = ("llama", "gpt2", "qwen2", "qwen3", "mistral")
 SAMPLING = Sampling(temperature=0.9, suppressed=(0, 1, 2))
 MakeLM = Callable[..., LanguageModel]
 
@@ -24,7 +24,7 @@ MakeLM = Callable[..., LanguageModel]
 @pytest.fixture
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine without a C compiler."""
-    monkeypatch.setattr(native, "kernel_library", lambda: None)
+    monkeypatch.setattr(engine, "kernel_library", lambda: None)
 
 
 def read(lm: LanguageModel, random_rows: list[list[int]], *, capture: nn.Module | None = None, **options: Any) -> Any:
@@ -51,7 +51,7 @@ def assert_same(found: Generated, expected: Generated, *, tolerance: float = 2e-
         torch.testing.assert_close(found.captured, expected.captured, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", ACCELERATED)
 @pytest.mark.parametrize("lengths", [(4, 9, 1, 5, 0, 7), (6, 6, 6, 3, 3, 3)], ids=["ragged", "even"])
 @pytest.mark.parametrize("layer", [None, 0, -1])
 def test_it_says_what_transformers_says(
@@ -61,19 +61,19 @@ def test_it_says_what_transformers_says(
     capture = None if layer is None else lm.layers[layer]
     given = rows(random_tokens, lengths)
     decoder, *found = read(lm, given, capture=capture)
-    slow_decoder, *expected = read(lm, given, capture=capture, native=False)
-    assert lm.has_native_forward
-    assert decoder.is_native
-    assert not slow_decoder.is_native
+    slow_decoder, *expected = read(lm, given, capture=capture, use_engine=False)
+    assert lm.has_engine
+    assert decoder.uses_engine
+    assert not slow_decoder.uses_engine
     for ours, theirs in zip(found, expected, strict=True):
         assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", ACCELERATED)
 def test_it_does_so_without_a_compiler(name: str, make_lm: MakeLM, random_tokens: Any, without_compiler: None) -> None:
     lm, given = make_lm(name), rows(random_tokens)
     _, *found = read(lm, given, capture=lm.layers[0])
-    _, *expected = read(lm, given, capture=lm.layers[0], native=False)
+    _, *expected = read(lm, given, capture=lm.layers[0], use_engine=False)
     for ours, theirs in zip(found, expected, strict=True):
         assert_same(ours, theirs)
 
@@ -84,8 +84,8 @@ def test_projections_are_captured_as_transformers_gives_them(module: str, make_l
     attention: Any = lm.layers[1].attn if module == "c_attn" else lm.layers[1].self_attn
     capture = getattr(attention, module)
     decoder, *found = read(lm, given, capture=capture)
-    _, *expected = read(lm, given, capture=capture, native=False)
-    assert decoder.is_native
+    _, *expected = read(lm, given, capture=capture, use_engine=False)
+    assert decoder.uses_engine
     for ours, theirs in zip(found, expected, strict=True):
         assert_same(ours, theirs)
 
@@ -95,11 +95,11 @@ def test_what_it_cannot_give_comes_from_transformers(make_lm: MakeLM, random_tok
     lm, given = make_lm(), rows(random_tokens)
     feed_forward: Any = lm.layers[0].mlp
     decoder, found, _ = read(lm, given, capture=feed_forward)
-    assert not decoder.is_native
+    assert not decoder.uses_engine
     assert found.captured is not None
     gemma = make_lm("gemma2")
-    assert not gemma.has_native_forward
-    assert not Decoder(gemma, batch_size=1).is_native
+    assert not gemma.has_engine
+    assert not Decoder(gemma, batch_size=1).uses_engine
     with pytest.raises(ModelError, match=r"decodes in torch\.float32 alone, got torch\.bfloat16"):
         Decoder(gemma, batch_size=1, dtype=torch.bfloat16)
 
@@ -109,7 +109,7 @@ def test_a_model_that_says_something_else_is_not_taken_for_known(make_lm: MakeLM
     lm = make_lm()
     output: Any = lm.layers[0].mlp.down_proj
     output.forward = lambda x: 1.5 * nn.functional.linear(x, output.weight, output.bias)
-    assert not LanguageModel(lm.model, lm.tokenizer, name="other").has_native_forward
+    assert not LanguageModel(lm.model, lm.tokenizer, name="other").has_engine
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -119,10 +119,10 @@ def test_an_adapter_is_part_of_the_weights(name: str, enabled: bool, make_lora: 
     generator = torch.Generator().manual_seed(3)
     for parameter in lm.trainable_parameters().values():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    view = lm if enabled else lm.untrained()
+    view = lm if enabled else lm.initial_model()
     decoder, *found = read(view, given)
-    _, *expected = read(view, given, native=False)
-    assert decoder.is_native
+    _, *expected = read(view, given, use_engine=False)
+    assert decoder.uses_engine
     for ours, theirs in zip(found, expected, strict=True):
         assert_same(ours, theirs)
 
@@ -134,7 +134,7 @@ def test_weights_are_those_of_the_first_append(make_lm: MakeLM, random_tokens: A
     for parameter in lm.model.parameters():
         parameter.data.mul_(0.5)
     _, *found = read(lm, given)
-    _, *expected = read(lm, given, native=False)
+    _, *expected = read(lm, given, use_engine=False)
     for ours, theirs in zip(found, expected, strict=True):
         assert_same(ours, theirs)
 
@@ -163,7 +163,7 @@ def test_bfloat16_is_near_and_records_what_was_sampled(through: str, make_lm: Ma
 def test_rows_are_shared_out_over_threads(threads: int, make_lm: MakeLM, random_tokens: Any) -> None:
     before = torch.get_num_threads()
     lm, given = make_lm(), rows(random_tokens)
-    _, *expected = read(lm, given, capture=lm.layers[0], native=False)
+    _, *expected = read(lm, given, capture=lm.layers[0], use_engine=False)
     torch.set_num_threads(threads)
     try:
         _, *found = read(lm, given, capture=lm.layers[0])
@@ -179,8 +179,8 @@ def test_rows_are_shared_out_over_threads(threads: int, make_lm: MakeLM, random_
 def test_widths_need_not_be_multiples_of_a_vector(shape: dict[str, int], make_lm: MakeLM, random_tokens: Any) -> None:
     lm, given = make_lm(**shape), rows(random_tokens)
     decoder, *found = read(lm, given)
-    _, *expected = read(lm, given, native=False)
-    assert decoder.is_native
+    _, *expected = read(lm, given, use_engine=False)
+    assert decoder.uses_engine
     for ours, theirs in zip(found, expected, strict=True):
         assert_same(ours, theirs)
 
@@ -189,8 +189,8 @@ def test_epsilons_are_the_models_own(make_lm: MakeLM, random_tokens: Any) -> Non
     """Large ones, so that a norm of heads, or any other, that had none would show."""
     lm, given = make_lm("qwen3", rms_norm_eps=0.5), rows(random_tokens)
     decoder, *found = read(lm, given)
-    _, *expected = read(lm, given, native=False)
-    assert decoder.is_native
+    _, *expected = read(lm, given, use_engine=False)
+    assert decoder.uses_engine
     for ours, theirs in zip(found, expected, strict=True):
         assert_same(ours, theirs)
 
@@ -202,7 +202,7 @@ def test_scores_far_below_zero_are_scores_like_others(make_lm: MakeLM, random_to
     attention.c_attn.bias.data[:32] += 8
     attention.c_attn.bias.data[32:64] -= 8
     _, *found = read(lm, given)
-    _, *expected = read(lm, given, native=False)
+    _, *expected = read(lm, given, use_engine=False)
     for ours, theirs in zip(found, expected, strict=True):
         assert_same(ours, theirs, tolerance=2e-3)  # float32 rounds 180 to 1e-5, and the model's weights are large
 
@@ -216,7 +216,7 @@ def test_activations_far_below_zero_vanish(name: str, make_lm: MakeLM, random_to
         widened = feed_forward.gate_proj.weight if name == "llama" else feed_forward.c_fc.weight
         widened.data *= 300
     _, *found = read(lm, given)
-    _, *expected = read(lm, given, native=False)
+    _, *expected = read(lm, given, use_engine=False)
     assert all(part.log_probs.isfinite().all() for part in found)
     for ours, theirs in zip(found, expected, strict=True):
         assert_same(ours, theirs, tolerance=2e-3)  # float32 rounds activations of hundreds to 3e-5
@@ -229,20 +229,20 @@ def test_scores_far_apart_do_not_overflow(make_lm: MakeLM, random_tokens: Any) -
         attention: Any = layer.attn
         attention.c_attn.weight.data[:, :32] *= 40
     _, *found = read(lm, given)
-    _, *expected = read(lm, given, native=False)
+    _, *expected = read(lm, given, use_engine=False)
     for ours, theirs in zip(found, expected, strict=True):
         assert_same(ours, theirs, tolerance=2e-3)  # float32 rounds scores of hundreds to 3e-5
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", ACCELERATED)
 def test_the_step_on_narrower_processors(
     name: str, narrow_kernels: Any, make_lm: MakeLM, random_tokens: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "kernel_library", lambda: narrow_kernels)
+    monkeypatch.setattr(engine, "kernel_library", lambda: narrow_kernels)
     lm, given = make_lm(name), rows(random_tokens)
     decoder, *found = read(lm, given, capture=lm.layers[-1])
     assert decoder._native._compiled._library is narrow_kernels
-    _, *expected = read(lm, given, capture=lm.layers[-1], native=False)
+    _, *expected = read(lm, given, capture=lm.layers[-1], use_engine=False)
     for ours, theirs in zip(found, expected, strict=True):
         assert_same(ours, theirs)
 
@@ -259,8 +259,8 @@ def test_attention_in_blocks_is_attention(monkeypatch: pytest.MonkeyPatch) -> No
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
     expected: Tensor = torch.einsum("bhts,bhsd->bthd", weights, values.repeat_interleave(2, 1)).flatten(2)
     for limit in (2**24, 2 * 4 * 7 * 2, 1):
-        monkeypatch.setattr(native, "MAX_SCORES", limit)
-        torch.testing.assert_close(native.attention(queries, keys, values, mask=mask), expected, atol=1e-5, rtol=1e-5)
+        monkeypatch.setattr(engine, "MAX_SCORES", limit)
+        torch.testing.assert_close(engine.attention(queries, keys, values, mask=mask), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_setting_of_products_is_left_as_it_was(make_lm: MakeLM, random_tokens: Any) -> None:

@@ -19,7 +19,7 @@ struct heads {
 };
 
 struct attention {
-    int64_t num_rows, num_heads, num_kept_heads, num_queries, num_keys, width;
+    int64_t num_rows, num_heads, num_kv_heads, num_queries, num_keys, width;
     float scale;
     int32_t is_causal;
     struct heads query, key, value;
@@ -149,7 +149,7 @@ INLINE int64_t keys_within(const struct attention *a, int64_t end_of_queries) {
 }
 
 static void forward_head(const struct attention *a, int64_t row, int64_t head, float *scratch) {
-    int64_t width = a->width, kept = head / (a->num_heads / a->num_kept_heads);
+    int64_t width = a->width, kept = head / (a->num_heads / a->num_kv_heads);
     const float *queries = head_of(&a->query, row, head), *keys = head_of(&a->key, row, kept);
     const float *values = head_of(&a->value, row, kept), *mask = head_of(&a->mask, row, head);
     float *out = head_of(&a->out, row, head), *log_sums = head_of(&a->log_sums, row, head);
@@ -197,7 +197,7 @@ static void forward_head(const struct attention *a, int64_t row, int64_t head, f
 /* Gradients of one head, added to those of the kept head: for_keys and for_values, [key][padded]. */
 static void backward_head(const struct attention *a, int64_t row, int64_t head, int64_t padded, float *for_keys,
                           float *for_values, float *scratch) {
-    int64_t width = a->width, kept = head / (a->num_heads / a->num_kept_heads);
+    int64_t width = a->width, kept = head / (a->num_heads / a->num_kv_heads);
     const float *keys = head_of(&a->key, row, kept), *values = head_of(&a->value, row, kept);
     const float *mask = head_of(&a->mask, row, head), *log_sums = head_of(&a->log_sums, row, head);
     float *for_query = head_of(&a->for_query, row, head);
@@ -270,11 +270,11 @@ int preceptor_attention(const struct attention *a, int64_t num_threads) {
 
 /* Writes `for_query`, `for_key` and `for_value`. Returns 0, or 1 where memory is out. */
 int preceptor_attention_backward(const struct attention *a, int64_t num_threads) {
-    int64_t width = a->width, padded = (width + LANES - 1) / LANES * LANES, group = a->num_heads / a->num_kept_heads;
+    int64_t width = a->width, padded = (width + LANES - 1) / LANES * LANES, group = a->num_heads / a->num_kv_heads;
     int failed = 0;
 #pragma omp parallel for num_threads((int)num_threads) schedule(dynamic) reduction(|| : failed)
-    for (int64_t i = 0; i < a->num_rows * a->num_kept_heads; i++) {
-        int64_t row = i / a->num_kept_heads, kept = i % a->num_kept_heads, total = a->num_keys * padded;
+    for (int64_t i = 0; i < a->num_rows * a->num_kv_heads; i++) {
+        int64_t row = i / a->num_kv_heads, kept = i % a->num_kv_heads, total = a->num_keys * padded;
         float *scratch = scratch_of(2 * total + QUERIES * (3 * width + 2 * padded + 2 * KEYS));
         if (scratch) {
             float *for_keys = scratch, *for_values = for_keys + total;

@@ -2,7 +2,7 @@
 
 Small models decode at the speed of their calls, not of their arithmetic. Here a layer is four matrix products over
 fused weights, two batched products over the kept keys and values, and what little is between them. Everything is
-measured against Transformers' own forward when a :class:`~preceptor.lm.language_model.LanguageModel` is made; where the
+measured against Transformers' own forward when a :class:`~preceptor.lm.model.LanguageModel` is made; where the
 two do not agree, or the architecture is not one of ``ARCHITECTURES``, Transformers' forward is used.
 """
 
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from preceptor.lm.compiled import CompiledStep
-from preceptor.lm.kept_layer import KeptLayer
-from preceptor.lm.kernels import kernel_library
+from preceptor.lm.cpu.decode_step import CpuDecodeStep
+from preceptor.lm.cpu.kernels import kernel_library
+from preceptor.lm.kv_cache import KVCacheLayer
 
 if TYPE_CHECKING:
-    from preceptor.lm.language_model import LanguageModel
+    from preceptor.lm.model import LanguageModel
 
 ARCHITECTURES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 """Values of ``config.model_type`` that this file knows."""
@@ -61,7 +61,7 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Product:
+class FusedLinear:
     """``x @ weight + bias`` with the outputs of several weights side by side.
 
     Computed in the weights' dtype and given in that of ``x``.
@@ -95,15 +95,15 @@ class Layer:
     module: nn.Module
     projections: tuple[nn.Module, ...]
     attention_norm: Norm
-    query_key_value: Product
+    query_key_value: FusedLinear
     head_norms: tuple[Norm, Norm] | None
-    attention_output: Product
+    attention_output: FusedLinear
     feed_forward_norm: Norm
-    up: Product
-    down: Product
+    up: FusedLinear
+    down: FusedLinear
 
 
-class NativeModel:
+class CpuEngine:
     """The layers of a language model, with its weights as they are when this is made.
 
     On a CPU, or in another dtype, the matrices of the layers are copied (fused and laid out for small batches), so that
@@ -113,7 +113,7 @@ class NativeModel:
         lm: a model of one of ``ARCHITECTURES``.
         dtype: that matrices are kept and multiplied in; None is the model's own. Everything between the products is in
             float32 (float64 for a float64 model), on a CPU the attention too.
-        compiled: one token a row goes through :class:`~preceptor.lm.compiled.CompiledStep` where that can be.
+        compiled: one token a row goes through :class:`~preceptor.lm.cpu.decode_step.CpuDecodeStep` where that can be.
     """
 
     def __init__(self, lm: LanguageModel, *, dtype: torch.dtype | None = None, compiled: bool = True) -> None:
@@ -131,7 +131,7 @@ class NativeModel:
         self._embedding = model.get_input_embeddings()
         self._head = self._product(model.get_output_embeddings(), copy=False)
         self.num_heads = int(config.num_attention_heads)
-        self.num_kept_heads = int(getattr(config, "num_key_value_heads", None) or self.num_heads)
+        self.num_kv_heads = int(getattr(config, "num_key_value_heads", None) or self.num_heads)
         self.head_width = int(getattr(config, "head_dim", None) or config.hidden_size // self.num_heads)
         self.is_gated = config.model_type != "gpt2"
         self._activate = _gated_silu if self.is_gated else _gelu
@@ -160,7 +160,7 @@ class NativeModel:
         keep: Bool[Tensor, "batch time"],
         attention_mask: Bool[Tensor, "batch time slots"] | None,
         positions: Int[Tensor, "batch time"],
-        cache: Sequence[KeptLayer],
+        cache: Sequence[KVCacheLayer],
         capture: nn.Module | None = None,
     ) -> tuple[Float[Tensor, "kept vocab"], Tensor | None]:
         """Float32 logits of the kept positions and the captured output, as ``LanguageModel.forward`` gives them.
@@ -176,20 +176,20 @@ class NativeModel:
         keep: Tensor,
         attention_mask: Tensor | None,
         positions: Tensor,
-        cache: Sequence[KeptLayer],
+        cache: Sequence[KVCacheLayer],
         capture: nn.Module | None,
     ) -> tuple[Tensor, Tensor | None]:
         batch, time = tokens.shape
         states = self._embedding(tokens).to(self._states_dtype)
         if self._position_embedding is not None:
             states = states + self._position_embedding(positions)
-        turns = None if self._rotary is None else self._turns(positions)
+        rotary = None if self._rotary is None else self._rotary_factors(positions)
         captured: Tensor | None = None
         if time == 1 and self._compiled is not None and cache[0].length and self._layer_index(capture) is not None:
             states, captured = self._compiled(
                 states[:, 0],
                 cache,
-                turns=turns,
+                rotary=rotary,
                 filled=None if attention_mask is None else attention_mask[:, 0],
                 captured_layer=self._layer_index(capture) or 0,
             )
@@ -205,11 +205,11 @@ class NativeModel:
             for layer, kept in zip(self.layers, cache, strict=True):
                 projected = layer.query_key_value(layer.attention_norm(states))
                 heads = projected.view(batch, time, -1, self.head_width)
-                queries, keys, values = heads.split((self.num_heads, self.num_kept_heads, self.num_kept_heads), dim=2)
+                queries, keys, values = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=2)
                 if layer.head_norms is not None:
                     queries, keys = layer.head_norms[0](queries), layer.head_norms[1](keys)
-                if turns is not None:
-                    queries, keys = _turned(queries, turns), _turned(keys, turns)
+                if rotary is not None:
+                    queries, keys = _apply_rotary(queries, rotary), _apply_rotary(keys, rotary)
                 attended = attention(
                     queries.transpose(1, 2).to(self._attention_dtype),
                     *kept.update(*(part.transpose(1, 2).to(self._attention_dtype) for part in (keys, values))),
@@ -233,16 +233,16 @@ class NativeModel:
             return 0
         return next((index for index, layer in enumerate(self.layers) if layer.module is capture), None)
 
-    def _compile(self) -> CompiledStep | None:
+    def _compile(self) -> CpuDecodeStep | None:
         """The compiled step, where this machine, device and dtype have it."""
         weights = sum(weight.numel() for layer in self.layers for weight in layer.down.weights + layer.up.weights)
         fits = self._states_dtype == torch.float32 and self.dtype in (torch.float32, torch.bfloat16)
         if not (self._fuse and fits and weights <= MAX_COMPILED):
             return None
         library = kernel_library()
-        return None if library is None else CompiledStep(self, library)
+        return None if library is None else CpuDecodeStep(self, library)
 
-    def _turns(self, positions: Tensor) -> Tensor:
+    def _rotary_factors(self, positions: Tensor) -> Tensor:
         """Rotary embedding as complex numbers, one a position and pair of coordinates."""
         angles = positions[..., None, None].float() * self._rotary.inv_freq.float()
         return torch.polar(torch.full_like(angles, float(self._rotary.attention_scaling)), angles)
@@ -287,20 +287,20 @@ class NativeModel:
             down=self._product(module.mlp.c_proj),
         )
 
-    def _product(self, *modules: nn.Module, copy: bool = True) -> Product:
+    def _product(self, *modules: nn.Module, copy: bool = True) -> FusedLinear:
         """The product that gives the outputs of ``modules`` side by side."""
         matrices, biases = zip(*(_matrix(module, self._adapter_enabled) for module in modules), strict=True)
         weights = [matrix.to(self.dtype) for matrix in matrices]
         if copy and self._fuse:
             weights = [torch.cat(weights, dim=1)] if len(weights) > 1 else [weights[0].contiguous()]
         bias = None if biases[0] is None else torch.cat(biases).to(self.dtype)
-        return Product(tuple(weights), bias)
+        return FusedLinear(tuple(weights), bias)
 
 
 def attention(
     queries: Float[Tensor, "batch heads time width"],
-    keys: Float[Tensor, "batch kept_heads slots width"],
-    values: Float[Tensor, "batch kept_heads slots width"],
+    keys: Float[Tensor, "batch kv_heads slots width"],
+    values: Float[Tensor, "batch kv_heads slots width"],
     *,
     mask: Float[Tensor, "batch 1 time slots"] | None,
 ) -> Float[Tensor, "batch time features"]:
@@ -313,14 +313,14 @@ def attention(
     if queries.device.type != "cpu":
         attended = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
         return attended.transpose(1, 2).flatten(2)
-    num_kept_heads, slots = keys.shape[1:3]
+    num_kv_heads, slots = keys.shape[1:3]
     keys, values = keys.flatten(0, 1).transpose(1, 2), values.flatten(0, 1)
     block = max(1, MAX_SCORES // (batch * num_heads * slots))
     parts = []
     with _kernel_for(time):
         for start in range(0, time, block):
             part = queries[:, :, start : start + block]
-            scores = (part * width**-0.5).reshape(batch * num_kept_heads, -1, width) @ keys
+            scores = (part * width**-0.5).reshape(batch * num_kv_heads, -1, width) @ keys
             if mask is not None:
                 scores.view(batch, num_heads, -1, slots).add_(mask[:, :, start : start + block])
             parts.append((scores.softmax(-1) @ values).view(batch, num_heads, -1, width))
@@ -342,10 +342,12 @@ def _kernel_for(num_rows: int) -> Iterator[None]:
         torch.set_float32_matmul_precision(setting)
 
 
-def _turned(heads: Float[Tensor, "batch time heads width"], turns: Tensor) -> Float[Tensor, "batch time heads width"]:
+def _apply_rotary(
+    heads: Float[Tensor, "batch time heads width"], rotary: Tensor
+) -> Float[Tensor, "batch time heads width"]:
     """Rotary embedding; the pairs of coordinates come out side by side, which no inner product notices."""
     half = heads.shape[-1] // 2
-    turned = torch.complex(heads[..., :half], heads[..., half:]) * turns
+    turned = torch.complex(heads[..., :half], heads[..., half:]) * rotary
     return torch.view_as_real(turned).flatten(-2)
 
 

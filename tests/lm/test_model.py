@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from preceptor.errors import ModelError
-from preceptor.lm.language_model import LanguageModel, _context_length
+from preceptor.lm.model import LanguageModel, _context_length
 
 MakeLM = Callable[..., LanguageModel]
 TINY = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -310,7 +310,7 @@ def learn(lm: LanguageModel) -> None:
 def test_the_untrained_model_stays_while_the_model_learns(family: str, make_lm: MakeLM) -> None:
     lm = make_lm(family)
     before = logits_of(lm, TOKENS).detach()
-    untrained, frozen = lm.untrained(), lm.frozen_copy()
+    untrained, frozen = lm.initial_model(), lm.frozen_copy()
     live = {parameter.data_ptr() for parameter in lm.model.parameters()}
     for copy in (untrained, frozen):
         assert live.isdisjoint(parameter.data_ptr() for parameter in copy.model.parameters())
@@ -345,7 +345,7 @@ def test_gradient_reaches_what_is_trainable(family: str, make_lm: MakeLM) -> Non
 def test_with_lora_the_untrained_model_is_a_view(family: str, make_lora: MakeLM, make_lm: MakeLM) -> None:
     lm = make_lora(family)
     base = logits_of(make_lm(family), TOKENS).detach()
-    untrained = lm.untrained()
+    untrained = lm.initial_model()
     assert untrained.model is lm.model  # no copy
     assert untrained.name == f"tiny {family} + LoRA (untrained)"
     assert torch.equal(logits_of(lm, TOKENS), logits_of(untrained, TOKENS))
@@ -373,7 +373,7 @@ def test_lora_trains_the_adapter_of_every_linear_layer_and_nothing_else(family: 
 def test_with_lora_gradient_survives_a_look_at_the_untrained_model(make_lora: MakeLM) -> None:
     """Switching the adapter off between forward and backward does not cut the graph."""
     lm = make_lora()
-    untrained = lm.untrained()
+    untrained = lm.initial_model()
     loss = logits_of(lm, TOKENS).log_softmax(-1)[:, 7].sum()
     with torch.no_grad():
         logits_of(untrained, TOKENS)
@@ -401,6 +401,6 @@ def test_with_lora_a_frozen_copy_copies_the_adapter_alone(make_lora: MakeLM) -> 
 def test_lora_under_bfloat16(make_lora: MakeLM) -> None:
     lm = make_lora(dtype=torch.bfloat16)
     assert lm.dtype == torch.bfloat16
-    before = logits_of(lm.untrained(), TOKENS)
+    before = logits_of(lm.initial_model(), TOKENS)
     learn(lm)
-    assert torch.equal(logits_of(lm.untrained(), TOKENS), before)
+    assert torch.equal(logits_of(lm.initial_model(), TOKENS), before)

@@ -1,4 +1,4 @@
-"""The compiled kernels: ``step.c`` and ``attention.c``, built once by the machine's C compiler.
+"""The compiled kernels: ``decode_step.c`` and ``attention.c``, built once by the machine's C compiler.
 
 Where there is no compiler, or it cannot build them, there are no kernels and PyTorch does their work. The library is
 kept in the user's cache, under a name that its sources and the processor decide.
@@ -18,7 +18,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-SOURCES = ("lanes.h", "attention.c", "step.c")
+SOURCES = ("lanes.h", "attention.c", "decode_step.c")
 
 _OPTIONS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared")
 _ARM_OPTIONS = tuple(option for option in _OPTIONS if option != "-march=native")
@@ -37,7 +37,7 @@ def kernel_library() -> ctypes.CDLL | None:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None
-    folder = resources.files("preceptor.lm")
+    folder = resources.files("preceptor.lm.cpu")
     sources = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in SOURCES}
     variants = [_OPTIONS, *([_ARM_OPTIONS] if platform.machine() in ("arm64", "aarch64") else [])]
     for options in [(*variant, *threads) for variant in variants for threads in (["-fopenmp"], [])]:

@@ -19,7 +19,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from preceptor.errors import ModelError
-from preceptor.lm.kernels import kernel_library
+from preceptor.lm.cpu.kernels import kernel_library
 
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 """What may be given by position, in order."""
@@ -88,11 +88,11 @@ def _fits_kernel(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str
     if any(part.dim() != 4 or part.dtype not in _DTYPES or not part.numel() for part in (query, key, value)):
         return False
     rows, heads, queries, width = query.shape
-    kept_heads, slots = key.shape[1:3]
+    kv_heads, slots = key.shape[1:3]
     mask = options.get("attn_mask")
     return (
-        key.shape == value.shape == (rows, kept_heads, slots, width)
-        and (heads == kept_heads or (bool(options.get("enable_gqa")) and heads % kept_heads == 0))
+        key.shape == value.shape == (rows, kv_heads, slots, width)
+        and (heads == kv_heads or (bool(options.get("enable_gqa")) and heads % kv_heads == 0))
         and (mask is None or (_is_mask_of(mask, (rows, heads, queries, slots)) and not options.get("is_causal")))
         and kernel_is_faster()
     )
@@ -128,7 +128,7 @@ class _Heads(ctypes.Structure):
 
 class _Arguments(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "heads", "kept_heads", "queries", "slots", "width")),
+        *((name, ctypes.c_int64) for name in ("rows", "heads", "kv_heads", "queries", "slots", "width")),
         ("scale", ctypes.c_float),
         ("is_causal", ctypes.c_int32),
         *((name, _Heads) for name in ("query", "key", "value", "mask", "out", "log_sums")),
@@ -167,8 +167,8 @@ def _arguments(ctx: Any, tensors: Sequence[Tensor | None]) -> _Arguments:
     assert query is not None
     assert key is not None
     rows, heads, queries, width = query.shape
-    kept_heads, slots = key.shape[1:3]
-    sizes = rows, heads, kept_heads, queries, slots, width
+    kv_heads, slots = key.shape[1:3]
+    sizes = rows, heads, kv_heads, queries, slots, width
     return _Arguments(*sizes, ctx.scale, ctx.is_causal, *(_Heads.of(tensor) for tensor in tensors))
 
 
