@@ -15,7 +15,7 @@ class Source:
     share: float = option(
         1.0, "share of the training tokens, relative to the other sources (dimensionless)", within="(0, inf)"
     )
-    adapter: str = option("text", "how a JSONL row becomes a document (see preceptor.data.corpus.ADAPTERS)")
+    adapter: str = option("text", "how a JSONL row becomes a document (see preceptor.data.corpora.corpus.ADAPTERS)")
     join: int = option(1, "rows that make one document")
 
 

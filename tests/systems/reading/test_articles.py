@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from preceptor.data.article import Article, read_file
-from preceptor.data.pairs import sentence_pairs
+from preceptor.data.articles.article import Article, read_file
+from preceptor.data.articles.pairs import sentence_pairs
 from preceptor.errors import DataError
 from preceptor.lm.load import load_language_model
 from preceptor.lm.model import LanguageModel

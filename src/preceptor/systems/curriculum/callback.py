@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from preceptor.data.mixture import MixtureDataset
+from preceptor.data.corpora.mixture import MixtureDataset
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.lm.model import LanguageModel
 from preceptor.objectives import Mixture, document_difficulty

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from preceptor.config import option
-from preceptor.data.datasets import Source, source_faults
+from preceptor.data.corpora.datasets import Source, source_faults
 from preceptor.systems.curriculum.choices import ADVANTAGES, BUILTIN, KL_PLACES, LOSSES, REWARDS, RULES
 
 FLAGS = {"model": "model.name", "seed": "seed", "rule": "mixture.rule"}

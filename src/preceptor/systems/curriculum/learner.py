@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from preceptor.data.mixture import MixtureSampler
+from preceptor.data.corpora.mixture import MixtureSampler
 from preceptor.errors import CheckpointError
 from preceptor.lm.model import LanguageModel
 from preceptor.objectives.kl import AdaptiveKLController

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from preceptor.data.blocks import TokenBlocks, pack_blocks, split_held_out, tokenise
-from preceptor.data.datasets import read_sources
+from preceptor.data.corpora.blocks import TokenBlocks, pack_blocks, split_held_out, tokenise
+from preceptor.data.corpora.datasets import read_sources
 from preceptor.errors import DataError
 from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum.config import DataOptions, DatasetOptions

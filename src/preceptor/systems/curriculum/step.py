@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from preceptor.data.blocks import pad_blocks
+from preceptor.data.corpora.blocks import pad_blocks
 from preceptor.lm.model import LanguageModel
 from preceptor.objectives.kl import kl_k1, kl_k3
 from preceptor.objectives.mixture import document_difficulty

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from preceptor.data.article import Article, article_folder, read_article, read_file
-from preceptor.data.pairs import Pair, chunk_pairs, sentence_pairs
+from preceptor.data.articles.article import Article, article_folder, read_article, read_file
+from preceptor.data.articles.pairs import Pair, chunk_pairs, sentence_pairs
 from preceptor.errors import DataError
 from preceptor.lm.model import LanguageModel
 from preceptor.systems.reading.config import DataOptions

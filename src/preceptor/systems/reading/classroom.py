@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from preceptor.data.embedders import SentenceTransformerEmbedder, TextEmbedder
-from preceptor.data.openai_embedder import OpenAIEmbedder
+from preceptor.data.embedders.base import TextEmbedder
+from preceptor.data.embedders.openai import OpenAIEmbedder
+from preceptor.data.embedders.sentence_transformers import SentenceTransformerEmbedder
 from preceptor.errors import ConfigError
 from preceptor.lm.embedding import MODEL_EMBEDDINGS
 from preceptor.lm.load import Adapter, load_language_model

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from preceptor.data.embedders import TextEmbedder
+from preceptor.data.embedders.base import TextEmbedder
 from preceptor.errors import ModelError, ShapeError
 from preceptor.lm.embedding import ModelEmbedding, key_vectors
 from preceptor.lm.model import LanguageModel

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from preceptor.data import append_only
-from preceptor.data.append_only import exclusive, file_lock
-from preceptor.data.vector_cache import VectorCache, vector_key
+from preceptor.data.embedders import append_only
+from preceptor.data.embedders.append_only import exclusive, file_lock
+from preceptor.data.embedders.vector_cache import VectorCache, vector_key
 from preceptor.errors import DataError, LockedError, ShapeError, StorageError
 
 DIMENSION = 3

@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 import torch
 
-from preceptor.data.embedders import TextEmbedder
-from preceptor.data.openai_answer import read_answer, retry_after
-from preceptor.data.openai_embedder import OpenAIEmbedder
-from preceptor.data.spend_ledger import SpendLedger
-from preceptor.data.vector_cache import VectorCache, vector_key
+from preceptor.data.embedders.base import TextEmbedder
+from preceptor.data.embedders.openai import OpenAIEmbedder
+from preceptor.data.embedders.openai_answer import read_answer, retry_after
+from preceptor.data.embedders.spend_ledger import SpendLedger
+from preceptor.data.embedders.vector_cache import VectorCache, vector_key
 from preceptor.errors import ConfigError, DataError, ServiceError, StorageError
 
 CANARY = "sk-canary-7Qz3kW9vTn"
@@ -455,7 +455,7 @@ PROCESS = textwrap.dedent(
     """
     import os, sys
     from pathlib import Path
-    from preceptor.data.openai_embedder import OpenAIEmbedder
+    from preceptor.data.embedders.openai import OpenAIEmbedder
 
     url, folder = sys.argv[1:3]
     embedder = OpenAIEmbedder(

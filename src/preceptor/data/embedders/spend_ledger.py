@@ -12,7 +12,7 @@ import math
 from decimal import Decimal
 from pathlib import Path
 
-from preceptor.data.append_only import append_durably, exclusive, file_lock
+from preceptor.data.embedders.append_only import append_durably, exclusive, file_lock
 from preceptor.errors import ConfigError, StorageError
 
 NANO = 10**9

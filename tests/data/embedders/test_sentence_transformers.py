@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from preceptor.data.embedders import SentenceTransformerEmbedder, TextEmbedder, require_texts
+from preceptor.data.embedders.base import TextEmbedder, require_texts
+from preceptor.data.embedders.sentence_transformers import SentenceTransformerEmbedder
 from preceptor.errors import DataError, MissingExtraError, ModelError, NumericError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ice", "floats", "on", "water", "stones", "sink", "."]
@@ -129,7 +130,7 @@ def test_without_the_extra_the_command_that_installs_it_is_told(
             raise importlib.metadata.PackageNotFoundError(package)
         return installed
 
-    monkeypatch.setattr("preceptor.data.embedders.package_version", version)
+    monkeypatch.setattr("preceptor.data.embedders.sentence_transformers.package_version", version)
     with pytest.raises(MissingExtraError, match=r"sentence-transformers>=6.*preceptor\[sentence-transformers\]"):
         SentenceTransformerEmbedder("any")
 

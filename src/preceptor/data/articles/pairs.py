@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from preceptor.data.sentences import split_paragraphs, split_sentences
+from preceptor.data.articles.sentences import split_paragraphs, split_sentences
 from preceptor.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -35,10 +35,11 @@ def sentence_pairs(
     or without two words (a lone symbol, a list number, a year). Pairs then stay within a paragraph. Where a paragraph
     has an odd number of sentences, its last one is paired with the first of the next paragraph if that has an odd
     number too (so that neither loses one, and text of one-sentence paragraphs still gives pairs), and else it is left
-    out. No pair reaches over the end of a section (two blank lines, as `preceptor.data.markup.article_text` writes).
+    out. No pair reaches over the end of a section (two blank lines, as
+    `preceptor.data.articles.markup.article_text` writes).
 
     Args:
-        text: plain text as in `preceptor.data.article.Article.text`.
+        text: plain text as in `preceptor.data.articles.article.Article.text`.
         language: ISO 639-1 code for the sentence splitter.
         min_characters: shortest sentence that counts.
         max_characters: longest sentence that counts.

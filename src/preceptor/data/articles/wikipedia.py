@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from preceptor.data.fetch import Fetcher, TransientError
-from preceptor.data.markup import Block, plain_blocks, readable_formula
+from preceptor.data.articles.fetch import Fetcher, TransientError
+from preceptor.data.articles.markup import Block, plain_blocks, readable_formula
 from preceptor.errors import DataError, ServiceError, nearest
 
 _INVALID_IN_TITLE = re.compile(r"[#<>\[\]{}|\x00-\x1f\x7f]")

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from preceptor.data.blocks import TokenBlocks, pad_blocks
+from preceptor.data.corpora.blocks import TokenBlocks, pad_blocks
 from preceptor.errors import CheckpointError, ConfigError
 
 _REMEMBERED = 16_384

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from preceptor.data.spend_ledger import SpendLedger, format_usd
+from preceptor.data.embedders.spend_ledger import SpendLedger, format_usd
 from preceptor.errors import ConfigError, StorageError
 
 

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from preceptor.data.append_only import append_durably, exclusive, file_lock
+from preceptor.data.embedders.append_only import append_durably, exclusive, file_lock
 from preceptor.errors import DataError, ShapeError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class VectorCache:
         return key in self._offsets
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """Keep other processes from appending; re-entrant. See :func:`preceptor.data.append_only.exclusive`."""
+        """Keep other processes from appending; re-entrant. See :func:`append_only.exclusive`."""
         return exclusive(self._lock)
 
     def refresh(self) -> None:

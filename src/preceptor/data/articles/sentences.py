@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-# What sentencex 1.0.32 splits although the sentence goes on (tests/data/test_sentences.py has a case for each):
+# What sentencex 1.0.32 splits although the sentence goes on (test_sentences.py has a case for each):
 # a list number ("1. Open the box"), and an abbreviation that it lacks before the number that belongs to it ("vol. 2").
 _LIST_MARKER = re.compile(r"\(?(?:\d{1,3}|[a-zA-Z]|[ivxIVX]+)[.)]")
 _ABBREVIATION_BEFORE_NUMBER = re.compile(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from preceptor.data.datasets import Source, hub_documents, read_sources, source_faults
+from preceptor.data.corpora.datasets import Source, hub_documents, read_sources, source_faults
 from preceptor.errors import DataError, MissingExtraError
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch.utils.data import DataLoader
 
-from preceptor.data.blocks import TokenBlocks
-from preceptor.data.mixture import MixtureDataset, MixtureSampler, collate
+from preceptor.data.corpora.blocks import TokenBlocks
+from preceptor.data.corpora.mixture import MixtureDataset, MixtureSampler, collate
 from preceptor.errors import CheckpointError, ConfigError
 
 SIZES = {"books": 5, "code": 3, "noise": 8}
@@ -156,7 +156,7 @@ def test_weights_set_anew_before_a_draw_replace_each_other():
 
 
 def test_weights_that_no_row_can_go_back_to_are_forgotten(monkeypatch):
-    monkeypatch.setattr("preceptor.data.mixture._REMEMBERED", 8)
+    monkeypatch.setattr("preceptor.data.corpora.mixture._REMEMBERED", 8)
     sampler = MixtureSampler(SIZES, seed=4)
     for _ in range(200):
         sampler.draw()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from preceptor.data.corpus import adapted, adapter_named, joined, read_documents
+from preceptor.data.corpora.corpus import adapted, adapter_named, joined, read_documents
 from preceptor.errors import DataError, MissingExtraError
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -21,9 +21,10 @@ class Source:
 
     Attributes:
         name: what the dataset is called everywhere.
-        location: a file or folder that exists (see :func:`~preceptor.data.corpus.read_documents`), else the name of a
-            dataset on the hub.
-        adapter: how a row becomes a document: a name in :data:`~preceptor.data.corpus.ADAPTERS`, or ``field:NAME``.
+        location: a file or folder that exists (see :func:`~preceptor.data.corpora.corpus.read_documents`), else the
+            name of a dataset on the hub.
+        adapter: how a row becomes a document: a name in :data:`~preceptor.data.corpora.corpus.ADAPTERS`, or
+            ``field:NAME``.
         split: of a hub dataset; a file or folder is read whole.
         subset: configuration of a hub dataset, such as ``wikitext-103-raw-v1``; empty for its default.
         join: consecutive rows that make one document, at least 1.

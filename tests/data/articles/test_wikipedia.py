@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from preceptor.data.fetch import Fetcher
-from preceptor.data.markup import article_text
-from preceptor.data.wikipedia import WikipediaPage, api_endpoint, extract_blocks, read_wikipedia
+from preceptor.data.articles.fetch import Fetcher
+from preceptor.data.articles.markup import article_text
+from preceptor.data.articles.wikipedia import WikipediaPage, api_endpoint, extract_blocks, read_wikipedia
 from preceptor.errors import DataError, ServiceError
 
 EXTRACT = (

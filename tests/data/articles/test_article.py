@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from preceptor.data.article import Article, article_folder, read_article, read_file
-from preceptor.data.fetch import Fetcher
+from preceptor.data.articles.article import Article, article_folder, read_article, read_file
+from preceptor.data.articles.fetch import Fetcher
 from preceptor.errors import DataError, PreceptorError, ServiceError, StorageError
 
 TEXT = "The heron is a bird. It wades in rivers."

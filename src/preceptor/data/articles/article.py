@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
-from preceptor.data.fetch import Fetcher
-from preceptor.data.markup import (
+from preceptor.data.articles.fetch import Fetcher
+from preceptor.data.articles.markup import (
     Block,
     article_text,
     document_title,
@@ -23,7 +23,7 @@ from preceptor.data.markup import (
     plain_blocks,
     wikitext_blocks,
 )
-from preceptor.data.wikipedia import api_endpoint, read_wikipedia
+from preceptor.data.articles.wikipedia import api_endpoint, read_wikipedia
 from preceptor.errors import DataError, StorageError, nearest
 
 Format = Literal["plain", "markdown", "html", "wikitext"]

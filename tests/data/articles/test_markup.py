@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from preceptor.data.markup import (
+from preceptor.data.articles.markup import (
     Block,
     article_text,
     document_title,

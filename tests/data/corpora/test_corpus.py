@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from preceptor.data.corpus import ADAPTERS, adapter_named, read_documents
+from preceptor.data.corpora.corpus import ADAPTERS, adapter_named, read_documents
 from preceptor.errors import DataError
 
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
-from preceptor.data.embedders import require_texts
-from preceptor.data.openai_answer import Answer, Reply, read_answer, retry_after, service_error
-from preceptor.data.spend_ledger import SpendLedger, format_usd
-from preceptor.data.vector_cache import VectorCache, vector_key
+from preceptor.data.embedders.base import require_texts
+from preceptor.data.embedders.openai_answer import Answer, Reply, read_answer, retry_after, service_error
+from preceptor.data.embedders.spend_ledger import SpendLedger, format_usd
+from preceptor.data.embedders.vector_cache import VectorCache, vector_key
 from preceptor.errors import ConfigError, DataError, MissingExtraError, ServiceError, nearest
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ class OpenAIEmbedder:
         self._client.close()
 
     def embed(self, texts: Sequence[str]) -> Float[Tensor, "text dimension"]:
-        """See :meth:`preceptor.data.embedders.TextEmbedder.embed`. Unit norm, from disk or bought and put there first.
+        """See :meth:`~preceptor.data.embedders.base.TextEmbedder.embed`. Unit norm, kept on disk before it is used.
 
         Raises :class:`DataError` for a text that is empty or over 8,191 bytes, :class:`ServiceError` if the service
         fails, refuses or answers wrongly or the budget is reached, :class:`StorageError` if the disk does.

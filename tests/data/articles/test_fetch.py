@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from preceptor.data.fetch import USER_AGENT, Fetcher, TransientError, is_public
+from preceptor.data.articles.fetch import USER_AGENT, Fetcher, TransientError, is_public
 from preceptor.errors import ConfigError, DataError, MissingExtraError, ServiceError
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preceptor.data.blocks import TokenBlocks, pack_blocks, pad_blocks, split_held_out, tokenise
+from preceptor.data.corpora.blocks import TokenBlocks, pack_blocks, pad_blocks, split_held_out, tokenise
 from preceptor.errors import ConfigError, DataError
 
 # The first token of a document says which it is, so that every position of the corpus is a different token.
