@@ -150,11 +150,11 @@ def run_episodes(
             values = [[*markers.before_value, *article.values[i], *markers.before_query] for i in pair.tolist()]
             decoder.append(values)
             if initial_decoder is not None:
-                written = zip(query.tokens.tolist(), values, strict=True)
-                initial_decoder.append([[*tokens, *value] for tokens, value in written])
+                queries_and_values = zip(query.tokens.tolist(), values, strict=True)
+                initial_decoder.append([[*tokens, *value] for tokens, value in queries_and_values])
+    # Everything recorded is batch × …; the step becomes the second axis.
     queries, log_probs, entropies, query_vectors, order, masks, selections = (
-        torch.stack(tensors, 1).cpu()
-        for tensors in zip(*steps, strict=True)  # batch step …
+        torch.stack(tensors, 1).cpu() for tensors in zip(*steps, strict=True)
     )
     return Trajectories(
         article=article,
