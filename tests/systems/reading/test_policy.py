@@ -52,7 +52,9 @@ def test_a_text_embedder_has_to_be_given_again(tmp_path: Path) -> None:
     policy = Policy(lm, sampling=own.sampling, embedding=None, text_embedder=HashedBytes(), temperature=3.0)
     keys = policy.embed_keys(article)
     save_selection(tmp_path, policy, {"bees": keys}, SelectionOptions(embedder="sentence_transformers"))
-    with pytest.raises(ModelError, match="used the embedder 'sentence_transformers'; give it as `text_embedder`"):
+    with pytest.raises(
+        ModelError, match=r"^the selection in .* used the embedder 'sentence_transformers'; give it as `text_embedder`"
+    ):
         load_policy(tmp_path, lm)
     loaded, loaded_keys = load_policy(tmp_path, lm, text_embedder=HashedBytes())
     assert loaded.projection is None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -178,28 +179,27 @@ def load_policy(
     try:
         description = json.loads((folder / "selection.json").read_text("utf-8"))
         tensors = load_file(folder / "selection.safetensors", device=str(lm.device))
-        articles, embedder = description["articles"], description["embedder"]
         keys = {
             name: Keys(tensors[f"keys.{index}"], tensors[f"centre.{index}"], version)
-            for index, (name, version) in enumerate(articles.items())
+            for index, (name, version) in enumerate(description["articles"].items())
         }
-        embedding = None
-        if embedder in MODEL_EMBEDDINGS:
-            embedding = MODEL_EMBEDDINGS[embedder](lm, layer=description["layer"])
-        elif text_embedder is None:
-            raise ModelError(f"the selection in {folder} used the embedder '{embedder}'; give it as `text_embedder`")
-        policy = Policy(
-            lm,
-            sampling=Sampling(**description["sampling"]),
-            embedding=embedding,
-            text_embedder=None if embedding else text_embedder,
-            centre=description["centre"],
-            temperature=description["temperature"],
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        embedder, layer = description["embedder"], description["layer"]
+        sampling = Sampling(**description["sampling"])
+        settings = {name: description[name] for name in ("centre", "temperature")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(
             f"the selection in {folder} cannot be loaded ({error}); give the folder `model` of a finished reading run"
         ) from error
+    is_own = embedder in MODEL_EMBEDDINGS
+    if not is_own and text_embedder is None:
+        raise ModelError(f"the selection in {folder} used the embedder '{embedder}'; give it as `text_embedder`")
+    policy = Policy(
+        lm,
+        sampling=sampling,
+        embedding=MODEL_EMBEDDINGS[embedder](lm, layer=layer) if is_own else None,
+        text_embedder=None if is_own else text_embedder,
+        **settings,
+    )
     if (weight := tensors.get("projection")) is not None:
         policy.projection = identity_projection(len(weight), device=lm.device)
         with torch.no_grad():
