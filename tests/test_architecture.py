@@ -43,6 +43,7 @@ LEVELS = {
     "systems.base": 5,
     "systems": 6,
     "pretraining": 6,
+    "mixtures": 7,
     "comparison": 7,
     "doctor": 7,
     "cli": 8,
