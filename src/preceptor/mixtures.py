@@ -24,11 +24,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from preceptor.data.blocks import TokenBlocks, pack_blocks, split_held_out, tokenise
-from preceptor.data.mixture import MixtureDataset, MixtureSampler, collate
+from preceptor.data.corpora.blocks import TokenBlocks, pack_blocks, split_held_out, tokenise
+from preceptor.data.corpora.mixture import MixtureDataset, MixtureSampler, collate
 from preceptor.errors import CheckpointError, ConfigError
-from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import load_language_model
+from preceptor.lm.model import LanguageModel
 from preceptor.objectives import MIXTURE_RULES, Mixture, document_difficulty, make_mixture
 from preceptor.systems.curriculum.environment import document_losses
 

@@ -37,27 +37,26 @@ from preceptor.systems import SYSTEMS, SystemInfo
 
 CONFIG = """
 from __future__ import annotations
-from dataclasses import dataclass
-from pathlib import Path
-from preceptor.config import option
+from collections.abc import Iterator
+from pydantic import Field
+from preceptor.config import Options
 
 FLAGS = {"seed": "seed", "words": "data.words", "title": "data.title", "folders": "data.folders"}
 
-@dataclass(frozen=True)
-class Data:
-    title: str | None = option(None, "100 % text")
-    words: int = option(3, "words of a lesson")
-    folders: tuple[Path, ...] = option((), "where to look")
+class Data(Options):
+    title: str | None = Field(None, description="100 % text.")
+    words: int = Field(3, description="Words of a lesson.")
+    folders: tuple[str, ...] = Field((), description="Where to look.")
 
-@dataclass(frozen=True)
-class ToyConfig:
-    seed: int = option(0, "seed of every random stream")
-    save_every: int = option(1, "steps between checkpoints")
-    data: Data = option(Data(), "what is learned from")
-    steps: int = option(2, "steps")
+class ToyConfig(Options):
+    seed: int = Field(0, description="Seed of every random stream.")
+    save_every: int = Field(1, description="Steps between checkpoints.")
+    data: Data = Data()
+    steps: int = Field(2, description="Steps.")
 
-    def faults(self) -> list[str]:
-        return [] if self.steps >= 0 else [f"`steps` must be at least 0, got {self.steps}"]
+    def conflicts(self) -> Iterator[str]:
+        if self.steps < 0:
+            yield f"`steps` must be at least 0, got {self.steps}"
 """
 TRAIN = """
 STREAMS = ("toy",)
@@ -143,9 +142,9 @@ def test_layers_from_preset_to_set(toy: ModuleType, capsys: pytest.CaptureFixtur
     for end, words, title in ((2, 1, "null"), (4, 5, "mine"), (6, 6, "mine"), (8, 7, "mine")):
         assert main(["run", "toy", *layers[:end], "--print-config"]) == 0
         out = capsys.readouterr().out
-        assert f"  words: {words}  # words of a lesson\n" in out
-        assert f"  title: {title}  # 100 % text\n" in out
-        assert "steps: 1  # steps\n" in out
+        assert f"  words: {words}  # Words of a lesson.\n" in out
+        assert f"  title: {title}  # 100 % text.\n" in out
+        assert "steps: 1  # Steps.\n" in out
     assert list(Path().iterdir()) == [Path("mine.yaml")]  # printing makes no run
 
 
@@ -156,7 +155,7 @@ def test_a_printed_configuration_is_a_file_for_config(toy: ModuleType, capsys: p
     Path("mine.yaml").write_text(printed)
     assert main(["run", "toy", "--config", "mine.yaml", "--print-config"]) == 0
     assert capsys.readouterr().out == printed
-    assert """folders: ["a b", "c,d", "é"]""" in printed
+    assert """folders: [a b, 'c,d', é]""" in printed
 
 
 def test_the_environment_is_read_here_and_passed_down(
@@ -241,8 +240,8 @@ def test_help_teaches(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> No
             assert f"  {code:<5}" in out
     assert main(["run", "toy", "--help"]) == 0
     out = capsys.readouterr().out
-    assert "toy: words of a lesson" in out
-    assert "toy: 100 % text" in out
+    assert "toy: Words of a lesson." in out
+    assert "toy: 100 % text." in out
     assert main(["pretrain", "--help"]) == 0
     assert "--print-config" in capsys.readouterr().out
 
@@ -451,7 +450,7 @@ def test_what_the_table_of_systems_promises_is_there() -> None:
     for system in [*SYSTEMS.values(), cli_systems.PRETRAINING]:
         keys = schema(cli_systems.config_class(system))
         assert {"seed", "save_every"} <= keys.keys()
-        assert all(setting.help for setting in keys.values())
+        assert all(setting.description for setting in keys.values())
         for flag, key in cli_systems.flags_of(system).items():
             checked += 1
             assert key in keys, f"--{flag} stands for {key}, which is no key"
@@ -464,7 +463,7 @@ def test_extreme_numbers_are_judged_and_never_crash_the_judgement() -> None:
     for system in [*SYSTEMS.values(), cli_systems.PRETRAINING]:
         cls = cli_systems.config_class(system)
         for key, setting in schema(cls).items():
-            for value in ("0", "-1", "1", "1000000000000") if setting.type in (int, float) else ():
+            for value in ("0", "-1", "1", "1000000000000") if setting.annotation in (int, float) else ():
                 tried += 1
                 with contextlib.suppress(ConfigError):
                     load_config(cls, overrides=[f"{key}={value}"])

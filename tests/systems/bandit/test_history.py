@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.bandit.environment import Bandit
 from preceptor.systems.bandit.history import Episodes, Tables, paid, play, sample_tables
 from preceptor.systems.bandit.policy import Vocabulary, decide

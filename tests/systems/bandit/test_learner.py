@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import draw
 from preceptor.systems.bandit.environment import Bandit
 from preceptor.systems.bandit.learner import Baseline, policy_gradient

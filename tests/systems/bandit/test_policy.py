@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from preceptor.errors import ConfigError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.bandit.policy import Context, Vocabulary, decide
 from preceptor.systems.bandit.prompts import prompts_for
 

@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from preceptor.cli import main
-from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import load_language_model
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.tokenizer import train_bpe_tokenizer
 from preceptor.systems.curriculum.environment import Corpus, builtin_documents, read_corpora
 from tests.systems.curriculum.made import CONFIG

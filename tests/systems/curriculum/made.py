@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from preceptor.config import load_config
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum.baselines import Method
 from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.environment import Corpus
@@ -27,7 +27,7 @@ def setup_and_state(
     """The setup of a run that trains ``methods``, with seeded streams and no folder, and the state of its first one."""
     run: Any = SimpleNamespace(streams={"difficulty": torch.Generator().manual_seed(0)})
     initial_weights = {name: parameter.detach().clone() for name, parameter in lm.trainable_parameters().items()}
-    setup = Setup(config, run, methods, lm, initial_weights, lm.untrained(), corpora, prompts=(), held_out_terms=())
+    setup = Setup(config, run, methods, lm, initial_weights, lm.initial_model(), corpora, prompts=(), held_out_terms=())
     return setup, State(setup)
 
 

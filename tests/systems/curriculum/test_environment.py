@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from preceptor.errors import DataError, ModelError
-from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import load_language_model
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum.config import BUILTIN, DataOptions, DatasetOptions
 from preceptor.systems.curriculum.environment import (
     MAX_CHARACTERS,
@@ -37,7 +37,7 @@ def test_the_three_parts_share_no_document(tiny: LanguageModel, tmp_path: Path) 
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
     options = DataOptions(
         root=str(tmp_path),
-        datasets=(DatasetOptions("a", "a.jsonl"),),
+        datasets=(DatasetOptions(name="a", location="a.jsonl"),),
         validation_fraction=0.1,
         difficulty_fraction=0.2,
     )
@@ -55,7 +55,7 @@ def test_missing_datasets_are_named_together(tiny: LanguageModel, tmp_path: Path
     (tmp_path / "empty.txt").write_text("")
     options = DataOptions(
         root=str(tmp_path),
-        datasets=(DatasetOptions("a", "absent.jsonl"), DatasetOptions("b", "empty.txt")),
+        datasets=(DatasetOptions(name="a", location="absent.jsonl"), DatasetOptions(name="b", location="empty.txt")),
     )
     with pytest.raises(DataError) as caught:
         read_corpora(options, tiny)
@@ -71,7 +71,10 @@ def test_a_prompt_is_at_most_half_of_its_document() -> None:
 
 
 def test_prompts_follow_the_weights(tiny: LanguageModel) -> None:
-    datasets = (DatasetOptions("a", "builtin:dialogue"), DatasetOptions("b", "builtin:noise", target=False))
+    datasets = (
+        DatasetOptions(name="a", location="builtin:dialogue"),
+        DatasetOptions(name="b", location="builtin:noise", target=False),
+    )
     corpora = read_corpora(DataOptions(datasets=datasets), tiny)
     prompts = draw_prompts(
         corpora,

@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum.config import DataOptions, DatasetOptions
 from preceptor.systems.curriculum.environment import evenly_spaced_rows, read_corpora
 from preceptor.systems.curriculum.evaluate import sample_texts, validation_losses
 
 
 def test_validation_is_the_mean_over_tokens(tiny: LanguageModel) -> None:
-    datasets = (DatasetOptions("a", "builtin:dialogue"), DatasetOptions("b", "builtin:noise", target=False))
+    datasets = (
+        DatasetOptions(name="a", location="builtin:dialogue"),
+        DatasetOptions(name="b", location="builtin:noise", target=False),
+    )
     corpora = read_corpora(DataOptions(datasets=datasets, block_tokens=32), tiny)
     losses = validation_losses(tiny, corpora, num_rows=4)
     rows = evenly_spaced_rows(corpora[0].validation, 4)

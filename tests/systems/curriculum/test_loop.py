@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from preceptor.cli import main
 from preceptor.config import from_dict
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum.baselines import Method
 from preceptor.systems.curriculum.config import CurriculumConfig, DataOptions, DatasetOptions, DifficultyOptions
 from preceptor.systems.curriculum.environment import Corpus, read_corpora
@@ -101,7 +101,7 @@ def test_difficulty_is_the_frozen_models_loss_on_one_sample(tiny: LanguageModel,
     setup, state = setup_and_state(tiny, corpora, Method("x", "learning_progress"))
 
     def measure(options: DifficultyOptions = CONFIG.difficulty) -> dict[str, list[float]]:
-        changed = replace(setup, config=replace(CONFIG, difficulty=options))
+        changed = replace(setup, config=CONFIG.model_copy(update={"difficulty": options}))
         row = measure_difficulty(changed, state, 1)
         found: dict[str, list[float]] = row["difficulty"]
         return found
@@ -123,13 +123,16 @@ def test_difficulty_is_the_frozen_models_loss_on_one_sample(tiny: LanguageModel,
     state.refresh_frozen_model()
     assert measure()["mean"] != first["mean"]
     assert state.sample == sample
-    measure(replace(CONFIG.difficulty, resample=True))
+    measure(CONFIG.difficulty.model_copy(update={"resample": True}))
     assert state.sample != sample
 
 
 def test_the_weights_are_shares_of_tokens_however_long_the_rows(tiny: LanguageModel, tmp_path: Path) -> None:
     (tmp_path / "short.jsonl").write_text('{"text": "pears"}\n' * 100)
-    datasets = (DatasetOptions("short", "short.jsonl"), DatasetOptions("noise", "builtin:noise"))
+    datasets = (
+        DatasetOptions(name="short", location="short.jsonl"),
+        DatasetOptions(name="noise", location="builtin:noise"),
+    )
     corpora = read_corpora(DataOptions(root=str(tmp_path), datasets=datasets, block_tokens=24), tiny)
     assert len(corpora[0].train[0]) < 6  # rows four times as short as the noise's
     setup, state = setup_and_state(tiny, corpora, Method("x", "static", weights=(3.0, 1.0)))

@@ -1,20 +1,16 @@
-"""The policy by name or from scratch and its folder; rollouts: what is recorded is what was sampled."""
+"""The policy by name or from scratch; rollouts: what is recorded is what was sampled."""
 
 from __future__ import annotations
 
-import errno
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from preceptor.errors import StorageError
-from preceptor.lm import language_model
-from preceptor.lm.attention import kernel_is_faster
-from preceptor.lm.language_model import LanguageModel
-from preceptor.lm.load import load_language_model
+from preceptor.lm import model as lm_model
+from preceptor.lm.cpu.attention import kernel_is_faster
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum import policy
 from preceptor.systems.curriculum.config import ModelOptions
 from preceptor.systems.curriculum.policy import (
@@ -26,7 +22,6 @@ from preceptor.systems.curriculum.policy import (
     rollout_distributions,
     rollout_log_probs,
     rollout_sampling,
-    save_model,
 )
 from tests.systems.curriculum.made import rollouts_from
 
@@ -162,9 +157,9 @@ def test_packed_rows_say_and_teach_what_plain_rows_do(
 
 def test_what_packs_is_a_cpu_with_the_kernel(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tiny.skips_hidden_slots == kernel_is_faster()
-    monkeypatch.setattr(language_model, "kernel_is_faster", lambda: False)
+    monkeypatch.setattr(lm_model, "kernel_is_faster", lambda: False)
     assert not tiny.skips_hidden_slots
-    monkeypatch.setattr(language_model, "kernel_is_faster", lambda: True)
+    monkeypatch.setattr(lm_model, "kernel_is_faster", lambda: True)
     assert tiny.skips_hidden_slots
     tiny.model.set_attn_implementation("eager")
     assert not tiny.skips_hidden_slots
@@ -209,28 +204,3 @@ def test_an_untouched_shape_is_the_named_models(tiny: LanguageModel, tiny_folder
     scratch = build_policy(ModelOptions(name=str(tiny_folder), from_scratch=True), device=CPU, seed=1)
     theirs = {name: parameter.shape for name, parameter in tiny.model.named_parameters()}
     assert {name: parameter.shape for name, parameter in scratch.model.named_parameters()} == theirs
-
-
-def test_a_saved_folder_gives_the_same_model(tiny: LanguageModel, tmp_path: Path) -> None:
-    for _ in range(2):  # a folder that is there is replaced
-        with torch.no_grad():
-            next(tiny.model.parameters()).mul_(1.1)
-        save_model(tiny, tmp_path / "model")
-    loaded = load_language_model(str(tmp_path / "model"), device=CPU)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.model.parameters(), tiny.model.parameters(), strict=True))
-    assert os.listdir(tmp_path) == ["model"]
-
-
-def test_a_full_disk_leaves_the_old_folder(
-    tiny: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_model(tiny, tmp_path / "model")
-    before = (tmp_path / "model" / "model.safetensors").read_bytes()
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(tiny.tokenizer, "save_pretrained", full)
-    with pytest.raises(StorageError, match="disk full"):
-        save_model(tiny, tmp_path / "model")
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from preceptor.errors import CheckpointError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum.baselines import Method
 from preceptor.systems.curriculum.config import UpdateOptions
 from preceptor.systems.curriculum.environment import Corpus
@@ -55,7 +55,7 @@ def test_a_new_method_puts_everything_back(tiny: LanguageModel, corpora: list[Co
 def test_only_a_method_with_rollouts_has_a_value_network(tiny: LanguageModel, corpora: list[Corpus]) -> None:
     assert setup_and_state(tiny, corpora, UNIFORM)[1].value_network is None
     assert setup_and_state(tiny, corpora, WITH_ROLLOUTS)[1].value_network is not None
-    grouped = replace(CONFIG, ppo=replace(CONFIG.ppo, advantage="rloo"))
+    grouped = CONFIG.model_copy(update={"ppo": CONFIG.ppo.model_copy(update={"advantage": "rloo"})})
     assert setup_and_state(tiny, corpora, WITH_ROLLOUTS, config=grouped)[1].value_network is None
 
 
@@ -85,7 +85,7 @@ def test_a_state_of_another_configuration_is_refused(tiny: LanguageModel, corpor
 def test_warm_up_and_decay() -> None:
     linear = UpdateOptions(steps=6, warm_up_steps=2, decay="linear")
     assert [learning_rate_scale(step, linear) for step in range(1, 7)] == [0.5, 1, 1, 0.75, 0.5, 0.25]
-    flat = replace(linear, decay="none", warm_up_steps=0)
+    flat = linear.model_copy(update={"decay": "none", "warm_up_steps": 0})
     assert {learning_rate_scale(step, flat) for step in range(1, 7)} == {1.0}
-    cosine = replace(linear, decay="cosine")
+    cosine = linear.model_copy(update={"decay": "cosine"})
     assert learning_rate_scale(5, cosine) == pytest.approx(0.5)  # half of the decay is done

@@ -12,6 +12,7 @@ SYSTEM = System(
     streams=("windows", "dropout", "prompts", "actions", "bandits", "environment", "references"),
     train=lazy("preceptor.systems.bandit.train:train"),
     result=lazy("preceptor.systems.bandit.result:bandit_result"),
+    sections=lazy("preceptor.systems.bandit.report:sections"),
     verify=lazy("preceptor.systems.bandit.replay:replay"),
     flags=FLAGS,
     choices=CHOICES,

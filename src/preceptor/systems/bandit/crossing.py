@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.bandit.environment import Bandit
 from preceptor.systems.bandit.policy import Vocabulary, decide
 from preceptor.systems.bandit.prompts import Prompt, crossed_pairs, prompts_for

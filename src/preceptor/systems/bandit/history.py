@@ -1,7 +1,7 @@
 """Acting on past rewards in the context: the weights rest within an episode, and learn across sampled bandits.
 
 An episode is one text: a prompt, then after each choice the word and what it paid. Which word pays best is drawn anew
-for every episode, so nothing but the context can tell. A batch acts on one kept cache; one packed pass over the
+for every episode, so nothing but the context can tell. A batch acts on one KV cache; one packed pass over the
 finished texts then scores every choice again, with gradient, and REINFORCE credits it with the rewards that followed.
 """
 
@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from preceptor.lm.decode import Decoder
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import draw
 from preceptor.objectives.advantages import reward_to_go
 from preceptor.run.device import peak_memory_mib
@@ -122,7 +122,7 @@ def lines(config: BanditConfig, laboratory: Laboratory) -> list[str]:
 def play(
     lm: LanguageModel, prompts: list[Prompt], options: Options, tables: Tables, generator: torch.Generator
 ) -> Episodes:
-    """One episode for every prompt, all of one bandit, on one kept cache."""
+    """One episode for every prompt, all of one bandit, on one KV cache."""
     num_rounds = tables.rewards.shape[1]
     texts = [[lm.begin_token, *lm.encode(prompt.text)] for prompt in prompts]
     choices: list[list[tuple[int, Options]]] = [[] for _ in prompts]

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from preceptor.errors import ConfigError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.run.random import derived_seed
 from preceptor.systems.bandit.config import BanditConfig, BanditOptions
 from preceptor.systems.bandit.environment import Bandit

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import load_language_model, load_tokenizer
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.bandit.config import ModelOptions
 
 CORPUS_PASSES = 20

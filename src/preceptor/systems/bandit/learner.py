@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.objectives.advantages import against_baseline, leave_one_out
 from preceptor.objectives.entropy import entropy
 from preceptor.objectives.kl import kl_exact

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from preceptor.errors import ConfigError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.score import pad_rows
 from preceptor.systems.bandit.prompts import Prompt
 

@@ -12,8 +12,8 @@ SYSTEM = System(
     streams=("difficulty", "prompt", "rollout", "minibatch"),
     train=lazy("preceptor.systems.curriculum.loop:train"),
     result=lazy("preceptor.systems.curriculum.result:result"),
+    sections=lazy("preceptor.systems.curriculum.report:sections"),
     verify=lazy("preceptor.systems.curriculum.verify:verify"),
     flags=FLAGS,
     choices=CHOICES,
-    extendable=("update.steps",),
 )

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from preceptor.data.blocks import TokenBlocks, pack_blocks, split_held_out, tokenise
-from preceptor.data.datasets import read_sources
+from preceptor.data.corpora.blocks import TokenBlocks, pack_blocks, split_held_out, tokenise
+from preceptor.data.corpora.datasets import read_sources
 from preceptor.errors import DataError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.score import token_log_probs
 from preceptor.systems.curriculum.config import DataOptions, DatasetOptions
 from preceptor.systems.curriculum.policy import Prompt, end_token

@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from preceptor.config import to_dict
-from preceptor.data.blocks import pad_blocks
+from preceptor.data.corpora.blocks import pad_blocks
 from preceptor.objectives.kl import kl_k1, kl_k3
 from preceptor.objectives.mixture import document_difficulty
 from preceptor.objectives.statistics import masked_mean
 from preceptor.objectives.value import explained_variance
 from preceptor.run.device import peak_memory_mib
+from preceptor.run.export import save_model
 from preceptor.run.random import derived_seed
 from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.environment import document_losses, draw_prompts
@@ -40,7 +41,6 @@ from preceptor.systems.curriculum.policy import (
     generate_rollouts,
     rollout_log_probs,
     rollout_sampling,
-    save_model,
 )
 from preceptor.systems.curriculum.result import charts, outcome_records, result
 from preceptor.systems.curriculum.rewards import Rewards, score_rollouts, token_advantages
@@ -76,7 +76,7 @@ def train(config: CurriculumConfig, run: Run, services: Services) -> dict[str, A
     run.show_progress(len(setup.methods) * steps, PROGRESS_COLUMNS)
     for number, method in enumerate(setup.methods, start=1):
         last_step = number * steps
-        if run.step == last_step - steps:  # neither done nor resumed halfway
+        if run.step == last_step - steps:  # neither finished nor resumed halfway
             begin_method(setup, state, number)
         for n in run.loop(last_step, state):
             row = step(setup, state, n)
@@ -85,10 +85,10 @@ def train(config: CurriculumConfig, run: Run, services: Services) -> dict[str, A
                 if row["validation_loss"] < state.best_loss:
                     state.best_loss = row["validation_loss"]
                     if number == 1:
-                        save_model(setup.lm, run.path / "best_model")
+                        save_model(setup.lm.model, setup.lm.tokenizer, run.path / "best_model")
             run.log(n, {"arm": method.name, "arm_number": number, "arm_step": n - state.steps_before, **row})
             if number == 1 and n == last_step:
-                save_model(setup.lm, run.path / "model")
+                save_model(setup.lm.model, setup.lm.tokenizer, run.path / "model")
     targets = {corpus.name: corpus.target for corpus in setup.corpora}
     records = outcome_records(state.outcomes, targets=targets, seed=config.seed)
     return result(records, config=to_dict(config), seeds=[config.seed]) | {"charts": charts(state.outcomes, targets)}

@@ -7,11 +7,8 @@ cache, and are scored again in one forward pass, in which rollouts of the same p
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,11 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from preceptor.lm.decode import Decoder
-from preceptor.lm.language_model import LanguageModel
-from preceptor.lm.load import Adapter, load_language_model, save_language_model
+from preceptor.lm.load import Adapter, load_language_model
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.lm.score import pad_rows
-from preceptor.run.files import TEMPORARY, storage_errors
 from preceptor.systems.curriculum.config import ModelOptions
 
 MAX_MASK_ENTRIES = 2**24
@@ -291,22 +287,3 @@ def rollout_distributions(
     # Kept logits [batch · token, vocab], put back into the order of the rollouts.
     logits = output.logits.view(len(rollouts), rollouts.num_tokens, -1)[batch.order.argsort()]
     return sampling.log_probs(logits, drawn=rollouts.tokens)
-
-
-# ---- export ---------------------------------------------------------------------------------------------------------
-
-
-def save_model(lm: LanguageModel, folder: Path) -> None:
-    """Writes weights (an adapter's alone, where there is one) and tokenizer to ``folder``, all or nothing.
-
-    Raises:
-        StorageError: the disk is full or refuses; a folder that was there is unchanged.
-    """
-    temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
-    with storage_errors(f"save the model in {folder}"):
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        save_language_model(lm, temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(temporary, folder)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from preceptor.errors import ConfigError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.run.random import derived_seed
 from preceptor.systems.base import Services
 from preceptor.systems.curriculum.baselines import Method, plan_methods
@@ -70,7 +70,7 @@ def prepare(config: CurriculumConfig, run: Run, services: Services) -> Setup:
             f"{corpus.name}: {corpus.train.num_tokens:,} tokens to train on in {len(corpus.documents):,} documents, "
             f"{len(corpus.validation)} rows to validate on{'' if corpus.target else '; not a target'}"
         )
-    initial_model = lm.untrained()
+    initial_model = lm.initial_model()
     return Setup(
         config=config,
         run=run,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from preceptor.errors import DataError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.objectives.mixture import Mixture, make_mixture
 from preceptor.objectives.mixture_rules import Difficulty
 from preceptor.run.metrics import read_jsonl
