@@ -1,4 +1,4 @@
-"""The language model that decides: a small GPT from random weights, taught to answer with a word that was named."""
+"""Pretraining: a small GPT from random weights learns by cross-entropy to answer a prompt with a word that it names."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from preceptor.lm.model import LanguageModel
 from preceptor.systems.bandit.config import ModelOptions
 
 CORPUS_PASSES = 20
-"""Times that every line stands in the stream of windows, in another order each time."""
+"""Passes over the corpus in the token stream, each in another order."""
 
 
 def build_language_model(options: ModelOptions, *, device: torch.device) -> LanguageModel:
     """The named model, or a GPT with random weights from torch's global generator.
 
-    Attention projects queries, keys and values separately (GPT-2 keeps the three in one matrix), and every layer has
-    its feed-forward part. Dropout is off until :func:`dropout_from` switches it on.
+    Dropout is off until :func:`dropout_from` switches it on.
 
     Raises:
         ModelError: there is no such model or tokenizer.
@@ -65,7 +64,7 @@ def dropout_from(lm: LanguageModel, generator: torch.Generator | None) -> Iterat
 
 
 def token_stream(lm: LanguageModel, lines: Sequence[str], *, generator: torch.Generator) -> Int[Tensor, " time"]:
-    """The lines, each behind the token that begins a text, over and over in random order."""
+    """The lines, each after the token that begins a text, over and over in random order."""
     encoded = [[lm.begin_token, *lm.encode(line)] for line in lines]
     orders = (torch.randperm(len(encoded), generator=generator).tolist() for _ in range(CORPUS_PASSES))
     return torch.tensor([token for order in orders for index in order for token in encoded[index]])
@@ -74,14 +73,14 @@ def token_stream(lm: LanguageModel, lines: Sequence[str], *, generator: torch.Ge
 def sliding_windows(
     stream: Int[Tensor, " time"], *, batch_size: int, window: int, generator: torch.Generator
 ) -> Int[Tensor, "batch window"]:
-    """Windows of ``window`` + 1 tokens (inputs and targets) that begin anywhere in the stream."""
+    """Windows of ``window`` + 1 tokens (inputs and targets shifted by one) that begin anywhere in the stream."""
     width = min(window + 1, len(stream))
     starts = torch.randint(len(stream) - width + 1, (batch_size,), generator=generator)
     return torch.stack([stream[start : start + width] for start in starts.tolist()])
 
 
 def next_token_loss(lm: LanguageModel, tokens: Int[Tensor, "batch time"]) -> Tensor:
-    """Cross-entropy of every token but the first, in nats; with gradient."""
+    """Cross-entropy of every token but the first, a mean in nats; with gradient."""
     inputs = tokens[:, :-1].to(lm.device)
     keep = torch.ones(inputs.shape, dtype=torch.bool, device=lm.device)
     return F.cross_entropy(lm.forward(inputs, keep=keep).logits, tokens[:, 1:].to(lm.device).flatten())
@@ -89,16 +88,18 @@ def next_token_loss(lm: LanguageModel, tokens: Int[Tensor, "batch time"]) -> Ten
 
 @torch.no_grad()
 def validation_loss(lm: LanguageModel, lines: Sequence[str], *, batch_size: int = 64) -> float:
-    """Cross-entropy of whole lines that were never trained on, in nats a token."""
+    """Cross-entropy of whole lines that were never trained on, in nats per token."""
+    # Sorted by length, so that a batch needs little padding.
     encoded = sorted(([lm.begin_token, *lm.encode(line)] for line in lines), key=len)
     total, count = 0.0, 0
     for start in range(0, len(encoded), batch_size):
         rows = encoded[start : start + batch_size]
         width = max(map(len, rows))
         tokens = torch.tensor([[*row, *[lm.begin_token] * (width - len(row))] for row in rows], device=lm.device)
-        counted = torch.arange(1, width) < torch.tensor([len(row) for row in rows])[:, None]
-        counted = F.pad(counted, (0, 1)).to(lm.device)  # the last position predicts nothing
-        logits = lm.forward(tokens, keep=counted).logits
-        total += float(F.cross_entropy(logits, tokens.roll(-1, dims=1)[counted], reduction="sum"))
-        count += int(counted.sum())
+        # True where a position predicts a token of its own line; the last column predicts nothing. [rows, width]
+        predict_mask = torch.arange(1, width) < torch.tensor([len(row) for row in rows])[:, None]
+        predict_mask = F.pad(predict_mask, (0, 1)).to(lm.device)
+        logits = lm.forward(tokens, keep=predict_mask).logits  # [predicted, vocab]
+        total += float(F.cross_entropy(logits, tokens.roll(-1, dims=1)[predict_mask], reduction="sum"))
+        count += int(predict_mask.sum())
     return total / count

@@ -1,8 +1,8 @@
-"""Bandit algorithms without a language model, on the same draws: what the words could have earned.
+"""Baselines: bandit algorithms without a language model, on the same draws as the model.
 
-Each takes ``rewards`` [runs, pulls, arms], what every arm would pay at every pull, looks at what it pulled alone, and
-gives the arms that it pulls [runs, pulls]. Ties are broken at random. Rewards are in base rewards (a Bernoulli arm pays
-0 or 1).
+Each takes ``rewards`` [runs, pulls, arms], what every arm would pay at every pull, sees only the rewards of its own
+pulls, and gives the arms that it pulls [runs, pulls]. Ties are broken at random. Rewards are in base rewards (a
+Bernoulli arm pays 0 or 1).
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ Pulls = Int[Tensor, "runs pulls"]
 
 
 def uniform(rewards: Rewards, *, generator: torch.Generator) -> Pulls:
-    """Every arm alike."""
+    """Each arm with the same probability."""
     runs, pulls, arms = rewards.shape
     return torch.randint(arms, (runs, pulls), generator=generator)
 
 
 def greedy(rewards: Rewards, *, generator: torch.Generator) -> Pulls:
-    """Every arm once, then the best mean so far."""
+    """Each arm once, then the arm of the best mean so far."""
     return _by_index(rewards, lambda means, counts, pull: means, generator=generator)
 
 
 def ucb1(rewards: Rewards, *, generator: torch.Generator) -> Pulls:
-    """Every arm once, then the largest mean + √(2 ln t / n) (Auer et al. 2002); made for rewards within [0, 1]."""
+    """Each arm once, then the largest mean + √(2 ln t / n) (Auer et al. 2002); its bound needs rewards in [0, 1]."""
     return _by_index(
         rewards, lambda means, counts, pull: means + (2 * math.log(pull) / counts).sqrt(), generator=generator
     )
@@ -57,7 +57,7 @@ def gradient_bandit(
 ) -> Pulls:
     """Softmax preferences moved along the gradient of the expected reward (Sutton and Barto 2018, section 2.8).
 
-    The baseline is the mean of the rewards so far, the present one among them.
+    The baseline is the mean of the rewards so far, the current one included.
     """
     runs, pulls, arms = rewards.shape
     preferences, mean = torch.zeros(runs, arms, dtype=rewards.dtype), torch.zeros(runs, dtype=rewards.dtype)
@@ -68,9 +68,9 @@ def gradient_bandit(
         reward = rewards[:, pull].gather(1, arm)[:, 0]
         mean += (reward - mean) / (pull + 1)
         advantage = reward - mean if baseline else reward
-        preferences += (
-            step_size * advantage[:, None] * (torch.zeros_like(probabilities).scatter(1, arm, 1.0) - probabilities)
-        )
+        # The gradient of ln softmax in the preferences: one-hot of the arm minus the probabilities, [runs, arms].
+        gradient = torch.zeros_like(probabilities).scatter(1, arm, 1.0) - probabilities
+        preferences += step_size * advantage[:, None] * gradient
         chosen[:, pull] = arm[:, 0]
     return chosen
 
@@ -82,7 +82,7 @@ def _by_index(
     generator: torch.Generator,
     each_arm_first: bool = True,
 ) -> Pulls:
-    """The arm of the largest ``index(means, counts, pulls so far)`` at every pull."""
+    """At each pull the arm of the largest ``index(means, counts, pulls so far)``."""
     runs, pulls, arms = rewards.shape
     counts, sums = torch.zeros(runs, arms, dtype=rewards.dtype), torch.zeros(runs, arms, dtype=rewards.dtype)
     chosen = torch.empty(runs, pulls, dtype=torch.long)
@@ -91,7 +91,7 @@ def _by_index(
             arm = _largest((counts == 0).to(rewards.dtype), generator)
         else:
             arm = _largest(index(sums / counts.clamp(min=1), counts, pull), generator)
-        reward = rewards[:, pull].gather(1, arm)
+        reward = rewards[:, pull].gather(1, arm)  # [runs, 1]: all that is seen of this pull
         counts.scatter_add_(1, arm, torch.ones_like(reward))
         sums.scatter_add_(1, arm, reward)
         chosen[:, pull] = arm[:, 0]
@@ -99,13 +99,13 @@ def _by_index(
 
 
 def _largest(values: Tensor, generator: torch.Generator) -> Tensor:
-    """A column of indices of the largest value of every row, one of them at random where several are equal."""
+    """Index of the largest value of each row, [rows, 1]; where several are equal, one of them at random."""
     is_largest = values == values.amax(-1, keepdim=True)
     return torch.multinomial(is_largest.double(), 1, generator=generator)
 
 
 def _beta(a: Tensor, b: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws from Beta(a, b) as a ratio of gammas."""
+    """Draws from Beta(a, b) as a ratio of gammas, since torch's own Beta takes no generator."""
     first, second = torch._standard_gamma(a, generator=generator), torch._standard_gamma(b, generator=generator)
     return first / (first + second)
 
@@ -118,7 +118,7 @@ def play_all(
     deviation: float,
     generator: torch.Generator,
 ) -> dict[str, Pulls]:
-    """Every algorithm on the same ``rewards``, and the optimum, which knows what each arm is ``expected`` to pay."""
+    """Pulls of each algorithm on the same ``rewards``, and of the optimum, which is told the ``expected`` rewards."""
     return {
         "uniform": uniform(rewards, generator=generator),
         "greedy": greedy(rewards, generator=generator),

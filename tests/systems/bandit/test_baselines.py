@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from preceptor.systems.bandit.references import (
+from preceptor.systems.bandit.baselines import (
     gradient_bandit,
     greedy,
     play_all,
@@ -112,7 +112,7 @@ def test_the_order_of_merit_on_the_predecessors_bandit() -> None:
     table = (torch.rand(300, 1000, 2, dtype=torch.float64, generator=generator()) < torch.tensor([0.75, 0.25])).double()
     expected = torch.tensor([0.75, 0.25]).double().expand(300, 2)
     played = play_all(table, expected, kind="bernoulli", deviation=1.0, generator=generator(1))
-    regret = {arm: ((pulls == 1).double().sum(1) * 0.5).mean().item() for arm, pulls in played.items()}
+    regret = {method: ((pulls == 1).double().sum(1) * 0.5).mean().item() for method, pulls in played.items()}
     assert regret["optimum"] == 0
     assert regret["thompson"] == pytest.approx(4.35, abs=0.6)
     assert regret["ucb1"] == pytest.approx(18.2, abs=1.0)

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from preceptor.lm.model import LanguageModel
-from preceptor.systems.bandit.crossing import (
-    crossing_records,
-    explanations,
-    own_context_records,
-    probabilities,
-)
 from preceptor.systems.bandit.environment import Bandit
+from preceptor.systems.bandit.evaluate import (
+    explanations,
+    option_probabilities,
+    own_context_records,
+    transfer_records,
+)
 from preceptor.systems.bandit.policy import Vocabulary
 from preceptor.systems.bandit.prompts import prompts_for
 
@@ -38,25 +38,25 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("cells", "values", "wins", "expected"), CASES)
+@pytest.mark.parametrize(("p_first", "values", "wins", "expected"), CASES)
 def test_which_explanation_fits(
-    cells: torch.Tensor, values: tuple[float, float], wins: tuple[bool, bool], expected: dict[str, float]
+    p_first: torch.Tensor, values: tuple[float, float], wins: tuple[bool, bool], expected: dict[str, float]
 ) -> None:
-    assert explanations(cells, values=values, wins=wins) == expected
-    mirrored = explanations(1 - cells, values=values[::-1], wins=wins[::-1])
+    assert explanations(p_first, values=values, wins=wins) == expected
+    mirrored = explanations(1 - p_first, values=values[::-1], wins=wins[::-1])
     assert mirrored == expected  # which word is called the first does not matter
 
 
-def test_records_of_crossed_pairs_hold_the_probabilities_of_their_prompts(lm: LanguageModel) -> None:
+def test_transfer_records_hold_the_probabilities_of_their_prompts(lm: LanguageModel) -> None:
     words = [word for bandit in BANDITS for word in bandit.words]
     vocabulary = Vocabulary(lm, words)
     templates = ["Pick {options}:", "{options}?"]
-    records = crossing_records(
-        lm, vocabulary, BANDITS, templates=templates, held_out=["Say {options}:"], arm="learned", seed=3
+    records = transfer_records(
+        lm, vocabulary, BANDITS, templates=templates, held_out=["Say {options}:"], method="learned", seed=3
     )
     assert len(records) == 2 * 4
     record = next(r for r in records if (r["item"], r["split"]) == ("chickpea / lentil", "train"))
-    rows = [row[0] for row, _ in probabilities(lm, vocabulary, prompts_for(("chickpea", "lentil"), templates))]
+    rows = [row[0] for row, _ in option_probabilities(lm, vocabulary, prompts_for(("chickpea", "lentil"), templates))]
     assert record["first_word"] == pytest.approx(sum(rows) / 4)
     assert record["first_word_named_first"] == pytest.approx((rows[0] + rows[2]) / 2)
     assert record["first_word_named_second"] == pytest.approx((rows[1] + rows[3]) / 2)
@@ -72,11 +72,11 @@ def test_records_of_own_contexts(lm: LanguageModel) -> None:
         + prompts_for(bandit.words, ["Say {options}:"], held_out=True)
         for bandit in BANDITS
     }
-    records = own_context_records(lm, vocabulary, BANDITS, prompts, arm="pretrained", seed=0)
+    records = own_context_records(lm, vocabulary, BANDITS, prompts, method="pretrained", seed=0)
     assert [(r["item"], r["split"]) for r in records] == [
         ("beans", "train"), ("beans", "held_out"), ("grains", "train"), ("grains", "held_out")
     ]  # fmt: skip
-    rows = probabilities(lm, vocabulary, prompts["beans"][:2])
+    rows = option_probabilities(lm, vocabulary, prompts["beans"][:2])
     assert records[0]["best_word"] == pytest.approx(sum(row[0] for row, _ in rows) / 2)
     assert all(sum(row) == pytest.approx(1) for row, _ in rows)
     assert 0 < records[0]["named_mass"] < 1

@@ -1,4 +1,4 @@
-"""Plays the recorded words again, without the model, and computes what they are paid."""
+"""Pays the recorded words again, without the model."""
 
 from __future__ import annotations
 
@@ -10,40 +10,43 @@ from preceptor.errors import DataError
 from preceptor.run.metrics import read_jsonl
 from preceptor.run.random import RandomStreams
 from preceptor.systems.bandit.config import BanditConfig
-from preceptor.systems.bandit.history import sample_tables
-from preceptor.systems.bandit.laboratory import as_bandit, reward_tables
-from preceptor.systems.bandit.train import STREAMS
+from preceptor.systems.bandit.environment import sample_tables
+from preceptor.systems.bandit.setup import build_bandit, reward_tables
 from preceptor.systems.base import Replayed, Services
 
 
-def replay(config: BanditConfig, folder: Path, services: Services) -> Iterator[Replayed]:
-    """Every recorded reward of the run in ``folder`` beside the one that its bandit pays for the recorded word.
+def verify(config: BanditConfig, folder: Path, services: Services) -> Iterator[Replayed]:
+    """Each recorded reward of the run in ``folder`` beside what its bandit pays for the recorded word.
 
     Raises:
         DataError: ``decisions.jsonl`` is missing or malformed.
     """
-    return (_history if config.mode == "history" else _prompts)(config, read_jsonl(folder / "decisions.jsonl"))
+    rows = read_jsonl(folder / "decisions.jsonl")
+    return _history_rewards(config, rows) if config.mode == "history" else _prompt_rewards(config, rows)
 
 
-def _prompts(config: BanditConfig, rows: Iterator[dict[str, Any]]) -> Iterator[Replayed]:
+def _prompt_rewards(config: BanditConfig, rows: Iterator[dict[str, Any]]) -> Iterator[Replayed]:
     tables = reward_tables(config)
     for row in rows:
         where = f"step {row['step']}, {row['bandit']}, pull {row['pull']}"
-        paid = tables[row["bandit"]][row["pull"], _arm(row["words"], row["word"], where)]
-        yield Replayed(where, row["reward"], float(paid))
+        reward = tables[row["bandit"]][row["pull"], _arm(row["words"], row["word"], where)]
+        yield Replayed(where, row["reward"], float(reward))
 
 
-def _history(config: BanditConfig, rows: Iterator[dict[str, Any]]) -> Iterator[Replayed]:
-    """The sampled bandits come from the stream of the environment, a batch a step, in order."""
-    environment = RandomStreams(config.seed, STREAMS)["environment"]
-    bandits = {bandit.name: bandit for bandit in map(as_bandit, config.bandits)}
+def _history_rewards(config: BanditConfig, rows: Iterator[dict[str, Any]]) -> Iterator[Replayed]:
+    # Training drew one batch of tables a step from this stream, and nothing else, so it can be drawn again in order.
+    environment = RandomStreams(config.seed, ["environment"])["environment"]
+    bandits = {bandit.name: bandit for bandit in map(build_bandit, config.bandits)}
     step, episode, tables = None, 0, None
     for row in rows:
         bandit = bandits[row["bandit"]]
         if row["step"] != step:
             step, episode = row["step"], 0
             tables = sample_tables(
-                bandit, episodes=config.history.batch_size, rounds=config.history.rounds, generator=environment
+                bandit,
+                num_episodes=config.history.batch_size,
+                num_rounds=config.history.rounds,
+                generator=environment,
             )
         assert tables is not None
         for round_, (word, reward) in enumerate(zip(row["words"], row["rewards"], strict=True)):

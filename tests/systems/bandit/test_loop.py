@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preceptor.cli import main
-from preceptor.config import from_dict
 from preceptor.run.folder import Run
-from preceptor.systems.bandit.config import BanditConfig
-from preceptor.systems.bandit.replay import replay
+from preceptor.systems.bandit import evaluate, history
 
 TINY = (
     "model.width=16", "model.num_layers=1", "model.num_heads=2", "pretraining.steps=6", "pretraining.batch_size=2",
@@ -51,6 +50,12 @@ def result(folder: Path) -> dict[str, Any]:
 
 def newest(folder: Path) -> Path:
     return max((folder / "checkpoints").iterdir())
+
+
+def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """The parameters of ``model`` or ``initial_model`` in the newest checkpoint."""
+    saved = load_file(newest(folder) / f"{name}.safetensors")
+    return {key.removeprefix(f"{name}."): tensor for key, tensor in saved.items()}
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +105,14 @@ def test_the_same_seed_is_the_same_run(whole: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("settings", [(), HISTORY], ids=["prompt", "history"])
 def test_a_learning_rate_of_zero_leaves_every_weight(tmp_path: Path, settings: tuple[str, ...]) -> None:
     assert run(tmp_path / "run", "update.learning_rate=0", *settings) == 0
-    tensors = load_file(newest(tmp_path / "run") / "model.safetensors")
-    before = load_file(newest(tmp_path / "run") / "pretrained.safetensors")
+    tensors, before = (weights(tmp_path / "run", name) for name in ("model", "initial_model"))
     assert tensors.keys() == before.keys()
     assert all(tensors[name].equal(before[name]) for name in tensors)
 
 
 def test_every_weight_moves(whole: Path) -> None:
-    tensors, before = (load_file(newest(whole) / f"{name}.safetensors") for name in ("model", "pretrained"))
+    tensors, before = (weights(whole, name) for name in ("model", "initial_model"))
+    assert tensors.keys() == before.keys()
     unmoved = [name for name in tensors if tensors[name].equal(before[name])]
     assert unmoved == []
 
@@ -138,56 +143,123 @@ def test_gaussian_arms_and_three_words(tmp_path: Path) -> None:
 # ---- going on --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [("update.dropout=true",), HISTORY], ids=["prompt", "history"])
-@pytest.mark.parametrize("stop_at", [3, 6, 9])  # in pretraining, between the phases, in the middle of an epoch
-def test_a_stopped_run_goes_on_bit_for_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], stop_at: int
-) -> None:
-    """Steps after the last checkpoint are lost and taken again; ends that were asked for save first."""
-    assert run(tmp_path / "whole", *settings) == 0
-    original = Run.log
+MODES = pytest.mark.parametrize("settings", [("update.dropout=true",), HISTORY], ids=["prompt", "history"])
 
-    def interrupted(self: Run, step: int, row: dict[str, Any]) -> None:
-        original(self, step, row)
-        if step == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-            while not self.stop_requested:
-                time.sleep(0.001)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "log", interrupted)
-        assert run(tmp_path / "part", *settings) == 143
-    assert rows(tmp_path / "part")[-1]["step"] == stop_at
-    assert main(["resume", str(tmp_path / "part"), "--no-report"]) == 0
-    assert rows(tmp_path / "part") == rows(tmp_path / "whole")
-    assert rows(tmp_path / "part", "decisions.jsonl") == rows(tmp_path / "whole", "decisions.jsonl")
-    assert result(tmp_path / "part") == result(tmp_path / "whole")
-    for name in ("model", "optimiser", "pretrained"):
-        ours, theirs = (load_file(newest(tmp_path / run_) / f"{name}.safetensors") for run_ in ("part", "whole"))
+def assert_same(folder: Path, whole: Path) -> None:
+    """The rows, the result and every tensor of the last checkpoint are equal to the last bit."""
+    for name in ("metrics.jsonl", "decisions.jsonl"):
+        assert rows(folder, name) == rows(whole, name)
+    assert result(folder) == result(whole)
+    files = sorted(path.name for path in newest(whole).glob("*.safetensors"))
+    assert files == ["initial_model.safetensors", "model.safetensors", "optimizer.safetensors"]
+    for name in files:
+        ours, theirs = (load_file(newest(run_) / name) for run_ in (folder, whole))
         assert ours.keys() == theirs.keys()
         assert all(ours[key].equal(theirs[key]) for key in ours)
 
 
-# ---- replay ----------------------------------------------------------------------------------------------------------
+@MODES
+@pytest.mark.parametrize("stop_at", [3, 6, 9])  # in pretraining, at its last step, in the middle of an epoch
+def test_a_stopped_run_goes_on_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], stop_at: int
+) -> None:
+    assert run(tmp_path / "whole", *settings) == 0
+    log = Run.log
+
+    def log_and_stop(self: Run, step: int, row: dict[str, Any]) -> None:
+        log(self, step, row)
+        if step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", log_and_stop)
+        assert run(tmp_path / "part", *settings) == 143
+    assert rows(tmp_path / "part")[-1]["step"] == stop_at
+    assert newest(tmp_path / "part").name == f"step-{stop_at:06d}"
+    assert main(["resume", str(tmp_path / "part"), "--no-report"]) == 0
+    assert_same(tmp_path / "part", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("settings", [(), HISTORY], ids=["prompt", "history"])
-def test_recorded_words_are_paid_again_and_a_changed_one_is_found(tmp_path: Path, settings: tuple[str, ...]) -> None:
-    folder = tmp_path / "run"
-    assert run(folder, *settings) == 0
-    config = from_dict(BanditConfig, json.loads((folder / "manifest.json").read_text())["config"])
-    replayed = list(replay(config, folder))
-    assert len(replayed) == (36 if not settings else 5 * 4 * 3)
-    assert all(entry.recorded == entry.recomputed for entry in replayed)
-    path = folder / "decisions.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    row = json.loads(lines[-1])
-    if settings:
-        row["rewards"][0] += 1.0
-    else:
-        row["reward"] += 1.0
-    path.write_text("\n".join([*lines[:-1], json.dumps(row)]) + "\n", encoding="utf-8")
-    assert sum(entry.recorded != entry.recomputed for entry in replay(config, folder)) == 1
+class Crash(RuntimeError):
+    pass
+
+
+@MODES
+@pytest.mark.parametrize("crash_at", [3, 6, 7, 10])  # the checkpoints are of steps 4, 6 (the last of a phase) and 8
+def test_steps_after_the_last_checkpoint_are_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], crash_at: int
+) -> None:
+    assert run(tmp_path / "whole", *settings) == 0
+    log = Run.log
+
+    def log_and_crash(self: Run, step: int, row: dict[str, Any]) -> None:
+        log(self, step, row)
+        if step == crash_at:
+            raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", log_and_crash)
+        assert run(tmp_path / "part", *settings) == 1
+    assert rows(tmp_path / "part")[-1]["step"] == crash_at
+    assert main(["resume", str(tmp_path / "part"), "--no-report"]) == 0
+    assert_same(tmp_path / "part", tmp_path / "whole")
+
+
+@MODES
+def test_a_run_stopped_during_the_evaluation_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
+) -> None:
+    assert run(tmp_path / "whole", *settings) == 0
+    stopped = []
+
+    def stop_after(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            value = function(*args, **kwargs)
+            stopped.append(os.kill(os.getpid(), signal.SIGTERM)) if not stopped else None
+            return value
+
+        return call
+
+    with monkeypatch.context() as patch:
+        # The first bandit's baselines have drawn from their stream by then; a resume must draw the same again.
+        patch.setattr(evaluate.baselines, "play_all", stop_after(evaluate.baselines.play_all))
+        assert history.baselines is evaluate.baselines
+        assert run(tmp_path / "part", *settings) == 143
+    assert not (tmp_path / "part" / "result.json").exists()
+    assert main(["resume", str(tmp_path / "part"), "--no-report"]) == 0
+    assert_same(tmp_path / "part", tmp_path / "whole")
+
+
+# ---- what was learned comes out --------------------------------------------------------------------------------------
+
+
+def test_transformers_loads_the_trained_model(whole: Path) -> None:
+    """The mean probability of the best word in its training prompts, from the model folder and Transformers alone."""
+    model = AutoModelForCausalLM.from_pretrained(whole / "model")
+    tokenizer = AutoTokenizer.from_pretrained(whole / "model")
+    record = next(
+        r
+        for r in result(whole)["records"]
+        if (r["arm"], r["item"], r["split"]) == ("learned", "bean/chickpea", "train")
+    )
+    prompts = sorted({row["prompt"] for row in rows(whole, "decisions.jsonl") if row["bandit"] == "bean/chickpea"})
+    p_best = [softmax_of(model, tokenizer, prompt, ("bean", "chickpea"))[0] for prompt in prompts]
+    assert len(p_best) == 6
+    assert sum(p_best) / 6 == pytest.approx(record["best_word"], abs=1e-5)
+
+
+def softmax_of(model: Any, tokenizer: Any, prompt: str, words: tuple[str, ...]) -> list[float]:
+    """The probability of each word among ``words``, each encoded alone after the prompt."""
+    scores = []
+    for word in words:
+        context = [tokenizer.bos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
+        option = tokenizer.encode(f" {word}", add_special_tokens=False)
+        with torch.no_grad():
+            log_probs = model(torch.tensor([[*context, *option]])).logits[0].log_softmax(-1)
+        scores.append(sum(float(log_probs[len(context) - 1 + at, token]) for at, token in enumerate(option)))
+    probabilities: list[float] = torch.tensor(scores).softmax(0).tolist()
+    return probabilities
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
