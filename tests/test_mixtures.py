@@ -15,8 +15,8 @@ from preceptor.data.corpora.mixture import MixtureDataset, MixtureSampler
 from preceptor.errors import ConfigError
 from preceptor.lm.load import load_language_model
 from preceptor.lm.model import LanguageModel
+from preceptor.mixtures import MixtureCallback
 from preceptor.objectives import make_mixture
-from preceptor.systems.curriculum.callback import MixtureCallback
 
 ROWS = [[[0, 40 + place, 50, 60], [0, 70, 80 + place]] for place in range(2)]
 ARGUMENTS: Any = SimpleNamespace(world_size=1, train_batch_size=4, gradient_accumulation_steps=2, ignore_data_skip=True)

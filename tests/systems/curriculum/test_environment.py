@@ -1,4 +1,4 @@
-"""Datasets cut in three, prompts out of documents, and what is held out."""
+"""Datasets split in three, prompts, and the losses that measure difficulty."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from preceptor.errors import DataError
+from preceptor.errors import DataError, ModelError
+from preceptor.lm.load import load_language_model
 from preceptor.lm.model import LanguageModel
-from preceptor.systems.curriculum.choices import BUILTIN
-from preceptor.systems.curriculum.config import DataOptions, DatasetOptions
-from preceptor.systems.curriculum.material import draw_prompts, evenly, prompt_of, read_corpora
-from preceptor.systems.curriculum.texts import MAX_CHARACTERS, builtin_documents
-from preceptor.systems.curriculum.validation import held_out_prompts, macro_mean, validation_losses, write_samples
+from preceptor.systems.curriculum.config import BUILTIN, DataOptions, DatasetOptions
+from preceptor.systems.curriculum.environment import (
+    MAX_CHARACTERS,
+    builtin_documents,
+    document_losses,
+    draw_prompts,
+    held_out_prompts,
+    prompt_of,
+    read_corpora,
+)
 
 
 @pytest.mark.parametrize("name", BUILTIN)
@@ -87,26 +93,46 @@ def test_prompts_follow_the_weights(tiny: LanguageModel) -> None:
     } == {"a"}
 
 
-def test_validation_is_the_mean_over_tokens(tiny: LanguageModel) -> None:
-    datasets = (
-        DatasetOptions(name="a", location="builtin:dialogue"),
-        DatasetOptions(name="b", location="builtin:noise", target=False),
-    )
-    corpora = read_corpora(DataOptions(datasets=datasets, block_tokens=32), tiny)
-    losses = validation_losses(tiny, corpora, num_rows=4)
-    rows = evenly(corpora[0].validation, 4)
-    assert len(rows) == 4
-    total, count = 0.0, 0
-    for row in rows:
-        logits = tiny.model(torch.tensor([row])).logits[0, :-1].detach()
-        total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(row[1:]), reduction="sum"))
-        count += len(row) - 1
-    assert losses["a"] == pytest.approx(total / count, abs=1e-5)
-    assert macro_mean(losses, corpora) == losses["a"]
+# --- difficulty -------------------------------------------------------------------------------------------------------
 
 
-def test_samples_are_the_same_for_the_same_weights(tiny: LanguageModel) -> None:
-    first = write_samples(tiny, ["How much", "Ada:"], num_tokens=5, seed=1)
-    assert first == write_samples(tiny, ["How much", "Ada:"], num_tokens=5, seed=1)
-    assert first != write_samples(tiny, ["How much", "Ada:"], num_tokens=5, seed=2)
-    assert write_samples(tiny, ["How much"], num_tokens=0, seed=1) == []
+@pytest.fixture(scope="module")
+def starter() -> LanguageModel:
+    return load_language_model("starter", device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def samples(starter: LanguageModel) -> list[list[list[int]]]:
+    texts = [["Ice floats on water.", "Why?"], ["def f(x):\n    return x + 1\n"], ["a b a b a b a b", "The end", "zq"]]
+    return [[[starter.begin_token, *starter.encode(text)] for text in group] for group in texts]
+
+
+def test_losses_are_those_of_transformers_one_row_at_a_time(starter, samples):
+    losses = document_losses(starter, samples)
+    assert [len(values) for values in losses] == [2, 1, 3]
+    for rows, values in zip(samples, losses, strict=True):
+        for row, loss in zip(rows, values, strict=True):
+            tokens = torch.tensor([row])
+            with torch.no_grad():
+                expected = starter.model(input_ids=tokens, labels=tokens).loss  # mean over all tokens but the first
+            assert loss.item() == pytest.approx(expected.item(), rel=1e-5)  # float32, another order of sums
+
+
+def test_batching_changes_nothing(starter, samples):
+    together = document_losses(starter, samples)
+    for one_by_one, values in zip(document_losses(starter, samples, max_tokens=1), together, strict=True):
+        torch.testing.assert_close(one_by_one, values)
+
+
+def test_no_gradient_and_no_change_of_the_model(starter, samples):
+    before = {name: values.clone() for name, values in starter.model.state_dict().items()}
+    assert not any(values.requires_grad for values in document_losses(starter, samples))
+    assert all(torch.equal(values, before[name]) for name, values in starter.model.state_dict().items())
+
+
+def test_what_has_no_loss_is_refused(starter, samples):
+    for bad in ([], [[starter.begin_token]]):
+        with pytest.raises(DataError, match="sample of dataset 1 must hold rows of two tokens or more"):
+            document_losses(starter, [samples[0], bad])
+    with pytest.raises(ModelError, match="does not fit the context"):
+        document_losses(starter, [[[5] * (starter.context_length + 1)]])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,37 +13,30 @@ from transformers import AutoModelForCausalLM
 
 from preceptor.cli import main
 from preceptor.config import from_dict
-from preceptor.systems.curriculum.config import CurriculumConfig
-from preceptor.systems.curriculum.replay import replay
-from tests.systems.curriculum.small import ARMS, STEPS, arguments, rows
+from preceptor.lm.model import LanguageModel
+from preceptor.systems.curriculum.baselines import Method
+from preceptor.systems.curriculum.config import CurriculumConfig, DataOptions, DatasetOptions, DifficultyOptions
+from preceptor.systems.curriculum.environment import Corpus, read_corpora
+from preceptor.systems.curriculum.loop import draw_documents, measure_difficulty
+from preceptor.systems.curriculum.verify import verify
+from tests.systems.curriculum.made import CONFIG, setup_and_state
+from tests.systems.curriculum.small import METHODS, SERVICES, STEPS, arguments, result_of, rows
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    assert main(arguments(tiny_folder, folder)) == 0
-    return folder
-
-
-def result_of(folder: Path) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return result
-
-
-def test_every_arm_has_its_stretch_and_the_same_tokens(finished: Path) -> None:
+def test_every_method_has_its_steps_and_the_same_tokens(finished: Path) -> None:
     logged = rows(finished / "metrics.jsonl")
-    assert [row["arm"] for row in logged] == [arm for arm in ARMS for _ in range(STEPS)]
-    assert [row["arm_step"] for row in logged] == list(range(1, STEPS + 1)) * len(ARMS)
+    assert [row["arm"] for row in logged] == [method for method in METHODS for _ in range(STEPS)]
+    assert [row["arm_step"] for row in logged] == list(range(1, STEPS + 1)) * len(METHODS)
     for row in logged:  # to within a row of 24 tokens
         assert 0 <= row["tokens"] - 96 * row["arm_step"] < 24
         assert sum(row["weights"].values()) == pytest.approx(1)
-    assert list(result_of(finished)["arms"]) == list(ARMS)
+    assert list(result_of(finished)["arms"]) == list(METHODS)
 
 
-def test_every_arm_starts_from_the_same_weights_and_streams(finished: Path) -> None:
+def test_every_method_starts_from_the_same_weights_and_streams(finished: Path) -> None:
     first = [row for row in rows(finished / "metrics.jsonl") if row["arm_step"] == 1]
     # The first step's measurement and documents are the same; so is the loss of those that learn nothing else, until
-    # the first step of the optimiser has been taken.
+    # the first step of the optimizer has been taken.
     assert len({json.dumps(row["difficulty"]) for row in first[:3]}) == 1
     assert first[0]["reward"] == first[1]["reward"]
     assert first[0]["tokens"] == first[1]["tokens"] == first[2]["tokens"]
@@ -56,37 +49,17 @@ def test_learning_rate_zero_changes_nothing(finished: Path) -> None:
     assert frozen["loss_fall"]["mean"] == 0.0
     assert frozen["reward_gain"]["mean"] == 0.0
     assert frozen["kl"]["mean"] == pytest.approx(0, abs=1e-9)
-    learned = result_of(finished)["arms"][ARMS[0]]
+    learned = result_of(finished)["arms"][METHODS[0]]
     assert learned["loss_fall"]["mean"] != 0.0
     assert learned["kl"]["mean"] > 1e-4
 
 
-def test_the_decisions_replay(finished: Path) -> None:
-    config = from_dict(CurriculumConfig, result_of(finished)["config"])
-    replayed = list(replay(config, finished))
-    assert len(replayed) > 100
-    for entry in replayed:
-        assert entry.recomputed == pytest.approx(entry.recorded, abs=1e-5), entry.where
-    kinds = {entry.where.rpartition(", ")[2].split()[0] for entry in replayed}
-    assert kinds == {"weight", "repetition", "log_likelihood", "reward"}
-
-
-def test_a_forged_decision_is_found_by_the_replay(finished: Path, tmp_path: Path) -> None:
-    lines = (finished / "decisions.jsonl").read_text().splitlines()
-    index = next(i for i, line in enumerate(lines) if json.loads(line)["kind"] == "rollout")
-    row = json.loads(lines[index])
-    row["token_ids"][1] = row["token_ids"][0]  # a repetition that was not rewarded as one
-    forged = [*lines[:index], json.dumps(row), *lines[index + 1 :]]
-    (tmp_path / "decisions.jsonl").write_text("\n".join(forged) + "\n")
-    config = from_dict(CurriculumConfig, result_of(finished)["config"])
-    wrong = [entry.where for entry in replay(config, tmp_path) if abs(entry.recomputed - entry.recorded) > 1e-4]
-    assert any("repetition" in where for where in wrong)
-
-
 def test_samples_are_written_at_every_validation(finished: Path) -> None:
     samples = [row for row in rows(finished / "decisions.jsonl") if row["kind"] == "sample"]
-    assert len(samples) == len(ARMS) * 2 * 9  # validations at steps 2 and 4, nine test prompts
-    assert {row["step"] for row in samples} == {number * STEPS + step for number in range(len(ARMS)) for step in (2, 4)}
+    assert len(samples) == len(METHODS) * 2 * 9  # validations at steps 2 and 4, nine test prompts
+    assert {row["step"] for row in samples} == {
+        number * STEPS + step for number in range(len(METHODS)) for step in (2, 4)
+    }
 
 
 def test_the_models_load(finished: Path) -> None:
@@ -120,6 +93,65 @@ def test_rows_longer_than_the_context_are_refused_before_training(
     assert "`ppo.prompt_tokens` and `ppo.continuation_tokens` together" in said
     assert not (tmp_path / "run" / "manifest.json").exists()
 
+
+# --- the parts of a step ----------------------------------------------------------------------------------------------
+
+
+def test_difficulty_is_the_frozen_models_loss_on_one_sample(tiny: LanguageModel, corpora: list[Corpus]) -> None:
+    setup, state = setup_and_state(tiny, corpora, Method("x", "learning_progress"))
+
+    def measure(options: DifficultyOptions = CONFIG.difficulty) -> dict[str, list[float]]:
+        changed = replace(setup, config=CONFIG.model_copy(update={"difficulty": options}))
+        row = measure_difficulty(changed, state, 1)
+        found: dict[str, list[float]] = row["difficulty"]
+        return found
+
+    first = measure()
+    sample = [list(indices) for indices in state.sample]
+    assert [len(indices) for indices in sample] == [5, 5]
+    for dataset, corpus in enumerate(corpora):  # by hand
+        losses = []
+        for index in sample[dataset]:
+            row = corpus.difficulty[index]
+            logits = state.frozen_model.model(row[None]).logits[0, :-1]
+            losses.append(torch.nn.functional.cross_entropy(logits, row[1:]).detach())
+        assert first["mean"][dataset] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
+        assert first["variance"][dataset] == pytest.approx(float(torch.stack(losses).var()), abs=1e-4)
+    with torch.no_grad():
+        next(tiny.model.parameters()).mul_(1.5)
+    assert measure()["mean"] == first["mean"]  # the policy has moved, the frozen model has not
+    state.refresh_frozen_model()
+    assert measure()["mean"] != first["mean"]
+    assert state.sample == sample
+    measure(CONFIG.difficulty.model_copy(update={"resample": True}))
+    assert state.sample != sample
+
+
+def test_the_weights_are_shares_of_tokens_however_long_the_rows(tiny: LanguageModel, tmp_path: Path) -> None:
+    (tmp_path / "short.jsonl").write_text('{"text": "pears"}\n' * 100)
+    datasets = (
+        DatasetOptions(name="short", location="short.jsonl"),
+        DatasetOptions(name="noise", location="builtin:noise"),
+    )
+    corpora = read_corpora(DataOptions(root=str(tmp_path), datasets=datasets, block_tokens=24), tiny)
+    assert len(corpora[0].train[0]) < 6  # rows four times as short as the noise's
+    setup, state = setup_and_state(tiny, corpora, Method("x", "static", weights=(3.0, 1.0)))
+    for step in range(1, 41):
+        documents = draw_documents(setup, state, num_tokens=step * 200)
+        assert 0 <= state.outcome.counts["tokens"] - step * 200 < 24
+        assert (documents.token_mask.sum(1) >= 2).all()
+    share = float(state.tokens_since[0] / state.tokens_since.sum())
+    assert share == pytest.approx(0.75, abs=0.05)  # 8,000 tokens: about 85 draws of long rows
+    assert int(state.tokens_since.sum()) == state.outcome.counts["tokens"]
+
+
+def test_a_weight_of_zero_is_never_drawn(tiny: LanguageModel, corpora: list[Corpus]) -> None:
+    setup, state = setup_and_state(tiny, corpora, Method("x", "static", weights=(1.0, 0.0)))
+    documents = draw_documents(setup, state, num_tokens=2_000)
+    assert set(documents.datasets.tolist()) == {0}
+
+
+# --- every way of learning --------------------------------------------------------------------------------------------
 
 OWN = """
 def letters(prompts, continuations, references):
@@ -200,4 +232,4 @@ def test_a_reward_that_is_not_finite_is_left_out_and_told(tiny_folder: Path, tmp
     logged = rows(tmp_path / "run" / "metrics.jsonl")
     assert math.isfinite(logged[0]["gradient_norm"])
     config = from_dict(CurriculumConfig, result_of(tmp_path / "run")["config"])
-    assert all(math.isnan(e.recorded) == math.isnan(e.recomputed) for e in replay(config, tmp_path / "run"))
+    assert all(math.isnan(e.recorded) == math.isnan(e.recomputed) for e in verify(config, tmp_path / "run", SERVICES))

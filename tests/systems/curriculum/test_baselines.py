@@ -1,10 +1,10 @@
-"""Which arms a configuration asks for, and what sets them apart."""
+"""Which methods a configuration asks for, and what sets them apart."""
 
 from __future__ import annotations
 
 import pytest
 
-from preceptor.systems.curriculum.arms import FROZEN, Arm, plan_arms, static_grid
+from preceptor.systems.curriculum.baselines import FROZEN_POLICY, Method, plan_methods, static_grid
 from preceptor.systems.curriculum.config import (
     ControlOptions,
     CurriculumConfig,
@@ -17,15 +17,15 @@ BASE = CurriculumConfig(controls=ControlOptions(rules=("uniform", "second_order"
 
 
 def names(config: CurriculumConfig) -> list[str]:
-    return [arm.name for arm in plan_arms(config)]
+    return [method.name for method in plan_methods(config)]
 
 
 def test_the_whole_system_comes_first_and_each_control_takes_one_thing_away() -> None:
-    own, frozen, rule, *others = plan_arms(BASE)
-    assert own == Arm("learning_progress+ppo", "learning_progress", writes=True)
-    assert frozen == Arm(FROZEN, "learning_progress", writes=True, learns=False)
-    assert rule == Arm("learning_progress", "learning_progress")
-    assert others == [Arm("uniform", "uniform"), Arm("second_order", "second_order")]
+    own, frozen, rule, *others = plan_methods(BASE)
+    assert own == Method("learning_progress+ppo", "learning_progress", policy_gradient=True)
+    assert frozen == Method(FROZEN_POLICY, "learning_progress", policy_gradient=True, learns=False)
+    assert rule == Method("learning_progress", "learning_progress")
+    assert others == [Method("uniform", "uniform"), Method("second_order", "second_order")]
 
 
 def test_without_rollouts_there_is_nothing_to_freeze() -> None:
@@ -36,10 +36,10 @@ def test_without_rollouts_there_is_nothing_to_freeze() -> None:
     ]
 
 
-def test_without_cross_entropy_every_arm_writes() -> None:
-    arms = plan_arms(BASE.model_copy(update={"update": UpdateOptions(cross_entropy_weight=0.0)}))
-    assert [arm.name for arm in arms] == ["learning_progress", FROZEN, "uniform", "second_order"]
-    assert all(arm.writes for arm in arms)
+def test_without_cross_entropy_every_method_has_a_policy_gradient() -> None:
+    methods = plan_methods(BASE.model_copy(update={"update": UpdateOptions(cross_entropy_weight=0.0)}))
+    assert [method.name for method in methods] == ["learning_progress", FROZEN_POLICY, "uniform", "second_order"]
+    assert all(method.policy_gradient for method in methods)
 
 
 def test_a_rule_is_not_its_own_control() -> None:
@@ -47,9 +47,9 @@ def test_a_rule_is_not_its_own_control() -> None:
     assert names(config) == ["uniform", "second_order"]
 
 
-def test_the_settings_of_the_rule_reach_its_arms_alone() -> None:
+def test_the_settings_of_the_rule_reach_its_methods_alone() -> None:
     config = BASE.model_copy(update={"mixture": MixtureOptions(settings={"threshold": 3.0})})
-    assert [arm.settings for arm in plan_arms(config)] == [{"threshold": 3.0}] * 3 + [{}] * 2
+    assert [method.settings for method in plan_methods(config)] == [{"threshold": 3.0}] * 3 + [{}] * 2
 
 
 def test_the_static_grid() -> None:
@@ -70,4 +70,4 @@ def test_the_static_grid() -> None:
 
 @pytest.mark.parametrize(("rule", "measures"), [("uniform", False), ("static", False), ("exp3", True)])
 def test_only_rules_that_move_measure(rule: str, measures: bool) -> None:
-    assert Arm("x", rule).measures is measures
+    assert Method("x", rule).measures_difficulty is measures

@@ -1,8 +1,9 @@
-"""Rollouts: what was recorded is what was sampled, and what lies behind an end does not count."""
+"""The policy by name or from scratch; rollouts: what is recorded is what was sampled."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,18 +11,21 @@ import torch
 from preceptor.lm import model as lm_model
 from preceptor.lm.cpu.attention import kernel_is_faster
 from preceptor.lm.model import LanguageModel
-from preceptor.systems.curriculum import rollout
-from preceptor.systems.curriculum.rollout import (
+from preceptor.systems.curriculum import policy
+from preceptor.systems.curriculum.config import ModelOptions
+from preceptor.systems.curriculum.policy import (
     Prompt,
+    build_policy,
     end_token,
+    forward_batch,
     generate_rollouts,
-    passage,
     rollout_distributions,
     rollout_log_probs,
     rollout_sampling,
 )
 from tests.systems.curriculum.made import rollouts_from
 
+CPU = torch.device("cpu")
 PROMPTS = [Prompt("a", (0, 30, 31, 32, 33), ()), Prompt("b", (0, 40), ())]
 
 
@@ -86,14 +90,14 @@ def test_rows_and_their_predicting_places() -> None:
 def test_a_packed_group_holds_its_prompt_once() -> None:
     """Prompt 0 1 2 of rows 0 and 2, prompt 0 7 8 of row 1, two drawn tokens each."""
     made = rollouts_from([[5, 6], [3, 4], [8, 9]], prompts=[[0, 1, 2], [0, 7, 8], [0, 1, 2]])
-    read = passage(made, filler=99, packs=True)
-    assert read.tokens.tolist() == [[0, 1, 2, 5, 2, 8], [0, 7, 8, 3, 99, 99]]
-    assert read.keep.long().tolist() == [[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0]]
-    assert read.order.tolist() == [0, 2, 1]
-    assert read.positions is not None
-    assert read.positions.tolist() == [[0, 1, 2, 3, 2, 3], [0, 1, 2, 3, 0, 0]]
-    assert read.visible is not None
-    assert read.visible[0].long().tolist() == [
+    batch = forward_batch(made, filler=99, may_pack=True)
+    assert batch.tokens.tolist() == [[0, 1, 2, 5, 2, 8], [0, 7, 8, 3, 99, 99]]
+    assert batch.keep.long().tolist() == [[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0]]
+    assert batch.order.tolist() == [0, 2, 1]
+    assert batch.positions is not None
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 2, 3], [0, 1, 2, 3, 0, 0]]
+    assert batch.visible is not None
+    assert batch.visible[0].long().tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0],
@@ -101,23 +105,23 @@ def test_a_packed_group_holds_its_prompt_once() -> None:
         [1, 1, 0, 0, 1, 0],
         [1, 1, 0, 0, 1, 1],
     ]
-    assert read.visible.any(-1).all(), "a token that attends to nothing"
+    assert batch.visible.any(-1).all(), "a token that attends to nothing"
 
 
 def test_rows_are_packed_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    def is_packed(prompts: list[list[int]], drawn: int = 2, *, packs: bool = True) -> bool:
+    def is_packed(prompts: list[list[int]], drawn: int = 2, *, may_pack: bool = True) -> bool:
         made = rollouts_from([[5] * drawn for _ in prompts], prompts=prompts)
-        return passage(made, filler=99, packs=packs).visible is not None
+        return forward_batch(made, filler=99, may_pack=may_pack).visible is not None
 
     long = [0, *range(3, 20)]
     assert is_packed([long, long])
-    assert not is_packed([long, long], packs=False)
+    assert not is_packed([long, long], may_pack=False)
     assert not is_packed([long, long[:-1]])
     assert is_packed([[0, 1, 2]] * 2, 6)  # 14 tokens for 18
     assert not is_packed([[0, 1]] * 2, 20)  # 41 for 44
-    monkeypatch.setattr(rollout, "MAX_MASK", 21**2 - 1)
+    monkeypatch.setattr(policy, "MAX_MASK_ENTRIES", 21**2 - 1)
     assert not is_packed([long, long])  # a row of 17 + 2 · 2
-    monkeypatch.setattr(rollout, "MAX_MASK", 21**2)
+    monkeypatch.setattr(policy, "MAX_MASK_ENTRIES", 21**2)
     assert is_packed([long, long])
 
 
@@ -135,7 +139,7 @@ def test_packed_rows_say_and_teach_what_plain_rows_do(
     found = []
     for packs in (True, False):
         monkeypatch.setattr(LanguageModel, "skips_hidden_slots", packs)
-        assert (passage(rollouts, filler=0, packs=packs).visible is not None) == packs
+        assert (forward_batch(rollouts, filler=0, may_pack=packs).visible is not None) == packs
         log_probs = rollout_log_probs(tiny, rollouts, sampling)
         (log_probs * slopes).sum().backward()
         gradients = {name: parameter.grad for name, parameter in tiny.trainable_parameters().items()}
@@ -172,3 +176,31 @@ def test_a_selection_of_rows_keeps_everything_together() -> None:
     assert [prompt.tokens for prompt in part.prompts] == [(3,), (1,)]
     assert part.tokens.tolist() == [[8, 9], [5, 6]]
     assert made.without(torch.tensor([True, False, False])).mask.long().tolist() == [[0, 0], [1, 0], [1, 1]]
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def test_the_named_model_has_its_own_weights(tiny: LanguageModel, tiny_folder: Path) -> None:
+    named = build_policy(ModelOptions(name=str(tiny_folder)), device=CPU, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(named.model.parameters(), tiny.model.parameters(), strict=True))
+
+
+def test_from_scratch_the_seed_decides_and_the_tokenizer_stays(tiny: LanguageModel, tiny_folder: Path) -> None:
+    options = ModelOptions(name=str(tiny_folder), from_scratch=True, width=64, num_layers=1)
+    before = torch.get_rng_state()
+    first, again, other = (build_policy(options, device=CPU, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    pairs = list(zip(first.model.parameters(), again.model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not all(torch.equal(a, b) for a, b in zip(first.model.parameters(), other.model.parameters(), strict=True))
+    assert (first.model.config.hidden_size, len(first.layers)) == (64, 1)
+    assert first.model.config.intermediate_size == 96  # 48 · 64 / 32
+    assert first.encode("How much?") == tiny.encode("How much?")
+    assert first.vocab_size == tiny.vocab_size
+
+
+def test_an_untouched_shape_is_the_named_models(tiny: LanguageModel, tiny_folder: Path) -> None:
+    scratch = build_policy(ModelOptions(name=str(tiny_folder), from_scratch=True), device=CPU, seed=1)
+    theirs = {name: parameter.shape for name, parameter in tiny.model.named_parameters()}
+    assert {name: parameter.shape for name, parameter in scratch.model.named_parameters()} == theirs
