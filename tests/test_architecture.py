@@ -100,9 +100,9 @@ def _imports(body: Sequence[ast.AST], *, at_import_time: bool) -> Iterator[Impor
             yield from _imports(node.body, at_import_time=False)
             yield from _imports(node.orelse, at_import_time=at_import_time)
         else:
-            waits = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            deferred = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
             children = list(ast.iter_child_nodes(node))
-            yield from _imports(children, at_import_time=at_import_time and not waits)
+            yield from _imports(children, at_import_time=at_import_time and not deferred)
 
 
 def room_of(name: str) -> str:
