@@ -47,12 +47,13 @@ class ChatMarkers:
             rendered = str(lm.tokenizer.apply_chat_template(conversation, tokenize=False))
         except TemplateError as error:
             raise ModelError(f"the chat template of {lm.name} fails ({error}); {remedy}") from error
-        between: list[str] = []
+        between: list[str] = []  # the template's own text before each turn
         for mark in _MARKS:
             before, found, rendered = rendered.partition(mark)
             if not found or mark in rendered:
                 raise ModelError(f"the chat template of {lm.name} does not keep its texts as they are; {remedy}")
             between.append(before)
+        # Turns alternate user, assistant, user, …, so the texts before them open a query and a value in turn.
         start, query, value, later_query, later_value = between
         if (query, value) != (later_query, later_value):
             raise ModelError(f"the chat template of {lm.name} renders later turns unlike earlier ones; {remedy}")

@@ -129,6 +129,7 @@ def key_vectors(
     for batch in batches_by_length([len(row) for row in rows], max_tokens=max_tokens):
         tokens = pad_rows([rows[index] for index in batch], filler=lm.begin_token, device=lm.device)
         counts = span_mask([[(1, len(rows[index]))] for index in batch], width=tokens.shape[1], device=lm.device)
+        # No logits are wanted anywhere: the pass is made for the captured module alone.
         captured = lm.forward(tokens, keep=torch.zeros_like(counts), capture=embedding.key_module).captured
         assert captured is not None, "the key module is no part of the model"
         # [batch, time, dimension], without begin token and padding, summed to [batch, dimension].

@@ -57,6 +57,7 @@ class KVCacheLayer(CacheLayerMixin):
         if self.length > self.capacity:
             assert self.keys is not None
             assert self.values is not None
+            # Doubling copies each slot about once on average, however long the sequence grows.
             old_keys, old_values = self.keys, self.values
             self.keys, self.values = self._buffers(old_keys, old_values, _round_up(2 * self.length))
             self.keys[..., :start, :] = old_keys[..., :start, :]
@@ -76,7 +77,7 @@ class KVCacheLayer(CacheLayerMixin):
         *outer, _, width = keys.shape
         new_values = values.new_empty(*values.shape[:-2], slots, values.shape[-1])
         if self._slots_innermost:
-            return keys.new_empty(*outer, width, slots).transpose(-1, -2), new_values
+            return keys.new_empty(*outer, width, slots).transpose(-1, -2), new_values  # same shape, other strides
         return keys.new_empty(*outer, slots, width), new_values
 
     def get_seq_length(self) -> int:

@@ -72,7 +72,7 @@ class LanguageModel:
         self._never_text = control_tokens - ({tokenizer.unk_token_id} - {self.begin_token, tokenizer.eos_token_id})
         first_piece = str(tokenizer.convert_ids_to_tokens(self._tokenize("a")[:1]))
         self._prepends_space = "▁" in first_piece
-        self._head_is_linear = self._measure()
+        self._measure()
 
     def _bind(self, model: Any) -> None:
         """Find decoder and head of ``model``; typed loosely, since peft's wrapper forwards Transformers' attributes."""
@@ -308,8 +308,8 @@ class LanguageModel:
     # ---- what the model can do --------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _measure(self) -> bool:
-        """Whether the head alone turns the last hidden states into logits; sets ``has_engine`` on the way.
+    def _measure(self) -> None:
+        """Find out whether the head alone turns the last hidden states into logits, and whether an engine agrees.
 
         Some families scale or cap their logits. Their logits are computed at every position by the whole model, which
         costs memory but is exact.
@@ -322,6 +322,7 @@ class LanguageModel:
         tokens = torch.arange(5, device=self.device)[None] % self.vocab_size
         with_hole = torch.cat([tokens[:, :2], tokens[:, :1], tokens[:, 2:]], dim=1)
         keep = torch.tensor([[True, True, False, True, True, True]], device=self.device)
+        # [query, key]: the hidden token attends to itself and to what is before it; no other token attends to it.
         visible = torch.ones(6, 6, dtype=torch.bool, device=self.device).tril() & (keep | ~keep.T)
         positions = torch.tensor([[0, 1, 1, 2, 3, 4]], device=self.device)
         seen: dict[str, Tensor] = {}
@@ -332,12 +333,11 @@ class LanguageModel:
             ):
                 stack.callback(module.register_forward_hook(note).remove)
             logits = self._causal_model(input_ids=tokens, use_cache=False).logits
-            head_is_linear = (
+            self._head_is_linear = (
                 seen.keys() == {"states", "given", "projected"}
                 and torch.equal(seen["states"], seen["given"])
                 and torch.equal(seen["projected"], logits)
             )
-        self._head_is_linear = head_is_linear
         try:
             masked = self.forward(with_hole, keep=keep, attention_mask=visible[None], positions=positions).logits
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -349,11 +349,9 @@ class LanguageModel:
         if (masked - logits[0].float()).abs().max() > largest_difference:
             raise ModelError(f"{self.name} {_UNFIT}")
         self.has_engine = False
-        engine = accelerate(self._causal_model) if head_is_linear else None
-        if engine is not None:
+        if self._head_is_linear and (engine := accelerate(self._causal_model)) is not None:
             difference = probe_logits(engine, tokens, num_layers=len(self.layers)) - logits[0].float()
             self.has_engine = bool(difference.abs().max() <= largest_difference)
-        return head_is_linear
 
 
 _WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size", "local": "window_size"}

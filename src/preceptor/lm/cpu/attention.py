@@ -79,6 +79,7 @@ def mask_for_kernel(mask: Tensor) -> Float[Tensor, "batch heads slots time"]:
         mask = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
     mask = mask.detach().float()
     mask = mask.view(*(1,) * (4 - mask.dim()), *mask.shape)  # [batch or 1, heads or 1, time, slots]
+    # The kernel loads whole vectors of queries; those of the padding attend to nothing.
     padded = pad(mask, (0, 0, 0, -mask.shape[2] % _QUERIES), value=-torch.inf)
     return padded.transpose(2, 3).contiguous()
 
@@ -108,7 +109,7 @@ def _is_mask_of(mask: Tensor, shape: Sequence[int]) -> bool:
     """Whether ``mask`` covers every query and slot, and broadcasts over ``shape`` in its first two axes only."""
     if not 2 <= mask.dim() <= 4 or not (mask.dtype == torch.bool or mask.is_floating_point()):
         return False
-    wide = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    wide = (1,) * (4 - mask.dim()) + tuple(mask.shape)  # missing axes broadcast
     return wide[2:] == tuple(shape[2:]) and all(
         size in (1, full) for size, full in zip(wide[:2], shape[:2], strict=True)
     )
