@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 
 from preceptor.cli.arguments import EXIT_CODES, Command, Parser
 from preceptor.cli.run import add_run
-from preceptor.cli.systems import config_class, configuration, inputs_of, module_of, system_named
-from preceptor.config import schema, to_dict
-from preceptor.errors import ConfigError, nearest
-from preceptor.plain_yaml import shown
-from preceptor.systems import SYSTEMS
+from preceptor.cli.systems import configuration, systems
+from preceptor.config import to_dict
+from preceptor.errors import ConfigError, did_you_mean, short_repr
+from preceptor.systems import find_system, known_systems
 
 if TYPE_CHECKING:
     from preceptor.comparison.runs import FinishedRun
@@ -41,7 +40,9 @@ one), seconds.json (what each run took, which is nobody's result), and of a swee
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", metavar="SYSTEM | RUN", nargs="+", help=f"one of: {', '.join(SYSTEMS)}; or run folders")
+    parser.add_argument(
+        "what", metavar="SYSTEM | RUN", nargs="+", help=f"one of: {', '.join(known_systems())}; or run folders"
+    )
     parser.add_argument(
         "--arms", metavar="A,B,...", help="the first is compared with each other (default: as in a run)"
     )
@@ -49,8 +50,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("a sweep")
     group.add_argument("--preset", metavar="NAME", default="default", help="a named configuration; see preceptor list")
     group.add_argument("--seeds", metavar="N|N-M", nargs="+", default=[], help="such as 0-9, or 1 5 7")
-    for option, (systems, key) in _input_options().items():
-        text = f"{', '.join(systems)}: a run for each value of {key}"
+    for option, (owners, key) in _input_options().items():
+        text = f"{', '.join(owners)}: a run for each value of {key}"
         group.add_argument(f"--{option.replace('_', '-')}", dest=option, metavar="X", nargs="+", default=[], help=text)
     group.add_argument("--jobs", metavar="N", type=_num_jobs, help="runs at a time (default: by cores and memory)")
 
@@ -58,15 +59,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _input_options() -> dict[str, tuple[list[str], str]]:
     """Options of systems whose every value makes a run, with the systems that have them and the key."""
     options: dict[str, tuple[list[str], str]] = {}
-    for name, system in SYSTEMS.items():
-        for option, key in inputs_of(system).items():
+    for name, system in systems().items():
+        for option, key in system.inputs.items():
             options.setdefault(option, ([], key))[0].append(name)
     return options
 
 
 def _num_jobs(text: str) -> int:
     if not (text.isdecimal() and len(text) <= 4 and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {shown(text)}")
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {short_repr(text)}")
     return int(text)
 
 
@@ -75,13 +76,13 @@ def _compare(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
     first = options.what[0]
     # A folder named like a system is given as ./reading.
-    if first in SYSTEMS:
+    if first in known_systems():
         if len(options.what) > 1:
-            raise ConfigError(f"unexpected argument {shown(options.what[1])}; a sweep is of one system, {first}")
+            raise ConfigError(f"unexpected argument {short_repr(options.what[1])}; a sweep is of one system, {first}")
         return _compare_system(first, options)
     if not Path(first).is_dir():
-        hint = nearest(first[:100], SYSTEMS) or f"; there are {', '.join(SYSTEMS)}"
-        raise ConfigError(f"{shown(first)} is neither a folder nor a system{hint}")
+        hint = did_you_mean(first[:100], known_systems()) or f"; there are {', '.join(known_systems())}"
+        raise ConfigError(f"{short_repr(first)} is neither a folder nor a system{hint}")
     given = [name for name in (*_input_options(), "seeds", "passed") if getattr(options, name)]
     if given:
         raise ConfigError(f"--{given[0]} belongs to a sweep; give a system instead of folders")
@@ -105,8 +106,8 @@ def _cells(name: str, options: argparse.Namespace) -> list[Cell]:
     """Every seed on every input, each with its whole configuration, so that a fault is found before anything runs."""
     from preceptor.comparison.sweep import Cell
 
-    system = system_named(name)
-    inputs = inputs_of(system)
+    system = find_system(name)
+    inputs = system.inputs
     for option in _input_options():
         if getattr(options, option) and option not in inputs:
             raise ConfigError(f"--{option} is no option of {name}")
@@ -122,7 +123,7 @@ def _cells(name: str, options: argparse.Namespace) -> list[Cell]:
         cell_name = "-".join([f"seed{seed}", *stems])
         number = sum(cell.name == cell_name or cell.name.startswith(f"{cell_name}~") for cell in cells)
         cell_name += f"~{number + 1}" if number else ""
-        cells.append(Cell(cell_name, to_dict(configuration(system, name, parsed)), tuple(words)))
+        cells.append(Cell(cell_name, to_dict(configuration(system, parsed)), tuple(words)))
     return cells
 
 
@@ -132,7 +133,7 @@ def _run_options(words: Sequence[str]) -> argparse.Namespace:
     add_run(parser)
     parsed, unknown = parser.parse_known_args(words)
     if unknown:
-        raise ConfigError(f"unexpected argument {shown(unknown[0])} after --; see preceptor run --help")
+        raise ConfigError(f"unexpected argument {short_repr(unknown[0])} after --; see preceptor run --help")
     for flag in ("--seed", "--threads", "--preset"):
         if sum(word == flag or word.startswith(f"{flag}=") for word in words) > 1:
             raise ConfigError(f"{flag} cannot stand after --; a sweep gives it to each run")
@@ -146,7 +147,7 @@ def _seeds(words: Sequence[str]) -> list[int]:
     for word in [part for given in words for part in given.split(",") if part]:
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", word)
         if match is None or int(match[2] or match[1]) < int(match[1]) or int(match[2] or 0) - int(match[1]) > 10_000:
-            raise ConfigError(f"--seeds must be numbers or ranges such as 0-9, got {shown(word)}")
+            raise ConfigError(f"--seeds must be numbers or ranges such as 0-9, got {short_repr(word)}")
         seeds |= dict.fromkeys(range(int(match[1]), int(match[2] or match[1]) + 1))
     if not seeds:
         raise ConfigError("a sweep needs seeds; give --seeds 0-9")
@@ -159,42 +160,28 @@ def _arms(options: argparse.Namespace) -> list[str]:
 
 def _check_arms(name: str, arms: Sequence[str]) -> None:
     """Refuse a misspelled arm before hours of runs, where the system says which arms there are."""
-    known = getattr(module_of(system_named(name), "config"), "CHOICES", {}).get("arms", {})
+    known = find_system(name).choices.get("arms", {})
     for arm in arms:
         if known and arm not in known:
-            raise ConfigError(
-                f"{name} has no arm {shown(arm)}{nearest(arm[:100], known) or '; there are ' + ', '.join(known)}"
-            )
+            hint = did_you_mean(arm[:100], known) or f"; there are {', '.join(known)}"
+            raise ConfigError(f"{name} has no arm {short_repr(arm)}{hint}")
 
 
 def _conclude(runs: Sequence[FinishedRun], options: argparse.Namespace) -> int:
-    from preceptor.comparison.result import comparison_of, merged_result
-    from preceptor.comparison.runs import grouped
-    from preceptor.comparison.table import comparison_tables
-    from preceptor.comparison.write import write_comparison
-
-    name = runs[0].system
-    system = system_named(name)
-    inputs = inputs_of(system)
-    groups = grouped(runs, inputs=[key for key in schema(config_class(system)) if key in inputs.values()])
-    merged = merged_result(groups, getattr(module_of(system, "result"), f"{name}_result"))
-    noun = next(iter(inputs), "").removesuffix("s").replace("_", " ")
-    comparison = comparison_of(groups, merged, arms=_arms(options), noun=noun)
-    merged = {"verdict": comparison["verdict"], **merged}
     from rich.console import Console
 
+    from preceptor.api import compared
+    from preceptor.comparison.table import comparison_tables
+
+    comparison, result = compared(runs, methods=_arms(options), out=options.out)
     console = Console()
-    print(f"{name}: {len(runs)} runs, {len(comparison['seeds'])} seeds")
+    print(f"{runs[0].system}: {len(runs)} runs, {len(comparison['seeds'])} seeds")
     for table in comparison_tables(comparison):
         console.print(table)
     print(f"\n{comparison['verdict']}\n")
-    if options.out is None:
-        return 0
-    write_comparison(options.out, comparison, merged, runs)
-    from preceptor.report.page import build_report
-
-    print(f"results: {options.out / 'comparison.json'}")
-    print(f"report:  {build_report(options.out)}")
+    if result is not None:
+        print(f"results: {result.folder / 'comparison.json'}")
+        print(f"report:  {result.folder / 'report.html'}")
     return 0
 
 

@@ -7,10 +7,10 @@ import contextlib
 from collections.abc import Mapping, Sequence
 
 from preceptor.cli.arguments import Command
-from preceptor.cli.systems import PRETRAINING, choices_of, config_class, presets
 from preceptor.config import schema
 from preceptor.errors import ConfigError, PreceptorError
-from preceptor.systems import SYSTEMS
+from preceptor.systems import find_system, known_systems
+from preceptor.systems.configuration import presets
 
 DESCRIPTION = """\
 Prints a script that makes the shell complete preceptor's commands, options, systems, presets, arms and keys.
@@ -83,12 +83,14 @@ def candidates(words: Sequence[str]) -> list[str]:
             next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices[command]._actions
         )
         flags = {flag: action for action in actions for flag in action.option_strings if flag.startswith("--")}
-        system = next((word for word in before[1:] if word in SYSTEMS), "pretrain" if command == "pretrain" else "")
+        system = next(
+            (word for word in before[1:] if word in known_systems()), "pretrain" if command == "pretrain" else ""
+        )
         found = _values(before, begun, system, flags)
         if not found and begun.startswith("-"):
             found = sorted(flags)
         elif not found and len(before) == 1 and command in ("run", "compare", "doctor", "list"):
-            found = list(SYSTEMS)
+            found = list(known_systems())
         elif not found and len(before) == 1 and command == "completion":
             found = list(SCRIPTS)
     return _fitting(found, begun)
@@ -100,13 +102,12 @@ def _values(before: Sequence[str], begun: str, system: str, flags: Mapping[str, 
     several = option in flags and flags[option].nargs in ("+", "*")
     if not option or (option != before[-1] and not several):
         return []
-    infos = {**SYSTEMS, "pretrain": PRETRAINING}
     if option == "--preset" and system:
-        return list(presets(system))
+        return list(presets(find_system(system)))
     if option == "--set" and system:
-        return [f"{key}=" for key in schema(config_class(infos[system]))]
+        return [f"{key}=" for key in schema(find_system(system).Config)]
     if option == "--arms" and system:
-        arms = list(choices_of(infos[system]).get("arms", {}))
+        arms = list(find_system(system).choices.get("arms", {}))
         given = begun.rpartition(",")[0]
         return [f"{given},{arm}" if given else arm for arm in arms]
     if option == "--tracker":

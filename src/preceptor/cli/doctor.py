@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from preceptor.cli.arguments import CONFIGURATION, EXIT_CODES, Command, add_configuration, add_device, add_system_flags
 from preceptor.cli.replay import CHECK_FAILED
-from preceptor.cli.systems import configuration, system_named
+from preceptor.cli.systems import configuration
 from preceptor.config import dump_yaml
-from preceptor.errors import ConfigError, PreceptorError
-from preceptor.plain_yaml import shown
-from preceptor.systems import SYSTEMS
+from preceptor.errors import ConfigError, PreceptorError, short_repr
+from preceptor.systems import find_system, known_systems
 
 if TYPE_CHECKING:
     from preceptor.doctor.check import Check
@@ -33,7 +32,7 @@ forecast time and memory. It ends with exit code 7 if a check fails.
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", metavar="SYSTEM | RUN", help=f"one of: {', '.join(SYSTEMS)}; or a run's folder")
+    parser.add_argument("what", metavar="SYSTEM | RUN", help=f"one of: {', '.join(known_systems())}; or a run's folder")
     add_configuration(parser)
     add_system_flags(parser)
     add_device(parser.add_argument_group("execution"))
@@ -41,8 +40,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    if options.what in SYSTEMS:
-        config = configuration(system_named(options.what), options.what, options)
+    if options.what in known_systems():
+        config = configuration(find_system(options.what), options)
         if options.print_config:
             print(dump_yaml(config), end="")
             return 0
@@ -56,7 +55,9 @@ def _doctor(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             f"{options.what} is not a run folder (no manifest.json); give the folder of a run or a system"
         )
     else:
-        raise ConfigError(f"{shown(options.what)} is neither a run folder nor a system; there are {', '.join(SYSTEMS)}")
+        raise ConfigError(
+            f"{short_repr(options.what)} is neither a run folder nor a system; there are {', '.join(known_systems())}"
+        )
     counts = dict.fromkeys(("ok", "warn", "fail"), 0)
     for check in checks:
         counts[check.status] += 1

@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping
 
 from preceptor.cli.arguments import Command
-from preceptor.cli.systems import PRETRAINING, choices_of, presets, system_named
-from preceptor.systems import SYSTEMS
+from preceptor.systems import find_system, known_systems
+from preceptor.systems.configuration import presets
 
 DESCRIPTION = """\
 Names the systems, and of each its presets, arms, rewards, rules and embedders, a line each.
@@ -21,17 +21,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _list(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    systems = {**SYSTEMS, "pretrain": PRETRAINING}
-    if options.system is not None and options.system not in systems:
-        system_named(options.system)  # raises, with the nearest name
-    chosen = {name: system for name, system in systems.items() if options.system in (None, name)}
-    everything = {name: {"presets": presets(name), **choices_of(system)} for name, system in chosen.items()}
+    names = known_systems() if options.system is None else [options.system]
+    chosen = {name: find_system(name) for name in names}
+    everything = {name: {"presets": presets(system), **system.choices} for name, system in chosen.items()}
     if options.json:
-        described = {name: {"description": chosen[name].description, **kinds} for name, kinds in everything.items()}
+        described = {name: {"description": chosen[name].summary, **kinds} for name, kinds in everything.items()}
         print(json.dumps(described, indent=2, ensure_ascii=False))
         return 0
     for name, kinds in everything.items():
-        print(f"{name:<12}{chosen[name].description}")
+        print(f"{name:<12}{chosen[name].summary}")
         for kind, choices in kinds.items():
             if choices:
                 print(f"  {kind}")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from preceptor.api import services
 from preceptor.cli.arguments import EXIT_CODES, Command
-from preceptor.cli.systems import config_class, module_of, needs_of, system_named
 from preceptor.config import from_dict
-from preceptor.errors import ConfigError, DataError
-from preceptor.plain_yaml import shown
+from preceptor.errors import ConfigError, DataError, short_repr
+from preceptor.systems import find_system
 
 CHECK_FAILED = 7
 """Exit code of a command whose business is to check, and which found a fault."""
@@ -41,7 +40,7 @@ def _tolerance(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {shown(text)}")
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {short_repr(text)}")
     return value
 
 
@@ -54,17 +53,15 @@ def _replay(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
     manifest = read_manifest(folder)
     name = str(manifest["system"])
-    if name == "pretrain":
-        raise ConfigError(f"{folder} is a run of pretrain, which has no teacher and records no decisions")
-    system = system_named(name)
-    if importlib.util.find_spec(f"{system.module}.replay") is None:
-        raise ConfigError(f"runs of {name} cannot be replayed")
+    system = find_system(name)
+    if system.verify is None:
+        raise ConfigError(f"runs of {name} cannot be replayed: it has no teacher and records no decisions")
     if not (folder / "decisions.jsonl").is_file():
         raise DataError(f"{folder} has no decisions.jsonl; without the recorded decisions there is nothing to replay")
     set_threads(manifest["environment"]["threads"])
-    config = from_dict(config_class(system), manifest["config"])
+    config = from_dict(system.Config, manifest["config"])
     count, largest, partings = 0, 0.0, 0
-    for where, recorded, recomputed in module_of(system, "replay").replay(config, folder, **needs_of(system, environ)):
+    for where, recorded, recomputed in system.verify(config, folder, services(environ)):
         count += 1
         difference = _difference(recorded, recomputed)
         largest = max(largest, difference)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Mapping
-from datetime import date
 from pathlib import Path
-from typing import Any
 
+from preceptor.api import go_on, services, start
 from preceptor.cli.arguments import (
     COMMON_FLAGS,
     CONFIGURATION,
@@ -19,16 +17,17 @@ from preceptor.cli.arguments import (
     add_system_flags,
     num_threads,
 )
-from preceptor.cli.systems import PRETRAINING, config_class, configuration, module_of, needs_of, system_named
-from preceptor.config import dump_yaml, from_dict, to_dict
-from preceptor.errors import Interrupted, PreceptorError
+from preceptor.cli.systems import configuration
+from preceptor.config import dump_yaml
+from preceptor.result import Result, write_page
 from preceptor.run.trackers import TRACKERS
-from preceptor.systems import SYSTEMS, SystemInfo
+from preceptor.systems import find_system, known_systems
+from preceptor.systems.base import System
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``run``."""
-    parser.add_argument("system", metavar="SYSTEM", help=f"one of: {', '.join(SYSTEMS)}")
+    parser.add_argument("system", metavar="SYSTEM", help=f"one of: {', '.join(known_systems())}")
     add_configuration(parser)
     add_system_flags(parser)
     _add_execution(parser)
@@ -55,6 +54,9 @@ def _add_resume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", metavar="N", type=num_threads, help="another number of threads; needs --allow-inexact"
     )
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="go on past the planned end: update.steps=60"
+    )
     parser.add_argument("--allow-inexact", action="store_true", help="resume though last bits (or more) will differ")
     parser.add_argument("--no-report", action="store_true", help="do not write report.html at the end")
 
@@ -64,80 +66,57 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    return _begin(system_named(options.system), options.system, options, environ)
+    return _begin(find_system(options.system), options, environ)
 
 
 def _pretrain(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    return _begin(PRETRAINING, "pretrain", options, environ)
+    return _begin(find_system("pretrain"), options, environ)
 
 
-def _begin(system: SystemInfo, name: str, options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    config = configuration(system, name, options)
+def _begin(system: System, options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    config = configuration(system, options)
     if options.print_config:
         print(dump_yaml(config), end="")
         return 0
-    from preceptor.run.folder import create_run, default_run_path, discard_unbegun
-
-    path: Path = options.out or default_run_path(Path("runs"), name, date.today())
-    try:
-        run = create_run(
-            path,
-            system=name,
-            config=to_dict(config),
-            seed=config.seed,
-            save_every=config.save_every,
-            streams=module_of(system, "train").STREAMS,
-            device=options.device,
-            threads=options.threads,
-            trackers=options.tracker,
-        )
-    except PreceptorError:
-        if options.out is None:
-            with contextlib.suppress(OSError):  # no longer empty: then it holds something to look at
-                path.rmdir()
-        raise
-    try:
-        return _train(system, config, run, environ, report=not options.no_report)
-    except Interrupted:
-        raise
-    except PreceptorError:
-        discard_unbegun(path)  # an article or a model that was refused must not block the next try
-        raise
+    result = start(
+        system,
+        config,
+        services(environ),
+        out=options.out,
+        device=options.device,
+        threads=options.threads,
+        trackers=options.tracker,
+        report=not options.no_report,
+    )
+    return _show(result)
 
 
 def _resume(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    from preceptor.run.folder import open_run
-
-    run = open_run(options.folder, allow_inexact=options.allow_inexact, device=options.device, threads=options.threads)
-    with contextlib.ExitStack() as on_failure:
-        on_failure.callback(run.close)
-        name = run.manifest["system"]
-        system = PRETRAINING if name == "pretrain" else system_named(name)
-        config = from_dict(config_class(system), run.config)
-        on_failure.pop_all()
-    return _train(system, config, run, environ, report=not options.no_report)
-
-
-def _train(system: SystemInfo, config: Any, run: Any, environ: Mapping[str, str], *, report: bool) -> int:
-    with run:
-        result = module_of(system, "train").train(config, run, **needs_of(system, environ))
-        run.write_result(result)
-    _show(result)
-    print(f"results: {run.path}")
-    return _write_page(run.path) if report else 0
+    result = go_on(
+        options.folder,
+        services(environ),
+        overrides=options.set,
+        device=options.device,
+        threads=options.threads,
+        allow_inexact=options.allow_inexact,
+        report=not options.no_report,
+    )
+    return _show(result)
 
 
-def _show(result: Mapping[str, Any]) -> None:
-    """The arms as a table and the verdict below it, where a result has them."""
-    if "arms" in result:
-        from rich.console import Console
+def _show(result: Result) -> int:
+    """The table of methods, the verdict below it, and where everything lies."""
+    from rich.console import Console
 
-        from preceptor.report.arms import Arms
-        from preceptor.report.table import arms_table
-
-        Console().print(arms_table(Arms.of(result), title=f"{result['system']}: every arm"))
-    if "verdict" in result:
-        print(f"\n{result['verdict']}\n")
+    console = Console()
+    for table in result.renderables():
+        console.print(table)
+    if result.verdict:
+        print(f"\n{result.verdict}\n")
+    print(f"results: {result.folder}")
+    if (result.folder / "report.html").is_file():
+        print(f"report:  {result.folder / 'report.html'}")
+    return 0
 
 
 def _report(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -145,9 +124,7 @@ def _report(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _write_page(folder: Path) -> int:
-    from preceptor.report.page import build_report
-
-    print(f"report:  {build_report(folder)}")
+    print(f"report:  {write_page(folder)}")
     return 0
 
 
@@ -157,5 +134,8 @@ RUN = Command(
 RESUME = Command("go on with a run that was stopped, from its last checkpoint", _add_resume, _resume)
 REPORT = Command("write report.html, one self-contained page about a run", _add_report, _report)
 PRETRAIN = Command(
-    PRETRAINING.description, _add_pretrain, _pretrain, epilog=CONFIGURATION.replace("run SYSTEM", "pretrain")
+    "train a small language model from text files",
+    _add_pretrain,
+    _pretrain,
+    epilog=CONFIGURATION.replace("run SYSTEM", "pretrain"),
 )

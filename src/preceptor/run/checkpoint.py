@@ -1,9 +1,10 @@
 """Checkpoints that are whole or absent, verified before use, and never a pickle.
 
-One checkpoint is a folder ``step-000123`` with a safetensors file per group of tensors, ``state.json``, and
-``manifest.json``, which lists size and SHA-256 of the others and carries its own. The order of a save is: temporary
-folder, files, fsync of each, manifest, fsync of the folder, rename, fsync of the parent, and only then pruning. A kill
-between any two of these leaves the previous checkpoint or the new one.
+One checkpoint holds one nested ``state_dict``: a folder ``step-000123`` with a safetensors file for each of its keys
+that has tensors, ``state.json`` for all that is no tensor, and ``manifest.json``, which lists size and SHA-256 of the
+others and carries its own. The order of a save is: temporary folder, files, fsync of each, manifest, fsync of the
+folder, rename, fsync of the parent, and only then pruning. A kill between any two of these leaves the previous
+checkpoint or the new one.
 """
 
 from __future__ import annotations
@@ -20,25 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from preceptor.errors import CheckpointError, ConfigError, StorageError
 from preceptor.run.files import TEMPORARY, Digest, file_digest, storage_errors, sync_folder, write_file
-from preceptor.run.strict_json import JSON, json_fault
 from preceptor.run.tensors import join_state, num_bytes, read_tensors, split_state, write_tensors
 
-SCHEMA = 1
+SCHEMA = 2
 _REPLACED = ".replaced-"
 _SPARE_BYTES = 1 << 20  # headers, the manifest, and what the file system adds
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: ``tensors[group][name]`` on the CPU (memory-mapped; copy before keeping) and ``state``."""
+    """A verified checkpoint: the nested ``state`` that was saved after ``step``, its tensors on the CPU."""
 
     step: int
     path: Path
-    tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
 
 
@@ -58,23 +56,22 @@ class CheckpointStore:
         self.notices: list[str] = []
         self._damaged: set[int] = set()
 
-    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, JSON]) -> Path:
-        """Saves ``tensors`` (group → name → tensor) and ``state`` as the checkpoint of ``step``; returns its folder.
+    def save(self, step: int, state: Mapping[str, Any]) -> Path:
+        """Saves ``state`` as the checkpoint of ``step`` and returns its folder.
 
-        A checkpoint of the same step is replaced. Raises ``StorageError`` when the disk is full or refuses, and
-        ``CheckpointError`` when something cannot be saved exactly; the checkpoints that were there are untouched.
+        ``state`` is any nesting of mappings, lists, tuples, tensors and plain values, as ``state_dict`` gives it; its
+        own keys name files. A checkpoint of the same step is replaced. Raises ``StorageError`` when the disk is full or
+        refuses, and ``CheckpointError`` when something cannot be saved exactly; the checkpoints that were there are
+        untouched.
         """
         if step < 0:
             raise CheckpointError(f"a step cannot be negative, got {step}")
-        if faulty := [group for group in tensors if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", group)]:
-            raise CheckpointError(
-                f"a group of tensors cannot be named {faulty[0]!r}; allowed are letters, digits, . _ -"
-            )
-        if fault := json_fault(dict(state), "state"):
-            allowed = "allowed are finite numbers, text, null, lists, and dicts with text keys"
-            raise CheckpointError(f"cannot save checkpoint {_name(step)}: {fault}; {allowed}")
-        text = json.dumps(state).encode()
-        num_needed = sum(map(num_bytes, tensors.values())) + len(text) + _SPARE_BYTES
+        if faulty := [key for key in state if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", str(key))]:
+            raise CheckpointError(f"a state cannot have a part named {faulty[0]!r}; allowed are letters, digits, . _ -")
+        parts = {key: split_state(part, key) for key, part in state.items()}
+        rest = {key: plain for key, (_, plain) in parts.items()}
+        text = json.dumps(rest).encode()
+        num_needed = sum(num_bytes(tensors) for tensors, _ in parts.values()) + len(text) + _SPARE_BYTES
 
         final, temporary = self.root / _name(step), self.root / f"{TEMPORARY}{_name(step)}"
         with storage_errors(f"save checkpoint {_name(step)} in {self.root}", safe=self._safe()):
@@ -86,8 +83,9 @@ class CheckpointStore:
                 on_failure.callback(shutil.rmtree, temporary, ignore_errors=True)
                 os.mkdir(temporary)
                 files: dict[str, Digest] = {}
-                for group, named in tensors.items():
-                    files[f"{group}.safetensors"] = write_tensors(temporary / f"{group}.safetensors", named)
+                for key, (tensors, _) in parts.items():
+                    if tensors:
+                        files[f"{key}.safetensors"] = write_tensors(temporary / f"{key}.safetensors", tensors)
                 files["state.json"] = write_file(temporary / "state.json", [text])
                 write_file(temporary / "manifest.json", [_manifest_text(step, files)])
                 sync_folder(temporary)
@@ -232,64 +230,5 @@ def _fault(path: Path, step: int) -> str | None:
 def _read(path: Path, step: int) -> Checkpoint:
     with storage_errors(f"read checkpoint {path}"):
         tensors = {file.stem: read_tensors(file) for file in sorted(path.glob("*.safetensors"))}
-        return Checkpoint(step, path, tensors, json.loads((path / "state.json").read_bytes()))
-
-
-@torch.no_grad()
-def copy_tensors(saved: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
-    """Writes ``saved`` into ``live`` in place, so that whoever holds these tensors goes on with them.
-
-    Raises ``CheckpointError`` when the names differ; then nothing is changed.
-    """
-    if saved.keys() != live.keys():
-        name = sorted(saved.keys() ^ live.keys())[0]
-        raise CheckpointError(
-            f"the checkpoint's parameters are not this model's ('{name}'); resume with the same model"
-        )
-    for name, tensor in live.items():
-        tensor.copy_(saved[name])
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], JSON]:
-    """The whole state of any torch optimizer as named tensors and JSON; ``load_optimizer`` is the inverse."""
-    tensors, rest = split_state(optimizer.state_dict())
-    return tensors, {"kind": type(optimizer).__name__, "shapes": _shapes(optimizer), "state": rest}
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], state: Any) -> None:
-    """Puts ``optimizer`` where ``optimizer_tensors`` found another one of the same kind over the same parameters.
-
-    Learning rates and all other settings come from the saved state: this is a resume, not a warm start. Raises
-    ``CheckpointError``, before anything changes, when kind, parameter shapes, settings' names or tensors differ.
-    """
-    kind = type(optimizer).__name__
-    if state["kind"] != kind:
-        raise CheckpointError(f"the checkpoint's optimizer is {state['kind']}, this run's is {kind}")
-    if state["shapes"] != _shapes(optimizer):
-        raise CheckpointError(f"the checkpoint's {kind} has other parameters: {_first_difference(state, optimizer)}")
-    saved = join_state(tensors, state["state"])
-    for index, (old, new) in enumerate(zip(saved["param_groups"], optimizer.param_groups, strict=True)):
-        if differing := set(old) ^ set(new):
-            raise CheckpointError(f"settings of {kind} group {index} differ: {', '.join(sorted(differing))}")
-    optimizer.load_state_dict(saved)
-    # torch casts floating-point state to the parameter's dtype; what was kept in another one must stay in it.
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, entries in saved["state"].items():
-        if not isinstance(index, int):
-            continue  # not about a parameter: torch passes it through as it is
-        loaded = optimizer.state[parameters[index]]
-        for name, value in entries.items():
-            if isinstance(value, Tensor) and loaded[name].dtype != value.dtype:
-                loaded[name] = value.to(loaded[name].device)
-
-
-def _shapes(optimizer: torch.optim.Optimizer) -> list[list[list[int]]]:
-    return [[list(parameter.shape) for parameter in group["params"]] for group in optimizer.param_groups]
-
-
-def _first_difference(state: Any, optimizer: torch.optim.Optimizer) -> str:
-    saved, own = ([shape for group in groups for shape in group] for groups in (state["shapes"], _shapes(optimizer)))
-    for index, (old, new) in enumerate(zip(saved, own, strict=False)):
-        if old != new:
-            return f"parameter {index} is {old}, here {new}"
-    return f"{len(saved)} in {len(state['shapes'])} groups, here {len(own)} in {len(optimizer.param_groups)}"
+        rest = json.loads((path / "state.json").read_bytes())
+    return Checkpoint(step, path, {key: join_state(tensors.get(key, {}), plain) for key, plain in rest.items()})

@@ -15,7 +15,6 @@ run.lock          who is at work here
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -23,14 +22,13 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import torch
-from torch import Tensor
 
 from preceptor.errors import CheckpointError, ConfigError, Interrupted
 from preceptor.run import environment as env
-from preceptor.run.checkpoint import Checkpoint, CheckpointStore
+from preceptor.run.checkpoint import CheckpointStore
 from preceptor.run.device import choose_device, exact_matmul_precision, set_threads
 from preceptor.run.files import replace_file, storage_errors, write_all
 from preceptor.run.lock import FolderLock
@@ -39,25 +37,24 @@ from preceptor.run.progress import COLUMNS, PLAN_NAME, Progress
 from preceptor.run.random import RandomStreams, derived_seed, global_random_state, load_global_random_state
 from preceptor.run.record import RECORD, plain_config, read_config, read_manifest, require_free, write_record
 from preceptor.run.signals import StopSignals
-from preceptor.run.strict_json import JSON, row_json
+from preceptor.run.state import Stateful
+from preceptor.run.strict_json import row_json
 from preceptor.run.trackers import Tracker, check_trackers, open_tracker
 
 
 class Run:
     """One run at work in its folder, which it holds locked; made by ``create_run`` or ``open_run``.
 
-    Use it as a context manager: entered, it minds Ctrl-C and SIGTERM; left, it closes logs and trackers and unlocks.
-    All rows of a step are written before its ``save``, since a resume drops what came after: rows written after the
-    last save (a final evaluation) are those that the system writes again. A system's loop is::
+    Use it as a context manager: on enter it installs signal handlers; on exit it closes logs and trackers and releases
+    the lock. A system's loop is::
 
-        checkpoint = run.restore()
-        for step in range(first_step, num_steps + 1):
+        for step in run.loop(num_steps, state):
             ...
             run.log(step, metrics)
-            if run.due(step) or run.stop_requested:
-                run.save(step, tensors, state)
-            if run.stop_requested:
-                run.stop(step)
+
+    All rows of a step are written inside the loop's body, before the checkpoint that may follow it: a resume drops the
+    rows that came after the checkpoint it starts from. Rows written after the loop (a final evaluation) are those that
+    the system writes again when it is resumed.
     """
 
     def __init__(self, path: Path, manifest: Mapping[str, Any], lock: FolderLock, *, quiet: bool) -> None:
@@ -78,7 +75,8 @@ class Run:
         self._signals = StopSignals()
         self._progress: Progress | None = None
         self._trackers: list[Tracker] | None = None
-        self._step = 0
+        self._restored = False
+        self.step = 0
 
     def __enter__(self) -> Self:
         self._signals.__enter__()
@@ -108,7 +106,7 @@ class Run:
         The total is written down too, for whoever looks on from outside.
         """
         replace_file(self.path / PLAN_NAME, json.dumps({"num_steps": total}) + "\n")
-        self._progress = Progress(total, first_step=self._step, columns=columns, enabled=not self.quiet)
+        self._progress = Progress(total, first_step=self.step, columns=columns, enabled=not self.quiet)
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
         """Records the metrics of ``step``: to ``metrics.jsonl``, then the trackers and the screen."""
@@ -117,7 +115,6 @@ class Run:
             tracker.log(step, row)
         if self._progress is not None:
             self._progress.update(step, row)
-        self._step = step
 
     def record(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Records the teacher's actions; each row has its ``step``."""
@@ -142,43 +139,61 @@ class Run:
         text = json.dumps(json.loads(row_json(result)), indent=2, ensure_ascii=False)
         replace_file(self.path / "result.json", text + "\n")
 
-    # Stopping and going on
+    # The loop: stopping and going on
 
-    @property
-    def stop_requested(self) -> bool:
-        """Whether Ctrl-C or SIGTERM has asked to stop after this step."""
-        return self._signals.requested
+    def loop(self, num_steps: int, state: Stateful, *, columns: Mapping[str, str] = COLUMNS) -> Iterator[int]:
+        """The steps up to ``num_steps`` that are still to do, counted from 1, each saved after the body when it is due.
 
-    def stop(self, step: int) -> NoReturn:
-        """Ends the run on request, after ``save``; raises ``Interrupted`` with the signal's exit code."""
-        signal_number = self._signals.signal_number
-        assert signal_number is not None, "stop() without a signal"
-        text = f"stopped at step {step}; resume with: preceptor resume {self.path}"
-        raise Interrupted(text, signal_number)
+        The first loop of a run restores ``state`` from the newest checkpoint and shows the progress of ``num_steps``
+        steps with ``columns`` (metric → label); a system of several phases calls ``restore`` and ``show_progress``
+        itself before it decides with which one to go on. A checkpoint is saved every ``save_every`` steps, after the
+        last step, and when a signal asks to stop.
 
-    def due(self, step: int) -> bool:
-        """Whether ``step`` is one of those after which a checkpoint is saved."""
-        return step > 0 and step % self.save_every == 0
+        Raises:
+            Interrupted: after Ctrl-C or SIGTERM, once the step is done and saved.
+        """
+        self.restore(state)
+        if self._progress is None:
+            self.show_progress(num_steps, columns)
+        while self.step < num_steps:
+            yield self.step + 1
+            self.step += 1
+            if self.step % self.save_every == 0 or self.step == num_steps or self._signals.requested:
+                self.save(state)
+            self.stop_if_requested()
 
-    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, JSON]) -> Path:
-        """Saves a checkpoint of all that the system gives, the random streams, and how far the logs were."""
+    def stop_if_requested(self) -> None:
+        """Raises ``Interrupted`` with the signal's exit code if Ctrl-C or SIGTERM has come.
+
+        Called by the loop after each step, and by a system between the parts of a long evaluation.
+        """
+        if (signal_number := self._signals.signal_number) is not None:
+            raise Interrupted(f"stopped at step {self.step}; resume with: preceptor resume {self.path}", signal_number)
+
+    def save(self, state: Stateful) -> Path:
+        """Saves a checkpoint of ``state``, the random streams, and how far the logs were."""
         self.metrics.sync()
         self.decisions.sync()
-        own: dict[str, JSON] = {
+        own = {
             "streams": self.streams.state_dict(),
             "torch": global_random_state(),
             "num_metrics": self.metrics.num_rows,
             "num_decisions": self.decisions.num_rows,
         }
-        return self.checkpoints.save(step, tensors, {"run": own, "system": dict(state)})
+        parts = state.state_dict()
+        assert "run" not in parts, "this part of a checkpoint is the run's own"
+        return self.checkpoints.save(self.step, {**parts, "run": own})
 
-    def restore(self) -> Checkpoint | None:
-        """The newest sound checkpoint, after putting streams and logs back to it; ``None`` when the run has none yet.
+    def restore(self, state: Stateful) -> None:
+        """Puts ``state``, streams and logs back to the newest sound checkpoint; a second call does nothing.
 
-        With ``None`` the logs are emptied and the streams are as created, so that training starts at its first step.
-        Raises ``CheckpointError`` when no checkpoint is sound, or when they are gone though the metrics say that there
-        were some; then nothing was changed.
+        Without a checkpoint the logs are emptied, and streams and ``state`` are as created, so that training starts at
+        its first step. Raises ``CheckpointError`` when no checkpoint is sound, or when they are gone though the metrics
+        say that there were some; then nothing was changed.
         """
+        if self._restored:
+            return
+        self._restored = True
         checkpoint = self.checkpoints.latest()
         if checkpoint is None:
             last_step = self.metrics.last_step
@@ -191,8 +206,9 @@ class Run:
                 self.notice("no checkpoint was saved before the stop; starting again from the first step")
             self.metrics.truncate_after(-1)
             self.decisions.truncate_after(-1)
-            return None
-        own = checkpoint.state["run"]
+            return
+        own = checkpoint.state.pop("run")
+        state.load_state_dict(checkpoint.state)
         self.streams.load_state_dict(own["streams"])
         load_global_random_state(own["torch"])
         for text in self.checkpoints.notices:
@@ -203,9 +219,8 @@ class Run:
                 self.notice(
                     f"{log.path.name} holds {log.num_rows} of the {saved} rows it had at {checkpoint.path.name}"
                 )
-        self._step = checkpoint.step
+        self.step = checkpoint.step
         self.notice(f"resumed at step {checkpoint.step}")
-        return dataclasses.replace(checkpoint, state=checkpoint.state["system"])
 
     def _open_trackers(self, first_step: int) -> list[Tracker]:
         """The trackers, opened at the first row: only then is it known at which step a resumed run goes on."""
@@ -229,13 +244,17 @@ def create_run(
     float32_matmul_precision: str | None = None,
     keep_last: int = 2,
     trackers: Sequence[str] = (),
+    name: str | None = None,
+    tags: Sequence[str] = (),
+    project: str = "preceptor",
     quiet: bool = False,
 ) -> Run:
     """A new run in ``path``, which must be absent or empty; locks it, writes ``config.yaml`` and ``manifest.json``.
 
     Sets torch's threads (``None``: see ``set_threads``), its float32 matmul precision (``None``: see
     ``exact_matmul_precision``) and the
-    seed of its own generators, and records them. ``config`` holds plain values; ``save_every`` counts steps.
+    seed of its own generators, and records them. ``config`` holds plain values; ``save_every`` counts steps. ``name``,
+    ``tags`` and ``project`` are what trackers and the page call the run; by default its name is the folder's.
 
     Raises ``ConfigError`` for a folder that is in use for something else or already a run, and for bad arguments;
     ``MissingExtraError`` for a tracker that is not installed; ``LockedError``; ``StorageError``.
@@ -251,6 +270,9 @@ def create_run(
         "save_every": save_every,
         "keep_last": keep_last,
         "trackers": list(trackers),
+        "name": name or path.name,
+        "tags": list(tags),
+        "project": project,
         "device": str(choose_device(device)),
         "code": env.code_version(),
         "config": plain_config(config),
@@ -272,9 +294,13 @@ def open_run(
     allow_inexact: bool = False,
     device: str | torch.device | None = None,
     threads: int | None = None,
+    extended: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> Run:
     """The run in ``path``, locked, to be resumed with the configuration, device and threads it was started with.
+
+    ``extended`` is a configuration to go on with past the planned end instead; what was measured at the old end is kept
+    as ``result-step-NNNNNN.json``.
 
     Raises ``ConfigError`` when ``path`` is no run, and when versions, machine, device, threads or ``config.yaml``
     differ from the start, so that the resume could not be bit-exact, unless ``allow_inexact``; ``LockedError``. Seeds
@@ -296,12 +322,28 @@ def open_run(
         if differing and not allow_inexact:
             raise ConfigError(f"not bit-exact: {', '.join(differing)}; pass --allow-inexact to resume all the same")
         check_trackers(manifest["trackers"])
+        if extended is not None:
+            config = _extend(path, manifest, extended)
         run = Run(path, manifest | {"environment": here, "config": config}, lock, quiet=quiet)
         if differing:
             run.notice(f"resuming though it is not bit-exact: {', '.join(differing)}")
         if code := env.changes(manifest["code"], env.code_version()):
             run.notice(f"the code has changed since the run began: {', '.join(code)}")
         return run
+
+
+def _extend(path: Path, manifest: dict[str, Any], extended: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes the configuration to go on with into the record, and moves the old end's result aside."""
+    config = plain_config(extended)
+    changed = env.changes(env.flattened(manifest["config"]), env.flattened(config))
+    last_step = JsonlLog(path / "metrics.jsonl", one_row_per_step=True).last_step
+    manifest["config"] = config
+    manifest.setdefault("extensions", []).append({"step": last_step, "changed": changed})
+    with storage_errors(f"extend {path}"):
+        if (path / "result.json").is_file():
+            os.replace(path / "result.json", path / f"result-step-{last_step:06d}.json")
+    write_record(path, manifest)
+    return config
 
 
 def discard_unbegun(path: Path) -> None:

@@ -7,6 +7,7 @@ large model needs no second copy of it and a full disk is met in one place. The 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,13 +102,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors | {name: tensors[original] for name, original in aliases.items()}
 
 
-def split_state(state: Any) -> tuple[dict[str, Tensor], JSON]:
+def split_state(state: Any, name: str = "") -> tuple[dict[str, Tensor], JSON]:
     """``state``, any nesting of mappings, lists, tuples, tensors and plain values, as named tensors and JSON.
 
     The JSON keeps what JSON lacks under one-key mappings: ``{"$tensor": name}``, ``{"$tuple": [...]}`` and, for
-    mappings, ``{"$dict": [[key, value], ...]}``, so integer keys survive. ``join_state`` is the inverse.
+    mappings, ``{"$dict": [[key, value], ...]}``, so integer keys survive, and ``{"$float": "inf"}``. ``join_state`` is
+    the inverse.
 
-    Raises ``CheckpointError`` for anything else, by its place.
+    Raises ``CheckpointError`` for anything else, by its place below ``name``.
 
     >>> tensors, rest = split_state({"betas": (0.9, 0.95), 0: torch.zeros(2)})
     >>> list(tensors), rest
@@ -127,11 +129,13 @@ def split_state(state: Any) -> tuple[dict[str, Tensor], JSON]:
         if isinstance(value, list | tuple):
             items = [split(item, f"{name}.{index}".lstrip(".")) for index, item in enumerate(value)]
             return {"$tuple": items} if isinstance(value, tuple) else items
+        if isinstance(value, float) and not math.isfinite(value):
+            return {"$float": str(value)}
         if value is None or isinstance(value, bool | int | float | str):
             return value
         raise CheckpointError(f"state {name!r} is a {type(value).__name__}; it cannot be saved without pickle")
 
-    return tensors, split(state, "")
+    return tensors, split(state, name)
 
 
 def join_state(tensors: Mapping[str, Tensor], rest: JSON) -> Any:
@@ -150,6 +154,8 @@ def join_state(tensors: Mapping[str, Tensor], rest: JSON) -> Any:
             case [("$tensor", str(name))] if name in tensors:
                 used.add(name)
                 return tensors[name].clone()
+            case [("$float", str(text))]:
+                return float(text)
             case [("$tuple", list(items))]:
                 return tuple(join(item) for item in items)
             case [("$dict", list(items))]:

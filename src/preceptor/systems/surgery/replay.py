@@ -11,7 +11,7 @@ import torch
 from preceptor.errors import DataError
 from preceptor.run.metrics import read_jsonl
 from preceptor.run.record import read_manifest
-from preceptor.run.replayed import Replayed
+from preceptor.systems.base import Replayed, Services
 from preceptor.systems.surgery.config import SurgeryConfig
 from preceptor.systems.surgery.materials import prepare
 from preceptor.systems.surgery.phases import update
@@ -19,7 +19,7 @@ from preceptor.systems.surgery.plan import Stretch
 from preceptor.systems.surgery.session import Session
 
 
-def replay(config: SurgeryConfig, folder: Path) -> Iterator[Replayed]:
+def replay(config: SurgeryConfig, folder: Path, services: Services) -> Iterator[Replayed]:
     """Every recorded reward, and quality before it, beside the same one measured again; commits are the recorded ones.
 
     The student has to learn again what it knew at each edit, so a replay takes as long as bootstrapping and the joint

@@ -29,6 +29,7 @@ from preceptor.systems.surgery.student import save_student
 
 if TYPE_CHECKING:
     from preceptor.run.folder import Run
+    from preceptor.systems.base import Services
 
 STREAMS: tuple[str, ...] = ()
 """None: every draw has a generator of its own, named by purpose and step (:meth:`Materials.generator`)."""
@@ -44,7 +45,7 @@ PROGRESS_COLUMNS = {
 }
 
 
-def train(config: SurgeryConfig, run: Run) -> dict[str, Any]:
+def train(config: SurgeryConfig, run: Run, services: Services) -> dict[str, Any]:
     """Run all three phases and every control of ``config`` inside ``run``; gives ``result.json``."""
     materials = prepare(config, device=run.device)
     session = Session(config, materials, device=run.device, folder=run.path)
