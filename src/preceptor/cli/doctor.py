@@ -12,8 +12,7 @@ from preceptor.cli.arguments import CONFIGURATION, EXIT_CODES, Command, add_conf
 from preceptor.cli.replay import CHECK_FAILED
 from preceptor.cli.systems import configuration
 from preceptor.config import dump_yaml
-from preceptor.errors import ConfigError, PreceptorError
-from preceptor.plain_yaml import shown
+from preceptor.errors import ConfigError, PreceptorError, short_repr
 from preceptor.systems import find_system, known_systems
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def _doctor(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         )
     else:
         raise ConfigError(
-            f"{shown(options.what)} is neither a run folder nor a system; there are {', '.join(known_systems())}"
+            f"{short_repr(options.what)} is neither a run folder nor a system; there are {', '.join(known_systems())}"
         )
     counts = dict.fromkeys(("ok", "warn", "fail"), 0)
     for check in checks:

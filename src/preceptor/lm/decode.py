@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from preceptor.errors import ModelError, ShapeError
-from preceptor.lm.cpu.engine import CpuEngine
 from preceptor.lm.kv_cache import KVCacheLayer
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling, draw
@@ -79,12 +78,12 @@ class Decoder:
         self.lm = lm
         self.batch_size = batch_size
         self._capture = capture
-        self.uses_engine = use_engine and lm.has_engine and CpuEngine.gives(lm, capture)
+        autocast = lm.device.type if torch.is_autocast_enabled(lm.device.type) else None
+        weights_dtype = dtype or (torch.get_autocast_dtype(autocast) if autocast else lm.dtype)
+        engine = lm.engine(dtype=weights_dtype) if use_engine else None
+        self._engine = engine if engine is not None and engine.can_capture(capture) else None
         if not self.uses_engine and dtype not in (None, lm.dtype):
             raise ModelError(f"{lm.name} decodes in {lm.dtype} alone, got {dtype}; load it in that dtype")
-        autocast = lm.device.type if torch.is_autocast_enabled(lm.device.type) else None
-        self._dtype = dtype or (torch.get_autocast_dtype(autocast) if autocast else lm.dtype)
-        self._native: CpuEngine | None = None
         slots_innermost = self.uses_engine and lm.device.type == "cpu"
         self._layers = [KVCacheLayer(slots_innermost=slots_innermost) for _ in lm.layers]
         self._cache = Cache(layers=list(self._layers))
@@ -92,6 +91,11 @@ class Decoder:
         self._filled = torch.zeros(batch_size, 0, dtype=torch.bool, device=lm.device)
         self._lengths = torch.zeros(batch_size, dtype=torch.long, device=lm.device)
         self._next_logits: Tensor | None = None
+
+    @property
+    def uses_engine(self) -> bool:
+        """Whether tokens go through the model's engine."""
+        return self._engine is not None
 
     @property
     def lengths(self) -> Int[Tensor, " batch"]:
@@ -219,10 +223,8 @@ class Decoder:
             earlier = self._filled[:, None].expand(-1, width, -1)
             # Every row begins with a token, so that a hole too has something to attend to.
             mask = torch.cat([earlier, counts[:, None] & causal], dim=-1)
-        if self.uses_engine:
-            if self._native is None:
-                self._native = CpuEngine(self.lm, dtype=self._dtype)
-            logits, captured = self._native.forward(
+        if self._engine is not None:
+            logits, captured = self._engine.forward(
                 tokens,
                 keep=keep,
                 attention_mask=mask,

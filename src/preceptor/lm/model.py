@@ -20,8 +20,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTok
 
 from preceptor.errors import ModelError
 from preceptor.lm.cpu.attention import CpuAttention, kernel_is_faster
-from preceptor.lm.cpu.engine import ARCHITECTURES, CpuEngine
-from preceptor.lm.kv_cache import KVCacheLayer
+from preceptor.lm.cpu.engine import Engine, accelerate, probe_logits
 from preceptor.lm.log_probs import chosen_log_probs
 from preceptor.lm.sampling import Sampling
 
@@ -50,7 +49,7 @@ class LanguageModel:
     Attributes:
         adapter_enabled: False in a view in which the LoRA adapter is switched off (the untrained model).
         context_length: tokens that a row may hold.
-        has_engine: whether :class:`~preceptor.lm.cpu.engine.CpuEngine` says what this model says.
+        has_engine: whether :meth:`engine` gives one: its logits agreed with the model's own.
         begin_token: starts a row, and fills what rows of a batch lack in length.
         special_tokens: ids of the control tokens that the model knows, ascending; text never becomes one of them.
 
@@ -170,6 +169,16 @@ class LanguageModel:
             else:
                 logits = self._causal_model(**arguments).logits[keep]
         return Output(logits=logits.float(), captured=captured[0] if captured else None)
+
+    def engine(self, *, dtype: torch.dtype | None = None) -> Engine | None:
+        """A faster forward pass without gradient, for the weights as they are at its first call; None if there is none.
+
+        Args:
+            dtype: matrices are rounded to this dtype; None is the model's own.
+        """
+        if not self.has_engine:
+            return None
+        return accelerate(self._causal_model, dtype=dtype, adapter_enabled=self.adapter_enabled)
 
     def chosen_log_probs(
         self,
@@ -333,27 +342,11 @@ class LanguageModel:
         if (told - logits[0].float()).abs().max() > largest:
             raise ModelError(f"{self.name} {_UNFIT}")
         self.has_engine = False
-        if self._causal_model.config.model_type in ARCHITECTURES and head_is_linear:
-            native = self._native_logits(tokens, split=4)
-            self.has_engine = bool((native - logits[0].float()).abs().max() <= largest)
+        engine = accelerate(self._causal_model) if head_is_linear else None
+        if engine is not None:
+            difference = probe_logits(engine, tokens, num_layers=len(self.layers)) - logits[0].float()
+            self.has_engine = bool(difference.abs().max() <= largest)
         return head_is_linear
-
-    def _native_logits(self, tokens: Tensor, *, split: int) -> Tensor:
-        """Logits of one row by the native forward, read in two parts; the second is one token."""
-        native, cache = CpuEngine(self), [KVCacheLayer(slots_innermost=self.device.type == "cpu") for _ in self.layers]
-        visible = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=self.device).tril()
-        positions = torch.arange(tokens.shape[1], device=self.device)[None]
-        parts = [
-            native.forward(
-                tokens[:, start:end],
-                keep=torch.ones_like(tokens[:, start:end], dtype=torch.bool),
-                attention_mask=visible[None, start:end, :end],
-                positions=positions[:, start:end],
-                cache=cache,
-            )[0]
-            for start, end in ((0, split), (split, tokens.shape[1]))
-        ]
-        return torch.cat(parts)
 
 
 _WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size", "local": "window_size"}

@@ -241,7 +241,7 @@ def test_the_step_on_narrower_processors(
     monkeypatch.setattr(engine, "kernel_library", lambda: narrow_kernels)
     lm, given = make_lm(name), rows(random_tokens)
     decoder, *found = read(lm, given, capture=lm.layers[-1])
-    assert decoder._native._compiled._library is narrow_kernels
+    assert decoder._engine._decode_step._library is narrow_kernels
     _, *expected = read(lm, given, capture=lm.layers[-1], use_engine=False)
     for ours, theirs in zip(found, expected, strict=True):
         assert_same(ours, theirs)
@@ -260,7 +260,9 @@ def test_attention_in_blocks_is_attention(monkeypatch: pytest.MonkeyPatch) -> No
     expected: Tensor = torch.einsum("bhts,bhsd->bthd", weights, values.repeat_interleave(2, 1)).flatten(2)
     for limit in (2**24, 2 * 4 * 7 * 2, 1):
         monkeypatch.setattr(engine, "MAX_SCORES", limit)
-        torch.testing.assert_close(engine.attention(queries, keys, values, mask=mask), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            engine.cached_attention(queries, keys, values, mask=mask), expected, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_the_setting_of_products_is_left_as_it_was(make_lm: MakeLM, random_tokens: Any) -> None:

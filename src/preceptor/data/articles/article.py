@@ -24,7 +24,7 @@ from preceptor.data.articles.markup import (
     wikitext_blocks,
 )
 from preceptor.data.articles.wikipedia import api_endpoint, read_wikipedia
-from preceptor.errors import DataError, StorageError, nearest
+from preceptor.errors import DataError, StorageError, did_you_mean
 
 Format = Literal["plain", "markdown", "html", "wikitext"]
 
@@ -285,7 +285,7 @@ def _no_such_file(path: Path) -> str:
     if not path.parent.is_dir():
         return f"there is no file '{path}', nor its folder; check the path"
     names = [entry.name for entry in path.parent.iterdir() if entry.is_file() and not entry.name.startswith(".")]
-    return f"there is no file '{path}'{nearest(path.name, names)}; check the path"
+    return f"there is no file '{path}'{did_you_mean(path.name, names)}; check the path"
 
 
 def _suffixes() -> str:

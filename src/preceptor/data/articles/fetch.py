@@ -16,8 +16,8 @@ from email.utils import parsedate_to_datetime
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from preceptor import __version__
 from preceptor.errors import ConfigError, DataError, MissingExtraError, ServiceError
+from preceptor.version import __version__
 
 if TYPE_CHECKING:
     import httpx

@@ -9,7 +9,7 @@ from typing import Any
 
 from preceptor.data.articles.fetch import Fetcher, TransientError
 from preceptor.data.articles.markup import Block, plain_blocks, readable_formula
-from preceptor.errors import DataError, ServiceError, nearest
+from preceptor.errors import DataError, ServiceError, did_you_mean
 
 _INVALID_IN_TITLE = re.compile(r"[#<>\[\]{}|\x00-\x1f\x7f]")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[a-z]+)*|simple")
@@ -147,7 +147,7 @@ def _links(title: str, endpoint: str, fetcher: Fetcher) -> list[str]:
 
 def _missing_message(title: str, found: list[str]) -> str:
     remedy = f"pass one of {_quoted(found)}, or a file" if found else "check the spelling, or pass a file or URL"
-    return f"there is no file and no Wikipedia article called '{title}'{nearest(title, found)}; {remedy}"
+    return f"there is no file and no Wikipedia article called '{title}'{did_you_mean(title, found)}; {remedy}"
 
 
 def _quoted(names: list[str]) -> str:

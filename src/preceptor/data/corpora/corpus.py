@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from preceptor.errors import DataError, MissingExtraError, nearest
+from preceptor.errors import DataError, MissingExtraError, did_you_mean
 
 Row = Mapping[str, Any]
 
@@ -100,7 +100,7 @@ def adapter_named(name: str) -> Callable[[Row], str]:
         return _field(field)
     if name not in ADAPTERS:
         known = ", ".join(ADAPTERS)
-        raise DataError(f"unknown adapter '{name}'{nearest(name, ADAPTERS)}; use one of {known}, or field:NAME")
+        raise DataError(f"unknown adapter '{name}'{did_you_mean(name, ADAPTERS)}; use one of {known}, or field:NAME")
     return ADAPTERS[name]
 
 

@@ -23,6 +23,7 @@ SYSTEM = System(
     ),
     train=lazy("preceptor.systems.reading.loop:train"),
     result=lazy("preceptor.systems.reading.evaluate:result"),
+    sections=lazy("preceptor.systems.reading.report:sections"),
     verify=lazy("preceptor.systems.reading.verify:verify"),
     flags=FLAGS,
     inputs=INPUTS,

@@ -12,6 +12,7 @@ SYSTEM = System(
     streams=(),
     train=lazy("preceptor.systems.surgery.train:train"),
     result=lazy("preceptor.systems.surgery.result:surgery_result"),
+    sections=lazy("preceptor.systems.surgery.report:sections"),
     verify=lazy("preceptor.systems.surgery.replay:replay"),
     flags=FLAGS,
     choices=CHOICES,

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from preceptor.errors import ConfigError, ShapeError, nearest
+from preceptor.errors import ConfigError, ShapeError, did_you_mean
 from preceptor.systems.surgery.targets import Target
 from preceptor.systems.surgery.theatre import checksum
 
@@ -59,7 +59,7 @@ class Edit:
     ) -> None:
         faults = []
         if kind not in EDIT_KINDS:
-            faults.append(f"edits are {', '.join(EDIT_KINDS)}, got {kind!r}{nearest(kind, EDIT_KINDS)}")
+            faults.append(f"edits are {', '.join(EDIT_KINDS)}, got {kind!r}{did_you_mean(kind, EDIT_KINDS)}")
         if not targets:
             faults.append("an edit needs at least one target, got none")
         if rank < 1:

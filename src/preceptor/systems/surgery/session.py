@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,7 @@ class Session:
             device=device,
         )
         self.patient = Patient(model, config.learning, materials.referee)
-        targets = attention_targets(model, roles=config.edit.roles, layers=config.edit.layers or None)  # type: ignore[arg-type]
+        targets = attention_targets(model, roles=config.edit.roles, layers=config.edit.layers or None)
         self.surgery = Surgery(
             self.patient,
             Edit(config.edit.kind, targets, rank=config.edit.rank, max_relative_norm=config.edit.max_relative_norm),
@@ -111,7 +110,7 @@ class Session:
 
     def learning(self, stretch: Stretch) -> LearningOptions:
         """The numbers of learning, with the objective of ``stretch``."""
-        return dataclasses.replace(self.config.learning, objective=stretch.objective)  # type: ignore[arg-type]
+        return self.config.learning.model_copy(update={"objective": stretch.objective})
 
     def begin(self, stretch: Stretch) -> None:
         """Put the patient where ``stretch`` starts, and its surgeon to work."""
@@ -214,7 +213,8 @@ class Session:
 
     def _equal_flops_steps(self, objective: str) -> int:
         """Updates of ``objective`` that cost what bootstrapping costs."""
-        own, other = self.config.learning, dataclasses.replace(self.config.learning, objective=objective)  # type: ignore[arg-type]
+        own = self.config.learning
+        other = own.model_copy(update={"objective": objective})
         budget = self.config.phases.bootstrap_steps * self.step_flops(own) + self.referee_flops(own)
         return max(1, (budget - self.referee_flops(other)) // self.step_flops(other))
 
