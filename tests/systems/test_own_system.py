@@ -182,9 +182,9 @@ def test_the_system_is_under_100_lines() -> None:
 
 
 def test_it_is_listed(workplace: Workplace) -> None:
-    assert "two arms, one of which pays more" in workplace.preceptor("list", "two_armed")
     described = json.loads(workplace.preceptor("list", "--json"))
     assert list(described)[-1] == "two_armed", "Preceptor's own come first"
+    assert described["two_armed"]["description"] == "two arms, one of which pays more"
 
 
 def test_a_stopped_run_is_resumed_bit_for_bit(workplace: Workplace) -> None:
