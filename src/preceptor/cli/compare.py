@@ -62,16 +62,16 @@ class CompareGroup(SystemGroup):
 
     metavar = "SYSTEM|RUN..."
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command that sweeps a system, or that compares finished runs, the first of them ``cmd_name``."""
-        if cmd_name in known_systems():  # a folder named like a system is given as ./reading
-            system = find_system(cmd_name)
+    def made_for(self, word: str) -> Any:
+        """The command that sweeps a system, or that compares finished runs, the first of them ``word``."""
+        if word in known_systems():  # a folder named like a system is given as ./reading
+            system = find_system(word)
             settings = {"cls": PassingCommand, "help": HELP, "epilog": EPILOG}
             return system_command(system, _sweep, system.inputs, several=True, **settings)
-        if Path(cmd_name).is_dir():
-            return made(_compared(Path(cmd_name)), name=cmd_name, help=HELP, epilog=EPILOG)
-        hint = did_you_mean(cmd_name[:100], known_systems()) or f"; there are {', '.join(known_systems())}"
-        raise ConfigError(f"{short_repr(cmd_name)} is neither a folder nor a system{hint}")
+        if Path(word).is_dir():
+            return made(_compared(Path(word)), name=word, help=HELP, epilog=EPILOG)
+        hint = did_you_mean(word[:100], known_systems()) or f"; there are {', '.join(known_systems())}"
+        raise ConfigError(f"{short_repr(word)} is neither a folder nor a system{hint}")
 
 
 def _compared(first: Path) -> Any:
@@ -129,7 +129,8 @@ def _cells(
     from preceptor.comparison.sweep import Cell
 
     cells: list[Cell] = []
-    for *values, seed in product(*(dict.fromkeys(given) for given in inputs.values()), seeds):
+    combinations = product(*(dict.fromkeys(given) for given in inputs.values()))
+    for values, seed in product(combinations, seeds):
         words = ["--preset", preset, *passed, "--seed", str(seed), "--threads", "1"]
         for flag, value in zip(inputs, values, strict=True):
             words += ["--set", f"{system.inputs[flag]}={value}"]

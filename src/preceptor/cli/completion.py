@@ -25,7 +25,7 @@ def completion(
     """  # noqa: D301 - the backspace is typer's: it keeps the lines as they are
     if shell not in SHELLS:
         raise ConfigError(f"a shell is needed, one of {', '.join(SHELLS)}; got {short_repr(shell)}")
-    from typer.completion import get_completion_script
+    from typer.completion import get_completion_script  # type: ignore[attr-defined]
 
     print(get_completion_script(prog_name="preceptor", complete_var=VARIABLE, shell=shell))
     return 0

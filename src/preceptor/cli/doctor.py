@@ -42,19 +42,19 @@ class DoctorGroup(SystemGroup):
 
     metavar = "SYSTEM|RUN"
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command that checks a system's configuration or the run in the folder ``cmd_name``."""
-        if cmd_name in known_systems():
-            system = find_system(cmd_name)
+    def made_for(self, word: str) -> Any:
+        """The command that checks a system's configuration or the run in the folder ``word``."""
+        if word in known_systems():
+            system = find_system(word)
             text = f"Check a configuration of {system.name} before a run.\n\n{options.CONFIGURATION}"
             return system_command(system, _doctor, system.flags, help=text, epilog=options.EXIT_CODES)
-        folder = Path(cmd_name)
+        folder = Path(word)
         if (folder / "manifest.json").is_file():
-            return made(lambda: _check_run(folder), name=cmd_name, help="Check the folder of a run.")
+            return made(lambda: _check_run(folder), name=word, help="Check the folder of a run.")
         if folder.is_dir():
             raise ConfigError(f"{folder} is not a run folder (no manifest.json); give the folder of a run or a system")
-        hint = did_you_mean(cmd_name[:100], known_systems()) or f"; there are {', '.join(known_systems())}"
-        raise ConfigError(f"{short_repr(cmd_name)} is neither a run folder nor a system{hint}")
+        hint = did_you_mean(word[:100], known_systems()) or f"; there are {', '.join(known_systems())}"
+        raise ConfigError(f"{short_repr(word)} is neither a run folder nor a system{hint}")
 
 
 def _doctor(

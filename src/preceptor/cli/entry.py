@@ -17,7 +17,7 @@ from preceptor.cli.completion import VARIABLE
 from preceptor.cli.options import CONFIGURATION, EXIT_CODES
 from preceptor.cli.parsing import SETTINGS, Command, Group, explained
 from preceptor.errors import ConfigError, Interrupted, PreceptorError, StorageError, short_repr
-from preceptor.systems import find_system
+from preceptor.systems import find_system, known_systems
 from preceptor.version import __version__
 
 HELP = """\
@@ -103,6 +103,8 @@ def _execute(argv: Sequence[str]) -> int:
             return int(command.invoke(context) or 0)
     except typer.Exit as done:  # --help and --version have printed what they have to say
         return done.exit_code
+    except SystemExit as done:  # so has --install-completion
+        return int(done.code or 0)
     except typer.TyperException as error:
         raise ConfigError(explained(error)) from error
 
@@ -112,7 +114,7 @@ class Root(Group):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The commands in the order in which help shows them."""
-        return list(COMMANDS)
+        return [name for name in COMMANDS if name != "pretrain" or name in known_systems()]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command, if there is one of this name."""
@@ -149,7 +151,6 @@ def _app() -> typer.Typer:
         context_settings=SETTINGS,
         subcommand_metavar="COMMAND",
         rich_markup_mode=None,
-        add_completion=False,
     )
     app.callback()(_root)
     for name, command in COMMANDS.items():

@@ -8,6 +8,7 @@ plain text with a heading for each group of options, and fits 80 columns. A word
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, get_origin, get_type_hints
 
@@ -73,7 +74,7 @@ class Group(TyperGroup):
     """A group of commands that names the nearest when there is none of that name."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if self.get_command(ctx, args[0]) is None:
+        if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
             known = self.list_commands(ctx)
             hint = did_you_mean(args[0][:100], known) or f"; there are {', '.join(known)}"
             raise ConfigError(f"unknown command {short_repr(args[0])}{hint}")
@@ -85,6 +86,18 @@ class SystemGroup(Group):
 
     metavar = "SYSTEM"
 
+    def made_for(self, word: str) -> Any:
+        """The command that the first word stands for; raises ConfigError where it stands for none."""
+        raise NotImplementedError
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        try:
+            return self.made_for(cmd_name)
+        except ConfigError:
+            if ctx.resilient_parsing:  # a shell asks about a line that is being typed
+                return None
+            raise
+
     def list_commands(self, ctx: Any) -> list[str]:
         return list(known_systems())
 
@@ -92,16 +105,13 @@ class SystemGroup(Group):
         return [self.metavar, "[OPTIONS]"]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if not args:
-            raise ConfigError(f"missing {self.metavar}, which is {self._choices()}; see {ctx.command_path} --help")
+        if not args and not ctx.resilient_parsing:
+            raise ConfigError(f"missing {self.metavar}; see {ctx.command_path} --help")
         return super().parse_args(ctx, _first_word_first(args))
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Systems"):
             formatter.write_dl([(name, find_system(name).summary) for name in known_systems()])
-
-    def _choices(self) -> str:
-        return f"one of {', '.join(known_systems())}"
 
 
 def _first_word_first(words: list[str]) -> list[str]:
@@ -170,4 +180,6 @@ def explained(error: typer.TyperException) -> str:
         flags = [flag for each in context.command.get_params(context) for flag in each.opts] if context else []
         return f"unknown option {short_repr(option)}{did_you_mean(option[:100], flags) or help_of}"
     text = " ".join(error.format_message().split()).rstrip(".")
+    if extra := re.match(r"Got unexpected extra argument\S* \((.*)\)", text):
+        return f"unexpected argument {short_repr(extra[1])}{help_of}"
     return f"{text[:1].lower()}{text[1:]}{help_of}"

@@ -12,7 +12,7 @@ from preceptor.api import go_on, services, start
 from preceptor.cli import options
 from preceptor.cli.parsing import SystemGroup, system_command
 from preceptor.config import dump_yaml
-from preceptor.result import Result
+from preceptor.result import Result, write_page
 from preceptor.systems import find_system
 from preceptor.systems.base import System
 from preceptor.systems.configuration import configuration
@@ -21,9 +21,9 @@ from preceptor.systems.configuration import configuration
 class RunGroup(SystemGroup):
     """``preceptor run SYSTEM``."""
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+    def made_for(self, word: str) -> Any:
         """The command that runs a system, or ConfigError with the nearest system that there is."""
-        return run_command(find_system(cmd_name))
+        return run_command(find_system(word))
 
 
 def run_command(system: System) -> Any:
@@ -116,9 +116,7 @@ def resume(
 
 def report(folder: options.Folder) -> int:
     """Write report.html, one self-contained page about a run."""
-    from preceptor.report.page import build_report
-
-    print(f"report:  {build_report(folder)}")
+    print(f"report:  {write_page(folder)}")
     return 0
 
 

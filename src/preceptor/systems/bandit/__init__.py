@@ -16,5 +16,5 @@ SYSTEM = System(
     verify=lazy("preceptor.systems.bandit.replay:replay"),
     flags=FLAGS,
     choices=CHOICES,
-    extendable=("update.steps",),
+    extendable=("update.epochs", "history.steps"),
 )
