@@ -27,21 +27,24 @@ from typing import Any, Self
 import numpy as np
 
 DIMENSIONS = {"text-embedding-ada-002": 1536, "text-embedding-3-small": 1536, "text-embedding-3-large": 3072}
+OTHER_DIMENSION = 16
 
 # Refusals: nothing is billed.
 REFUSALS = (
     "429", "429_retry_after", "429_date", "insufficient_quota", "500", "503_html", "400", "401_echoes_key", "403",
     "500_echoes_key", "redirect",
 )  # fmt: skip
-# Nothing comes back, but the service may have worked: billed.
-SILENCES = ("hang", "disconnect")
+# Nothing whole comes back, but the service may have worked: billed.
+SILENCES = ("hang", "disconnect", "cut_body")
 # Paid answers that are wrong in whole or in part.
 WRONG = (
-    "cut_json", "cut_body", "not_json", "drip", "wrong_dimension", "nan_item", "zero_item", "bad_base64",
+    "cut_json", "not_json", "wrong_dimension", "nan_item", "zero_item", "bad_base64",
     "missing_item", "duplicate_index", "foreign_index",
 )  # fmt: skip
 # Unusual but right.
 ODD = ("shuffled", "floats", "no_usage")
+# What another model's vectors may be: not of unit norm.
+LONG = "long_vectors"
 FAULTS = REFUSALS + SILENCES + WRONG + ODD
 
 
@@ -57,6 +60,7 @@ class FakeOpenAI:
         self.script = deque(script)
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
         self.faults_played: Counter[str] = Counter()
         self.delivered: Counter[str] = Counter()
         self.resent: Counter[str] = Counter()
@@ -106,10 +110,11 @@ class FakeOpenAI:
 
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-        key = handler.headers["Authorization"].removeprefix("Bearer ")
+        key = (handler.headers["Authorization"] or handler.headers["api-key"]).removeprefix("Bearer ")
         with self._lock:
             self.requests.append(body)
-            self.headers.append(dict(handler.headers))
+            self.headers.append({name.lower(): value for name, value in handler.headers.items()})
+            self.paths.append(handler.path)
             self.resent.update(text for text in body["input"] if text in self.delivered)
             fault = self.script.popleft() if self.script else "ok"
             self.faults_played[fault] += 1
@@ -150,13 +155,15 @@ class FakeOpenAI:
     def _deliver(
         self, handler: BaseHTTPRequestHandler, fault: str, body: dict[str, Any], texts: list[str], tokens: int
     ) -> None:
-        dimension = body.get("dimensions") or DIMENSIONS[body["model"]]
+        dimension = body.get("dimensions") or DIMENSIONS.get(body["model"], OTHER_DIMENSION)
         items = []
         spoilt = len(texts) // 2  # the item that a one-item fault hits
         for index, text in enumerate(texts):
             with self._lock:
                 self.sold[text] += 1
                 vector = self.vector(text, dimension, sale=self.sold[text])
+            if fault == LONG:
+                vector = vector * np.float32(3)
             if fault == "wrong_dimension":
                 vector = vector[:-1]
             if index == spoilt and fault == "nan_item":
@@ -189,23 +196,11 @@ class FakeOpenAI:
             data = data[: len(data) // 2]
         if fault == "not_json":
             data = b"<html>fine</html>"
-        if fault not in ("wrong_dimension", "cut_json", "cut_body", "not_json", "drip"):
+        if fault not in ("wrong_dimension", "cut_json", "cut_body", "not_json"):
             with self._lock:
                 self.delivered.update(text for index, text in enumerate(texts) if index not in lost)
-        if fault == "drip":
-            self._drip(handler, data)
-        else:
-            _send(handler, 200, data, promise=len(data) + 100 * (fault == "cut_body"))
-            handler.close_connection = fault == "cut_body"
-
-    def _drip(self, handler: BaseHTTPRequestHandler, data: bytes) -> None:
-        """One byte at a time, each soon enough to satisfy a limit per read, for longer than any test waits."""
-        handler.close_connection = True
-        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(data))
-        for byte in data[:200]:
-            if self._stopping.wait(timeout=0.05):
-                return
-            handler.wfile.write(bytes([byte]))
+        _send(handler, 200, data, promise=len(data) + 100 * (fault == "cut_body"))
+        handler.close_connection = fault == "cut_body"
 
 
 def _send(
