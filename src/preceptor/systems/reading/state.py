@@ -114,7 +114,7 @@ def build_optimizer(policy: Policy, update: UpdateOptions) -> torch.optim.Optimi
     ]
     if policy.projection is not None:
         groups.append({"params": list(policy.projection.parameters()), "lr": update.projection_learning_rate})
-    if update.optimiser == "adamw":
+    if update.optimizer == "adamw":
         return torch.optim.AdamW(groups, weight_decay=update.weight_decay)
     return torch.optim.Adam(groups)
 
