@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,10 +13,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from preceptor.errors import CheckpointError
 from preceptor.objectives.entropy import entropy
-from preceptor.run.checkpoint import load_optimizer, optimizer_tensors
 from preceptor.run.guard import NonFiniteGuard, first_nonfinite
+from preceptor.run.state import copy_tensors, load_optimizer, optimizer_state
 from preceptor.systems.surgery.config import LearningOptions
 from preceptor.systems.surgery.flops import TRAINING_FACTOR, flops_per_token
 from preceptor.systems.surgery.objective import judge, needs_referee
@@ -37,14 +37,6 @@ class Costs:
     tokens: int = 0
     evaluations: int = 0
     flops: int = 0
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A patient at one moment: tensors by group, and the rest as JSON."""
-
-    tensors: Mapping[str, Mapping[str, Tensor]]
-    state: Mapping[str, Any]
 
 
 class Patient:
@@ -127,46 +119,38 @@ class Patient:
 
     def reset(self) -> None:
         """Back to the random weights, a new optimiser and no costs."""
-        self.restore(self._initial)
+        self.load_state_dict(self._initial)
 
-    def snapshot(self) -> Snapshot:
-        """A copy of all that learning has changed.
+    def snapshot(self) -> dict[str, Any]:
+        """A copy of :meth:`state_dict`, which later learning leaves alone."""
+        return copy.deepcopy(self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that learning has changed, as live tensors and plain numbers.
 
         Raises:
             ModelError: a surgery is open.
         """
         require_closed(self.model, "copy the student")
-        optimiser, settings = optimizer_tensors(self.optimiser)
-        return Snapshot(
-            {
-                "student": {name: parameter.detach().clone() for name, parameter in self._parameters.items()},
-                "optimiser": {name: tensor.clone() for name, tensor in optimiser.items()},
-            },
-            {"optimiser": settings, "costs": asdict(self.costs), "guard": self.guard.state_dict()},
-        )
+        return {
+            "model": {name: parameter.detach() for name, parameter in self._parameters.items()},
+            "optimiser": optimizer_state(self.optimiser),
+            "costs": asdict(self.costs),
+            "guard": self.guard.state_dict(),
+        }
 
-    @torch.no_grad()
-    def restore(self, snapshot: Snapshot) -> None:
-        """Put back :meth:`snapshot`, into the same parameters.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over :meth:`state_dict`, into the same parameters; ``state`` stays apart from what comes after.
 
         Raises:
             CheckpointError: it is of another student.
+            ModelError: a surgery is open.
         """
         require_closed(self.model, "put back the student")
-        saved = snapshot.tensors["student"]
-        if saved.keys() != self._parameters.keys():
-            name = sorted(saved.keys() ^ self._parameters.keys())[0]
-            raise CheckpointError(f"the saved student's parameters are not this one's ('{name}')")
-        for name, parameter in self._parameters.items():
-            parameter.copy_(saved[name])
-        self.optimiser = self._new_optimiser()
-        load_optimizer(
-            self.optimiser,
-            {name: tensor.clone() for name, tensor in snapshot.tensors["optimiser"].items()},
-            snapshot.state["optimiser"],
-        )
-        self.costs = Costs(**snapshot.state["costs"])
-        self.guard.load_state_dict(snapshot.state["guard"])
+        copy_tensors(state["model"], self._parameters)
+        load_optimizer(self.optimiser, copy.deepcopy(state["optimiser"]))
+        self.costs = Costs(**state["costs"])
+        self.guard.load_state_dict(state["guard"])
 
     def _new_optimiser(self) -> torch.optim.AdamW:
         """AdamW; matrices decay, biases and norms do not, as in nanoGPT."""

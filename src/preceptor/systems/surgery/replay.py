@@ -44,7 +44,7 @@ def replay(config: SurgeryConfig, folder: Path, services: Services) -> Iterator[
 def _edits(session: Session, stretch: Stretch, rows: Iterator[dict[str, Any]]) -> Iterator[Replayed]:
     if stretch.start == "bootstrapped":
         assert session.bootstrapped is not None, "edits before bootstrapping"
-        session.patient.restore(session.bootstrapped)
+        session.patient.load_state_dict(session.bootstrapped)
     updates = session.config.phases.updates_per_edit if stretch.phase == "joint" else 0
     for local in range(1, stretch.num_steps + 1):
         row = next(rows, None)

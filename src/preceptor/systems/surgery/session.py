@@ -9,9 +9,6 @@ from typing import Any
 
 import torch
 
-from preceptor.run.checkpoint import Checkpoint
-from preceptor.run.folder import Run
-from preceptor.run.tensors import join_state, split_state
 from preceptor.systems.surgery.agent import SacAgent
 from preceptor.systems.surgery.config import LearningOptions, SurgeryConfig
 from preceptor.systems.surgery.edits import Edit
@@ -19,7 +16,7 @@ from preceptor.systems.surgery.features import StateFeatures
 from preceptor.systems.surgery.materials import Materials
 from preceptor.systems.surgery.objective import needs_referee
 from preceptor.systems.surgery.operation import Surgery, gradient_steps
-from preceptor.systems.surgery.patient import Patient, Snapshot
+from preceptor.systems.surgery.patient import Patient
 from preceptor.systems.surgery.plan import Stretch, make_plan
 from preceptor.systems.surgery.plateau import PlateauWatch
 from preceptor.systems.surgery.quality import Draws
@@ -33,10 +30,6 @@ from preceptor.systems.surgery.surgeons import (
     Surgeon,
 )
 from preceptor.systems.surgery.targets import attention_targets
-
-# The groups of a snapshot's tensors in a checkpoint.
-_NOW, _BOOTSTRAPPED = "now", "bootstrapped"
-
 
 class Session:
     """The state of a run.
@@ -96,12 +89,13 @@ class Session:
             ),
             equal_flops_steps=self._equal_flops_steps,
         )
-        self.bootstrapped: Snapshot | None = None
+        self.bootstrapped: dict[str, Any] | None = None
         self.surgeon: Surgeon | None = None
         self.features = self._new_features()
         self.plateau = PlateauWatch(window=config.phases.plateau_window, slope=config.phases.plateau_slope)
         self.learned_actions: list[list[float]] = []
         self.records: list[dict[str, Any]] = []
+        self.stretch = self.plan[0]
         self.num_edits = 0
         self.num_committed = 0
 
@@ -119,10 +113,11 @@ class Session:
             self.patient.reset()
         elif stretch.start == "bootstrapped":
             assert self.bootstrapped is not None, "a control before bootstrapping"
-            self.patient.restore(self.bootstrapped)
+            self.patient.load_state_dict(self.bootstrapped)
         if not stretch.continues:
             self.surgeon = self.new_surgeon(stretch)
             self.features = self._new_features()
+        self.stretch = stretch
         self.num_edits = self.num_committed = 0
 
     def new_surgeon(self, stretch: Stretch) -> Surgeon | None:
@@ -161,47 +156,40 @@ class Session:
         """Prompts and noise of the edit that step ``local`` tries, the same in every arm of its phase."""
         return self.materials.examiner.draw(self.materials.generator(f"prompts of {stretch.phase}", local))
 
-    def save(self, run: Run, step: int) -> None:
-        """Write a checkpoint of ``run`` at ``step``.
+    def state_dict(self) -> dict[str, Any]:
+        """All that the run has changed so far.
 
         Raises:
             ModelError: a surgery is open.
         """
-        now = self.patient.snapshot()
-        surgeon, surgeon_state = split_state(None if self.surgeon is None else self.surgeon.state_dict())
-        tensors = {**_grouped(_NOW, now), "surgeon": surgeon}
-        state: dict[str, Any] = {
-            "patient": now.state,
-            "bootstrapped": None,
-            "surgeon": surgeon_state,
+        return {
+            "patient": self.patient.state_dict(),
+            "bootstrapped": self.bootstrapped,
+            "stretch": self.plan.index(self.stretch),
+            "surgeon": None if self.surgeon is None else self.surgeon.state_dict(),
             "features": self.features.state_dict(),
             "plateau": self.plateau.state_dict(),
             "learned_actions": self.learned_actions,
             "records": self.records,
             "counts": [self.num_edits, self.num_committed],
         }
-        if self.bootstrapped is not None:
-            tensors |= _grouped(_BOOTSTRAPPED, self.bootstrapped)
-            state["bootstrapped"] = self.bootstrapped.state
-        run.save(step, {name: group for name, group in tensors.items() if group}, state)
 
-    def load(self, checkpoint: Checkpoint, stretch: Stretch) -> None:
-        """Restore :meth:`save`, which was made within ``stretch``.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over :meth:`state_dict`.
 
         Raises:
-            CheckpointError: it is a checkpoint of another student or surgeon.
+            CheckpointError: it is of another student or surgeon.
         """
-        state: Mapping[str, Any] = checkpoint.state
-        self.learned_actions = [list(action) for action in state["learned_actions"]]
-        self.patient.restore(_snapshot(_NOW, checkpoint, state["patient"]))
-        if state["bootstrapped"] is not None:
-            self.bootstrapped = _snapshot(_BOOTSTRAPPED, checkpoint, state["bootstrapped"])
-        self.surgeon = self.new_surgeon(stretch)
+        self.stretch = self.plan[state["stretch"]]
+        self.learned_actions = state["learned_actions"]
+        self.patient.load_state_dict(state["patient"])
+        self.bootstrapped = state["bootstrapped"]
+        self.surgeon = self.new_surgeon(self.stretch)
         if self.surgeon is not None:
-            self.surgeon.load_state_dict(join_state(checkpoint.tensors.get("surgeon", {}), state["surgeon"]))
+            self.surgeon.load_state_dict(state["surgeon"])
         self.features.load_state_dict(state["features"])
         self.plateau.load_state_dict(state["plateau"])
-        self.records = [dict(record) for record in state["records"]]
+        self.records = state["records"]
         self.num_edits, self.num_committed = state["counts"]
 
     def _new_features(self) -> StateFeatures:
@@ -221,13 +209,3 @@ class Session:
     def referee_flops(self, learning: LearningOptions) -> int:
         """What the referee's training counts for in an arm of this objective."""
         return self.materials.referee.training_flops if needs_referee(learning) else 0
-
-
-def _grouped(prefix: str, snapshot: Snapshot) -> dict[str, Any]:
-    return {f"{prefix}_{group}": tensors for group, tensors in snapshot.tensors.items()}
-
-
-def _snapshot(prefix: str, checkpoint: Checkpoint, state: Mapping[str, Any]) -> Snapshot:
-    # An optimiser that has not stepped yet has no tensors, and so no file.
-    groups = {group: checkpoint.tensors.get(f"{prefix}_{group}", {}) for group in ("student", "optimiser")}
-    return Snapshot(groups, state)

@@ -22,7 +22,6 @@ from preceptor.run.device import peak_memory_mib
 from preceptor.systems.surgery.config import SurgeryConfig
 from preceptor.systems.surgery.materials import ladder, prepare
 from preceptor.systems.surgery.phases import one_step
-from preceptor.systems.surgery.plan import find
 from preceptor.systems.surgery.result import arm_record, ladder_records, surgery_result
 from preceptor.systems.surgery.session import Session
 from preceptor.systems.surgery.student import save_student
@@ -49,37 +48,33 @@ def train(config: SurgeryConfig, run: Run, services: Services) -> dict[str, Any]
     """Run all three phases and every control of ``config`` inside ``run``; gives ``result.json``."""
     materials = prepare(config, device=run.device)
     session = Session(config, materials, device=run.device, folder=run.path)
-    num_steps = sum(stretch.num_steps for stretch in session.plan)
-    first = 1
-    if (checkpoint := run.restore()) is not None:
-        session.load(checkpoint, session.plan[find(session.plan, checkpoint.step)[0]])
-        first = checkpoint.step + 1
-    run.show_progress(num_steps, PROGRESS_COLUMNS)
-    for step in range(first, num_steps + 1):
-        number, local = find(session.plan, step)
-        stretch = session.plan[number]
-        if local == 1:
+    run.restore(session)
+    run.show_progress(sum(stretch.num_steps for stretch in session.plan), PROGRESS_COLUMNS)
+    end = 0
+    for stretch in session.plan:
+        start, end = end, end + stretch.num_steps
+        if run.step > end:
+            continue  # its record is in the checkpoint
+        if run.step == start:
             run.notice(f"{stretch.arm}: {stretch.phase}, {stretch.num_steps} steps")
             session.begin(stretch)
-        outcome = one_step(session, stretch, local, step)
-        if local == stretch.num_steps:
-            session.records.append(arm_record(session, stretch))
-            if stretch.arm == "no_edit":
-                session.bootstrapped = session.patient.snapshot()
-            if stretch.arm in PHASE_ARMS:
-                save_student(session.patient.model, materials.corpus.tokenizer, run.path / "student")
-        for notice in outcome.notices:
-            run.notice(notice)
-        if outcome.decision is not None:
-            run.record([outcome.decision])
-        shown = {name: outcome.metrics[name] for name in PROGRESS_COLUMNS if name in outcome.metrics}
-        position = {"arm": stretch.arm, "phase": stretch.phase, "stretch_step": local}
-        tokens = {"tokens": session.patient.costs.tokens, "peak_memory_mib": peak_memory_mib(run.device)}
-        run.log(step, position | shown | tokens | {stretch.arm: outcome.metrics})
-        if run.due(step) or run.stop_requested or step == num_steps:
-            session.save(run, step)
-        if run.stop_requested:
-            run.stop(step)
+        for step in run.loop(end, session):
+            local = step - start
+            outcome = one_step(session, stretch, local, step)
+            for notice in outcome.notices:
+                run.notice(notice)
+            if outcome.decision is not None:
+                run.record([outcome.decision])
+            shown = {name: outcome.metrics[name] for name in PROGRESS_COLUMNS if name in outcome.metrics}
+            position = {"arm": stretch.arm, "phase": stretch.phase, "stretch_step": local}
+            tokens = {"tokens": session.patient.costs.tokens, "peak_memory_mib": peak_memory_mib(run.device)}
+            run.log(step, position | shown | tokens | {stretch.arm: outcome.metrics})
+        session.records.append(arm_record(session, stretch))
+        if stretch.arm == "no_edit":
+            session.bootstrapped = session.patient.snapshot()
+        if stretch.arm in PHASE_ARMS:
+            save_student(session.patient.model, materials.corpus.tokenizer, run.path / "student")
+        run.stop_if_requested()
     records = [
         *session.records,
         *ladder_records(materials, ladder(materials.corpus, order=config.evaluation.ladder_order)),
