@@ -1,18 +1,23 @@
-"""Soft actor-critic (Haarnoja et al., arXiv 1812.05905): the networks around the losses of ``objectives.sac``."""
+"""The surgeon's policy: soft actor-critic (Haarnoja et al., arXiv 1812.05905) and the transitions it learns from.
+
+The losses are those of ``preceptor.objectives.sac``.
+"""
 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from preceptor.errors import CheckpointError, ConfigError
+from preceptor.errors import CheckpointError, ConfigError, NumericError, ShapeError
 from preceptor.objectives.sac import (
     sac_actor_loss,
     sac_critic_loss,
@@ -20,28 +25,30 @@ from preceptor.objectives.sac import (
     sample_squashed_gaussian,
     soft_q_targets,
 )
-from preceptor.systems.surgery.replay_buffer import ReplayBuffer
+from preceptor.run.files import storage_errors
 
 _NUM_CRITICS = 2
-_LOG_STANDARD_DEVIATIONS = (-5.0, 2.0)  # keeps the density finite; 2 is wide enough to be flat once squashed
+_LOG_STANDARD_DEVIATIONS = (-5.0, 2.0)  # keeps the density finite; e² is flat once squashed
+_BYTES_PER_NUMBER = 4  # float32
+_ZEROS = bytes(1 << 20)
 
 
 class SacAgent:
-    """A squashed Gaussian policy, twin critics with slowly following targets, and a temperature that sets itself.
+    """A squashed Gaussian policy, twin critics with slowly following targets, and a self-adjusting temperature.
 
     Args:
-        state_dim: numbers in a state, which should be of order 1: the caller normalises.
-        action_dim: numbers in an action.
+        state_dim: length of a state; the caller normalises its numbers to order 1.
+        action_dim: length of an action.
         buffer: what the agent learns from.
         generator: draws the initial weights.
         hidden_dim: width of the two hidden layers of every network.
-        learning_rate: of Adam, for all of them and for the logarithm of the temperature.
+        learning_rate: of Adam, for all networks and for the logarithm of the temperature.
         discount: γ in [0, 1].
-        target_step: τ in (0, 1], what part of the way to the critics the targets go at each update.
+        target_step: τ in (0, 1], the fraction of the way to the critics that the targets move at each update.
         batch_size: transitions of an update.
         initial_temperature: α > 0 at the start, reward units per nat.
-        target_entropy: nats; None is −action_dim. Actions in (−1, 1) have at most ln 2 nats each.
-        random_steps: as long as fewer transitions were seen, actions are uniform.
+        target_entropy: nats; None is −action_dim. A number in (−1, 1) has at most ln 2 nats.
+        random_steps: actions are uniform until so many transitions were seen.
 
     Attributes:
         num_updates: so far.
@@ -73,10 +80,8 @@ class SacAgent:
             faults.append(f"discount must lie in [0, 1], got {discount}")
         if not 0 < target_step <= 1:
             faults.append(f"target_step must lie in (0, 1], got {target_step}")
-        if not learning_rate > 0:
-            faults.append(f"learning_rate must be above 0, got {learning_rate}")
-        if not initial_temperature > 0:
-            faults.append(f"initial_temperature must be above 0, got {initial_temperature}")
+        rates = {"learning_rate": learning_rate, "initial_temperature": initial_temperature}
+        faults += [f"{name} must be above 0, got {rate}" for name, rate in rates.items() if not rate > 0]
         self.max_entropy = action_dim * math.log(2)
         self.target_entropy = float(-action_dim) if target_entropy is None else target_entropy
         if not self.target_entropy < self.max_entropy:
@@ -97,7 +102,7 @@ class SacAgent:
         self._targets.load_state_dict(self._critics.state_dict())
         self._targets.requires_grad_(False)
         self._log_temperature = nn.Parameter(torch.tensor(math.log(initial_temperature)))
-        self._optimisers = {
+        self._optimizers = {
             "actor": torch.optim.Adam(self._actor.parameters(), lr=learning_rate, fused=True),
             "critics": torch.optim.Adam(self._critics.parameters(), lr=learning_rate, fused=True),
             "temperature": torch.optim.Adam([self._log_temperature], lr=learning_rate, fused=True),
@@ -112,7 +117,7 @@ class SacAgent:
     def act(
         self, state: Float[Tensor, " state"], *, generator: torch.Generator, deterministic: bool = False
     ) -> Float[Tensor, " action"]:
-        """An action in [−1, 1]: drawn, uniform in the first ``random_steps``, or the policy's mean squashed."""
+        """An action in [−1, 1]: sampled, uniform in the first ``random_steps``, or the policy's squashed mean."""
         if not deterministic and self.buffer.num_added < self.random_steps:
             return 2 * torch.rand(self.action_dim, generator=generator) - 1
         mean, log_standard_deviation = self._policy(state.float()[None])
@@ -136,14 +141,14 @@ class SacAgent:
         """One step of the critics, the actor and the temperature, then of the targets, on a batch from the buffer.
 
         Returns:
-            Metrics of the batch: ``critic_loss``, ``actor_loss``, ``q_value`` (mean over the critics), ``temperature``
-            (after the step), ``entropy`` in nats beside ``entropy_maximum`` and ``entropy_target``.
+            Metrics of the batch; ``q_value`` is the mean over the critics, ``temperature`` that after the step, and
+            ``entropy``, ``entropy_maximum`` and ``entropy_target`` are in nats.
 
         Raises:
             ShapeError: nothing was observed yet.
         """
         states, actions, rewards, next_states, terminated = self.buffer.sample(self.batch_size, generator=generator)
-        temperature = self.temperature
+        temperature = self.temperature  # one value for the whole update
 
         with torch.no_grad():
             next_actions, next_log_probs = sample_squashed_gaussian(*self._policy(next_states), generator=generator)
@@ -155,7 +160,7 @@ class SacAgent:
                 discount=self.discount,
                 temperature=temperature,
             )
-        q_values = self._q_values(self._critics, states, actions)
+        q_values = self._q_values(self._critics, states, actions)  # [critics, batch]
         critic_loss = sac_critic_loss(q_values, targets)
         self._step("critics", critic_loss, self._critics.parameters())
 
@@ -182,26 +187,26 @@ class SacAgent:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next update depends on, as live tensors and plain numbers; write it before going on."""
+        """Everything that the next update depends on, as live tensors and plain numbers."""
         return {
             "num_updates": self.num_updates,
             "log_temperature": self._log_temperature.detach(),
             "networks": {name: dict(network.state_dict()) for name, network in self._networks().items()},
-            "optimisers": {name: optimiser.state_dict() for name, optimiser in self._optimisers.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()},
             "buffer": self.buffer.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Puts the agent, with its buffer, where ``state_dict`` found it.
+        """Takes over :meth:`state_dict`, the buffer included.
 
         Raises:
-            CheckpointError: the state is of another agent.
+            CheckpointError: the state belongs to another agent.
         """
         try:
             for name, network in self._networks().items():
                 network.load_state_dict(state["networks"][name])
-            for name, optimiser in self._optimisers.items():
-                optimiser.load_state_dict(state["optimisers"][name])
+            for name, optimizer in self._optimizers.items():
+                optimizer.load_state_dict(state["optimizers"][name])
             with torch.no_grad():
                 self._log_temperature.copy_(state["log_temperature"])
             self.num_updates = state["num_updates"]
@@ -228,21 +233,21 @@ class SacAgent:
         return q_values.squeeze(-1)
 
     def _step(self, name: str, loss: Float[Tensor, ""], parameters: Iterable[nn.Parameter]) -> None:
-        """One step down ``loss`` in ``parameters`` alone: the actor's leads through the critics too."""
+        """One step down ``loss`` in ``parameters`` alone: the actor's loss depends on the critics too."""
         parameters = list(parameters)
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.grad = gradient
-        self._optimisers[name].step()
+        self._optimizers[name].step()
 
 
 class Mlp(nn.Module):
-    """Networks of one shape side by side, ReLU between the layers; each layer of all of them is one product.
+    """Networks of one shape, with ReLU between the layers; each layer of all of them is one batched product.
 
     Weights and biases start uniform in ±1/√(inputs), as in torch's own linear layers.
 
     Args:
-        widths: numbers in, of each hidden layer, and out.
-        num_networks: how many.
+        widths: of the input, each hidden layer and the output.
+        num_networks: number of networks.
         generator: draws the weights.
     """
 
@@ -256,8 +261,138 @@ class Mlp(nn.Module):
                 parameters.append(nn.Parameter((2 * drawn - 1) / math.sqrt(num_in)))
 
     def forward(self, inputs: Float[Tensor, "batch in"]) -> Float[Tensor, "networks batch out"]:
-        """What every network gives for the same ``inputs``."""
-        hidden = inputs.expand(len(self.weights[0]), *inputs.shape)
+        """The output of every network for the same ``inputs``."""
+        hidden = inputs.expand(len(self.weights[0]), *inputs.shape)  # [networks, batch, width]
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             hidden = torch.baddbmm(bias, relu(hidden) if layer else hidden, weight)
         return hidden
+
+
+class Transitions(NamedTuple):
+    """A batch of transitions; ``terminated`` means that the next state is terminal and has no value."""
+
+    states: Float[Tensor, "batch state"]
+    actions: Float[Tensor, "batch action"]
+    rewards: Float[Tensor, " batch"]
+    next_states: Float[Tensor, "batch state"]
+    terminated: Bool[Tensor, " batch"]
+
+
+class ReplayBuffer:
+    """A ring of the last ``capacity`` transitions, in float32 on the CPU.
+
+    Args:
+        capacity: transitions kept.
+        state_dim: length of a state.
+        action_dim: length of an action.
+        memory_limit_bytes: a larger buffer is a memory-mapped file.
+        spill_folder: an existing folder for that file; needed above the limit.
+
+    Attributes:
+        num_added: transitions seen so far.
+        spilled: whether the buffer is a file.
+
+    Raises:
+        ConfigError: a value out of range, or no folder for a buffer above the limit.
+        StorageError: the disk has no room for it.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        state_dim: int,
+        action_dim: int,
+        memory_limit_bytes: int = 256 << 20,
+        spill_folder: Path | None = None,
+    ) -> None:
+        sizes = {"capacity": capacity, "state_dim": state_dim, "action_dim": action_dim}
+        if faults := [f"{name} must be at least 1, got {size}" for name, size in sizes.items() if size < 1]:
+            raise ConfigError(*faults)
+        self.capacity, self.num_added = capacity, 0
+        self._widths = [state_dim, action_dim, 1, state_dim, 1]
+        num_bytes = capacity * sum(self._widths) * _BYTES_PER_NUMBER
+        self.spilled = num_bytes > memory_limit_bytes
+        if not self.spilled:
+            self._table = torch.zeros(capacity, sum(self._widths))
+        elif spill_folder is None:
+            raise ConfigError(
+                f"a replay buffer of {num_bytes} bytes exceeds memory_limit_bytes={memory_limit_bytes}; "
+                "give spill_folder, raise the limit or lower the capacity"
+            )
+        else:
+            self._table = _mapped_zeros(spill_folder, num_bytes).view(capacity, -1)
+
+    def __len__(self) -> int:
+        return min(self.num_added, self.capacity)
+
+    def add(
+        self,
+        state: Float[Tensor, " state"],
+        action: Float[Tensor, " action"],
+        reward: float,
+        next_state: Float[Tensor, " state"],
+        *,
+        terminated: bool,
+    ) -> None:
+        """Adds a transition, in place of the oldest one if the buffer is full. A time limit does not terminate.
+
+        Raises:
+            ShapeError: the sizes are not this buffer's.
+            NumericError: a number is NaN or infinite; it would reach every weight of the agent.
+        """
+        parts = [state, action, torch.tensor([reward]), next_state, torch.tensor([float(terminated)])]
+        if [tuple(part.shape) for part in parts] != [(width,) for width in self._widths]:
+            raise ShapeError(
+                f"state, action and next state have shapes {tuple(state.shape)}, {tuple(action.shape)}, "
+                f"{tuple(next_state.shape)}; this buffer holds ({self._widths[0]},), ({self._widths[1]},), "
+                f"({self._widths[3]},)"
+            )
+        row = torch.cat([part.detach().to("cpu", torch.float32) for part in parts])
+        if not row.isfinite().all():
+            raise NumericError(f"a transition with a NaN or an infinity (reward {reward}) cannot teach; leave it out")
+        self._table[self.num_added % self.capacity] = row
+        self.num_added += 1
+
+    def sample(self, batch_size: int, *, generator: torch.Generator) -> Transitions:
+        """``batch_size`` transitions drawn uniformly with replacement; raises ``ShapeError`` if there is none."""
+        if not len(self):
+            raise ShapeError("an empty replay buffer has nothing to sample; add a transition first")
+        rows = self._table[torch.randint(len(self), (batch_size,), generator=generator)]  # [batch, sum of widths]
+        states, actions, rewards, next_states, terminated = rows.split(self._widths, dim=1)
+        return Transitions(states, actions, rewards[:, 0], next_states, terminated[:, 0] > 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count, and a live view of the transitions."""
+        return {"num_added": self.num_added, "transitions": self._table[: len(self)]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over :meth:`state_dict`.
+
+        Raises:
+            CheckpointError: the saved buffer has another capacity or other widths; nothing has changed then.
+        """
+        num_added, transitions = state["num_added"], state["transitions"]
+        shape = (min(num_added, self.capacity), sum(self._widths))
+        if tuple(transitions.shape) != shape:
+            raise CheckpointError(
+                f"the saved replay buffer has shape {tuple(transitions.shape)}, this one {shape}; "
+                "resume with the same capacity, state and action"
+            )
+        self.num_added = num_added
+        self._table[: len(self)] = transitions
+
+
+def _mapped_zeros(folder: Path, num_bytes: int) -> Float[Tensor, " numbers"]:
+    """Zeros in a memory-mapped file of ``folder`` whose name is removed at once, so the process's end frees the space.
+
+    They are written out: a mapped file with holes would end the process when the disk is full.
+    """
+    with (
+        storage_errors(f"make room for a replay buffer of {num_bytes} bytes in {folder}"),
+        tempfile.NamedTemporaryFile(dir=folder, prefix="replay-buffer-") as file,
+    ):
+        for start in range(0, num_bytes, len(_ZEROS)):
+            file.write(_ZEROS[: num_bytes - start])
+        file.flush()
+        return torch.from_file(file.name, shared=True, size=num_bytes // _BYTES_PER_NUMBER, dtype=torch.float32)

@@ -1,17 +1,27 @@
-"""``result.json``: arms × metrics with intervals, the student beside the n-gram ladder, and a verdict in words."""
+"""What the student is worth: its loss on a text, the record of a method, and ``result.json`` with its verdict."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from preceptor.evaluation.summary import Comparison, Gap, compare, gap_closed, summarise
 from preceptor.evaluation.verdict import MINIMUM_SEEDS, claimable
+from preceptor.objectives.entropy import entropy
+from preceptor.systems.surgery.reference_lm import NGram
+from preceptor.systems.surgery.rewards import next_token_logits
+from preceptor.systems.surgery.setup import Setup
+from preceptor.systems.surgery.state import State
 
-if TYPE_CHECKING:
-    from preceptor.systems.surgery.materials import Materials
-    from preceptor.systems.surgery.plan import Stretch
-    from preceptor.systems.surgery.session import Session
+BLOCKS_PER_PASS = 128
+"""Blocks of text that a student reads at a time."""
 
 UNITS = {
     "log_prob": "nats/token",
@@ -26,14 +36,14 @@ UNITS = {
     "tokens": "tokens",
     "gflops": "10^9 operations",
 }
-"""Metrics of an arm and their units, all on held-out text; see ``docs/systems/surgery.md`` for each definition."""
+"""Metrics of a method and their units, all on held-out text; ``docs/systems/surgery.md`` defines each."""
 
 TABLE = ("log_prob", "accuracy", "quality", "committed", "model_calls", "tokens", "gflops")
-"""Metrics that the terminal shows; the page shows all."""
+"""Metrics in the terminal's table; the page shows all."""
 
 RIVALS = ("no_edit", "shuffled", "evolution", "random", "best_of_n", "gradient")
 DECIDING = ("evolution", "shuffled")
-"""Arms that SAC must be above before it can be said that the surgeon helps."""
+"""Baselines that SAC must beat before the verdict says that the surgeon helps."""
 
 CHARTS: list[dict[str, Any]] = [
     {
@@ -105,64 +115,98 @@ CHARTS: list[dict[str, Any]] = [
 """Figures of the three phases, drawn from ``metrics.jsonl``."""
 
 
-def arm_record(session: Session, stretch: Stretch) -> dict[str, Any]:
-    """What the student at the end of ``stretch`` is worth on the whole held-out text, and what it has cost."""
-    from preceptor.systems.surgery.student import knowledge
+@dataclass(frozen=True)
+class TextScore:
+    """How well a model predicts a text, means over its tokens: nats, fraction of right guesses, nats."""
 
-    materials, patient = session.materials, session.patient
-    known = knowledge(
-        patient.model,
-        materials.corpus.held_out.to(materials.watched.device),
-        block_size=session.config.student.block_size,
+    cross_entropy: float
+    accuracy: float
+    entropy: float
+
+
+@torch.no_grad()
+def score_text(model: PreTrainedModel, tokens: Int[Tensor, " token"], *, block_size: int) -> TextScore:
+    """How well ``model`` predicts the running text ``tokens``, read in consecutive blocks of ``block_size``.
+
+    Every token but the first of the text is predicted once, from what precedes it in its block, as nanoGPT does it; a
+    last, shorter block is read too.
+    """
+    inputs, targets = tokens[:-1], tokens[1:]
+    num_in_blocks = len(inputs) // block_size * block_size
+    nats, hits, entropies = 0.0, 0, 0.0
+    # All whole blocks as rows of one matrix, then the rest of the text as a matrix of one shorter row.
+    for start, end in ((0, num_in_blocks), (num_in_blocks, len(inputs))):
+        if start == end:
+            continue
+        length = block_size if start == 0 and num_in_blocks else end - start
+        blocks, next_tokens = (part[start:end].view(-1, length) for part in (inputs, targets))  # [block, length]
+        for first in range(0, len(blocks), BLOCKS_PER_PASS):
+            logits = next_token_logits(model, blocks[first : first + BLOCKS_PER_PASS])  # [block, length, vocab]
+            target = next_tokens[first : first + BLOCKS_PER_PASS]
+            losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+            nats += float(losses.double().sum())  # float32 sums of a long text would lose digits
+            hits += int((logits.argmax(-1) == target).sum())
+            entropies += float(entropy(logits).double().sum())
+    return TextScore(nats / len(inputs), hits / len(inputs), entropies / len(inputs))
+
+
+def evaluate(state: State) -> dict[str, Any]:
+    """The record of the method whose phase has ended: its student on the whole held-out text, and what it has cost."""
+    setup, student, phase = state.setup, state.student, state.phase
+    score = score_text(
+        student.model, setup.corpus.held_out.to(setup.device), block_size=setup.config.student.block_size
     )
-    quality = materials.held_out_examiner.examine(
-        patient.model, materials.held_out_examiner.draw(materials.generator("judgement"))
-    )
+    examiner = setup.held_out_examiner
+    quality = examiner.examine(student.model, examiner.draw(setup.generator("judgement")))
     record: dict[str, Any] = {
-        "arm": stretch.arm,
-        "item": materials.corpus.name,
+        "arm": phase.method,
+        "item": setup.corpus.name,
         "split": "held_out",
-        "seed": session.config.seed,
-        "log_prob": -known.cross_entropy,
-        "accuracy": known.accuracy,
+        "seed": setup.config.seed,
+        "log_prob": -score.cross_entropy,
+        "accuracy": score.accuracy,
         "quality": quality.total,
         "referee_log_prob": quality.referee_log_prob,
         "repetition": quality.repetition,
         "distinct": quality.distinct,
-        "model_calls": patient.costs.evaluations,
-        "tokens": patient.costs.tokens,
-        "gflops": (patient.costs.flops + session.referee_flops(session.learning(stretch))) / 1e9,
+        "model_calls": student.costs.evaluations,
+        "tokens": student.costs.tokens,
+        "gflops": (student.costs.flops + state.reference_flops(phase.objective)) / 1e9,
     }
-    if stretch.surgeon is not None:
-        record["committed"] = session.num_committed
-    if stretch.arm == "no_edit" and session.plateau.step is not None:
-        record["plateau_step"] = session.plateau.step
+    if phase.surgeon is not None:
+        record["committed"] = state.num_committed
+    if phase.method == "no_edit" and state.plateau.step is not None:
+        record["plateau_step"] = state.plateau.step
     return record
 
 
-def ladder_records(materials: Materials, ladder: Mapping[str, tuple[float, float]]) -> list[dict[str, Any]]:
-    """A record for each rung; the same under every seed."""
-    return [
-        {
-            "arm": name,
-            "item": materials.corpus.name,
-            "split": "held_out",
-            "seed": None,
-            "log_prob": -cross_entropy,
-            "accuracy": accuracy,
-            "tokens": len(materials.corpus.train),
-        }
-        for name, (cross_entropy, accuracy) in ladder.items()
-    ]
+def ladder_records(setup: Setup) -> list[dict[str, Any]]:
+    """A record for each n-gram of the ladder, fitted on the training text; the same under every seed."""
+    order, corpus = setup.config.evaluation.ladder_order, setup.corpus
+    ngram = NGram(corpus.train, order=order, vocab_size=corpus.vocab_size)
+    names = {1: "unigram", 2: "bigram", 3: "trigram"}
+    records = []
+    for n in range(1, order + 1):
+        cross_entropy, accuracy = ngram.score(corpus.held_out, order=n)
+        records.append(
+            {
+                "arm": names.get(n, f"{n}-gram"),
+                "item": corpus.name,
+                "split": "held_out",
+                "seed": None,
+                "log_prob": -cross_entropy,
+                "accuracy": accuracy,
+                "tokens": len(corpus.train),
+            }
+        )
+    return records
 
 
-def surgery_result(
-    records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], seeds: Sequence[int]
-) -> dict[str, Any]:
-    """The result of one run, or of several over the same arms, from their records.
+def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
+    """``result.json`` of one run, or of several over the same methods, from their records.
 
     Args:
-        records: of every arm and seed; rungs of the ladder may be there once a run.
+        records: of every method and seed; those of the n-gram ladder may be repeated, once a run.
         config: the resolved configuration.
         seeds: of the runs.
     """
@@ -194,7 +238,7 @@ def surgery_result(
 
 
 def _gaps(records: Sequence[Mapping[str, Any]], arms: set[str]) -> dict[str, dict[str, Gap]]:
-    """The share of the way from the unigram to another objective that bootstrapping goes, by objective and budget."""
+    """The fraction of the gap from the unigram to each other objective that bootstrapping closes, at each budget."""
     gaps: dict[str, dict[str, Gap]] = {}
     for objective in ("cross_entropy", "distil", "avatarl", "expected", "sampled"):
         if objective not in arms:

@@ -1,8 +1,8 @@
-"""Which weights are edited: attention matrices by their role, or any matrices by name.
+"""Weights to edit: attention matrices of any model of Transformers by their role, or any matrices by name.
 
-Whatever a model calls its projections and however it fuses them, a target shows one matrix the same way: its rows are
-the heads' features and its columns the model's. So the query, key and value projections appear as a linear layer holds
-them, the output projection transposed, and a head is always a block of rows.
+However a model names and fuses its projections, a target shows each matrix in the same way: its rows are the heads'
+features, its columns the model's. So query, key and value projections appear as a linear layer holds them, the output
+projection appears transposed, and a head is always a block of rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from preceptor.errors import ConfigError, ModelError, nearest
 Role = Literal["query", "key", "value", "output"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
-# What the models of Transformers call them.
+# The names in Transformers.
 _SEPARATE: dict[Role, tuple[str, ...]] = {
     "query": ("q_proj", "query", "q_lin", "q"),
     "key": ("k_proj", "key", "k_lin", "k"),
@@ -197,6 +197,7 @@ def _attention(model: nn.Module, name: str, module: nn.Module) -> dict[Role, Tar
     if output is None or num_heads is None or output.num_in % num_heads or "q_attn" in projections:
         return None
     head_dim = output.num_in // num_heads
+    # Each branch decides, from the widths alone, how the rows of queries, keys and values are arranged.
     targets: dict[Role, Target] = {}
     if (query := separate["query"]) and (key := separate["key"]) and (value := separate["value"]):
         if query.num_out != num_heads * head_dim or key.num_out != value.num_out or key.num_out % head_dim:
@@ -209,8 +210,9 @@ def _attention(model: nn.Module, name: str, module: nn.Module) -> dict[Role, Tar
         num_shared = fused.num_out // head_dim - num_heads  # of the key and of the value heads together
         if fused.num_out % head_dim or num_shared < 2 or num_shared % 2 or num_heads % (num_shared // 2):
             return None
+        # c_attn can mean either arrangement (GPT-2's or GPT-BigCode's); the kind of layer tells them apart.
         is_grouped = in_blocks is None or (in_groups is in_blocks and not fused.is_conv1d)
-        num_groups = num_shared // 2 if is_grouped else 1
+        num_groups = num_shared // 2 if is_grouped else 1  # one group a key-value head, or all in one
         queries, keys = num_heads // num_groups, num_shared // 2 // num_groups
         bounds: dict[Role, tuple[int, int]] = {
             "query": (0, queries),

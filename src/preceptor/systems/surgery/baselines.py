@@ -1,9 +1,10 @@
-"""Who proposes edits: SAC, and controls that propose without learning, or learn nothing true."""
+"""Who proposes edits: SAC, and the baselines, which propose without learning or learn from wrong rewards."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -11,15 +12,66 @@ from jaxtyping import Float
 from torch import Tensor
 
 from preceptor.objectives.statistics import RunningMoments
-from preceptor.systems.surgery.agent import SacAgent
+from preceptor.systems.surgery.config import AgentOptions
+from preceptor.systems.surgery.policy import ReplayBuffer, SacAgent
 
 Action = Float[Tensor, " action"]
 
 
-class Surgeon(Protocol):
-    """Proposes an edit, is told what it earned, and names the edit that deserves the acceptance test, if any.
+def make_surgeon(
+    name: str | None,
+    *,
+    state_dim: int,
+    action_dim: int,
+    learned_actions: Sequence[Sequence[float]],
+    best_of: int,
+    agent: AgentOptions,
+    generator: torch.Generator,
+    spill_folder: Path,
+) -> Surgeon | None:
+    """A new surgeon: the SAC agent (``learned``, ``shuffled``) or a baseline; None for no name.
 
-    Unless it says otherwise, it has every edit tested that earned something, and learns nothing.
+    Args:
+        name: one of ``EDITING_ARMS``.
+        state_dim: length of a state.
+        action_dim: length of an action.
+        learned_actions: SAC's actions, which ``random`` imitates.
+        best_of: N of ``best_of_n``.
+        agent: settings of SAC.
+        generator: draws SAC's initial weights.
+        spill_folder: where a large replay buffer goes.
+    """
+    if name is None:
+        return None
+    if name == "evolution":
+        return EvolutionSurgeon(action_dim)
+    if name == "best_of_n":
+        return BestOfNSurgeon(action_dim, n=best_of)
+    if name == "random":
+        return RandomSurgeon(torch.tensor(learned_actions))
+    return SacSurgeon(
+        SacAgent(
+            state_dim,
+            action_dim,
+            buffer=ReplayBuffer(agent.capacity, state_dim=state_dim, action_dim=action_dim, spill_folder=spill_folder),
+            generator=generator,
+            hidden_dim=agent.hidden_dim,
+            learning_rate=agent.learning_rate,
+            discount=agent.discount,
+            target_step=agent.target_step,
+            batch_size=agent.batch_size,
+            initial_temperature=agent.initial_temperature,
+            random_steps=agent.random_edits,
+        ),
+        updates_per_edit=agent.updates_per_edit,
+        shuffled=name == "shuffled",
+    )
+
+
+class Surgeon(Protocol):
+    """Proposes an edit, observes its reward, and names the edit to run the acceptance test on, if any.
+
+    By default it has every edit with a positive reward tested, and learns nothing.
     """
 
     def propose(self, state: Float[Tensor, " state"], *, generator: torch.Generator) -> Action:
@@ -27,7 +79,7 @@ class Surgeon(Protocol):
         ...
 
     def candidate(self, action: Action, reward: float) -> Action | None:
-        """What is to be tested now; None where nothing is."""
+        """The action to test now, or None."""
         return action if reward > 0 else None
 
     def observe(
@@ -39,11 +91,11 @@ class Surgeon(Protocol):
         committed: bool,
         generator: torch.Generator,
     ) -> None:
-        """Take in what the action earned."""
+        """Takes in the reward of an action."""
         return
 
     def metrics(self) -> dict[str, float]:
-        """What is worth recording of the surgeon itself."""
+        """What to log about the surgeon itself."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -51,20 +103,20 @@ class Surgeon(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
+        """Takes over :meth:`state_dict`."""
         ...
 
 
 class SacSurgeon(Surgeon):
-    """The agent, whose rewards are divided by their running root mean square.
+    """The SAC agent, with rewards divided by their running root mean square.
 
-    Rewards are differences of a few thousandths; the temperature could not come down to them from any usual start
-    within thousands of updates, and the policy would stay at its maximal entropy.
+    Rewards are differences of a few thousandths. Without scaling, the temperature would need thousands of updates to
+    come down to them from any usual start, and the policy would stay at its maximal entropy.
 
     Args:
-        agent: learns.
-        updates_per_edit: of the agent.
-        shuffled: pay it with a reward drawn among all rewards so far instead.
+        agent: proposes and learns.
+        updates_per_edit: updates of the agent.
+        shuffled: a baseline: replace each reward by one drawn among all rewards so far.
     """
 
     def __init__(self, agent: SacAgent, *, updates_per_edit: int, shuffled: bool = False) -> None:
@@ -77,7 +129,7 @@ class SacSurgeon(Surgeon):
         self._metrics: dict[str, float] = {}
 
     def propose(self, state: Float[Tensor, " state"], *, generator: torch.Generator) -> Action:
-        """The state also tells where the last action led to; the agent learns from it before it acts."""
+        """Acts after learning: ``state`` completes the transition of the last action."""
         if self._pending is not None:
             self._agent.observe(*self._pending, state, terminated=False)
             self._pending = None
@@ -94,7 +146,7 @@ class SacSurgeon(Surgeon):
         committed: bool,
         generator: torch.Generator,
     ) -> None:
-        """The agent is told at the next proposal, when the next state is known."""
+        """Keeps the transition until the next proposal, which knows the next state."""
         self._squares.update(torch.tensor([reward**2], dtype=torch.float64))
         if self._shuffled:
             self._rewards.append(reward)
@@ -103,11 +155,11 @@ class SacSurgeon(Surgeon):
         self._pending = state, action, reward / scale if scale > 0 else 0.0
 
     def metrics(self) -> dict[str, float]:
-        """Of the agent's last update."""
+        """Metrics of the agent's last update."""
         return self._metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """The agent, buffer included, and the running scale."""
+        """The agent with its buffer, the running scale and the transition that is not complete."""
         return {
             "agent": self._agent.state_dict(),
             "squares": self._squares.state_dict(),
@@ -117,7 +169,7 @@ class SacSurgeon(Surgeon):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
+        """Takes over :meth:`state_dict`."""
         self._agent.load_state_dict(state["agent"])
         self._squares.load_state_dict(state["squares"])
         self._rewards = list(state["rewards"])
@@ -127,38 +179,38 @@ class SacSurgeon(Surgeon):
 
 
 class RandomSurgeon(Surgeon):
-    """Random edits as large as another surgeon's at the same step: its action's numbers in random order and sign.
+    """Random edits as large as SAC's at the same step: its action's numbers with shuffled order and random signs.
 
     Args:
-        models: the other's actions, in order.
+        actions: SAC's, in order.
     """
 
-    def __init__(self, models: Float[Tensor, "edit action"]) -> None:
-        self._models = models
+    def __init__(self, actions: Float[Tensor, "edit action"]) -> None:
+        self._actions = actions
         self._num_edits = 0
 
     def propose(self, state: Float[Tensor, " state"], *, generator: torch.Generator) -> Action:
-        """The next action, shuffled."""
-        model = self._models[self._num_edits]
+        """The next action of SAC, shuffled."""
+        action = self._actions[self._num_edits]
         self._num_edits += 1
-        signs = 2.0 * torch.randint(2, model.shape, generator=generator) - 1
-        return model[torch.randperm(len(model), generator=generator)] * signs
+        signs = 2.0 * torch.randint(2, action.shape, generator=generator) - 1
+        return action[torch.randperm(len(action), generator=generator)] * signs
 
     def state_dict(self) -> dict[str, Any]:
-        """How many were proposed."""
+        """The number of edits proposed."""
         return {"num_edits": self._num_edits}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
+        """Takes over :meth:`state_dict`."""
         self._num_edits = state["num_edits"]
 
 
 class EvolutionSurgeon(Surgeon):
     """(1+1)-ES: Gaussian steps from the student as it is, kept when they improve it; one in five should.
 
-    The standard deviation grows by a half after a commit and shrinks by its fourth root otherwise, so that it stands
-    still when one in five is committed. It stays above a tenth: smaller edits earn less than the noise of the reward
-    and of the test, and the rule would shrink them for ever.
+    The standard deviation grows by a factor of 1.5 after a commit and shrinks by 1.5^(1/4) otherwise, so it is constant
+    when one edit in five is committed. It stays above 0.1: the gain of smaller edits drowns in the noise of the reward
+    and of the test, and the rule would shrink them forever.
 
     Source: Rechenberg (1973); Kern et al. (2004), doi:10.1023/B:NACO.0000023416.59689.4e.
     """
@@ -171,7 +223,7 @@ class EvolutionSurgeon(Surgeon):
         self._standard_deviation = standard_deviation
 
     def propose(self, state: Float[Tensor, " state"], *, generator: torch.Generator) -> Action:
-        """A Gaussian action, cut off at ±1."""
+        """A Gaussian action, clipped to ±1."""
         return (self._standard_deviation * torch.randn(self._action_dim, generator=generator)).clamp(-1, 1)
 
     def observe(
@@ -197,15 +249,15 @@ class EvolutionSurgeon(Surgeon):
         return self.metrics()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
+        """Takes over :meth:`state_dict`."""
         self._standard_deviation = state["standard_deviation"]
 
 
 class BestOfNSurgeon(Surgeon):
-    """The best of every ``n`` uniform edits is tested, the others are forgotten.
+    """Of every ``n`` uniform edits the best is tested.
 
     Args:
-        action_dim: numbers in an action.
+        action_dim: length of an action.
         n: edits of a round.
     """
 
@@ -220,7 +272,7 @@ class BestOfNSurgeon(Surgeon):
         return 2 * torch.rand(self._action_dim, generator=generator) - 1
 
     def candidate(self, action: Action, reward: float) -> Action | None:
-        """The best of the round, when the round is over."""
+        """The best of the round, once the round is over."""
         if self._best is None or reward > self._best[0]:
             self._best = reward, action
         self._num_tried += 1
@@ -234,6 +286,6 @@ class BestOfNSurgeon(Surgeon):
         return {"num_tried": self._num_tried, "best": None if self._best is None else list(self._best)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
+        """Takes over :meth:`state_dict`."""
         self._num_tried = state["num_tried"]
         self._best = None if state["best"] is None else (state["best"][0], state["best"][1])
