@@ -1,4 +1,4 @@
-"""What a batch of reading episodes costs on one kept cache, beside the naive way, with equal outputs shown first.
+"""What a batch of reading episodes costs on one KV cache, beside the naive way, with equal outputs shown first.
 
 Ours is ``preceptor.systems.reading.episode.run_episodes``: all episodes advance together and nothing is encoded twice.
 The naive way (``benchmarks/naive_episode.py``) is plain Transformers: one episode at a time, and at every step
@@ -36,8 +36,8 @@ from benchmarks.naive_episode import (
 )
 from preceptor.errors import NumericError, PreceptorError
 from preceptor.lm.embedding import HiddenStates
-from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import STARTER, load_language_model
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.run.environment import environment
 from preceptor.systems.reading.articles import bundled_article, to_reading
@@ -129,7 +129,7 @@ def prepare(model: str | LanguageModel, sizes: Sizes, *, seed: int, copies: int 
 
 
 def ours(case: Case, *, sampling: Sampling | None = None) -> Trajectories:
-    """The episodes on one kept cache; greedy unless ``sampling`` says otherwise."""
+    """The episodes on one KV cache; greedy unless ``sampling`` says otherwise."""
     policy = case.policy
     if sampling is not None:
         policy = Policy(

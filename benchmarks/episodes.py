@@ -1,4 +1,4 @@
-"""Batches of reading episodes against the naive way and against a kept cache per episode, per episode read.
+"""Batches of reading episodes against the naive way and against a KV cache per episode, per episode read.
 
 The naive way and the kept ``DynamicCache`` go one episode at a time, so one of theirs stands for all; its tokens are
 compared with ours first (``benchmarks.episode`` compares every log-probability at smaller sizes).
@@ -53,7 +53,7 @@ def compare(sizes: episode.Sizes, *, at_least: float | None) -> Comparison:
         bars=(Bar("naive", at_least=at_least),) if at_least else (),
         agreement={
             "share of greedy tokens": require_equal("greedy tokens", differing, at_most=0.05),
-            "share of the kept cache's": require_equal("greedy tokens", kept, at_most=0.05),
+            "share of the KV cache's": require_equal("greedy tokens", kept, at_most=0.05),
         },
         details={"parameters": lm.model.num_parameters(), "model": "starter"},
         units={OURS: sizes.episodes, "naive": 1, KEPT: 1},

@@ -26,7 +26,7 @@ from benchmarks.measurement import OURS, Bar, Comparison, require_equal
 from benchmarks.models import LLAMA_3B, random_llama
 from benchmarks.naive_episode import naive_query_log_probs
 from preceptor.lm.decode import Decoder
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 
 TINY = {

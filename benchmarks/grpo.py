@@ -23,8 +23,8 @@ import torch
 from benchmarks.limits import arithmetic_seconds, forward_operations
 from benchmarks.measurement import OURS, Bar, Comparison, matmul_precision
 from benchmarks.models import H192, random_llama, starter
-from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import save_language_model
+from preceptor.lm.model import LanguageModel
 from preceptor.run.device import exact_matmul_precision
 from preceptor.systems.curriculum.config import PPOOptions
 from preceptor.systems.curriculum.credit import credit_tokens

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from benchmarks.limits import arithmetic_seconds, bandwidth_seconds
 from benchmarks.measurement import OURS, Bar, Comparison, require_equal
 from benchmarks.models import starter
-from preceptor.data.mixture import MixtureSampler
+from preceptor.data.corpora.mixture import MixtureSampler
 from preceptor.objectives.advantages import gae
 from preceptor.systems.surgery.agent import SacAgent
 from preceptor.systems.surgery.replay_buffer import ReplayBuffer

@@ -15,8 +15,8 @@ from pydoc_data import topics
 import torch
 from torch.utils.data import DataLoader
 
-from preceptor.data.blocks import pack_blocks, split_held_out, tokenise
-from preceptor.data.mixture import MixtureDataset, MixtureSampler, collate
+from preceptor.data.corpora.blocks import pack_blocks, split_held_out, tokenise
+from preceptor.data.corpora.mixture import MixtureDataset, MixtureSampler, collate
 from preceptor.lm.load import load_language_model
 from preceptor.objectives import document_difficulty, make_mixture
 from preceptor.systems.curriculum.difficulty import document_losses

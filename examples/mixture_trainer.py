@@ -15,8 +15,8 @@ from pydoc_data import topics
 import torch
 from transformers import Trainer, TrainingArguments
 
-from preceptor.data.blocks import pack_blocks, split_held_out, tokenise
-from preceptor.data.mixture import MixtureDataset, MixtureSampler, collate
+from preceptor.data.corpora.blocks import pack_blocks, split_held_out, tokenise
+from preceptor.data.corpora.mixture import MixtureDataset, MixtureSampler, collate
 from preceptor.lm.load import load_language_model
 from preceptor.objectives import make_mixture
 from preceptor.systems.curriculum.callback import MixtureCallback

@@ -15,8 +15,8 @@ import torch
 from datasets import IterableDataset
 from trl import SFTConfig, SFTTrainer
 
-from preceptor.data.blocks import pack_blocks, split_held_out, tokenise
-from preceptor.data.mixture import MixtureDataset, MixtureSampler
+from preceptor.data.corpora.blocks import pack_blocks, split_held_out, tokenise
+from preceptor.data.corpora.mixture import MixtureDataset, MixtureSampler
 from preceptor.lm.load import load_language_model
 from preceptor.objectives import make_mixture
 from preceptor.systems.curriculum.callback import MixtureCallback

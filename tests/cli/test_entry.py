@@ -12,13 +12,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-import preceptor.cli.systems as cli_systems
+import preceptor.systems
+from preceptor.api import cache_dir
 from preceptor.cli import main
 from preceptor.config import load_config, schema
 from preceptor.errors import (
@@ -33,77 +35,100 @@ from preceptor.errors import (
     ServiceError,
     ShapeError,
 )
-from preceptor.systems import SYSTEMS, SystemInfo
+from preceptor.run.lock import FolderLock
+from preceptor.systems import OWN, find_system, known_systems
+from preceptor.systems.base import Services
 
 CONFIG = """
 from __future__ import annotations
-from dataclasses import dataclass
+from collections.abc import Iterator
+from pydantic import Field
+from preceptor.config import Options
+
+class Data(Options):
+    title: str | None = Field(None, description="100 % text.")
+    words: int = Field(3, description="Words of a lesson.")
+    folders: tuple[str, ...] = Field((), description="Where to look.")
+
+class ToyConfig(Options):
+    seed: int = Field(0, description="Seed of every random stream.")
+    save_every: int = Field(1, description="Steps between checkpoints.")
+    data: Data = Data()
+    steps: int = Field(2, description="Steps.")
+
+    def conflicts(self) -> Iterator[str]:
+        if self.steps < 0:
+            yield f"`steps` must be at least 0, got {self.steps}"
+"""
+SYSTEM = """
+from __future__ import annotations
 from pathlib import Path
-from preceptor.config import option
+from preceptor.systems.base import System, lazy
+from toy_system.config import ToyConfig
 
-FLAGS = {"seed": "seed", "words": "data.words", "title": "data.title", "folders": "data.folders"}
-
-@dataclass(frozen=True)
-class Data:
-    title: str | None = option(None, "100 % text")
-    words: int = option(3, "words of a lesson")
-    folders: tuple[Path, ...] = option((), "where to look")
-
-@dataclass(frozen=True)
-class ToyConfig:
-    seed: int = option(0, "seed of every random stream")
-    save_every: int = option(1, "steps between checkpoints")
-    data: Data = option(Data(), "what is learned from")
-    steps: int = option(2, "steps")
-
-    def faults(self) -> list[str]:
-        return [] if self.steps >= 0 else [f"`steps` must be at least 0, got {self.steps}"]
+SYSTEM = System(
+    name="toy",
+    summary="learns nothing",
+    Config=ToyConfig,
+    streams=("toy",),
+    train=lazy("toy_system.train:train"),
+    flags={"seed": "seed", "words": "data.words", "title": "data.title", "folders": "data.folders"},
+    presets=Path(__file__).parent / "presets",
+)
 """
 TRAIN = """
-STREAMS = ("toy",)
 failure = None
 seen = []
 
-def train(config, run, *, cache_dir, openai_api_key):
-    seen.append((config, cache_dir, openai_api_key))
-    start = 0 if (checkpoint := run.restore()) is None else checkpoint.step
-    for step in range(start + 1, config.steps + 1):
-        run.log(step, {"reward": float(step)})
-        run.save(step, {}, {})
-        if failure is not None:
+class State:
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        assert state == {}
+
+def train(config, run, services):
+    seen.append((config, services))
+    for step in run.loop(config.steps, State()):
+        if step == 2 and failure is not None:
             raise failure
+        run.log(step, {"reward": float(step)})
     return {"system": "toy", "status": "finished"}
 """
 
 
 @pytest.fixture
-def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Makes `toy` the only system, with a preset `smoke`, a made-up report, and an empty folder to work in."""
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Makes `toy` the only system besides `pretrain`, with a preset `smoke`, a made-up report, and an empty folder."""
     package = tmp_path / "source" / "toy_system"
-    package.mkdir(parents=True)
-    for name, text in {"__init__": "", "config": CONFIG, "train": TRAIN}.items():
+    (package / "presets").mkdir(parents=True)
+    for name, text in {"__init__": SYSTEM, "config": CONFIG, "train": TRAIN}.items():
         (package / f"{name}.py").write_text(text)
-    presets = tmp_path / "presets"
-    presets.mkdir()
-    (presets / "smoke.yaml").write_text("# quick, to see that all works\ndata: {words: 1}\nsteps: 1\n")
+    (package / "presets" / "smoke.yaml").write_text("# quick, to see that all works\ndata: {words: 1}\nsteps: 1\n")
     work = tmp_path / "work"
     work.mkdir()
 
     page = ModuleType("preceptor.report.page")
-    page.build_report = lambda folder: written(folder / "report.html", "<p>")  # type: ignore[attr-defined]
+    page.build_report = lambda folder, sections=None: written(folder / "report.html", "<p>")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "preceptor.report.page", page)
     monkeypatch.syspath_prepend(package.parent)
-    info = SystemInfo("toy_system", "ToyConfig", "learns nothing", needs=("cache_dir", "openai_api_key"))
-    for name in list(SYSTEMS):
-        monkeypatch.delitem(SYSTEMS, name)
-    monkeypatch.setitem(SYSTEMS, "toy", info)
-    monkeypatch.setattr(cli_systems, "preset_folder", lambda name: presets)
     monkeypatch.chdir(work)
     for name in ("", ".config", ".train"):
         monkeypatch.delitem(sys.modules, f"toy_system{name}", raising=False)
     import toy_system.train
 
-    return toy_system.train  # type: ignore[no-any-return]
+    with systems_are({"toy": "toy_system:SYSTEM", "pretrain": OWN["pretrain"]}):
+        yield toy_system.train
+
+
+@contextlib.contextmanager
+def systems_are(targets: dict[str, str]) -> Iterator[None]:
+    """Preceptor's own systems are those of ``targets``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preceptor.systems, "OWN", targets)
+        known_systems.cache_clear()
+        yield
+    known_systems.cache_clear()
 
 
 def written(path: Path, text: str) -> Path:
@@ -143,9 +168,9 @@ def test_layers_from_preset_to_set(toy: ModuleType, capsys: pytest.CaptureFixtur
     for end, words, title in ((2, 1, "null"), (4, 5, "mine"), (6, 6, "mine"), (8, 7, "mine")):
         assert main(["run", "toy", *layers[:end], "--print-config"]) == 0
         out = capsys.readouterr().out
-        assert f"  words: {words}  # words of a lesson\n" in out
-        assert f"  title: {title}  # 100 % text\n" in out
-        assert "steps: 1  # steps\n" in out
+        assert f"  words: {words}  # Words of a lesson.\n" in out
+        assert f"  title: {title}  # 100 % text.\n" in out
+        assert "steps: 1  # Steps.\n" in out
     assert list(Path().iterdir()) == [Path("mine.yaml")]  # printing makes no run
 
 
@@ -156,7 +181,7 @@ def test_a_printed_configuration_is_a_file_for_config(toy: ModuleType, capsys: p
     Path("mine.yaml").write_text(printed)
     assert main(["run", "toy", "--config", "mine.yaml", "--print-config"]) == 0
     assert capsys.readouterr().out == printed
-    assert """folders: ["a b", "c,d", "é"]""" in printed
+    assert """folders: [a b, 'c,d', é]""" in printed
 
 
 def test_the_environment_is_read_here_and_passed_down(
@@ -165,12 +190,14 @@ def test_the_environment_is_read_here_and_passed_down(
     monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.delenv("PRECEPTOR_CACHE_DIR", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     assert main(["run", "toy", "--no-report"]) == 0
     monkeypatch.setenv("PRECEPTOR_CACHE_DIR", str(tmp_path / "own"))
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost/v1")
     assert main(["run", "toy", "--no-report"]) == 0
-    assert [(cache, key) for _, cache, key in toy.seen] == [
-        (tmp_path / "xdg" / "preceptor", "sk-canary"),
-        (tmp_path / "own", "sk-canary"),
+    assert [services for _, services in toy.seen] == [
+        Services(tmp_path / "xdg" / "preceptor", "sk-canary", None),
+        Services(tmp_path / "own", "sk-canary", "http://localhost/v1"),
     ]
     files = [path for path in Path().rglob("*") if path.is_file()]
     assert len(files) >= 8
@@ -180,7 +207,7 @@ def test_the_environment_is_read_here_and_passed_down(
 def test_a_relative_or_missing_xdg_folder_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     for environ in ({}, {"XDG_CACHE_HOME": "relative"}, {"XDG_CACHE_HOME": "", "PRECEPTOR_CACHE_DIR": ""}):
-        assert cli_systems.cache_dir(environ) == Path("/home/someone/.cache/preceptor")
+        assert cache_dir(environ) == Path("/home/someone/.cache/preceptor")
 
 
 def test_resume_goes_on_with_the_same_configuration(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,7 +217,7 @@ def test_resume_goes_on_with_the_same_configuration(toy: ModuleType, capsys: pyt
     assert "preceptor: stopped at step 1; resume with: preceptor resume r\n" in capsys.readouterr().err
     toy.failure = None
     assert main(["resume", "r"]) == 0
-    first, second = (config for config, _, _ in toy.seen)
+    first, second = (config for config, _ in toy.seen)
     assert first == second
     assert second.data.title == "1e5"
     assert [json.loads(row)["step"] for row in Path("r/metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
@@ -198,18 +225,14 @@ def test_resume_goes_on_with_the_same_configuration(toy: ModuleType, capsys: pyt
 
 
 def test_a_run_of_a_system_that_is_gone_is_refused_and_let_go(
-    toy: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    toy: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from preceptor.run.folder import Run
-
     assert main(["run", "toy", "--out", "r", "--no-report"]) == 0
     capsys.readouterr()
     manifest = Path("r/manifest.json")
     manifest.write_text(manifest.read_text().replace('"toy"', '"gone"', 1))
-    closed = []
-    monkeypatch.setattr(Run, "close", lambda run, close=Run.close: (closed.append(run.path), close(run)))
-    assert refusal(capsys, "resume", "r") == "unknown system 'gone'; there are toy"
-    assert closed == [Path("r")]
+    assert refusal(capsys, "resume", "r") == "unknown system 'gone'; there are toy, pretrain"
+    FolderLock(Path("r")).release()  # it is free
 
 
 def test_list_names_systems_and_presets(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,8 +264,8 @@ def test_help_teaches(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> No
             assert f"  {code:<5}" in out
     assert main(["run", "toy", "--help"]) == 0
     out = capsys.readouterr().out
-    assert "toy: words of a lesson" in out
-    assert "toy: 100 % text" in out
+    assert "toy: Words of a lesson." in out
+    assert "toy: 100 % text." in out
     assert main(["pretrain", "--help"]) == 0
     assert "--print-config" in capsys.readouterr().out
 
@@ -263,7 +286,7 @@ def test_help_teaches(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> No
         (["--hlp"], "unknown option '--hlp' (did you mean '--help'?)"),
         (["run"], "the following arguments are required: SYSTEM; see preceptor run --help"),
         (["run", "toi"], "unknown system 'toi' (did you mean 'toy'?)"),
-        (["run", "zzz"], "unknown system 'zzz'; there are toy"),
+        (["run", "zzz"], "unknown system 'zzz'; there are toy, pretrain"),
         (["run", "toy", "--preset", "smok"], "unknown preset 'smok' of toy (did you mean 'smoke'?)"),
         (["run", "toy", "--preset", "../x"], "unknown preset '../x' of toy; there are default, smoke"),
         (["run", "toy", "--word", "3"], "unknown option '--word' (did you mean '--words'?)"),
@@ -303,7 +326,7 @@ def test_help_teaches(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> No
         (["replay", "nowhere"], "nowhere is not a run folder (no manifest.json)"),
         (["replay", "x", "--tolerance", "nan"], "argument --tolerance: must be a number of at least 0, got 'nan'"),
         (["watch", "nowhere"], "nowhere is not a run folder (no manifest.json)"),
-        (["doctor", "toi"], "'toi' is neither a run folder nor a system; there are toy"),
+        (["doctor", "toi"], "'toi' is neither a run folder nor a system; there are toy, pretrain"),
         (["doctor", "."], ". is not a run folder (no manifest.json); give the folder of a run or a system"),
         (["completion", "tcsh"], "a shell is needed, one of bash, zsh, fish; got tcsh"),
     ],
@@ -319,12 +342,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_an_option_of_another_system_is_named(
     toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    package = tmp_path / "source" / "other_system"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "config.py").write_text(CONFIG.replace("FLAGS = {", 'FLAGS = {"steps": "steps"} or {'))
-    monkeypatch.setitem(SYSTEMS, "other", SystemInfo("other_system", "ToyConfig", "another"))
-    assert refusal(capsys, "run", "other", "--words", "3") == "--words is no option of other; its own are --steps"
+    other = SYSTEM.replace('name="toy"', 'name="other"').replace("flags={", 'flags={"steps": "steps"} or {')
+    (tmp_path / "source" / "other_system.py").write_text(other)
+    monkeypatch.delitem(sys.modules, "other_system", raising=False)
+    with systems_are({"toy": "toy_system:SYSTEM", "other": "other_system:SYSTEM"}):
+        assert refusal(capsys, "run", "other", "--words", "3") == "--words is no option of other; its own are --steps"
 
 
 def test_every_fault_of_a_configuration_has_its_line(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -445,29 +467,27 @@ def test_a_terminal_without_utf_8_is_no_error(tmp_path: Path) -> None:
 # ---- the real systems ----
 
 
-def test_what_the_table_of_systems_promises_is_there() -> None:
-    assert {"reading", "bandit", "curriculum"} <= SYSTEMS.keys()
+def test_what_systems_promise_is_there() -> None:
+    assert set(OWN) == {"reading", "bandit", "curriculum", "surgery", "pretrain"}
     checked = 0
-    for system in [*SYSTEMS.values(), cli_systems.PRETRAINING]:
-        keys = schema(cli_systems.config_class(system))
+    for system in map(find_system, OWN):
+        keys = schema(system.Config)
         assert {"seed", "save_every"} <= keys.keys()
-        assert all(setting.help for setting in keys.values())
-        for flag, key in cli_systems.flags_of(system).items():
-            checked += 1
-            assert key in keys, f"--{flag} stands for {key}, which is no key"
-        assert set(system.needs) <= {"cache_dir", "openai_api_key"}
-    assert checked >= 6
+        assert all(field.description for field in keys.values())
+        named = [*system.flags.values(), *system.inputs.values(), *system.extendable]
+        assert [key for key in named if key not in keys] == [], f"{system.name} names keys that it has not"
+        checked += len(named)
+    assert checked >= 12
 
 
 def test_extreme_numbers_are_judged_and_never_crash_the_judgement() -> None:
     tried = 0
-    for system in [*SYSTEMS.values(), cli_systems.PRETRAINING]:
-        cls = cli_systems.config_class(system)
-        for key, setting in schema(cls).items():
-            for value in ("0", "-1", "1", "1000000000000") if setting.type in (int, float) else ():
+    for system in map(find_system, OWN):
+        for key, field in schema(system.Config).items():
+            for value in ("0", "-1", "1", "1000000000000") if field.annotation in (int, float) else ():
                 tried += 1
                 with contextlib.suppress(ConfigError):
-                    load_config(cls, overrides=[f"{key}={value}"])
+                    load_config(system.Config, overrides=[f"{key}={value}"])
     assert tried > 150
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preceptor import cli
 from preceptor.config import load_config
-from preceptor.data.sentences import split_sentences
+from preceptor.data.articles.sentences import split_sentences
 from preceptor.errors import ConfigError, DataError
 from preceptor.pretraining.config import Data, Optimisation, PretrainConfig, Source
 from preceptor.pretraining.evaluate import bits_per_byte, previous_sentence_preference
@@ -71,7 +71,7 @@ def test_resume_is_bit_identical(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_held_out_files_are_left_out_of_a_folder(corpus: Path) -> None:
-    data = Data(root=str(corpus), sources=(Source("."),), held_out=".", held_out_names=("held.txt", "rows.jsonl"))
+    data = Data(root=str(corpus), sources=(Source(path="."),), held_out=".", held_out_names=("held.txt", "rows.jsonl"))
     assert _training_documents(corpus, data, ".", "text", 1) == [(TEXT * 40).strip()]
     (corpus / "empty").mkdir()
     with pytest.raises(DataError, match="has no document"):

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_args, get_origin
 
 from preceptor.cli.systems import systems
-from preceptor.config import Setting, schema
-from preceptor.errors import ConfigError
-from preceptor.plain_yaml import shown
+from preceptor.config import schema
+from preceptor.errors import ConfigError, short_repr
 
 EXIT_CODES = """\
 exit codes:
@@ -71,15 +70,15 @@ def add_system_flags(parser: argparse.ArgumentParser) -> None:
         for flag, key in system.flags.items():
             if flag not in added:
                 added.add(flag)
-                text = COMMON_FLAGS.get(flag) or f"{name}: {keys[key].help}"
-                several: dict[str, Any] = {"nargs": "+", "action": "extend"} if _is_list(keys[key]) else {}
+                text = COMMON_FLAGS.get(flag) or f"{name}: {keys[key].description}"
+                several: dict[str, Any] = {"nargs": "+", "action": "extend"} if _is_list(keys[key].annotation) else {}
                 metavar = "N" if flag == "seed" else flag.upper().removeprefix("TRAIN_").removeprefix("EVAL_")
                 option = f"--{flag.replace('_', '-')}"
                 group.add_argument(option, dest=flag, metavar=metavar, help=text.replace("%", "%%"), **several)
 
 
-def _is_list(setting: Setting) -> bool:
-    return any(get_origin(kind) in (tuple, list) for kind in (setting.type, *get_args(setting.type)))
+def _is_list(kind: Any) -> bool:
+    return any(get_origin(each) in (tuple, list) for each in (kind, *get_args(kind)))
 
 
 def add_device(parser: Any) -> None:
@@ -92,5 +91,5 @@ def add_device(parser: Any) -> None:
 def num_threads(text: str) -> int:
     """``text`` as a number of threads."""
     if not (text.isdecimal() and len(text) <= 4 and 1 <= int(text) <= 1024):
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 1024, got {shown(text)}")
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 1024, got {short_repr(text)}")
     return int(text)

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 from preceptor.cli.arguments import EXIT_CODES, Command, Parser
 from preceptor.cli.run import add_run
 from preceptor.cli.systems import configuration, systems
-from preceptor.config import schema, to_dict
-from preceptor.errors import ConfigError, nearest
-from preceptor.plain_yaml import shown
+from preceptor.config import to_dict
+from preceptor.errors import ConfigError, did_you_mean, short_repr
 from preceptor.systems import find_system, known_systems
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def _input_options() -> dict[str, tuple[list[str], str]]:
 
 def _num_jobs(text: str) -> int:
     if not (text.isdecimal() and len(text) <= 4 and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {shown(text)}")
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {short_repr(text)}")
     return int(text)
 
 
@@ -79,11 +78,11 @@ def _compare(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     # A folder named like a system is given as ./reading.
     if first in known_systems():
         if len(options.what) > 1:
-            raise ConfigError(f"unexpected argument {shown(options.what[1])}; a sweep is of one system, {first}")
+            raise ConfigError(f"unexpected argument {short_repr(options.what[1])}; a sweep is of one system, {first}")
         return _compare_system(first, options)
     if not Path(first).is_dir():
-        hint = nearest(first[:100], known_systems()) or f"; there are {', '.join(known_systems())}"
-        raise ConfigError(f"{shown(first)} is neither a folder nor a system{hint}")
+        hint = did_you_mean(first[:100], known_systems()) or f"; there are {', '.join(known_systems())}"
+        raise ConfigError(f"{short_repr(first)} is neither a folder nor a system{hint}")
     given = [name for name in (*_input_options(), "seeds", "passed") if getattr(options, name)]
     if given:
         raise ConfigError(f"--{given[0]} belongs to a sweep; give a system instead of folders")
@@ -134,7 +133,7 @@ def _run_options(words: Sequence[str]) -> argparse.Namespace:
     add_run(parser)
     parsed, unknown = parser.parse_known_args(words)
     if unknown:
-        raise ConfigError(f"unexpected argument {shown(unknown[0])} after --; see preceptor run --help")
+        raise ConfigError(f"unexpected argument {short_repr(unknown[0])} after --; see preceptor run --help")
     for flag in ("--seed", "--threads", "--preset"):
         if sum(word == flag or word.startswith(f"{flag}=") for word in words) > 1:
             raise ConfigError(f"{flag} cannot stand after --; a sweep gives it to each run")
@@ -148,7 +147,7 @@ def _seeds(words: Sequence[str]) -> list[int]:
     for word in [part for given in words for part in given.split(",") if part]:
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", word)
         if match is None or int(match[2] or match[1]) < int(match[1]) or int(match[2] or 0) - int(match[1]) > 10_000:
-            raise ConfigError(f"--seeds must be numbers or ranges such as 0-9, got {shown(word)}")
+            raise ConfigError(f"--seeds must be numbers or ranges such as 0-9, got {short_repr(word)}")
         seeds |= dict.fromkeys(range(int(match[1]), int(match[2] or match[1]) + 1))
     if not seeds:
         raise ConfigError("a sweep needs seeds; give --seeds 0-9")
@@ -164,39 +163,25 @@ def _check_arms(name: str, arms: Sequence[str]) -> None:
     known = find_system(name).choices.get("arms", {})
     for arm in arms:
         if known and arm not in known:
-            raise ConfigError(
-                f"{name} has no arm {shown(arm)}{nearest(arm[:100], known) or '; there are ' + ', '.join(known)}"
-            )
+            hint = did_you_mean(arm[:100], known) or f"; there are {', '.join(known)}"
+            raise ConfigError(f"{name} has no arm {short_repr(arm)}{hint}")
 
 
 def _conclude(runs: Sequence[FinishedRun], options: argparse.Namespace) -> int:
-    from preceptor.comparison.result import comparison_of, merged_result
-    from preceptor.comparison.runs import grouped
-    from preceptor.comparison.table import comparison_tables
-    from preceptor.comparison.write import write_comparison
-
-    name = runs[0].system
-    system = find_system(name)
-    inputs = system.inputs
-    groups = grouped(runs, inputs=[key for key in schema(system.Config) if key in inputs.values()])
-    merged = merged_result(groups, system.result)
-    noun = next(iter(inputs), "").removesuffix("s").replace("_", " ")
-    comparison = comparison_of(groups, merged, arms=_arms(options), noun=noun)
-    merged = {"verdict": comparison["verdict"], **merged}
     from rich.console import Console
 
+    from preceptor.api import compared
+    from preceptor.comparison.table import comparison_tables
+
+    comparison, result = compared(runs, methods=_arms(options), out=options.out)
     console = Console()
-    print(f"{name}: {len(runs)} runs, {len(comparison['seeds'])} seeds")
+    print(f"{runs[0].system}: {len(runs)} runs, {len(comparison['seeds'])} seeds")
     for table in comparison_tables(comparison):
         console.print(table)
     print(f"\n{comparison['verdict']}\n")
-    if options.out is None:
-        return 0
-    write_comparison(options.out, comparison, merged, runs)
-    from preceptor.report.page import build_report
-
-    print(f"results: {options.out / 'comparison.json'}")
-    print(f"report:  {build_report(options.out)}")
+    if result is not None:
+        print(f"results: {result.folder / 'comparison.json'}")
+        print(f"report:  {result.folder / 'report.html'}")
     return 0
 
 

@@ -7,10 +7,10 @@ import contextlib
 from collections.abc import Mapping, Sequence
 
 from preceptor.cli.arguments import Command
-from preceptor.cli.systems import presets
 from preceptor.config import schema
 from preceptor.errors import ConfigError, PreceptorError
 from preceptor.systems import find_system, known_systems
+from preceptor.systems.configuration import presets
 
 DESCRIPTION = """\
 Prints a script that makes the shell complete preceptor's commands, options, systems, presets, arms and keys.

@@ -12,8 +12,7 @@ from preceptor.cli.arguments import CONFIGURATION, EXIT_CODES, Command, add_conf
 from preceptor.cli.replay import CHECK_FAILED
 from preceptor.cli.systems import configuration
 from preceptor.config import dump_yaml
-from preceptor.errors import ConfigError, PreceptorError
-from preceptor.plain_yaml import shown
+from preceptor.errors import ConfigError, PreceptorError, short_repr
 from preceptor.systems import find_system, known_systems
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ Checks, a line each: ok, warn or fail, with a figure and what to do.
   preceptor doctor reading --model DIR    before a run, with the options that the run will have
   preceptor doctor runs/mine              a run that was made: hashes, logs, lock, environment
 
-Before a run: model and tokenizer load, control tokens cannot come from data, the kept cache equals encoding anew, the
+Before a run: model and tokenizer load, control tokens cannot come from data, the KV cache equals encoding anew, the
 probability ratio is 1 and the KL 0 before the first step, what is sampled is what is scored, the gradient reaches
 exactly what is to learn, the reference stays frozen; then the run itself begins in a folder that is thrown away, to
 forecast time and memory. It ends with exit code 7 if a check fails.
@@ -57,7 +56,7 @@ def _doctor(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         )
     else:
         raise ConfigError(
-            f"{shown(options.what)} is neither a run folder nor a system; there are {', '.join(known_systems())}"
+            f"{short_repr(options.what)} is neither a run folder nor a system; there are {', '.join(known_systems())}"
         )
     counts = dict.fromkeys(("ok", "warn", "fail"), 0)
     for check in checks:

@@ -10,11 +10,10 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from preceptor import __version__
 from preceptor.cli import compare, completion, doctor, listing, replay, run, watch
 from preceptor.cli.arguments import EXIT_CODES, Command, Parser
-from preceptor.errors import ConfigError, Interrupted, PreceptorError, StorageError, nearest
-from preceptor.plain_yaml import shown
+from preceptor.errors import ConfigError, Interrupted, PreceptorError, StorageError, did_you_mean, short_repr
+from preceptor.version import __version__
 
 COMMANDS: dict[str, Command] = {
     "run": run.RUN,
@@ -102,11 +101,11 @@ def _bug() -> int:
 def _execute(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     for argument in argv:
         if "\0" in argument or any("\ud800" <= character <= "\udfff" for character in argument):
-            raise ConfigError(f"argument {shown(argument)} is not valid UTF-8 text")
+            raise ConfigError(f"argument {short_repr(argument)} is not valid UTF-8 text")
     if argv and argv[0] not in (allowed := [*COMMANDS, "-h", "--help", "--version"]):
         what = "option" if argv[0].startswith("-") else "command"
-        hint = nearest(argv[0][:100], allowed) or f"; there are {', '.join(COMMANDS)}"
-        raise ConfigError(f"unknown {what} {shown(argv[0])}{hint}")
+        hint = did_you_mean(argv[0][:100], allowed) or f"; there are {', '.join(COMMANDS)}"
+        raise ConfigError(f"unknown {what} {short_repr(argv[0])}{hint}")
     parser = parser_for(argv[0] if argv else None)
     passed: list[str] = []
     if argv and COMMANDS.get(argv[0], run.RUN).passes_on and "--" in argv:
@@ -148,7 +147,7 @@ def _stranger(unknown: Sequence[str], command: str, options: Mapping[str, Any]) 
     """What to say of arguments that nobody asked for."""
     option = next((argument for argument in unknown if argument.startswith("-")), None)
     if option is None:
-        return f"unexpected argument {shown(unknown[0])}; see {command} --help"
+        return f"unexpected argument {short_repr(unknown[0])}; see {command} --help"
     name = option.partition("=")[0]
     flags = [f"--{known.replace('_', '-')}" for known in options if known not in ("command", "system", "folder")]
-    return f"unknown option {shown(name)}{nearest(name[:100], flags) or f'; see {command} --help'}"
+    return f"unknown option {short_repr(name)}{did_you_mean(name[:100], flags) or f'; see {command} --help'}"

@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping
 
 from preceptor.cli.arguments import Command
-from preceptor.cli.systems import presets
 from preceptor.systems import find_system, known_systems
+from preceptor.systems.configuration import presets
 
 DESCRIPTION = """\
 Names the systems, and of each its presets, arms, rewards, rules and embedders, a line each.

@@ -7,11 +7,10 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from preceptor.api import services
 from preceptor.cli.arguments import EXIT_CODES, Command
-from preceptor.cli.systems import services
 from preceptor.config import from_dict
-from preceptor.errors import ConfigError, DataError
-from preceptor.plain_yaml import shown
+from preceptor.errors import ConfigError, DataError, short_repr
 from preceptor.systems import find_system
 
 CHECK_FAILED = 7
@@ -41,7 +40,7 @@ def _tolerance(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {shown(text)}")
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {short_repr(text)}")
     return value
 
 

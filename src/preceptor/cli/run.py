@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Mapping
-from datetime import date
 from pathlib import Path
-from typing import Any
 
+from preceptor.api import go_on, services, start
 from preceptor.cli.arguments import (
     COMMON_FLAGS,
     CONFIGURATION,
@@ -19,9 +17,9 @@ from preceptor.cli.arguments import (
     add_system_flags,
     num_threads,
 )
-from preceptor.cli.systems import configuration, services
-from preceptor.config import dump_yaml, from_dict, to_dict
-from preceptor.errors import Interrupted, PreceptorError
+from preceptor.cli.systems import configuration
+from preceptor.config import dump_yaml
+from preceptor.result import Result, write_page
 from preceptor.run.trackers import TRACKERS
 from preceptor.systems import find_system, known_systems
 from preceptor.systems.base import System
@@ -56,6 +54,9 @@ def _add_resume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", metavar="N", type=num_threads, help="another number of threads; needs --allow-inexact"
     )
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="go on past the planned end: update.steps=60"
+    )
     parser.add_argument("--allow-inexact", action="store_true", help="resume though last bits (or more) will differ")
     parser.add_argument("--no-report", action="store_true", help="do not write report.html at the end")
 
@@ -77,67 +78,45 @@ def _begin(system: System, options: argparse.Namespace, environ: Mapping[str, st
     if options.print_config:
         print(dump_yaml(config), end="")
         return 0
-    from preceptor.run.folder import create_run, default_run_path, discard_unbegun
-
-    path: Path = options.out or default_run_path(Path("runs"), system.name, date.today())
-    try:
-        run = create_run(
-            path,
-            system=system.name,
-            config=to_dict(config),
-            seed=config.seed,
-            save_every=config.save_every,
-            streams=system.streams,
-            device=options.device,
-            threads=options.threads,
-            trackers=options.tracker,
-        )
-    except PreceptorError:
-        if options.out is None:
-            with contextlib.suppress(OSError):  # no longer empty: then it holds something to look at
-                path.rmdir()
-        raise
-    try:
-        return _train(system, config, run, environ, report=not options.no_report)
-    except Interrupted:
-        raise
-    except PreceptorError:
-        discard_unbegun(path)  # an article or a model that was refused must not block the next try
-        raise
+    result = start(
+        system,
+        config,
+        services(environ),
+        out=options.out,
+        device=options.device,
+        threads=options.threads,
+        trackers=options.tracker,
+        report=not options.no_report,
+    )
+    return _show(result)
 
 
 def _resume(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    from preceptor.run.folder import open_run
-
-    run = open_run(options.folder, allow_inexact=options.allow_inexact, device=options.device, threads=options.threads)
-    with contextlib.ExitStack() as on_failure:
-        on_failure.callback(run.close)
-        system = find_system(run.manifest["system"])
-        config = from_dict(system.Config, run.config)
-        on_failure.pop_all()
-    return _train(system, config, run, environ, report=not options.no_report)
-
-
-def _train(system: System, config: Any, run: Any, environ: Mapping[str, str], *, report: bool) -> int:
-    with run:
-        result = system.train(config, run, services(environ))
-        run.write_result(result)
-    _show(result)
-    print(f"results: {run.path}")
-    return _write_page(run.path) if report else 0
+    result = go_on(
+        options.folder,
+        services(environ),
+        overrides=options.set,
+        device=options.device,
+        threads=options.threads,
+        allow_inexact=options.allow_inexact,
+        report=not options.no_report,
+    )
+    return _show(result)
 
 
-def _show(result: Mapping[str, Any]) -> None:
-    """The arms as a table and the verdict below it, where a result has them."""
-    if "arms" in result:
-        from rich.console import Console
+def _show(result: Result) -> int:
+    """The table of methods, the verdict below it, and where everything lies."""
+    from rich.console import Console
 
-        from preceptor.report.arms import Arms
-        from preceptor.report.table import arms_table
-
-        Console().print(arms_table(Arms.of(result), title=f"{result['system']}: every arm"))
-    if "verdict" in result:
-        print(f"\n{result['verdict']}\n")
+    console = Console()
+    for table in result.renderables():
+        console.print(table)
+    if result.verdict:
+        print(f"\n{result.verdict}\n")
+    print(f"results: {result.folder}")
+    if (result.folder / "report.html").is_file():
+        print(f"report:  {result.folder / 'report.html'}")
+    return 0
 
 
 def _report(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -145,9 +124,7 @@ def _report(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _write_page(folder: Path) -> int:
-    from preceptor.report.page import build_report
-
-    print(f"report:  {build_report(folder)}")
+    print(f"report:  {write_page(folder)}")
     return 0
 
 

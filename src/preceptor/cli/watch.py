@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preceptor.cli.arguments import Command
-from preceptor.errors import ConfigError
-from preceptor.plain_yaml import shown
+from preceptor.errors import ConfigError, short_repr
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,7 +44,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0.01 <= value <= 3600:
-        raise argparse.ArgumentTypeError(f"must be a number from 0.01 to 3600, got {shown(text)}")
+        raise argparse.ArgumentTypeError(f"must be a number from 0.01 to 3600, got {short_repr(text)}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""The turn markers of a chat template, so that an episode can grow turn by turn on a kept cache."""
+"""The turn markers of a chat template, so that an episode can grow turn by turn on a KV cache."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 
 from preceptor.errors import ModelError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 
 _MARKS = tuple(f"\u2e28{number}\u2e29" for number in ("zero", "one", "two", "three", "four"))
 
 
 @dataclass(frozen=True)
-class Turns:
+class ChatMarkers:
     """Tokens around the assistant's turns (queries) and the user's (values); empty without a chat template.
 
     Attributes:
@@ -27,11 +27,11 @@ class Turns:
     before_value: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, lm: LanguageModel) -> Turns:
+    def of(cls, lm: LanguageModel) -> ChatMarkers:
         """The markers of ``lm``'s template, read off a rendered conversation of marked texts.
 
         They are those of past turns. Where a template opens the assistant's *next* turn otherwise (with an invitation
-        to think), that is left out: on a kept cache a query is a past turn as soon as its value is read.
+        to think), that is left out: on a KV cache a query is a past turn as soon as its value is read.
 
         Raises:
             ModelError: the template changes or drops the texts that it is given, or renders later turns unlike

@@ -1,4 +1,4 @@
-"""Decoding a batch of open sequences on one kept cache: generate, append, generate again; nothing is encoded twice."""
+"""Decoding a batch of open sequences on one KV cache: generate, append, generate again; nothing is encoded twice."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from preceptor.errors import ModelError, ShapeError
-from preceptor.lm.kept_layer import KeptLayer
-from preceptor.lm.language_model import LanguageModel
-from preceptor.lm.native import NativeModel
+from preceptor.lm.kv_cache import KVCacheLayer
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling, draw
 from preceptor.lm.score import pad_rows
 
@@ -46,13 +45,13 @@ class Mark:
 
 
 class Decoder:
-    """A batch of open sequences that advance together on one kept cache.
+    """A batch of open sequences that advance together on one KV cache.
 
     Rows may differ in length: what a row lacks beside a longer one is a hole that no later token attends to, and each
     row counts its own positions, so a row's numbers do not depend on its neighbours beyond rounding. No gradient is
     recorded. A call that is refused leaves the rows as they were.
 
-    Where the model has a native forward (``lm.has_native_forward``) and ``capture`` is within its reach, tokens go
+    Where the model has a native forward (``lm.has_engine``) and ``capture`` is within its reach, tokens go
     through that, with the model's weights as they are at the first :meth:`append`; else through Transformers'.
 
     Args:
@@ -61,7 +60,7 @@ class Decoder:
         capture: a module of ``lm`` whose output is wanted at generated tokens.
         dtype: decode with weights in this dtype, which needs the native forward; None is autocast's where it is on,
             else the model's own. Log-probabilities are those of the distribution that was sampled, under these weights.
-        native: False takes Transformers' forward in any case.
+        use_engine: False takes Transformers' forward in any case.
 
     Raises:
         ModelError: another dtype is asked for and the model has no native forward.
@@ -74,24 +73,29 @@ class Decoder:
         batch_size: int,
         capture: nn.Module | None = None,
         dtype: torch.dtype | None = None,
-        native: bool = True,
+        use_engine: bool = True,
     ) -> None:
         self.lm = lm
         self.batch_size = batch_size
         self._capture = capture
-        self.is_native = native and lm.has_native_forward and NativeModel.gives(lm, capture)
-        if not self.is_native and dtype not in (None, lm.dtype):
-            raise ModelError(f"{lm.name} decodes in {lm.dtype} alone, got {dtype}; load it in that dtype")
         autocast = lm.device.type if torch.is_autocast_enabled(lm.device.type) else None
-        self._dtype = dtype or (torch.get_autocast_dtype(autocast) if autocast else lm.dtype)
-        self._native: NativeModel | None = None
-        slots_innermost = self.is_native and lm.device.type == "cpu"
-        self._layers = [KeptLayer(slots_innermost=slots_innermost) for _ in lm.layers]
+        weights_dtype = dtype or (torch.get_autocast_dtype(autocast) if autocast else lm.dtype)
+        engine = lm.engine(dtype=weights_dtype) if use_engine else None
+        self._engine = engine if engine is not None and engine.can_capture(capture) else None
+        if not self.uses_engine and dtype not in (None, lm.dtype):
+            raise ModelError(f"{lm.name} decodes in {lm.dtype} alone, got {dtype}; load it in that dtype")
+        slots_innermost = self.uses_engine and lm.device.type == "cpu"
+        self._layers = [KVCacheLayer(slots_innermost=slots_innermost) for _ in lm.layers]
         self._cache = Cache(layers=list(self._layers))
         self._has_holes = False
         self._filled = torch.zeros(batch_size, 0, dtype=torch.bool, device=lm.device)
         self._lengths = torch.zeros(batch_size, dtype=torch.long, device=lm.device)
         self._next_logits: Tensor | None = None
+
+    @property
+    def uses_engine(self) -> bool:
+        """Whether tokens go through the model's engine."""
+        return self._engine is not None
 
     @property
     def lengths(self) -> Int[Tensor, " batch"]:
@@ -214,15 +218,13 @@ class Decoder:
         width = tokens.shape[1]
         positions = (self._lengths[:, None] + counts.cumsum(1) - 1).clamp_min(0)
         mask = None
-        if not self.is_native or width > 1 or self._has_holes:
+        if not self.uses_engine or width > 1 or self._has_holes:
             causal = torch.ones(width, width, dtype=torch.bool, device=tokens.device).tril()
             earlier = self._filled[:, None].expand(-1, width, -1)
             # Every row begins with a token, so that a hole too has something to attend to.
             mask = torch.cat([earlier, counts[:, None] & causal], dim=-1)
-        if self.is_native:
-            if self._native is None:
-                self._native = NativeModel(self.lm, dtype=self._dtype)
-            logits, captured = self._native.forward(
+        if self._engine is not None:
+            logits, captured = self._engine.forward(
                 tokens,
                 keep=keep,
                 attention_mask=mask,

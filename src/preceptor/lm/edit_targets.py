@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from preceptor.errors import ConfigError, ModelError, nearest
+from preceptor.errors import ConfigError, ModelError, did_you_mean
 
 Role = Literal["query", "key", "value", "output"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -117,7 +117,9 @@ def attention_targets(
         ModelError: there is no attention of a known layout.
     """
     if unknown := [role for role in roles if role not in ROLES]:
-        raise ConfigError(f"roles of a target are {', '.join(ROLES)}; got {unknown[0]!r}{nearest(unknown[0], ROLES)}")
+        raise ConfigError(
+            f"roles of a target are {', '.join(ROLES)}; got {unknown[0]!r}{did_you_mean(unknown[0], ROLES)}"
+        )
     attentions = [found for name, module in model.named_modules() if (found := _attention(model, name, module))]
     if not attentions:
         raise ModelError(f"{type(model).__name__} has no attention of a known layout; choose targets by name instead")
@@ -144,7 +146,7 @@ def named_targets(module: nn.Module, patterns: Sequence[str]) -> list[Target]:
         if parameter.ndim == 2 and parameter.is_floating_point()
     }
     faults = [
-        f"no matrix of the model is named {pattern!r}{nearest(pattern, matrices)}"
+        f"no matrix of the model is named {pattern!r}{did_you_mean(pattern, matrices)}"
         for pattern in patterns
         if not any(fnmatch.fnmatchcase(name, pattern) for name in matrices)
     ]

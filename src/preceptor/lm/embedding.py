@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from preceptor.errors import ConfigError, ModelError, ShapeError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.score import batches_by_length, pad_rows, span_mask
 
 

@@ -28,7 +28,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging as transformers_logging
 
 from preceptor.errors import ConfigError, MissingExtraError, ModelError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 
 STARTER = "starter"
 """The name of the bundled model."""

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from preceptor.errors import ModelError, ShapeError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 
 MAX_LOGITS = 2**25
 """Logits held at once (positions times vocabulary): 128 MiB in float32."""

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from preceptor.config import to_dict
-from preceptor.data.corpus import read_documents
+from preceptor.data.corpora.corpus import read_documents
 from preceptor.errors import DataError
 from preceptor.lm.tokenizer import train_bpe_tokenizer
 from preceptor.pretraining.config import Data, Model, Optimisation, PretrainConfig

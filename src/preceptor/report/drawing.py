@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from preceptor.report.arms import Arms, spelled
-from preceptor.report.curves import Chart, Curve, Panel
+from preceptor.report.arms import Arms, title_case
+from preceptor.report.curves import Curve, Panel
 
 WIDTH, HEIGHT = 340, 204
 LEFT, RIGHT, TOP, BOTTOM = 46, 18, 10, 38
@@ -83,13 +83,12 @@ class ArmChart:
     x_ticks: list[Tick]
 
 
-def line_chart(panel: Panel) -> LineChart:
-    """The coordinates of a curve panel."""
-    chart = panel.chart
+def line_chart(panel: Panel, name: str) -> LineChart:
+    """The coordinates of a curve panel; the page's script finds its data by ``name``."""
     ends = [end for c in panel.curves for end in (*c.low, *c.high)] + [v for c in panel.bounds for v in c.values]
-    low, high = chart.limits or (min(ends), max(ends))
+    low, high = panel.limits or (min(ends), max(ends))
     y_values = ticks(low, high, 4)
-    if chart.unit.partition(" ")[0] in SHARES and low >= 0 and high <= 1:
+    if panel.unit.partition(" ")[0] in SHARES and low >= 0 and high <= 1:
         y_values = [value for value in y_values if 0 <= value <= 1]
     low, high = min(low, y_values[0]), max(high, y_values[-1])
     steps = [step for c in panel.curves for step in c.steps]
@@ -108,16 +107,16 @@ def line_chart(panel: Panel) -> LineChart:
         band = f"M{above}L{below}Z" if c.low != c.values else ""
         points = [(x(s), y(v)) for s, v in zip(c.steps, c.values, strict=True)]
         return Line(
-            spelled(c.label), "M" + _path(points if len(points) > 1 else points * 2), band, number(c.values[-1])
+            title_case(c.label), "M" + _path(points if len(points) > 1 else points * 2), band, number(c.values[-1])
         )
 
     return LineChart(
-        name=chart.name,
-        title=chart.title,
-        unit=chart.unit,
+        name=name,
+        title=panel.title,
+        unit=panel.unit,
         lines=[line(c) for c in panel.curves],
         bounds=[line(c) for c in panel.bounds],
-        x_label=chart.x_label,
+        x_label=panel.x_label,
         x_ticks=[Tick(x(tick), f"{tick:,.0f}") for tick in x_values],
         y_ticks=[Tick(y(tick), number(tick)) for tick in y_values],
         notes=panel.notes,
@@ -125,7 +124,7 @@ def line_chart(panel: Panel) -> LineChart:
             "from": first,
             "to": last,
             "curves": [
-                {"label": spelled(c.label), "steps": c.steps, "values": [float(f"{v:.4g}") for v in c.values]}
+                {"label": title_case(c.label), "steps": c.steps, "values": [float(f"{v:.4g}") for v in c.values]}
                 for c in (*panel.curves, *panel.bounds)
             ],
         },
@@ -137,9 +136,9 @@ def arm_chart(arms: Arms, metric: str) -> ArmChart:
     names = arms.ordered(metric)
     baseline = arms.estimates.get(arms.baseline, {}).get(metric)
     return _intervals(
-        spelled(metric),
+        title_case(metric),
         arms.unit(metric),
-        [(spelled(name), arms.kind(name), arms.estimates[name][metric]) for name in names],
+        [(title_case(name), arms.kind(name), arms.estimates[name][metric]) for name in names],
         baseline=baseline if len(names) > 1 else None,
         oracle=arms.best_oracle(metric),
     )
@@ -199,16 +198,6 @@ def _apart(x_ticks: list[Tick]) -> list[Tick]:
     if max((CHARACTER * len(tick.label) for tick in x_ticks), default=0) <= room:
         return x_ticks
     return [Tick(tick.at, "" if index % 2 else tick.label) for index, tick in enumerate(x_ticks)]
-
-
-def position_chart(positions: tuple[Sequence[float], Sequence[float]]) -> Panel:
-    """Reward by position as a panel whose horizontal axis is the position: early steps against late ones."""
-    chart = Chart("reward_by_position", "Reward by position", "nats per value token", (), x_label="position")
-    curves = [
-        Curve(label, list(range(1, len(values) + 1)), list(values), list(values), list(values), 0)
-        for label, values in zip(("last tenth of the steps", "first tenth"), reversed(positions), strict=True)
-    ]
-    return Panel(chart, curves)
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
@@ -273,3 +262,9 @@ def _three(value: float) -> str:
 
 def _path(points: Sequence[tuple[float, float]]) -> str:
     return "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+
+
+def clipped(text: object, maximum: int = 2_000) -> str:
+    """A text cut to ``maximum`` characters, an ellipsis saying so; an article may hold a line of a megabyte."""
+    string = str(text)
+    return string if len(string) <= maximum else string[: maximum - 1] + "\N{HORIZONTAL ELLIPSIS}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from preceptor.report.arms import COUNTS, Arms, spelled
+from preceptor.report.arms import COUNTS, Arms, title_case
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,13 +25,13 @@ def arms_table(arms: Arms, *, title: str | None = None) -> Table:
     table.add_column("arm", no_wrap=True)
     metrics = [metric for metric in arms.table if metric in arms.metrics] or arms.metrics
     for metric in metrics:
-        table.add_column(Text(f"{spelled(metric)}\n{arms.unit(metric)}"), justify="right")
+        table.add_column(Text(f"{title_case(metric)}\n{arms.unit(metric)}"), justify="right")
     ranked = arms.ordered(metrics[0]) if metrics else []
     for arm in [*ranked, *(arm for arm in arms.estimates if arm not in ranked)]:
         style = {"learned": "bold", "oracle": "italic"}.get(arms.kind(arm), "dim" if arm == arms.baseline else "")
         own = arms.estimates[arm]
         cells = [_cell(own[metric], count=metric in COUNTS) if metric in own else "-" for metric in metrics]
-        table.add_row(Text(spelled(arm)), *(Text(cell) for cell in cells), style=style)
+        table.add_row(Text(title_case(arm)), *(Text(cell) for cell in cells), style=style)
     return table
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from preceptor.errors import ConfigError, nearest
+from preceptor.errors import ConfigError, did_you_mean
 
 _STATUS = Path("/proc/self/status")
 
@@ -36,7 +36,9 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
     present = ["auto", "cpu", *(f"cuda:{index}" for index in range(num_gpus)), *(["mps"] if has_mps else [])]
     full_name = "cuda:0" if str(name) == "cuda" else str(name)
     if full_name not in present:
-        raise ConfigError(f"device {name} is not available{nearest(full_name, present)}; here: {', '.join(present)}")
+        raise ConfigError(
+            f"device {name} is not available{did_you_mean(full_name, present)}; here: {', '.join(present)}"
+        )
     return torch.device(full_name)
 
 
@@ -47,7 +49,7 @@ def parse_dtype(name: str) -> torch.dtype:
     torch.bfloat16
     """
     if name not in _DTYPES:
-        raise ConfigError(f"dtype {name!r} is not known{nearest(name, _DTYPES)}; allowed: {', '.join(_DTYPES)}")
+        raise ConfigError(f"dtype {name!r} is not known{did_you_mean(name, _DTYPES)}; allowed: {', '.join(_DTYPES)}")
     return _DTYPES[name]
 
 

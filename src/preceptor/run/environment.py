@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-import preceptor
-from preceptor.lm.kernels import kernel_library
+from preceptor.lm.cpu.kernels import kernel_library
+from preceptor.version import __version__
 
 EXACT = (
     *("preceptor", "torch", "transformers", "machine", "cpu", "device", "threads"),
@@ -25,7 +25,7 @@ def environment(device: torch.device, num_threads: int) -> dict[str, Any]:
     """Versions, machine, device and numerical settings of this process."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "preceptor": preceptor.__version__,
+        "preceptor": __version__,
         "torch": str(torch.__version__),
         "transformers": importlib.metadata.version("transformers"),
         "python": platform.python_version(),
@@ -41,7 +41,7 @@ def environment(device: torch.device, num_threads: int) -> dict[str, Any]:
 
 def code_version() -> dict[str, Any]:
     """``commit`` of the checkout that this package runs from and whether it is ``dirty``; ``None`` when installed."""
-    package = Path(preceptor.__file__)
+    package = Path(__file__).parents[1] / "__init__.py"
 
     def git(*arguments: str) -> str | None:
         try:

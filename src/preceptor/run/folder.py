@@ -180,7 +180,9 @@ class Run:
             "num_metrics": self.metrics.num_rows,
             "num_decisions": self.decisions.num_rows,
         }
-        return self.checkpoints.save(self.step, {**state.state_dict(), "run": own})
+        parts = state.state_dict()
+        assert "run" not in parts, "this part of a checkpoint is the run's own"
+        return self.checkpoints.save(self.step, {**parts, "run": own})
 
     def restore(self, state: Stateful) -> None:
         """Puts ``state``, streams and logs back to the newest sound checkpoint; a second call does nothing.
@@ -242,13 +244,17 @@ def create_run(
     float32_matmul_precision: str | None = None,
     keep_last: int = 2,
     trackers: Sequence[str] = (),
+    name: str | None = None,
+    tags: Sequence[str] = (),
+    project: str = "preceptor",
     quiet: bool = False,
 ) -> Run:
     """A new run in ``path``, which must be absent or empty; locks it, writes ``config.yaml`` and ``manifest.json``.
 
     Sets torch's threads (``None``: see ``set_threads``), its float32 matmul precision (``None``: see
     ``exact_matmul_precision``) and the
-    seed of its own generators, and records them. ``config`` holds plain values; ``save_every`` counts steps.
+    seed of its own generators, and records them. ``config`` holds plain values; ``save_every`` counts steps. ``name``,
+    ``tags`` and ``project`` are what trackers and the page call the run; by default its name is the folder's.
 
     Raises ``ConfigError`` for a folder that is in use for something else or already a run, and for bad arguments;
     ``MissingExtraError`` for a tracker that is not installed; ``LockedError``; ``StorageError``.
@@ -264,6 +270,9 @@ def create_run(
         "save_every": save_every,
         "keep_last": keep_last,
         "trackers": list(trackers),
+        "name": name or path.name,
+        "tags": list(tags),
+        "project": project,
         "device": str(choose_device(device)),
         "code": env.code_version(),
         "config": plain_config(config),
@@ -285,9 +294,13 @@ def open_run(
     allow_inexact: bool = False,
     device: str | torch.device | None = None,
     threads: int | None = None,
+    extended: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> Run:
     """The run in ``path``, locked, to be resumed with the configuration, device and threads it was started with.
+
+    ``extended`` is a configuration to go on with past the planned end instead; what was measured at the old end is kept
+    as ``result-step-NNNNNN.json``.
 
     Raises ``ConfigError`` when ``path`` is no run, and when versions, machine, device, threads or ``config.yaml``
     differ from the start, so that the resume could not be bit-exact, unless ``allow_inexact``; ``LockedError``. Seeds
@@ -309,12 +322,28 @@ def open_run(
         if differing and not allow_inexact:
             raise ConfigError(f"not bit-exact: {', '.join(differing)}; pass --allow-inexact to resume all the same")
         check_trackers(manifest["trackers"])
+        if extended is not None:
+            config = _extend(path, manifest, extended)
         run = Run(path, manifest | {"environment": here, "config": config}, lock, quiet=quiet)
         if differing:
             run.notice(f"resuming though it is not bit-exact: {', '.join(differing)}")
         if code := env.changes(manifest["code"], env.code_version()):
             run.notice(f"the code has changed since the run began: {', '.join(code)}")
         return run
+
+
+def _extend(path: Path, manifest: dict[str, Any], extended: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes the configuration to go on with into the record, and moves the old end's result aside."""
+    config = plain_config(extended)
+    changed = env.changes(env.flattened(manifest["config"]), env.flattened(config))
+    last_step = JsonlLog(path / "metrics.jsonl", one_row_per_step=True).last_step
+    manifest["config"] = config
+    manifest.setdefault("extensions", []).append({"step": last_step, "changed": changed})
+    with storage_errors(f"extend {path}"):
+        if (path / "result.json").is_file():
+            os.replace(path / "result.json", path / f"result-step-{last_step:06d}.json")
+    write_record(path, manifest)
+    return config
 
 
 def discard_unbegun(path: Path) -> None:

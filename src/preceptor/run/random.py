@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from preceptor.errors import CheckpointError, ConfigError, nearest
+from preceptor.errors import CheckpointError, ConfigError, did_you_mean
 
 
 def derived_seed(seed: int, name: str) -> int:
@@ -43,7 +43,7 @@ class RandomStreams(Mapping[str, torch.Generator]):
         try:
             return self._generators[name]
         except KeyError:
-            hint = nearest(name, self._generators)
+            hint = did_you_mean(name, self._generators)
             raise KeyError(f"no random stream {name!r}{hint}; this run has {', '.join(self._generators)}") from None
 
     def __iter__(self) -> Iterator[str]:

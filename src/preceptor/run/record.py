@@ -26,7 +26,7 @@ def write_record(path: Path, manifest: Mapping[str, Any]) -> None:
     """Writes ``config.yaml`` and then ``manifest.json``, whose presence means that the run has begun."""
     config = yaml.safe_dump(manifest["config"], sort_keys=False, allow_unicode=True)
     replace_file(path / "config.yaml", config)
-    text = json.dumps({"schema": _SCHEMA, **manifest}, indent=2, ensure_ascii=False)
+    text = json.dumps({**manifest, "schema": _SCHEMA}, indent=2, ensure_ascii=False)
     replace_file(path / "manifest.json", text + "\n")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from preceptor.errors import ConfigError, MissingExtraError, ServiceError, nearest
+from preceptor.errors import ConfigError, MissingExtraError, ServiceError, did_you_mean
 from preceptor.run.files import replace_file
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -33,7 +33,9 @@ def check_trackers(names: Iterable[str]) -> None:
     """
     for name in names:
         if name not in TRACKERS:
-            raise ConfigError(f"tracker {name!r} is not known{nearest(name, TRACKERS)}; allowed: {', '.join(TRACKERS)}")
+            raise ConfigError(
+                f"tracker {name!r} is not known{did_you_mean(name, TRACKERS)}; allowed: {', '.join(TRACKERS)}"
+            )
         if importlib.util.find_spec(name) is None:
             raise MissingExtraError(f"tracking with {name}", package=name, extra=name)
 

@@ -9,7 +9,7 @@ import importlib
 from functools import cache
 from importlib.metadata import entry_points
 
-from preceptor.errors import ConfigError, nearest
+from preceptor.errors import ConfigError, did_you_mean
 from preceptor.systems.base import System
 
 GROUP = "preceptor.systems"
@@ -38,7 +38,7 @@ def find_system(name: str) -> System:
     """
     targets = known_systems()
     if name not in targets:
-        hint = nearest(name[:100], targets) or f"; there are {', '.join(targets)}"
+        hint = did_you_mean(name[:100], targets) or f"; there are {', '.join(targets)}"
         raise ConfigError(f"unknown system {name[:100]!r}{hint}")
     module, _, attribute = targets[name].partition(":")
     try:

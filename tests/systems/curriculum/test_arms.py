@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from preceptor.systems.curriculum.arms import FROZEN, Arm, plan_arms, static_grid
@@ -31,22 +29,26 @@ def test_the_whole_system_comes_first_and_each_control_takes_one_thing_away() ->
 
 
 def test_without_rollouts_there_is_nothing_to_freeze() -> None:
-    assert names(replace(BASE, ppo=PPOOptions(weight=0.0))) == ["learning_progress", "uniform", "second_order"]
+    assert names(BASE.model_copy(update={"ppo": PPOOptions(weight=0.0)})) == [
+        "learning_progress",
+        "uniform",
+        "second_order",
+    ]
 
 
 def test_without_cross_entropy_every_arm_writes() -> None:
-    arms = plan_arms(replace(BASE, update=UpdateOptions(cross_entropy_weight=0.0)))
+    arms = plan_arms(BASE.model_copy(update={"update": UpdateOptions(cross_entropy_weight=0.0)}))
     assert [arm.name for arm in arms] == ["learning_progress", FROZEN, "uniform", "second_order"]
     assert all(arm.writes for arm in arms)
 
 
 def test_a_rule_is_not_its_own_control() -> None:
-    config = replace(BASE, mixture=MixtureOptions(rule="uniform"), ppo=PPOOptions(weight=0.0))
+    config = BASE.model_copy(update={"mixture": MixtureOptions(rule="uniform"), "ppo": PPOOptions(weight=0.0)})
     assert names(config) == ["uniform", "second_order"]
 
 
 def test_the_settings_of_the_rule_reach_its_arms_alone() -> None:
-    config = replace(BASE, mixture=MixtureOptions(settings={"threshold": 3.0}))
+    config = BASE.model_copy(update={"mixture": MixtureOptions(settings={"threshold": 3.0})})
     assert [arm.settings for arm in plan_arms(config)] == [{"threshold": 3.0}] * 3 + [{}] * 2
 
 
@@ -60,7 +62,9 @@ def test_the_static_grid() -> None:
         "static_more_b": (1, 2, 1),
         "static_more_c": (1, 1, 2),
     }
-    config = replace(BASE, controls=ControlOptions(rules=(), static_grid="omit"), ppo=PPOOptions(weight=0.0))
+    config = BASE.model_copy(
+        update={"controls": ControlOptions(rules=(), static_grid="omit"), "ppo": PPOOptions(weight=0.0)}
+    )
     assert names(config)[1:] == [f"static_no_{name}" for name in ("code", "manual", "dialogue", "noise")]
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from preceptor.data.blocks import TokenBlocks
-from preceptor.data.mixture import MixtureDataset, MixtureSampler
+from preceptor.data.corpora.blocks import TokenBlocks
+from preceptor.data.corpora.mixture import MixtureDataset, MixtureSampler
 from preceptor.errors import ConfigError
-from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import load_language_model
+from preceptor.lm.model import LanguageModel
 from preceptor.objectives import make_mixture
 from preceptor.systems.curriculum.callback import MixtureCallback
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from preceptor.errors import DataError, ModelError
-from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import load_language_model
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum.difficulty import document_losses
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from preceptor.config import load_config
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum.arms import Arm
 from preceptor.systems.curriculum.config import (
     CurriculumConfig,
@@ -65,7 +64,7 @@ def test_a_new_arm_puts_the_policy_back(tiny: LanguageModel, corpora: list[Corpu
 def test_only_an_arm_that_writes_has_a_value_network(tiny: LanguageModel, corpora: list[Corpus]) -> None:
     assert make(tiny, corpora, Arm("x", "uniform")).value_network is None
     assert make(tiny, corpora, Arm("x", "uniform", writes=True)).value_network is not None
-    grouped = replace(CONFIG, ppo=replace(CONFIG.ppo, advantage="rloo"))
+    grouped = CONFIG.model_copy(update={"ppo": CONFIG.ppo.model_copy(update={"advantage": "rloo"})})
     assert make(tiny, corpora, Arm("x", "uniform", writes=True), grouped).value_network is None
 
 
@@ -78,9 +77,9 @@ def test_an_arm_that_does_not_learn_has_learning_rate_zero(tiny: LanguageModel, 
 def test_warm_up_and_decay() -> None:
     linear = UpdateOptions(steps=6, warm_up_steps=2, decay="linear")
     assert [learning_rate_scale(step, linear) for step in range(1, 7)] == [0.5, 1, 1, 0.75, 0.5, 0.25]
-    flat = replace(linear, decay="none", warm_up_steps=0)
+    flat = linear.model_copy(update={"decay": "none", "warm_up_steps": 0})
     assert {learning_rate_scale(step, flat) for step in range(1, 7)} == {1.0}
-    cosine = replace(linear, decay="cosine")
+    cosine = linear.model_copy(update={"decay": "cosine"})
     assert learning_rate_scale(5, cosine) == pytest.approx(0.5)  # half of the decay is done
 
 
@@ -110,13 +109,16 @@ def test_difficulty_is_the_frozen_models_loss_on_one_sample(tiny: LanguageModel,
     learner.refresh_frozen()
     assert measure()["mean"] != first["mean"]
     assert learner.sample == sample
-    measure(replace(CONFIG.difficulty, resample=True))
+    measure(CONFIG.difficulty.model_copy(update={"resample": True}))
     assert learner.sample != sample
 
 
 def test_the_weights_are_shares_of_tokens_however_long_the_rows(tiny: LanguageModel, tmp_path: Path) -> None:
     (tmp_path / "short.jsonl").write_text('{"text": "pears"}\n' * 100)
-    datasets = (DatasetOptions("short", "short.jsonl"), DatasetOptions("noise", "builtin:noise"))
+    datasets = (
+        DatasetOptions(name="short", location="short.jsonl"),
+        DatasetOptions(name="noise", location="builtin:noise"),
+    )
     corpora = read_corpora(DataOptions(root=str(tmp_path), datasets=datasets, block_tokens=24), tiny)
     assert len(corpora[0].train[0]) < 6  # rows four times as short as the noise's
     learner = make(tiny, corpora, Arm("x", "static", weights=(3.0, 1.0)))

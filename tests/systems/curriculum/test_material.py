@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from preceptor.errors import DataError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum.choices import BUILTIN
 from preceptor.systems.curriculum.config import DataOptions, DatasetOptions
 from preceptor.systems.curriculum.material import draw_prompts, evenly, prompt_of, read_corpora
@@ -31,7 +31,7 @@ def test_the_three_parts_share_no_document(tiny: LanguageModel, tmp_path: Path) 
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
     options = DataOptions(
         root=str(tmp_path),
-        datasets=(DatasetOptions("a", "a.jsonl"),),
+        datasets=(DatasetOptions(name="a", location="a.jsonl"),),
         validation_fraction=0.1,
         difficulty_fraction=0.2,
     )
@@ -49,7 +49,7 @@ def test_missing_datasets_are_named_together(tiny: LanguageModel, tmp_path: Path
     (tmp_path / "empty.txt").write_text("")
     options = DataOptions(
         root=str(tmp_path),
-        datasets=(DatasetOptions("a", "absent.jsonl"), DatasetOptions("b", "empty.txt")),
+        datasets=(DatasetOptions(name="a", location="absent.jsonl"), DatasetOptions(name="b", location="empty.txt")),
     )
     with pytest.raises(DataError) as caught:
         read_corpora(options, tiny)
@@ -65,7 +65,10 @@ def test_a_prompt_is_at_most_half_of_its_document() -> None:
 
 
 def test_prompts_follow_the_weights(tiny: LanguageModel) -> None:
-    datasets = (DatasetOptions("a", "builtin:dialogue"), DatasetOptions("b", "builtin:noise", target=False))
+    datasets = (
+        DatasetOptions(name="a", location="builtin:dialogue"),
+        DatasetOptions(name="b", location="builtin:noise", target=False),
+    )
     corpora = read_corpora(DataOptions(datasets=datasets), tiny)
     prompts = draw_prompts(
         corpora,
@@ -85,7 +88,10 @@ def test_prompts_follow_the_weights(tiny: LanguageModel) -> None:
 
 
 def test_validation_is_the_mean_over_tokens(tiny: LanguageModel) -> None:
-    datasets = (DatasetOptions("a", "builtin:dialogue"), DatasetOptions("b", "builtin:noise", target=False))
+    datasets = (
+        DatasetOptions(name="a", location="builtin:dialogue"),
+        DatasetOptions(name="b", location="builtin:noise", target=False),
+    )
     corpora = read_corpora(DataOptions(datasets=datasets, block_tokens=32), tiny)
     losses = validation_losses(tiny, corpora, num_rows=4)
     rows = evenly(corpora[0].validation, 4)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from preceptor.errors import StorageError
-from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import load_language_model
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum.config import ModelOptions
 from preceptor.systems.curriculum.model_folder import save_model
 from preceptor.systems.curriculum.policy_model import build_policy

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from preceptor.errors import ConfigError, DataError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum import choices, rewards
 from preceptor.systems.curriculum.config import RewardOptions
 from preceptor.systems.curriculum.rewards import RewardTerm, load_function, reward_terms, score, usable_rows
@@ -71,7 +71,7 @@ def test_what_is_not_counted_earns_nothing() -> None:
 
 
 def test_every_name_of_the_configuration_is_a_term(tiny: LanguageModel) -> None:
-    options = [RewardOptions(name) for name in choices.REWARDS]
+    options = [RewardOptions(name=name) for name in choices.REWARDS]
     terms = reward_terms(options, tiny, likelihood=tiny)
     made = rollouts_from([[5, 5, 6]], prompts=[[0, 4]], references=[[5]])
     assert [term.name for term in terms] == list(choices.REWARDS)
@@ -81,7 +81,7 @@ def test_every_name_of_the_configuration_is_a_term(tiny: LanguageModel) -> None:
 def test_the_users_own_function(tiny: LanguageModel, tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def count(prompts, continuations, references):\n    return [len(c) for c in continuations]\n")
-    (term,) = reward_terms([RewardOptions(f"{file}:count", 2.0)], tiny, likelihood=tiny)
+    (term,) = reward_terms([RewardOptions(name=f"{file}:count", weight=2.0)], tiny, likelihood=tiny)
     made = rollouts_from([tiny.encode("How much"), tiny.encode("Yes")])
     assert score(made, [term]).total.tolist() == [16.0, 6.0]
 
@@ -103,7 +103,7 @@ def test_a_function_that_is_not_there(name: str, message: str) -> None:
 def test_a_function_that_gives_too_few_numbers(tiny: LanguageModel, tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def one(prompts, continuations, references):\n    return [1.0]\n")
-    (term,) = reward_terms([RewardOptions(f"{file}:one")], tiny, likelihood=tiny)
+    (term,) = reward_terms([RewardOptions(name=f"{file}:one")], tiny, likelihood=tiny)
     with pytest.raises(DataError, match="gave 1 numbers for 2 continuations"):
         score(rollouts_from([[5], [6]]), [term])
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from preceptor.lm import language_model
-from preceptor.lm.attention import kernel_is_faster
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm import model as lm_model
+from preceptor.lm.cpu.attention import kernel_is_faster
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum import rollout
 from preceptor.systems.curriculum.rollout import (
     Prompt,
@@ -153,9 +153,9 @@ def test_packed_rows_say_and_teach_what_plain_rows_do(
 
 def test_what_packs_is_a_cpu_with_the_kernel(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tiny.skips_hidden_slots == kernel_is_faster()
-    monkeypatch.setattr(language_model, "kernel_is_faster", lambda: False)
+    monkeypatch.setattr(lm_model, "kernel_is_faster", lambda: False)
     assert not tiny.skips_hidden_slots
-    monkeypatch.setattr(language_model, "kernel_is_faster", lambda: True)
+    monkeypatch.setattr(lm_model, "kernel_is_faster", lambda: True)
     assert tiny.skips_hidden_slots
     tiny.model.set_attn_implementation("eager")
     assert not tiny.skips_hidden_slots

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from preceptor.config import load_config, to_dict
 from preceptor.lm.embedding import HiddenStates
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.lm.tokenizer import train_bpe_tokenizer
 from preceptor.run.folder import Run, create_run, open_run
@@ -138,7 +138,7 @@ def planted_run(path: Path, config: ReadingConfig) -> Run:
 
 def planted_classroom(config: ReadingConfig, run: Run, **policy_options: Any) -> Classroom:
     lm = tiny_language_model(config.seed)
-    untrained_lm = lm.untrained()
+    untrained_lm = lm.initial_model()
     reading = Reading("planted", "Planted", KEYS, VALUES)
     material = encode_reading(reading, lm, prompt="{title}\n", use_chat_template=False)
     sampling = Sampling(suppressed=lm.special_tokens)

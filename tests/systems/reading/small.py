@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from preceptor.lm.embedding import HiddenStates
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.lm.tokenizer import train_bpe_tokenizer
 from preceptor.systems.reading.classroom import identity_projection
@@ -60,7 +60,7 @@ def policies(
     lm: LanguageModel, *, layer: int = -2, projection: bool = True, temperature: float = 2.0, **sampling: Any
 ) -> tuple[Policy, Policy, Material, Keys]:
     """The policy, what it was before training, the article, and its keys."""
-    lms = (lm, lm.untrained())
+    lms = (lm, lm.initial_model())
     policy, untrained = (
         Policy(
             model,

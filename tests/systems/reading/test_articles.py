@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from preceptor.data.article import Article, read_file
-from preceptor.data.pairs import sentence_pairs
+from preceptor.data.articles.article import Article, read_file
+from preceptor.data.articles.pairs import sentence_pairs
 from preceptor.errors import DataError
-from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import load_language_model
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.reading.articles import bundled_article, load_readings, spread, to_reading
 from preceptor.systems.reading.config import DataOptions
 from preceptor.systems.reading.episode import check_budget

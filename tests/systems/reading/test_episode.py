@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from preceptor.errors import DataError, ShapeError
-from preceptor.lm.chat import Turns
+from preceptor.lm.chat import ChatMarkers
 from preceptor.systems.reading.episode import check_budget
 from preceptor.systems.reading.material import Material, Reading, encode_reading
 from preceptor.systems.reading.policy import Policy, Trajectories
 from tests.systems.reading.small import READING, language_model, perturb, policies, rollout
 
-PLAIN_TURNS = Turns()
-TURNS = Turns(before_prompt=(0, 40), before_query=(41, 42), before_value=(43,))
+PLAIN_CHAT_MARKERS = ChatMarkers()
+CHAT_MARKERS = ChatMarkers(before_prompt=(0, 40), before_query=(41, 42), before_value=(43,))
 """Stand-ins for a chat template's markers."""
 
 
@@ -59,13 +59,15 @@ def test_the_budget_is_what_is_read(budget: int) -> None:
     assert all(len(set(row)) == budget for row in trajectories.order.tolist())
 
 
-@pytest.mark.parametrize("turns", [PLAIN_TURNS, TURNS], ids=["plain", "turns"])
-def test_every_row_is_what_the_bare_model_says_of_it_alone(turns: Turns) -> None:
+@pytest.mark.parametrize("chat_markers", [PLAIN_CHAT_MARKERS, CHAT_MARKERS], ids=["plain", "chat"])
+def test_every_row_is_what_the_bare_model_says_of_it_alone(chat_markers: ChatMarkers) -> None:
     """Queries, their probabilities and vectors, and the selection, from one full re-encoding of each row by itself."""
     lm = language_model()
     policy, untrained, material, keys = policies(lm, layer=1, temperature=2.0)
     policy.sampling = untrained.sampling  # temperature 1: the parameter above is the selection's
-    material = dataclasses.replace(material, turns=turns, prompt=(*turns.before_prompt, *material.prompt))
+    material = dataclasses.replace(
+        material, chat_markers=chat_markers, prompt=(*chat_markers.before_prompt, *material.prompt)
+    )
     perturb(policy, scale=0.05)
     trajectories = rollout(policy, material, keys, num_episodes=5, budget=4)
     lengths = set()
@@ -73,7 +75,7 @@ def test_every_row_is_what_the_bare_model_says_of_it_alone(turns: Turns) -> None
         tokens, remaining = list(material.prompt), list(range(5))
         for step in range(4):
             if step:
-                tokens += turns.before_query
+                tokens += chat_markers.before_query
             start = len(tokens)
             tokens += trajectories.queries[episode, step].tolist()
             with torch.no_grad():
@@ -90,7 +92,7 @@ def test_every_row_is_what_the_bare_model_says_of_it_alone(turns: Turns) -> None
             torch.testing.assert_close(found, choice, rtol=0, atol=1e-5)
             pair = int(trajectories.order[episode, step])
             remaining.remove(pair)
-            tokens += [*turns.before_value, *material.values[pair]]
+            tokens += [*chat_markers.before_value, *material.values[pair]]
         lengths.add(len(tokens))
     assert len(lengths) > 1  # rows of different length stood side by side
 
@@ -197,7 +199,7 @@ def test_a_probe_after_queries_stands_in_the_longest_row() -> None:
 
 def test_turn_markers_count_towards_the_context() -> None:
     _, _, material, _ = policies(language_model())
-    material = dataclasses.replace(lengthened(material, prompt=10, values=[6] * 5), turns=TURNS)
+    material = dataclasses.replace(lengthened(material, prompt=10, values=[6] * 5), chat_markers=CHAT_MARKERS)
     room = 10 + (4 + 1 + 6) + (2 + 4 + 1 + 6)  # the prompt has opened the first query
     check_budget(room, material, budget=2, query_tokens=4)
     with pytest.raises(DataError, match="1 do"):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import Adapter, load_language_model
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.reading.classroom import identity_projection
 from preceptor.systems.reading.policy import Keys, Policy, Trajectories
 from preceptor.systems.reading.train import learn

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from preceptor.errors import DataError
-from preceptor.lm.chat import Turns
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.chat import ChatMarkers
 from preceptor.lm.load import load_language_model
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.reading.material import Material, Reading, Span, encode_reading
 from tests.systems.reading.small import READING, language_model
 
@@ -47,7 +47,9 @@ def test_what_the_reader_sees_without_queries() -> None:
 
 
 def test_turn_markers_stand_between_queries_and_values_and_belong_to_neither() -> None:
-    turned = dataclasses.replace(BARE, turns=Turns(before_prompt=(0,), before_query=(41, 42), before_value=(43,)))
+    turned = dataclasses.replace(
+        BARE, chat_markers=ChatMarkers(before_prompt=(0,), before_query=(41, 42), before_value=(43,))
+    )
     row = turned.query_row([1, 0], [[7, 8], [9]])
     assert row.tokens == (0, 5, 7, 8, 43, 23, 41, 42, 9, 43, 21, 22)
     assert row.stretches("query") == [(2, 4), (8, 9)]

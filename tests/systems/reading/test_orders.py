@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.reading.material import Material, Reading, encode_reading
 from preceptor.systems.reading.orders import (
     Order,

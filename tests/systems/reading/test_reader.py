@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from preceptor.errors import DataError
-from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import load_language_model
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.reading.credit import judge
 from preceptor.systems.reading.material import Material, Reading, encode_reading
 from preceptor.systems.reading.policy import Trajectories

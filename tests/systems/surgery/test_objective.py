@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -19,7 +17,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def judged(objective: str, logits: torch.Tensor, **options: float) -> tuple[torch.Tensor, float]:
     _, targets, referee = batch()
-    learning = dataclasses.replace(LearningOptions(partial_reward=0.0), objective=objective, **options)
+    learning = LearningOptions(**{"partial_reward": 0.0, "objective": objective, **options})
     given = referee if needs_referee(learning) else None
     return judge(logits, targets, referee_probs=given, learning=learning, generator=torch.Generator().manual_seed(1))
 

@@ -12,6 +12,7 @@ SYSTEM = System(
     streams=("difficulty", "prompt", "rollout", "minibatch"),
     train=lazy("preceptor.systems.curriculum.train:train"),
     result=lazy("preceptor.systems.curriculum.result:curriculum_result"),
+    sections=lazy("preceptor.systems.curriculum.report:sections"),
     verify=lazy("preceptor.systems.curriculum.replay:replay"),
     flags=FLAGS,
     choices=CHOICES,

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from preceptor.data.mixture import MixtureDataset
+from preceptor.data.corpora.mixture import MixtureDataset
 from preceptor.errors import CheckpointError, ConfigError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.objectives import Mixture, document_difficulty
 from preceptor.systems.curriculum.difficulty import document_losses
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.objectives.mixture import Mixture
 from preceptor.objectives.mixture_rules import Difficulty
 from preceptor.systems.curriculum.rewards import Rewards

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from preceptor.errors import DataError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.score import token_log_probs
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from preceptor.data.mixture import MixtureSampler
+from preceptor.data.corpora.mixture import MixtureSampler
 from preceptor.errors import CheckpointError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.objectives.kl import AdaptiveKLController
 from preceptor.objectives.mixture import make_mixture
 from preceptor.run.checkpoint import Checkpoint, load_optimizer, optimizer_tensors

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from preceptor.data.blocks import TokenBlocks, pack_blocks, split_held_out, tokenise
-from preceptor.data.datasets import read_sources
+from preceptor.data.corpora.blocks import TokenBlocks, pack_blocks, split_held_out, tokenise
+from preceptor.data.corpora.datasets import read_sources
 from preceptor.errors import DataError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum.config import DataOptions, DatasetOptions
 from preceptor.systems.curriculum.rollout import Prompt, end_token
 from preceptor.systems.curriculum.texts import builtin_documents

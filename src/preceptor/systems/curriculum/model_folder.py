@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.run.files import TEMPORARY, storage_errors
 
 

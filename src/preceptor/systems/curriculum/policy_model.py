@@ -7,8 +7,8 @@ import copy
 import torch
 from transformers import AutoModelForCausalLM
 
-from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import Adapter, load_language_model
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum.config import ModelOptions
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from preceptor.errors import DataError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.objectives.mixture import make_mixture
 from preceptor.run.metrics import read_jsonl
 from preceptor.run.random import derived_seed

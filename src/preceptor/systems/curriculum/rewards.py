@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from preceptor.errors import ConfigError, DataError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.score import token_log_probs
 from preceptor.systems.curriculum.config import RewardOptions
 from preceptor.systems.curriculum.rollout import Rollouts

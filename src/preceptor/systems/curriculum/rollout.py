@@ -1,4 +1,4 @@
-"""Rollouts: the policy goes on from the first tokens of documents, one batch on one kept cache."""
+"""Rollouts: the policy goes on from the first tokens of documents, one batch on one KV cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from preceptor.lm.decode import Decoder
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.lm.score import pad_rows
 

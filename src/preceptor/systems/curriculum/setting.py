@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from preceptor.errors import ConfigError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.run.random import derived_seed
 from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.material import Corpus, read_corpora
@@ -55,7 +55,7 @@ def prepare(config: CurriculumConfig, run: Run) -> Setting:
             f"{corpus.name}: {corpus.train.num_tokens:,} tokens to train on in {len(corpus.documents):,} documents, "
             f"{len(corpus.validation)} rows to validate on{'' if corpus.target else '; not a target'}"
         )
-    reference = lm.untrained()
+    reference = lm.initial_model()
     return Setting(
         lm=lm,
         initial={name: parameter.detach().clone() for name, parameter in lm.trainable_parameters().items()},

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from preceptor.data.blocks import pad_blocks
-from preceptor.lm.language_model import LanguageModel
+from preceptor.data.corpora.blocks import pad_blocks
+from preceptor.lm.model import LanguageModel
 from preceptor.objectives.kl import kl_k1, kl_k3
 from preceptor.objectives.mixture import document_difficulty
 from preceptor.objectives.statistics import masked_mean

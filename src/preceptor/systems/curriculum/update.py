@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.objectives.kl import kl_exact, kl_k2, kl_k3
 from preceptor.objectives.policy_gradient import cispo_loss, clip_fraction, gspo_loss, ppo_clip_loss, reinforce_loss

@@ -9,7 +9,7 @@ import torch
 
 from preceptor.errors import NumericError
 from preceptor.lm.decode import Decoder
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.lm.score import token_log_probs
 from preceptor.objectives.kl import kl_k3

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-from preceptor.lm.attention import CpuAttention
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.cpu.attention import CpuAttention
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum.rollout import Rollouts
 
 

@@ -23,6 +23,7 @@ SYSTEM = System(
     ),
     train=lazy("preceptor.systems.reading.train:train"),
     result=lazy("preceptor.systems.reading.result:reading_result"),
+    sections=lazy("preceptor.systems.reading.report:sections"),
     verify=lazy("preceptor.systems.reading.replay:replay"),
     flags=FLAGS,
     inputs=INPUTS,

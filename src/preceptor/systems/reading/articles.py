@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from preceptor.data.article import Article, article_folder, read_article, read_file
-from preceptor.data.pairs import Pair, chunk_pairs, sentence_pairs
+from preceptor.data.articles.article import Article, article_folder, read_article, read_file
+from preceptor.data.articles.pairs import Pair, chunk_pairs, sentence_pairs
 from preceptor.errors import DataError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.reading.config import DataOptions
 from preceptor.systems.reading.material import Reading
 

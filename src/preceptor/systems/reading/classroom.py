@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from preceptor.data.embedders import SentenceTransformerEmbedder, TextEmbedder
-from preceptor.data.openai_embedder import OpenAIEmbedder
+from preceptor.data.embedders.base import TextEmbedder
+from preceptor.data.embedders.openai import OpenAIEmbedder
+from preceptor.data.embedders.sentence_transformers import SentenceTransformerEmbedder
 from preceptor.errors import ConfigError
 from preceptor.lm.embedding import MODEL_EMBEDDINGS
-from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import Adapter, load_language_model
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.objectives.selection import calibrated_temperature
 from preceptor.run.device import parse_dtype
@@ -69,7 +70,7 @@ def prepare(config: ReadingConfig, run: Run, *, cache_dir: Path, openai_api_key:
     lm = load_language_model(
         config.model.name, device=run.device, dtype=parse_dtype(config.model.dtype), adapter=adapter
     )
-    untrained_lm = lm.untrained()
+    untrained_lm = lm.initial_model()
     readings = load_readings(config.data, lm, cache_dir=cache_dir)
     for reading in (*readings.train, *readings.held_out):
         if reading.num_pairs < config.data.num_pairs:

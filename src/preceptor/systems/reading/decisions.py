@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.reading.material import Row, Span
 from preceptor.systems.reading.policy import Trajectories
 from preceptor.systems.reading.reader import Scored

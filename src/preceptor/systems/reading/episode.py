@@ -29,7 +29,7 @@ def run_episodes(
     orders: Sequence[Sequence[int]] | None = None,
     reference: Policy | None = None,
 ) -> Trajectories:
-    """``num_episodes`` readings of ``material``, advancing together on one kept cache.
+    """``num_episodes`` readings of ``material``, advancing together on one KV cache.
 
     1. The context is the prompt; all pairs are available.
     2. The policy writes a query of ``query_tokens`` tokens given all that it has read.
@@ -82,7 +82,7 @@ def run_episodes(
         available = available.scatter(1, pair[:, None], False)
         if step + 1 < budget:
             read = [
-                [*material.turns.before_value, *material.values[index], *material.turns.before_query]
+                [*material.chat_markers.before_value, *material.values[index], *material.chat_markers.before_query]
                 for index in pair.tolist()
             ]
             decoder.append(read)
@@ -113,16 +113,16 @@ def check_budget(
     Raises:
         DataError: and says how many pairs fit.
     """
-    name, num_pairs, turns = material.reading.name, material.reading.num_pairs, material.turns
+    name, num_pairs, chat_markers = material.reading.name, material.reading.num_pairs, material.chat_markers
     if not 1 <= budget <= num_pairs:
         raise DataError(
             f"`episode.budget` must lie in 1..{num_pairs} for {name}, which has {num_pairs} pairs, got {budget}"
         )
-    prompt = len(material.prompt) - len(turns.before_query)  # the prompt has opened the first query already
+    prompt = len(material.prompt) - len(chat_markers.before_query)  # the prompt has opened the first query already
     values, fitting = 0, 0
     for length in sorted((len(value) for value in material.values), reverse=True):
         values += length
-        queries = (fitting + 1) * (query_tokens + len(turns.before_value) + len(turns.before_query))
+        queries = (fitting + 1) * (query_tokens + len(chat_markers.before_value) + len(chat_markers.before_query))
         with_queries = prompt + queries + values + len(material.probe) * probe_after_queries
         if max(with_queries, 1 + values + len(material.probe)) > context_length:
             break

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.objectives.statistics import RunningMoments
 from preceptor.run.checkpoint import Checkpoint, copy_tensors, load_optimizer, optimizer_tensors
 from preceptor.run.folder import Run
@@ -117,6 +117,6 @@ def build_optimiser(policy: Policy, update: UpdateOptions) -> torch.optim.Optimi
     ]
     if policy.projection is not None:
         groups.append({"params": list(policy.projection.parameters()), "lr": update.projection_learning_rate})
-    if update.optimiser == "adamw":
+    if update.optimizer == "adamw":
         return torch.optim.AdamW(groups, weight_decay=update.weight_decay)
     return torch.optim.Adam(groups)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from preceptor.errors import DataError
-from preceptor.lm.chat import Turns
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.chat import ChatMarkers
+from preceptor.lm.model import LanguageModel
 
 Kind = Literal["prompt", "query", "value", "probe"]
 
@@ -67,7 +67,7 @@ class Material:
         keys, values: token ids of each pair's key and value.
         probe: token ids of the held-out text.
         prompt: token ids that the policy reads first.
-        turns: tokens around queries and values (a chat template's turn markers, or nothing).
+        chat_markers: tokens around queries and values (empty without a chat template).
     """
 
     reading: Reading
@@ -76,16 +76,16 @@ class Material:
     probe: tuple[int, ...]
     prompt: tuple[int, ...]
     begin: int
-    turns: Turns = field(default_factory=Turns)
+    chat_markers: ChatMarkers = field(default_factory=ChatMarkers)
 
     def query_row(self, order: Sequence[int], queries: Sequence[Sequence[int]], *, with_probe: bool = False) -> Row:
         """Prompt, then each step's query and value (what the policy sees), then the probe if it is wanted."""
         builder = _RowBuilder("prompt", self.prompt)
         for step, (pair, query) in enumerate(zip(order, queries, strict=True)):
             if step:
-                builder.add("prompt", self.turns.before_query)
+                builder.add("prompt", self.chat_markers.before_query)
             builder.add("query", query)
-            builder.add("prompt", self.turns.before_value)
+            builder.add("prompt", self.chat_markers.before_value)
             builder.add("value", self.values[pair], pair)
         if with_probe:
             builder.add("probe", self.probe)
@@ -130,13 +130,13 @@ def encode_reading(reading: Reading, lm: LanguageModel, *, prompt: str, use_chat
         if not key or not value:
             raise DataError(f"pair {index} of {reading.name} has no tokens for {lm.name}; remove the sentence")
     text = prompt.replace("{title}", reading.title)
-    turns = Turns.of(lm) if use_chat_template and lm.tokenizer.chat_template else None
+    chat_markers = ChatMarkers.of(lm) if use_chat_template and lm.tokenizer.chat_template else None
     return Material(
         reading=reading,
         keys=keys,
         values=values,
         probe=tuple(lm.encode(" " + reading.probe)) if reading.probe else (),
-        prompt=(lm.begin_token, *lm.encode(text)) if turns is None else turns.opening(lm, text),
+        prompt=(lm.begin_token, *lm.encode(text)) if chat_markers is None else chat_markers.opening(lm, text),
         begin=lm.begin_token,
-        turns=turns or Turns(),
+        chat_markers=chat_markers or ChatMarkers(),
     )

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from preceptor.data.embedders import TextEmbedder
+from preceptor.data.embedders.base import TextEmbedder
 from preceptor.errors import ModelError, ShapeError
 from preceptor.lm.embedding import ModelEmbedding, key_vectors
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.lm.score import pad_rows, span_mask
 from preceptor.objectives.entropy import entropy

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from preceptor.errors import DataError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.score import branch_log_probs, token_log_probs
 from preceptor.systems.reading.material import Material, Row
 from preceptor.systems.reading.policy import Trajectories
@@ -129,7 +129,7 @@ def scores_after_reference_queries(reader: Reader, trajectories: Trajectories, r
     ):
         branches = []
         for (start, _), pair, query in zip(row.stretches("query"), order, queries, strict=True):
-            given = (*reader.query_tokens(query), *material.turns.before_value)
+            given = (*reader.query_tokens(query), *material.chat_markers.before_value)
             branches.append((start, (*given, *material.values[pair]), len(given)))
         scored.append(Scored(row, tuple(reader.branches(row, branches))))
     return scored

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from preceptor.errors import DataError, StorageError
-from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import load_language_model
+from preceptor.lm.model import LanguageModel
 from preceptor.run.device import parse_dtype
 from preceptor.run.files import storage_errors
 from preceptor.run.metrics import read_jsonl

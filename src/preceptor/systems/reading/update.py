@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.score import span_mask
 from preceptor.objectives.kl import kl_exact
 from preceptor.objectives.policy_gradient import reinforce_loss

@@ -12,6 +12,7 @@ SYSTEM = System(
     streams=(),
     train=lazy("preceptor.systems.surgery.loop:train"),
     result=lazy("preceptor.systems.surgery.evaluate:result"),
+    sections=lazy("preceptor.systems.surgery.report:sections"),
     verify=lazy("preceptor.systems.surgery.verify:verify"),
     flags=FLAGS,
     choices=CHOICES,

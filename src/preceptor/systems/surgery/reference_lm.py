@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from preceptor.errors import ConfigError, DataError
-from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import load_language_model
+from preceptor.lm.model import LanguageModel
 
 CHUNK_POSITIONS = 8192
 """Positions whose distributions over the vocabulary are held in memory at a time."""

@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from preceptor.data.corpus import read_documents
+from preceptor.data.corpora.corpus import read_documents
 from preceptor.errors import DataError
 from preceptor.lm.tokenizer import train_bpe_tokenizer
 from preceptor.run.random import derived_seed

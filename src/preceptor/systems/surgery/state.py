@@ -41,7 +41,7 @@ class State:
             device=setup.device,
         )
         self.student = Student(model, config.learning, setup.reference_lm)
-        targets = attention_targets(model, roles=config.edit.roles, layers=config.edit.layers or None)  # type: ignore[arg-type]
+        targets = attention_targets(model, roles=config.edit.roles, layers=config.edit.layers or None)
         self.surgery = Surgery(
             self.student,
             Edit(config.edit.kind, targets, rank=config.edit.rank, max_relative_norm=config.edit.max_relative_norm),

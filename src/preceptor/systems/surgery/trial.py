@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from preceptor.errors import ConfigError, ModelError, ShapeError, nearest
+from preceptor.errors import ConfigError, ModelError, ShapeError, did_you_mean
 from preceptor.lm.edit_targets import Target
 from preceptor.systems.surgery.environment import Student
 from preceptor.systems.surgery.rewards import Acceptance, Draws, Examiner, Quality, acceptance, window_losses
@@ -73,7 +73,7 @@ class Edit:
     ) -> None:
         faults = []
         if kind not in EDIT_KINDS:
-            faults.append(f"edits are {', '.join(EDIT_KINDS)}, got {kind!r}{nearest(kind, EDIT_KINDS)}")
+            faults.append(f"edits are {', '.join(EDIT_KINDS)}, got {kind!r}{did_you_mean(kind, EDIT_KINDS)}")
         if not targets:
             faults.append("an edit needs at least one target, got none")
         if rank < 1:
