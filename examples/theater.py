@@ -10,8 +10,8 @@ import sys
 
 import torch
 
+from preceptor.lm.edit_targets import attention_targets
 from preceptor.lm.load import load_language_model
-from preceptor.systems.surgery.environment import attention_targets
 from preceptor.systems.surgery.theater import SurgicalTheater
 
 TEXT = "The theory of relativity was developed by Albert Einstein. It changed the way physicists see space and time."

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from preceptor.errors import ModelError
+from preceptor.lm.edit_targets import Target, attention_targets, named_targets
 from preceptor.run.signals import StopSignals
 from preceptor.systems.surgery import theater as theater_module
-from preceptor.systems.surgery.environment import Target, attention_targets, named_targets
 from preceptor.systems.surgery.theater import SurgicalTheater
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)

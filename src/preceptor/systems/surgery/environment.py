@@ -177,7 +177,7 @@ class Student:
             ModelError: a theater is open.
         """
         return {
-            "model": self.model.state_dict(),
+            "model": self._weights(),
             "optimizer": optimizer_state(self.optimizer),
             "costs": asdict(self.costs),
             "guard": self.guard.state_dict(),
@@ -190,12 +190,17 @@ class Student:
             CheckpointError: it belongs to another student.
             ModelError: a theater is open.
         """
-        copy_tensors(state["model"], self.model.state_dict())
+        copy_tensors(state["model"], self._weights())
         load_optimizer(
             self.optimizer, copy.deepcopy(state["optimizer"])
         )  # torch would go on in the tensors it is given
         self.costs = Costs(**state["costs"])
         self.guard.load_state_dict(state["guard"])
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The live weights, each once: ``state_dict``, which an open theater refuses, has tied ones under two names."""
+        state = self.model.state_dict()
+        return {name: state[name] for name in self._parameters}
 
 
 class StateFeatures:

@@ -4,8 +4,11 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
-from preceptor.systems.surgery.result import surgery_result
+from preceptor.systems.surgery.evaluate import result, score_text
+from preceptor.systems.surgery.rewards import next_token_logits
+from tests.systems.surgery.small import small_model
 
 SEEDS = range(6)
 
@@ -35,32 +38,33 @@ def records(*, learned: float, evolution: float, shuffled: float) -> list[dict[s
     return found
 
 
-def result(given: list[dict[str, Any]]) -> dict[str, Any]:
-    found = surgery_result(given, config={}, seeds=list(SEEDS))
+def result_of(given: list[dict[str, Any]]) -> dict[str, Any]:
+    found = result(given, config={}, seeds=list(SEEDS))
     json.dumps(found)
     return found
 
 
 def test_the_surgeon_helps_only_above_both_deciding_arms() -> None:
     # To catch: any instead of all.
-    assert "The surgeon helps" in result(records(learned=0.1, evolution=0.05, shuffled=0.05))["verdict"]
+    assert "The surgeon helps" in result_of(records(learned=0.1, evolution=0.05, shuffled=0.05))["verdict"]
     for qualities in ((0.1, 0.15, 0.05), (0.1, 0.05, 0.15), (0.1, 0.1, 0.05), (-0.1, -0.05, -0.05)):
-        verdict = result(records(**dict(zip(("learned", "evolution", "shuffled"), qualities, strict=True))))["verdict"]
+        measured = dict(zip(("learned", "evolution", "shuffled"), qualities, strict=True))
+        verdict = result_of(records(**measured))["verdict"]
         assert "That the surgeon helps cannot be claimed" in verdict
 
 
 def test_few_seeds_say_nothing_about_the_surgeon() -> None:
     given = [r for r in records(learned=0.1, evolution=0.05, shuffled=0.05) if r["seed"] in (None, 0, 1, 2)]
-    assert "cannot be said from 3 seeds" in surgery_result(given, config={}, seeds=[0, 1, 2])["verdict"]
+    assert "cannot be said from 3 seeds" in result(given, config={}, seeds=[0, 1, 2])["verdict"]
 
 
 def test_the_student_stands_on_the_ladder_where_it_beats_both_figures() -> None:
-    verdict = result(records(learned=0.1, evolution=0.05, shuffled=0.05))["verdict"]
+    verdict = result_of(records(learned=0.1, evolution=0.05, shuffled=0.05))["verdict"]
     assert "2.199 nats per held-out token and 30.0 % accuracy, and passes the unigram and bigram in both" in verdict
 
 
 def test_the_share_of_the_gap_runs_from_the_unigram() -> None:
-    gaps = result(records(learned=0.1, evolution=0.05, shuffled=0.05))["gap_to_other_objectives"]["cross_entropy"]
+    gaps = result_of(records(learned=0.1, evolution=0.05, shuffled=0.05))["gap_to_other_objectives"]["cross_entropy"]
     # nats: (3.0 − 2.2) / (3.0 − 2.0), with noise on both; accuracy: (0.3 − 0.15) / (0.4 − 0.15)
     assert gaps["log_prob_at_equal_tokens"]["mean"] == pytest.approx(0.8, abs=1e-3)
     assert gaps["accuracy_at_equal_flops"]["mean"] == pytest.approx(0.6, abs=1e-9)
@@ -69,7 +73,7 @@ def test_the_share_of_the_gap_runs_from_the_unigram() -> None:
 def test_the_gap_at_equal_flops_is_that_to_the_run_of_equal_flops() -> None:
     given = records(learned=0.1, evolution=0.05, shuffled=0.05)
     given += [record("cross_entropy_equal_flops", seed, log_prob=-1.4, accuracy=0.65) for seed in SEEDS]
-    gaps = result(given)["gap_to_other_objectives"]["cross_entropy"]
+    gaps = result_of(given)["gap_to_other_objectives"]["cross_entropy"]
     # nats: (3.0 − 2.2) / (3.0 − 1.4), noise on the student's; accuracy: (0.3 − 0.15) / (0.65 − 0.15)
     assert gaps["log_prob_at_equal_flops"]["mean"] == pytest.approx(0.5, abs=1e-3)
     assert gaps["accuracy_at_equal_flops"]["mean"] == pytest.approx(0.3, abs=1e-9)
@@ -77,7 +81,7 @@ def test_the_gap_at_equal_flops_is_that_to_the_run_of_equal_flops() -> None:
 
 
 def test_joint_learning_is_compared_with_the_same_training() -> None:
-    verdict = result(records(learned=0.1, evolution=0.05, shuffled=0.05))["verdict"]
+    verdict = result_of(records(learned=0.1, evolution=0.05, shuffled=0.05))["verdict"]
     assert "Learning with surgery is +0.05 nats per token" in verdict
     assert "from the same training without." in verdict
 
@@ -85,7 +89,7 @@ def test_joint_learning_is_compared_with_the_same_training() -> None:
 def test_rungs_of_several_runs_are_one() -> None:
     given = records(learned=0.1, evolution=0.05, shuffled=0.05)
     rungs = [dict(r) for r in given if r["seed"] is None]
-    found = result([*given, *rungs])
+    found = result_of([*given, *rungs])
     assert len(found["records"]) == len(given)
     assert found["arms"]["bigram"]["log_prob"]["n"] == 1
     assert found["arms"]["learned"]["quality"]["n"] == 6
@@ -93,6 +97,27 @@ def test_rungs_of_several_runs_are_one() -> None:
 
 def test_a_run_without_controls_has_a_result() -> None:
     given = [r for r in records(learned=0.1, evolution=0.05, shuffled=0.05) if r["arm"] in ("no_edit", "unigram")]
-    found = result(given)
+    found = result_of(given)
     assert found["comparisons"] == []
     assert found["verdict"].startswith("By reinforcement alone")
+
+
+@pytest.mark.parametrize("length", [49, 44, 10])
+def test_score_text_predicts_every_token_once(length: int) -> None:
+    # To catch: the last, shorter block left out.
+    student = small_model()
+    tokens = torch.randint(7, (length,), generator=torch.Generator().manual_seed(0))
+    nats, hits, entropies = [], 0, []
+    for start in range(0, length - 1, 16):
+        block = tokens[start : start + 17]
+        logits = next_token_logits(student, block[None, :-1]).detach()[0]
+        for row, target in zip(logits, block[1:], strict=True):
+            log_probs = row.log_softmax(-1)
+            nats.append(-log_probs[target].item())
+            entropies.append(-(log_probs.exp() * log_probs).sum().item())
+            hits += int(row.argmax() == target)
+    assert len(nats) == length - 1
+    found = score_text(student, tokens, block_size=16)
+    assert found.cross_entropy == pytest.approx(sum(nats) / len(nats), rel=1e-5)
+    assert found.entropy == pytest.approx(sum(entropies) / len(nats), rel=1e-5)
+    assert found.accuracy == hits / len(nats)

@@ -14,12 +14,17 @@ from transformers import AutoModelForCausalLM
 
 from preceptor.config import to_dict
 from preceptor.run.folder import Run, create_run
-from preceptor.systems.surgery.config import ARMS, SurgeryConfig
-from preceptor.systems.surgery.materials import prepare
-from preceptor.systems.surgery.result import TABLE, UNITS
-from preceptor.systems.surgery.student import knowledge
-from preceptor.systems.surgery.train import STREAMS, train
-from tests.systems.surgery.small import CPU, small_config, write_text
+from preceptor.systems.base import Services
+from preceptor.systems.surgery import SYSTEM
+from preceptor.systems.surgery.config import ARMS, LearningOptions, SurgeryConfig
+from preceptor.systems.surgery.evaluate import TABLE, UNITS, score_text
+from preceptor.systems.surgery.loop import edit, measure, scheduled_rate, train, update
+from preceptor.systems.surgery.rewards import Acceptance
+from preceptor.systems.surgery.setup import prepare
+from preceptor.systems.surgery.state import State
+from tests.systems.surgery.small import CPU, phase_of, small_config, small_state, write_text
+
+SERVICES = Services(cache_dir=Path("nowhere"))
 
 
 def start(config: SurgeryConfig, folder: Path) -> Run:
@@ -29,7 +34,7 @@ def start(config: SurgeryConfig, folder: Path) -> Run:
         config=to_dict(config),
         seed=config.seed,
         save_every=config.save_every,
-        streams=STREAMS,
+        streams=SYSTEM.streams,
         device="cpu",
         threads=1,
         quiet=True,
@@ -46,7 +51,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SurgeryCon
     folder = tmp_path_factory.mktemp("surgery")
     config = small_config(write_text(folder))
     with start(config, folder / "run") as run:
-        result = train(config, run)
+        result = train(config, run, SERVICES)
         run.write_result(result)
     return folder / "run", config, result
 
@@ -87,10 +92,10 @@ def test_the_gradient_arm_costs_what_the_edits_cost_if_all_are_tested(
 def test_the_record_of_an_arm_is_what_its_student_knows(finished: tuple[Path, SurgeryConfig, dict[str, Any]]) -> None:
     """The student that the run keeps is that of the third phase, whatever control came after it."""
     folder, config, result = finished
-    student = AutoModelForCausalLM.from_pretrained(folder / "student")
-    known = knowledge(student, prepare(config, device=CPU).corpus.held_out, block_size=16)
-    assert result["arms"]["joint"]["log_prob"]["mean"] == pytest.approx(-known.cross_entropy, abs=1e-6)
-    assert result["arms"]["joint"]["accuracy"]["mean"] == pytest.approx(known.accuracy, abs=1e-9)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    score = score_text(model, prepare(config, device=CPU, folder=folder).corpus.held_out, block_size=16)
+    assert result["arms"]["joint"]["log_prob"]["mean"] == pytest.approx(-score.cross_entropy, abs=1e-6)
+    assert result["arms"]["joint"]["accuracy"]["mean"] == pytest.approx(score.accuracy, abs=1e-9)
 
 
 def test_each_phase_has_its_figures(finished: tuple[Path, SurgeryConfig, dict[str, Any]]) -> None:
@@ -176,7 +181,7 @@ def test_the_whole_is_the_same_every_time(finished: tuple[Path, SurgeryConfig, d
     torch.manual_seed(99)
     with start(config, tmp_path / "again") as run:
         torch.rand(7)
-        again = train(config, run)
+        again = train(config, run, SERVICES)
     assert again == result
     assert (tmp_path / "again" / "decisions.jsonl").read_bytes() == (folder / "decisions.jsonl").read_bytes()
 
@@ -195,6 +200,72 @@ def test_the_whole_is_the_same_every_time(finished: tuple[Path, SurgeryConfig, d
 def test_other_configurations_run(overrides: tuple[str, ...], tmp_path: Path) -> None:
     config = small_config(write_text(tmp_path), "evaluation.ladder_order=2", "save_every=50", *overrides)
     with start(config, tmp_path / "run") as run:
-        result = train(config, run)
+        result = train(config, run, SERVICES)
     assert "no_edit" in result["arms"]
     assert json.loads(json.dumps(result["verdict"]))
+
+
+def test_the_learning_rate_ends_where_it_should() -> None:
+    learning = LearningOptions(learning_rate=1.0, final_learning_rate=0.1, warm_up_steps=10)
+    rates = [scheduled_rate(step, 110, learning) for step in range(1, 111)]
+    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert rates[59] == pytest.approx(0.55)  # half the cosine
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
+
+
+def test_methods_of_a_phase_learn_from_the_same_batches(tmp_path: Path) -> None:
+    """From the same weights the first update reads the same text: whatever the objective, as much of it is right."""
+    state = small_state(tmp_path, "student.width=32")
+
+    def accuracies(method: str) -> list[float]:
+        state.student.reset()
+        state.phase = phase_of(state, method)
+        return [update(state, number, run_step=number)["accuracy"] for number in (1, 2)]
+
+    assert accuracies("no_edit")[0] == accuracies("cross_entropy")[0]
+    assert accuracies("joint") == accuracies("training")
+    assert accuracies("training") != accuracies("gradient")
+
+
+def test_every_edit_is_tested_on_text_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New windows at each edit, the same for every method, and none of those whose loss the reward is made of."""
+    state = small_state(tmp_path)
+    seen: dict[tuple[str, int], torch.Tensor] = {}
+    for method in ("evolution", "shuffled"):
+        state.phase = phase_of(state, method)
+        state.surgeon = state.new_surgeon(state.phase)
+        assert state.surgeon is not None
+        monkeypatch.setattr(state.surgeon, "candidate", lambda action, reward: action)
+        for local in (1, 2):
+
+            def test(action: Any, windows: torch.Tensor, key: tuple[str, int] = (method, local)) -> Acceptance:
+                seen[key] = windows
+                return Acceptance(0.0, 0.0, False)
+
+            monkeypatch.setattr(state.surgery, "test", test)
+            edit(state, local, run_step=local)
+    assert torch.equal(seen["evolution", 1], seen["shuffled", 1])
+    assert torch.equal(seen["evolution", 2], seen["shuffled", 2])
+    assert not torch.equal(seen["evolution", 1], seen["evolution", 2])
+    rewarded = {tuple(window) for window in state.setup.examiner._windows.tolist()}
+    assert seen["evolution", 1].shape == (8, 17)
+    assert {tuple(window) for window in seen["evolution", 1].tolist()} != rewarded
+
+
+def test_the_last_step_is_measured_and_only_bootstrapping_has_a_plateau(tmp_path: Path) -> None:
+    notices: list[str] = []
+    config = small_config(
+        write_text(tmp_path), "evaluation.every=5", "phases.plateau_slope=100", "phases.plateau_window=2"
+    )
+    state = State(prepare(config, device=CPU, folder=tmp_path, notice=notices.append))
+    state.phase = phase_of(state, "cross_entropy")
+    for local in (5, 8):
+        assert measure(state, local)
+    assert notices == []
+    assert state.plateau.state_dict() == {"points": [], "step": None}
+    state.phase = phase_of(state, "no_edit")
+    assert state.phase.num_steps == 8
+    assert [bool(measure(state, local)) for local in range(1, 9)] == [False] * 4 + [True] + [False] * 2 + [True]
+    assert state.plateau.step == 8  # hardly any loss falls by 100 nats in 100 steps
+    assert [notice.partition(":")[0] for notice in notices] == ["a plateau at update 8"]

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from preceptor.errors import CheckpointError, ConfigError, NumericError, ShapeError
 from preceptor.run.tensors import join_state, read_tensors, split_state, write_tensors
-from preceptor.systems.surgery.agent import Mlp, SacAgent
-from preceptor.systems.surgery.replay_buffer import ReplayBuffer
+from preceptor.systems.surgery.policy import Mlp, ReplayBuffer, SacAgent
 
 
 def make(seed: int = 0, *, state_dim: int = 3, action_dim: int = 2, capacity: int = 50, **options: Any) -> SacAgent:
@@ -157,8 +156,8 @@ def test_an_update_is_that_of_torchrl() -> None:
 
     agent = make(3, batch_size=32, target_step=0.1, learning_rate=1e-2, initial_temperature=0.3, random_steps=5)
     live(agent, 40, torch.Generator().manual_seed(5))
-    for optimiser in agent._optimisers.values():
-        optimiser.state.clear()  # both sides start Adam afresh
+    for optimizer in agent._optimizers.values():
+        optimizer.state.clear()  # both sides start Adam afresh
     before = copy.deepcopy(agent)
     oracle = torchrl_loss(before)
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from preceptor.errors import ConfigError, ShapeError
-from preceptor.systems.surgery.edits import EDIT_KINDS, Edit, EditKind
-from preceptor.systems.surgery.targets import Layout, Target
-from preceptor.systems.surgery.theatre import SurgicalTheater
+from preceptor.lm.edit_targets import Layout, Target
+from preceptor.systems.surgery.theater import SurgicalTheater
+from preceptor.systems.surgery.trial import EDIT_KINDS, Edit, EditKind
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -102,7 +102,7 @@ def test_bfloat16_edits_are_edits_and_not_rounding(kind: EditKind) -> None:
 
 @pytest.mark.parametrize("kind", EDIT_KINDS)
 def test_an_edit_is_of_the_weights_as_they_are(kind: EditKind) -> None:
-    """What an edit keeps between two actions belongs to one set of weights: the same again in a theatre, new after."""
+    """What an edit keeps between two actions belongs to one set of weights: the same again in a theater, new after."""
     some, fresh = target(16, 12, heads=4), target(16, 12, heads=4, seed=9)
     module = nn.Module()
     module.weight = some.parameter

@@ -8,10 +8,10 @@ import pytest
 
 from preceptor.errors import DataError
 from preceptor.systems.surgery.config import SurgeryConfig
-from preceptor.systems.surgery.replay import replay
-from preceptor.systems.surgery.train import train
+from preceptor.systems.surgery.loop import train
+from preceptor.systems.surgery.verify import verify
 from tests.systems.surgery.small import small_config, write_text
-from tests.systems.surgery.test_train import start
+from tests.systems.surgery.test_loop import SERVICES, start
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SurgeryCon
     folder = tmp_path_factory.mktemp("surgery")
     config = small_config(write_text(folder), "controls.objectives=[]")
     with start(config, folder / "run") as run:
-        train(config, run)
+        train(config, run, SERVICES)
     return folder / "run", config
 
 
@@ -29,7 +29,7 @@ def decisions(folder: Path) -> list[dict[str, Any]]:
 
 def test_every_reward_is_earned_again(finished: tuple[Path, SurgeryConfig]) -> None:
     folder, config = finished
-    replayed = list(replay(config, folder))
+    replayed = list(verify(config, folder, SERVICES))
     assert len(replayed) == 2 * len(decisions(folder)) == 2 * (5 * 6 + 3)
     assert any(row["committed"] for row in decisions(folder))
     assert all(row.recorded == row.recomputed for row in replayed)
@@ -46,7 +46,7 @@ def test_a_changed_decision_is_found(finished: tuple[Path, SurgeryConfig], tmp_p
         rows[place]["committed"] = False
     (tmp_path / "decisions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (tmp_path / "manifest.json").write_bytes((folder / "manifest.json").read_bytes())
-    assert any(row.recorded != row.recomputed for row in replay(config, tmp_path))
+    assert any(row.recorded != row.recomputed for row in verify(config, tmp_path, SERVICES))
 
 
 def test_decisions_that_break_off_are_named(finished: tuple[Path, SurgeryConfig], tmp_path: Path) -> None:
@@ -55,4 +55,4 @@ def test_decisions_that_break_off_are_named(finished: tuple[Path, SurgeryConfig]
     (tmp_path / "decisions.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
     (tmp_path / "manifest.json").write_bytes((folder / "manifest.json").read_bytes())
     with pytest.raises(DataError, match="no row for learned, edit 5"):
-        list(replay(config, tmp_path))
+        list(verify(config, tmp_path, SERVICES))

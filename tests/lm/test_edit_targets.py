@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from preceptor.errors import ConfigError, ModelError
-from preceptor.systems.surgery.targets import ROLES, Target, attention_targets, named_targets
+from preceptor.lm.edit_targets import ROLES, Target, attention_targets, named_targets
 
 SIZES = {"vocab_size": 17, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 LLAMA = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 4}

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from preceptor.run.tensors import join_state, split_state
-from preceptor.systems.surgery.agent import SacAgent
-from preceptor.systems.surgery.replay_buffer import ReplayBuffer
-from preceptor.systems.surgery.surgeons import BestOfNSurgeon, EvolutionSurgeon, RandomSurgeon, SacSurgeon, Surgeon
+from preceptor.systems.surgery.baselines import BestOfNSurgeon, EvolutionSurgeon, RandomSurgeon, SacSurgeon, Surgeon
+from preceptor.systems.surgery.policy import ReplayBuffer, SacAgent
 
 STATE = torch.zeros(3)
 
@@ -85,12 +84,12 @@ def test_shuffled_rewards_are_the_same_rewards_elsewhere() -> None:
     assert agreeing < 10  # Σ 1/n = 4.3 are expected of 40
 
 
-def test_random_edits_are_as_large_as_their_models() -> None:
-    models = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5], [1.0, 0.0, 0.0, 0.0, 0.0]])
-    surgeon = RandomSurgeon(models)
-    for model, action in zip(models, operate(surgeon, [1.0, 1.0]), strict=True):
+def test_random_edits_are_as_large_as_their_actions() -> None:
+    actions = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5], [1.0, 0.0, 0.0, 0.0, 0.0]])
+    surgeon = RandomSurgeon(actions)
+    for model, action in zip(actions, operate(surgeon, [1.0, 1.0]), strict=True):
         assert action.abs().sort().values.tolist() == model.sort().values.tolist()
-    found = torch.stack([RandomSurgeon(models).propose(STATE, generator=generator(seed)) for seed in range(2000)])
+    found = torch.stack([RandomSurgeon(actions).propose(STATE, generator=generator(seed)) for seed in range(2000)])
     assert found.mean(0).abs().max() < 0.04  # four standard errors of √(0.11 / 2000)
 
 
