@@ -155,6 +155,7 @@ def _verify_method(
                     yield Replayed(f"{method.name}, step {step}, weight of {dataset}", recorded, float(weight))
         elif kind == "rollout":
             rollout_group = list(group)
+            # Steps count from 1: the refresh comes at the beginning of step K + 1 of the method.
             refreshed = step - steps_before > config.difficulty.refresh_every
             known_terms = [term for term in terms if not (refreshed and term.name == "log_likelihood")]
             rewards = score_rollouts(rollouts_of(rollout_group), known_terms)
