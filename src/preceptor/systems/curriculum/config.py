@@ -252,7 +252,7 @@ class ValueOptions(Options):
 class UpdateOptions(Options):
     """How the policy learns."""
 
-    steps: int = Field(60, ge=1, description="Number of steps of each arm.")
+    steps: int = Field(60, ge=1, description="Number of steps of each method.")
     batch_tokens: int = Field(1024, ge=1, description="Number of document tokens per step.")
     cross_entropy_weight: float = Field(
         1.0, ge=0, description="Weight of the loss on the documents; 0 is pure PPO, a large one is pretraining."
@@ -296,7 +296,7 @@ class ControlOptions(Options):
     static_grid: Literal["none", "omit", "omit_and_double"] = Field(
         "omit", description="Static mixtures: each dataset left out, and each doubled."
     )
-    frozen_policy: bool = Field(True, description="Add the configured arm at learning rate 0, if it writes rollouts.")
+    frozen_policy: bool = Field(True, description="Add the configured method at learning rate 0, if it has rollouts.")
 
 
 class CurriculumConfig(Options):

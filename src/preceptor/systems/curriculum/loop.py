@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from preceptor.systems.base import Services
 
 PROGRESS_COLUMNS = {
-    "arm_number": "arm",
+    "arm_number": "method",
     "validation_loss": "validation loss",
     "cross_entropy": "loss",
     "reward": "reward",
@@ -110,7 +110,7 @@ def begin_method(setup: Setup, state: State, number: int) -> None:
     for name, generator in setup.run.streams.items():
         generator.manual_seed(derived_seed(setup.config.seed, name))
     measure(setup, state, 0)
-    setup.run.notice(f"arm {number} of {len(setup.methods)}: {method.name}")
+    setup.run.notice(f"method {number} of {len(setup.methods)}: {method.name}")
 
 
 def step(setup: Setup, state: State, n: int) -> dict[str, Any]:
