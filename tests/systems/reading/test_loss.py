@@ -13,11 +13,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from preceptor.lm.load import Adapter, load_language_model
 from preceptor.lm.model import LanguageModel
-from preceptor.systems.reading.classroom import identity_projection
-from preceptor.systems.reading.policy import Keys, Policy, Trajectories
-from preceptor.systems.reading.train import learn
-from preceptor.systems.reading.update import Coefficients, UpdateMetrics, accumulate_gradient, trainable
-from tests.systems.reading.planted import planted_classroom, planted_config, planted_cost, planted_run
+from preceptor.systems.reading.environment import Trajectories
+from preceptor.systems.reading.loss import Coefficients, UpdateMetrics, accumulate_gradient, score_actions
+from preceptor.systems.reading.policy import Keys, Policy, identity_projection
+from tests.systems.reading.planted import learn, planted_config, planted_cost, planted_run, planted_setup
 from tests.systems.reading.small import HashedBytes, language_model, perturb, policies, rollout
 
 NOTHING = Coefficients(query=0, selection=0, value_kl=0, query_kl=0, query_entropy=0, selection_entropy=0)
@@ -40,12 +39,12 @@ def gradients(
     keys: Keys,
     *,
     coefficients: Coefficients,
-    reference: LanguageModel | None = None,
-    passed: Tensor | None = None,
+    reference_model: LanguageModel | None = None,
+    kept_mask: Tensor | None = None,
     micro_batch_size: int = 99,
 ) -> tuple[dict[str, Tensor], UpdateMetrics]:
     """The gradient of every trainable parameter (zeros where none came), starting from none."""
-    parameters = dict(trainable(policy))
+    parameters = policy.parameters()
     for parameter in parameters.values():
         parameter.grad = None
     measured = accumulate_gradient(
@@ -53,8 +52,8 @@ def gradients(
         trajectories,
         keys,
         advantages=advantages_of(trajectories).to(keys.vectors.dtype),
-        passed=torch.ones(len(trajectories), dtype=torch.bool) if passed is None else passed,
-        reference=reference,
+        kept_mask=torch.ones(len(trajectories), dtype=torch.bool) if kept_mask is None else kept_mask,
+        reference_model=reference_model,
         coefficients=coefficients,
         micro_batch_size=micro_batch_size,
     )
@@ -71,20 +70,20 @@ def reached(found: dict[str, Tensor]) -> set[str]:
 def test_training_moves_the_policy_and_the_projection_and_nothing_else(tmp_path: Path) -> None:
     config = planted_config("update.steps=2", "update.query_kl_coefficient=0.01")
     with planted_run(tmp_path / "run", config) as run:
-        classroom = planted_classroom(config, run)
-        moving = {name: p.detach().clone() for name, p in trainable(classroom.policy)}
-        still = {name: p.detach().clone() for name, p in classroom.untrained.lm.model.named_parameters()}
-        keys, table = classroom.keys["planted"], planted_cost(config.seed)
+        setup = planted_setup(config, run)
+        moving = {name: p.detach().clone() for name, p in setup.policy.parameters().items()}
+        still = {name: p.detach().clone() for name, p in setup.initial_policy.lm.model.named_parameters()}
+        keys, table = setup.keys["planted"], planted_cost(config.seed)
         vectors, centre = keys.vectors.clone(), keys.centre.clone()
-        learn(config, run, classroom)
-    assert {name for name, p in trainable(classroom.policy) if not torch.equal(p, moving[name])} == set(moving)
+        learn(setup)
+    assert {name for name, p in setup.policy.parameters().items() if not torch.equal(p, moving[name])} == set(moving)
     assert len(moving) == 2 * 9 + 1 + 1 + 1  # nine weights a layer, tied embedding, final norm, projection
-    for name, parameter in classroom.untrained.lm.model.named_parameters():
+    for name, parameter in setup.initial_policy.lm.model.named_parameters():
         assert torch.equal(parameter, still[name]), name
         assert parameter.grad is None
     assert torch.equal(keys.vectors, vectors)
     assert torch.equal(keys.centre, centre)
-    assert torch.equal(classroom.reader.cost, table)  # type: ignore[attr-defined]
+    assert torch.equal(setup.reader.cost, table)  # type: ignore[attr-defined]
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # peft asks Transformers for it
@@ -93,10 +92,10 @@ def test_with_an_adapter_only_the_adapter_and_the_projection_get_gradient(tmp_pa
     plain.model.save_pretrained(tmp_path)
     plain.tokenizer.save_pretrained(tmp_path)
     lm = load_language_model(str(tmp_path), device=torch.device("cpu"), adapter=Adapter(rank=2))
-    policy, untrained, material, keys = policies(lm)
+    policy, untrained, article, keys = policies(lm)
     perturb(policy, scale=0.05)  # B starts at zero, where A has no gradient yet
-    trajectories = rollout(policy, material, keys)
-    found, _ = gradients(policy, trajectories, keys, coefficients=ALL, reference=untrained.lm)
+    trajectories = rollout(policy, article, keys)
+    found, _ = gradients(policy, trajectories, keys, coefficients=ALL, reference_model=untrained.lm)
     assert reached(found) == set(found)
     assert {name.split(".")[0] for name in found} == {"model", "projection"}
     assert all("lora_" in name for name in found if name.startswith("model."))
@@ -106,10 +105,10 @@ def test_with_an_adapter_only_the_adapter_and_the_projection_get_gradient(tmp_pa
 
 
 def test_the_reference_gets_no_gradient_and_keeps_its_weights() -> None:
-    policy, untrained, material, keys = policies(language_model())
+    policy, untrained, article, keys = policies(language_model())
     perturb(policy, scale=0.05)
     before = {name: p.clone() for name, p in untrained.lm.model.named_parameters()}
-    gradients(policy, rollout(policy, material, keys), keys, coefficients=ALL, reference=untrained.lm)
+    gradients(policy, rollout(policy, article, keys), keys, coefficients=ALL, reference_model=untrained.lm)
     for name, parameter in untrained.lm.model.named_parameters():
         assert parameter.grad is None
         assert torch.equal(parameter, before[name])
@@ -118,13 +117,13 @@ def test_the_reference_gets_no_gradient_and_keeps_its_weights() -> None:
 @pytest.mark.parametrize("projected", [False, True])
 def test_a_text_embedder_teaches_through_query_tokens_and_a_projection_alone(projected: bool) -> None:
     lm = language_model()
-    own, _, material, _ = policies(lm)
+    own, _, article, _ = policies(lm)
     policy = Policy(lm, sampling=own.sampling, embedding=None, text_embedder=HashedBytes(), temperature=3.0)
-    keys = policy.embed_keys(material)
+    keys = policy.embed_keys(article)
     if projected:
         policy.projection = identity_projection(32, device=lm.device)
     assert policy.selection_has_gradient == projected
-    trajectories = rollout(policy, material, keys)
+    trajectories = rollout(policy, article, keys)
     selection, _ = gradients(policy, trajectories, keys, coefficients=only(selection=1.0, selection_entropy=1.0))
     assert reached(selection) == ({"projection.weight"} if projected else set())
     query, _ = gradients(policy, trajectories, keys, coefficients=only(query=1.0))
@@ -135,8 +134,8 @@ def test_a_text_embedder_teaches_through_query_tokens_and_a_projection_alone(pro
 
 
 def test_the_selection_reaches_the_layers_up_to_the_tapped_one_and_the_query_reaches_the_head() -> None:
-    policy, _, material, keys = policies(language_model(), layer=-2)
-    trajectories = rollout(policy, material, keys)
+    policy, _, article, keys = policies(language_model(), layer=-2)
+    trajectories = rollout(policy, article, keys)
 
     selection, _ = gradients(policy, trajectories, keys, coefficients=only(selection=1.0))
     below = {name for name in selection if ".layers.0." in name or ".layers.1." in name or "embed_tokens" in name}
@@ -152,10 +151,10 @@ def test_an_attention_embedding_reaches_its_query_projection_and_not_its_key_pro
     from preceptor.lm.embedding import AttentionProjections
 
     lm = language_model()
-    own, _, material, _ = policies(lm)
+    own, _, article, _ = policies(lm)
     policy = Policy(lm, sampling=own.sampling, embedding=AttentionProjections(lm, layer=1), temperature=0.1)
-    keys = policy.embed_keys(material)
-    found, _ = gradients(policy, rollout(policy, material, keys), keys, coefficients=only(selection=1.0))
+    keys = policy.embed_keys(article)
+    found, _ = gradients(policy, rollout(policy, article, keys), keys, coefficients=only(selection=1.0))
     assert {name for name in reached(found) if ".layers.1." in name} == {
         "model.model.layers.1.input_layernorm.weight",
         "model.model.layers.1.self_attn.q_proj.weight",
@@ -176,10 +175,10 @@ SAMPLINGS = {
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 def test_scoring_a_rollout_gives_back_its_log_probs(sampling: dict[str, Any]) -> None:
-    policy, _, material, keys = policies(language_model(), **sampling)
-    trajectories = rollout(policy, material, keys, num_episodes=6)
+    policy, _, article, keys = policies(language_model(), **sampling)
+    trajectories = rollout(policy, article, keys, num_episodes=6)
     assert len(set(map(tuple, trajectories.order.tolist()))) > 1  # rows of different length and content
-    scores = policy.score(trajectories, keys, with_values=True)
+    scores = score_actions(policy, trajectories, keys)
     torch.testing.assert_close(scores.query_log_probs, trajectories.query_log_probs, rtol=0, atol=1e-5)
     torch.testing.assert_close(scores.query_entropy, trajectories.query_entropy, rtol=0, atol=1e-5)
     chosen = trajectories.selection_log_probs.gather(-1, trajectories.order[..., None])[..., 0]
@@ -192,16 +191,16 @@ def test_scoring_a_rollout_gives_back_its_log_probs(sampling: dict[str, Any]) ->
 
 
 def test_kl_and_its_gradient_are_zero_before_the_first_step_and_not_after_it() -> None:
-    policy, untrained, material, keys = policies(language_model())
-    trajectories = rollout(policy, material, keys)
+    policy, untrained, article, keys = policies(language_model())
+    trajectories = rollout(policy, article, keys)
     coefficients = only(value_kl=1.0, query_kl=1.0)
-    found, measured = gradients(policy, trajectories, keys, coefficients=coefficients, reference=untrained.lm)
+    found, measured = gradients(policy, trajectories, keys, coefficients=coefficients, reference_model=untrained.lm)
     assert measured.value_kl == pytest.approx(0.0, abs=1e-6)
     assert measured.query_kl == pytest.approx(0.0, abs=1e-6)
     assert max(float(gradient.abs().max()) for gradient in found.values()) < 1e-5
 
     perturb(policy, scale=0.02)
-    found, measured = gradients(policy, trajectories, keys, coefficients=coefficients, reference=untrained.lm)
+    found, measured = gradients(policy, trajectories, keys, coefficients=coefficients, reference_model=untrained.lm)
     assert measured.value_kl is not None
     assert measured.query_kl is not None
     assert measured.value_kl > 1e-3
@@ -213,7 +212,7 @@ def test_kl_and_its_gradient_are_zero_before_the_first_step_and_not_after_it() -
             trajectories,
             keys,
             coefficients=dataclasses.replace(coefficients, **{other: 0}),
-            reference=untrained.lm,
+            reference_model=untrained.lm,
         )
         assert "model.lm_head.weight" in reached(alone), part
 
@@ -222,11 +221,11 @@ def test_kl_and_its_gradient_are_zero_before_the_first_step_and_not_after_it() -
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
-    policy, untrained, material, keys = policies(language_model(), temperature=1.0)
+    policy, untrained, article, keys = policies(language_model(), temperature=1.0)
     perturb(policy, scale=0.02)
-    trajectories = rollout(policy, material, keys, num_episodes=7, budget=3)
-    passed = torch.tensor([True, False, True, True, True, False, True])
-    arguments: dict[str, Any] = {"coefficients": ALL, "reference": untrained.lm, "passed": passed}
+    trajectories = rollout(policy, article, keys, num_episodes=7, budget=3)
+    kept_mask = torch.tensor([True, False, True, True, True, False, True])
+    arguments: dict[str, Any] = {"coefficients": ALL, "reference_model": untrained.lm, "kept_mask": kept_mask}
     whole, whole_metrics = gradients(policy, trajectories, keys, **arguments)
     for size in (1, 2, 3):
         parts, metrics = gradients(policy, trajectories, keys, micro_batch_size=size, **arguments)
@@ -238,10 +237,12 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
 
 
 def test_nothing_passing_gives_no_gradient() -> None:
-    policy, untrained, material, keys = policies(language_model())
-    trajectories = rollout(policy, material, keys)
+    policy, untrained, article, keys = policies(language_model())
+    trajectories = rollout(policy, article, keys)
     nobody = torch.zeros(4, dtype=torch.bool)
-    found, measured = gradients(policy, trajectories, keys, coefficients=ALL, reference=untrained.lm, passed=nobody)
+    found, measured = gradients(
+        policy, trajectories, keys, coefficients=ALL, reference_model=untrained.lm, kept_mask=nobody
+    )
     assert reached(found) == set()
     assert (measured.policy_loss, measured.value_kl, measured.query_kl) == (0.0, None, None)
 
@@ -258,17 +259,17 @@ def slow_loss(
     layer: int,
 ) -> Tensor:
     """The loss of the documentation, one trajectory, one token at a time, with the bare Transformers model."""
-    sampling, material = policy.sampling, trajectories.material
+    sampling, article = policy.sampling, trajectories.article
     terms: dict[str, list[Tensor]] = {field.name: [] for field in dataclasses.fields(Coefficients)}
     for episode in passed:
-        tokens, places = list(material.prompt), []
+        tokens, places = list(article.prompt), []
         for pair, query in zip(
             trajectories.order[episode].tolist(), trajectories.queries[episode].tolist(), strict=True
         ):
             start = len(tokens)
             tokens += query
             middle = len(tokens)
-            tokens += material.values[pair]
+            tokens += article.values[pair]
             places.append((pair, start, middle, len(tokens)))
         ids = torch.tensor([tokens])
         output = policy.lm.model(input_ids=ids, output_hidden_states=True)
@@ -311,10 +312,10 @@ def test_the_gradient_is_that_of_the_documented_loss_by_finite_differences(monke
     monkeypatch.setattr(LlamaRMSNorm, "forward", rms_norm)  # Transformers' own computes in float32 whatever it gets
     lm = language_model()
     lm.model.double()
-    policy, untrained, material, keys = policies(lm, layer=1, temperature=0.8)
+    policy, untrained, article, keys = policies(lm, layer=1, temperature=0.8)
     policy.temperature = 1.5
     perturb(policy, scale=0.05)
-    trajectories = rollout(policy, material, keys, num_episodes=3, budget=3, query_tokens=2)
+    trajectories = rollout(policy, article, keys, num_episodes=3, budget=3, query_tokens=2)
     passed, advantages = [0, 2], advantages_of(trajectories).double()
 
     def loss(weights: Coefficients = ALL) -> float:
@@ -323,7 +324,12 @@ def test_the_gradient_is_that_of_the_documented_loss_by_finite_differences(monke
             return float(slow_loss(policy, untrained.lm, trajectories, keys, **others))
 
     found, measured = gradients(
-        policy, trajectories, keys, coefficients=ALL, reference=untrained.lm, passed=torch.tensor([True, False, True])
+        policy,
+        trajectories,
+        keys,
+        coefficients=ALL,
+        reference_model=untrained.lm,
+        kept_mask=torch.tensor([True, False, True]),
     )
     kinds = {
         name.replace("layers.0", "layers.N").replace("layers.1", "layers.N").replace("layers.2", "layers.N")
@@ -331,7 +337,7 @@ def test_the_gradient_is_that_of_the_documented_loss_by_finite_differences(monke
     }
     assert len(kinds) == 9 + 3 + 1
     step = 1e-5
-    for name, parameter in trainable(policy):
+    for name, parameter in policy.parameters().items():
         place = found[name].abs().argmax()
         with torch.no_grad():
             entry = parameter.view(-1)[place : place + 1]

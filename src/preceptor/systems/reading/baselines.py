@@ -1,7 +1,7 @@
-"""The controls: orders in which to read an article that no teacher learned, each at a counted cost.
+"""Baselines: reading orders that no policy learned, each with the number of reward evaluations that finding it took.
 
-The cost is counted in *value scorings*: evaluations of one value given one context by the reader. The learned arm's
-own cost is the values that it read while it trained.
+The cost is counted in *value scorings*: evaluations of one value in one context by the reader. The learned policy's own
+cost is the number of values that it read during training.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from preceptor.systems.reading.material import Material
-from preceptor.systems.reading.reader import Reader, probe_curve
+from preceptor.systems.reading.articles import TokenizedArticle
+from preceptor.systems.reading.rewards import Reader, probe_curve
 
 Order = tuple[int, ...]
 
@@ -29,48 +29,47 @@ class OrderScores:
     ``num_calls`` counts the value scorings that were asked for.
     """
 
-    def __init__(self, reader: Reader, material: Material) -> None:
+    def __init__(self, reader: Reader, article: TokenizedArticle) -> None:
         self.reader = reader
-        self.material = material
+        self.article = article
         self.num_calls = 0
         self._values: dict[Order, float] = {}
         self._curves: dict[Order, Tensor] = {}
 
     def values(self, orders: Iterable[Sequence[int]]) -> list[float]:
         """Mean log-probability in nats per value token of each order (a prefix of an order is fine)."""
-        wanted = [tuple(order) for order in orders]
-        self.num_calls += sum(len(order) for order in wanted)
-        missing = [order for order in dict.fromkeys(wanted) if order not in self._values]
-        for order, scored in zip(
-            missing, self.reader.score([self.material.value_row(order) for order in missing]), strict=True
-        ):
-            self._values[order] = float(torch.cat(list(scored.log_probs)).double().mean())
-        return [self._values[order] for order in wanted]
+        keys = [tuple(order) for order in orders]
+        self.num_calls += sum(map(len, keys))
+        missing = [key for key in dict.fromkeys(keys) if key not in self._values]
+        scores = self.reader.score([self.article.reader_sequence(key) for key in missing])
+        for key, each in zip(missing, scores, strict=True):
+            self._values[key] = float(torch.cat(list(each.log_probs)).double().mean())
+        return [self._values[key] for key in keys]
 
     def totals(self, orders: Iterable[Sequence[int]]) -> list[float]:
         """Summed log-probability in nats of each order or prefix; comparable between prefixes of one length."""
-        wanted = [tuple(order) for order in orders]
-        lengths = [sum(len(self.material.values[pair]) for pair in order) for order in wanted]
-        return [value * length for value, length in zip(self.values(wanted), lengths, strict=True)]
+        keys = [tuple(order) for order in orders]
+        lengths = [sum(len(self.article.values[pair]) for pair in key) for key in keys]
+        return [value * length for value, length in zip(self.values(keys), lengths, strict=True)]
 
     def curve(self, order: Sequence[int]) -> Float[Tensor, " read"]:
         """Mean log-probability in nats per probe token after 0, 1, … pairs of ``order``."""
         key = tuple(order)
         if key not in self._curves:
-            self._curves[key] = probe_curve(self.reader, self.material, key)
+            self._curves[key] = probe_curve(self.reader, self.article, key)
         self.num_calls += len(key) + 1
         return self._curves[key]
 
 
 @dataclass(frozen=True)
-class Control:
-    """Orders of one arm and what finding them cost in value scorings."""
+class Baseline:
+    """Orders of one method and the value scorings that finding them took."""
 
     orders: tuple[Order, ...]
     num_calls: int
 
 
-def control_orders(
+def baseline_orders(
     scores: OrderScores,
     key_vectors: Float[Tensor, "pairs dimension"],
     *,
@@ -78,48 +77,52 @@ def control_orders(
     best_of: int,
     beam_width: int,
     generator: torch.Generator,
-) -> dict[str, Control]:
-    """Every control arm of one article: those without a model first, then those that ask the reader, then the oracles.
+) -> dict[str, Baseline]:
+    """Every baseline of one article: those without a model first, then those that ask the reader, then the oracles.
 
     Args:
-        scores: of the reader that judges.
-        key_vectors: of the article's keys, for the arms that follow similarity.
+        scores: of the reader that gives the reward.
+        key_vectors: of the article's keys, for the methods that follow similarity.
         num_orders: random orders.
         best_of: random orders of which the best is kept.
         beam_width: of the beam oracle.
         generator: draws the random orders.
     """
-    num_pairs = scores.material.reading.num_pairs
+    num_pairs = scores.article.num_pairs
     document = tuple(range(num_pairs))
-    cosines = torch.nn.functional.normalize(key_vectors.double().cpu(), dim=-1)
-    similarity = cosines @ cosines.T
-    controls = {
-        "random": Control(tuple(random_orders(num_pairs, num_orders, generator=generator)), 0),
-        "document": Control((document,), 0),
-        "reverse": Control((document[::-1],), 0),
-        "nearest_chain": Control((nearest_chain(similarity),), 0),
-        "farthest_first": Control((farthest_first(similarity),), 0),
-        "mmr": Control((maximal_marginal_relevance(similarity),), 0),
+    unit_vectors = torch.nn.functional.normalize(key_vectors.double().cpu(), dim=-1)
+    similarity = unit_vectors @ unit_vectors.T  # cosine, pairs pairs
+    baselines = {
+        "random": Baseline(tuple(random_orders(num_pairs, num_orders, generator=generator)), 0),
+        "document": Baseline((document,), 0),
+        "reverse": Baseline((document[::-1],), 0),
+        "nearest_chain": Baseline((nearest_chain(similarity),), 0),
+        "farthest_first": Baseline((farthest_first(similarity),), 0),
+        "mmr": Baseline((maximal_marginal_relevance(similarity),), 0),
     }
 
-    def counted(find: Callable[[], Order]) -> Control:
+    def search(find: Callable[[], Order], *, num_calls: int = 0) -> Baseline:
         before = scores.num_calls
         order = find()
-        return Control((order,), scores.num_calls - before)
+        return Baseline((order,), num_calls + scores.num_calls - before)
 
-    alone = counted(lambda: easy_to_hard(scores))
-    controls["easy_to_hard"] = alone
-    controls["hard_to_easy"] = Control((alone.orders[0][::-1],), alone.num_calls)
-    drawn = random_orders(num_pairs, best_of, generator=generator)
-    controls["best_of_n"] = counted(lambda: best_order(scores, drawn))
-    controls["greedy"] = counted(lambda: beam_search(scores, width=1))
-    controls["beam"] = counted(lambda: beam_search(scores, width=beam_width))
-    beam = controls["beam"]
-    improved = counted(lambda: local_search(scores, beam.orders[0]))
-    controls["local_search"] = Control(improved.orders, beam.num_calls + improved.num_calls)  # it needs the beam first
+    easy = search(lambda: easy_to_hard(scores))
+    candidates = random_orders(num_pairs, best_of, generator=generator)
+    baselines |= {
+        "easy_to_hard": easy,
+        "hard_to_easy": Baseline((easy.orders[0][::-1],), easy.num_calls),
+        "best_of_n": search(lambda: best_order(scores, candidates)),
+        "greedy": search(lambda: beam_search(scores, width=1)),
+    }
+    beam = baselines["beam"] = search(lambda: beam_search(scores, width=beam_width))
+    # It starts from the beam's order, which it has to pay for too.
+    baselines["local_search"] = search(lambda: local_search(scores, beam.orders[0]), num_calls=beam.num_calls)
     if num_pairs <= EXHAUSTIVE_LIMIT:
-        controls["exhaustive"] = counted(lambda: best_order(scores, itertools.permutations(range(num_pairs))))
-    return controls
+        every_order = itertools.permutations(range(num_pairs))
+        baselines["exhaustive"] = search(lambda: best_order(scores, every_order))
+    if scores.article.probe:
+        baselines["probe_greedy"] = search(lambda: probe_greedy(scores))
+    return baselines
 
 
 def random_orders(num_pairs: int, count: int, *, generator: torch.Generator) -> list[Order]:
@@ -158,10 +161,9 @@ def maximal_marginal_relevance(similarity: Float[Tensor, "pairs pairs"], *, rele
 
 
 def easy_to_hard(scores: OrderScores) -> Order:
-    """By falling log-probability per token of each value read alone."""
-    num_pairs = scores.material.reading.num_pairs
-    alone = scores.values((pair,) for pair in range(num_pairs))
-    return tuple(sorted(range(num_pairs), key=lambda pair: -alone[pair]))
+    """Values sorted by their log-probability per token when read alone, highest first."""
+    alone = scores.values((pair,) for pair in range(scores.article.num_pairs))
+    return tuple(sorted(range(len(alone)), key=lambda pair: -alone[pair]))
 
 
 def best_order(scores: OrderScores, orders: Iterable[Sequence[int]]) -> Order:
@@ -174,10 +176,10 @@ def best_order(scores: OrderScores, orders: Iterable[Sequence[int]]) -> Order:
 def beam_search(scores: OrderScores, *, width: int) -> Order:
     """The best order found by keeping the ``width`` best prefixes; width 1 is greedy.
 
-    A prefix is judged by the summed log-probability of what it read minus what those values get alone, since prefixes
+    A prefix is ranked by the summed log-probability of its values minus that of the same values alone, since prefixes
     of one length hold different values, some of them hard wherever they stand.
     """
-    num_pairs = scores.material.reading.num_pairs
+    num_pairs = scores.article.num_pairs
     alone = scores.totals((pair,) for pair in range(num_pairs))
     beams: list[Order] = [()]
     for _ in range(num_pairs):
@@ -203,32 +205,35 @@ def local_search(scores: OrderScores, start: Order, *, max_rounds: int = 20) -> 
 
 
 def _neighbours(order: Order) -> list[Order]:
-    found = []
+    """Every order that is one move or one swap away, without duplicates."""
+    neighbours = []
     for first, second in itertools.permutations(range(len(order)), 2):
         moved = list(order)
         moved.insert(second, moved.pop(first))
-        found.append(tuple(moved))
+        neighbours.append(tuple(moved))
         if first < second:
             swapped = list(order)
             swapped[first], swapped[second] = swapped[second], swapped[first]
-            found.append(tuple(swapped))
-    return list(dict.fromkeys(found))
+            neighbours.append(tuple(swapped))
+    return list(dict.fromkeys(neighbours))
 
 
 def probe_greedy(scores: OrderScores) -> Order:
     """An oracle for the probe: always the pair after which the probe's log-probability is highest."""
-    num_pairs = scores.material.reading.num_pairs
+    num_pairs = scores.article.num_pairs
     order: Order = ()
     while len(order) < num_pairs:
         rest = [pair for pair in range(num_pairs) if pair not in order]
-        rows = [scores.material.value_row((*order, pair), with_probe=True) for pair in rest]
+        sequences = [scores.article.reader_sequence((*order, pair), with_probe=True) for pair in rest]
         scores.num_calls += len(rest)
-        gains = [float(scored.log_probs[-1].double().mean()) for scored in scores.reader.score(rows)]
+        # The probe's log-probabilities are the last of each sequence.
+        gains = [float(each.log_probs[-1].double().mean()) for each in scores.reader.score(sequences)]
         order = (*order, rest[max(range(len(rest)), key=gains.__getitem__)])
     return order
 
 
 def _grow(similarity: Tensor, choose: Callable[[int, Sequence[int], Sequence[int]], int], *, first: int = 0) -> Order:
+    """The order that starts with ``first`` and goes on with ``choose(last pair, pairs read, pairs left)``."""
     order = [first]
     while len(order) < len(similarity):
         rest = [pair for pair in range(len(similarity)) if pair not in order]

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from preceptor.lm.model import LanguageModel
-from preceptor.systems.reading.material import Material, Reading, encode_reading
-from preceptor.systems.reading.orders import (
+from preceptor.systems.reading.articles import ArticlePairs, TokenizedArticle, tokenize_article
+from preceptor.systems.reading.baselines import (
     Order,
     OrderScores,
+    baseline_orders,
     beam_search,
     best_order,
-    control_orders,
     easy_to_hard,
     farthest_first,
     local_search,
@@ -25,9 +25,9 @@ from preceptor.systems.reading.orders import (
     probe_greedy,
     random_orders,
 )
-from preceptor.systems.reading.reader import LanguageModelReader
+from preceptor.systems.reading.rewards import LanguageModelReader
 from tests.systems.reading.planted import PlantedReader, order_value
-from tests.systems.reading.small import READING, language_model
+from tests.systems.reading.small import BEES, language_model
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +35,19 @@ def lm() -> LanguageModel:
     return language_model()
 
 
-def material_of(lm: LanguageModel, num_pairs: int) -> Material:
+def article_of(lm: LanguageModel, num_pairs: int) -> TokenizedArticle:
     values = tuple("abcdefghijklmnop"[: 1 + 3 * index % 7] for index in range(num_pairs))  # of different lengths
-    reading = Reading("n", "N", tuple(f"key {index}" for index in range(num_pairs)), values, probe="a b")
-    return encode_reading(reading, lm, prompt="", use_chat_template=False)
+    pairs = ArticlePairs("n", "N", tuple(f"key {index}" for index in range(num_pairs)), values, probe="a b")
+    return tokenize_article(pairs, lm, prompt="", use_chat_template=False)
 
 
 def table(num_pairs: int, seed: int) -> Tensor:
     return 5 + torch.randn(num_pairs + 1, num_pairs, generator=torch.Generator().manual_seed(seed))
 
 
-def planted_scores(lm: LanguageModel, num_pairs: int, seed: int = 0) -> tuple[OrderScores, Material, Tensor]:
-    material, cost = material_of(lm, num_pairs), table(num_pairs, seed)
-    return OrderScores(PlantedReader(cost), material), material, cost
+def planted_scores(lm: LanguageModel, num_pairs: int, seed: int = 0) -> tuple[OrderScores, TokenizedArticle, Tensor]:
+    article, cost = article_of(lm, num_pairs), table(num_pairs, seed)
+    return OrderScores(PlantedReader(cost), article), article, cost
 
 
 # ---- orders that follow similarity -----------------------------------------------------------------------------------
@@ -89,10 +89,10 @@ def test_ties_go_to_the_earlier_pair() -> None:
 
 
 def test_scores_are_means_per_token_and_totals_are_sums(lm: LanguageModel) -> None:
-    scores, material, cost = planted_scores(lm, 4)
+    scores, article, cost = planted_scores(lm, 4)
     for order in ((2, 0, 3, 1), (1,), (3, 2)):
-        expected = order_value(material, cost, order)
-        num_tokens = sum(len(material.values[pair]) for pair in order)
+        expected = order_value(article, cost, order)
+        num_tokens = sum(len(article.values[pair]) for pair in order)
         assert scores.values([order]) == [pytest.approx(expected, abs=1e-5)]
         assert scores.totals([order]) == [pytest.approx(expected * num_tokens, abs=1e-4)]
 
@@ -129,31 +129,31 @@ def slow_beam(cost: Tensor, lengths: list[int], width: int) -> Order:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_greedy_and_beam_are_those_of_a_slow_search(lm: LanguageModel, seed: int) -> None:
-    scores, material, cost = planted_scores(lm, 6, seed)
-    lengths = [len(value) for value in material.values]
+    scores, article, cost = planted_scores(lm, 6, seed)
+    lengths = [len(value) for value in article.values]
     for width in (1, 2, 8):
         assert beam_search(scores, width=width) == slow_beam(cost, lengths, width)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_oracles_stand_in_the_order_that_they_must(lm: LanguageModel, seed: int) -> None:
-    scores, material, cost = planted_scores(lm, 5, seed)
+    scores, article, cost = planted_scores(lm, 5, seed)
     generator = torch.Generator().manual_seed(seed)
-    controls = control_orders(
+    controls = baseline_orders(
         scores, torch.randn(5, 8, generator=generator), num_orders=30, best_of=20, beam_width=3, generator=generator
     )
-    value = {arm: order_value(material, cost, control.orders[0]) for arm, control in controls.items()}
-    optimum = max(order_value(material, cost, order) for order in itertools.permutations(range(5)))
+    value = {arm: order_value(article, cost, control.orders[0]) for arm, control in controls.items()}
+    optimum = max(order_value(article, cost, order) for order in itertools.permutations(range(5)))
     assert value["exhaustive"] == pytest.approx(optimum)
     for arm in controls:
         assert value[arm] <= value["exhaustive"] + 1e-9, arm
     assert value["local_search"] >= value["beam"] - 1e-9  # it starts there
     everything = beam_search(scores, width=120)
-    assert order_value(material, cost, everything) == pytest.approx(optimum)  # a beam that drops nothing
+    assert order_value(article, cost, everything) == pytest.approx(optimum)  # a beam that drops nothing
 
 
 def test_local_search_ends_where_no_swap_and_no_move_is_better(lm: LanguageModel) -> None:
-    scores, material, cost = planted_scores(lm, 6, 3)
+    scores, article, cost = planted_scores(lm, 6, 3)
     found = local_search(scores, (5, 4, 3, 2, 1, 0))
 
     def neighbours(order: Order) -> list[Order]:
@@ -167,15 +167,15 @@ def test_local_search_ends_where_no_swap_and_no_move_is_better(lm: LanguageModel
             moves.append((*rest[:b], order[a], *rest[b:]))
         return [*swaps, *moves]
 
-    best_near = max(order_value(material, cost, order) for order in neighbours(found))
-    assert order_value(material, cost, found) >= best_near - 1e-6
-    assert order_value(material, cost, found) > order_value(material, cost, (5, 4, 3, 2, 1, 0))
+    best_near = max(order_value(article, cost, order) for order in neighbours(found))
+    assert order_value(article, cost, found) >= best_near - 1e-6
+    assert order_value(article, cost, found) > order_value(article, cost, (5, 4, 3, 2, 1, 0))
 
 
 def test_best_of_n_is_the_best_of_the_orders_that_it_drew(lm: LanguageModel) -> None:
-    scores, material, cost = planted_scores(lm, 6)
+    scores, article, cost = planted_scores(lm, 6)
     drawn = random_orders(6, 40, generator=torch.Generator().manual_seed(1))
-    expected = max(drawn, key=lambda order: order_value(material, cost, order))
+    expected = max(drawn, key=lambda order: order_value(article, cost, order))
     assert best_order(scores, drawn) == expected
     assert all(sorted(order) == list(range(6)) for order in drawn)
     assert len(set(drawn)) > 30
@@ -183,7 +183,7 @@ def test_best_of_n_is_the_best_of_the_orders_that_it_drew(lm: LanguageModel) -> 
 
 def test_costs_of_the_arms_in_value_scorings(lm: LanguageModel) -> None:
     scores, _, _ = planted_scores(lm, 4)
-    controls = control_orders(
+    controls = baseline_orders(
         scores, torch.eye(4), num_orders=7, best_of=5, beam_width=2, generator=torch.Generator().manual_seed(0)
     )
     calls = {arm: control.num_calls for arm, control in controls.items()}
@@ -211,7 +211,7 @@ def test_beyond_seven_pairs_there_is_no_exhaustive_arm(lm: LanguageModel) -> Non
         scores, _, _ = planted_scores(lm, num_pairs)
         generator = torch.Generator().manual_seed(0)
         keys = torch.randn(num_pairs, 4, generator=generator)
-        return set(control_orders(scores, keys, num_orders=2, best_of=1, beam_width=1, generator=generator))
+        return set(baseline_orders(scores, keys, num_orders=2, best_of=1, beam_width=1, generator=generator))
 
     assert arms(8) == arms(3) - {"exhaustive"}
 
@@ -222,7 +222,7 @@ def test_similarity_of_the_keys_is_their_cosine(lm: LanguageModel) -> None:
     keys = torch.randn(5, 3, generator=torch.Generator().manual_seed(2))
 
     def orders(vectors: Tensor) -> dict[str, Order]:
-        found = control_orders(
+        found = baseline_orders(
             scores, vectors, num_orders=2, best_of=1, beam_width=1, generator=torch.Generator().manual_seed(0)
         )
         return {arm: found[arm].orders[0] for arm in ("nearest_chain", "farthest_first", "mmr")}
@@ -244,20 +244,20 @@ def slow_mean(lm: LanguageModel, tokens: list[int], start: int) -> float:
 
 
 @pytest.fixture(scope="module")
-def real(lm: LanguageModel) -> tuple[OrderScores, Material, Callable[[list[int]], float]]:
-    material = encode_reading(READING, lm, prompt="", use_chat_template=False)
+def real(lm: LanguageModel) -> tuple[OrderScores, TokenizedArticle, Callable[[list[int]], float]]:
+    article = tokenize_article(BEES, lm, prompt="", use_chat_template=False)
 
     def probe_after(order: list[int]) -> float:
-        read = [lm.begin_token, *(token for pair in order for token in material.values[pair])]
-        return slow_mean(lm, [*read, *material.probe], len(read))
+        read = [lm.begin_token, *(token for pair in order for token in article.values[pair])]
+        return slow_mean(lm, [*read, *article.probe], len(read))
 
-    return OrderScores(LanguageModelReader(lm), material), material, probe_after
+    return OrderScores(LanguageModelReader(lm), article), article, probe_after
 
 
 def test_scores_under_a_language_model_are_those_of_the_bare_model(lm: LanguageModel, real: tuple) -> None:  # type: ignore[type-arg]
-    scores, material, _ = real
+    scores, article, _ = real
     for order in ((0, 1, 2, 3, 4), (3, 1), (4, 2, 0, 1, 3)):
-        tokens = [lm.begin_token, *(token for pair in order for token in material.values[pair])]
+        tokens = [lm.begin_token, *(token for pair in order for token in article.values[pair])]
         assert scores.values([order])[0] == pytest.approx(slow_mean(lm, tokens, 1), abs=1e-5)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from preceptor.systems.reading.collapse import CollapseWatch
+from preceptor.systems.reading.state import CollapseWatch
 
 HEALTHY: dict[str, Any] = {
     "query_entropy": 3.0,
@@ -28,12 +28,12 @@ SIGNS = {
 def test_a_sign_is_said_once_at_the_fifth_update_in_a_row_and_its_end_once(sign: str) -> None:
     gone, text, just_there = SIGNS[sign]
     watch = CollapseWatch()
-    told = [watch.watch(step, {**HEALTHY, **gone}) for step in range(1, 9)]
+    told = [watch.warnings(step, {**HEALTHY, **gone}) for step in range(1, 9)]
     assert [bool(lines) for lines in told] == [False] * 4 + [True] + [False] * 3
     assert told[4][0].startswith(f"step 5: {text}")
     assert len(told[4]) == 1
-    assert watch.watch(9, {**HEALTHY, **just_there}) == [f"step 9: recovered ({sign})"]
-    assert watch.watch(10, HEALTHY) == []
+    assert watch.warnings(9, {**HEALTHY, **just_there}) == [f"step 9: recovered ({sign})"]
+    assert watch.warnings(10, HEALTHY) == []
 
 
 @pytest.mark.parametrize("sign", SIGNS)
@@ -41,18 +41,18 @@ def test_four_in_a_row_say_nothing(sign: str) -> None:
     gone, _, _ = SIGNS[sign]
     watch = CollapseWatch()
     rows = [{**HEALTHY, **gone}] * 4 + [HEALTHY] + [{**HEALTHY, **gone}] * 4 + [HEALTHY]
-    assert [watch.watch(step, row) for step, row in enumerate(rows)] == [[]] * 10
+    assert [watch.warnings(step, row) for step, row in enumerate(rows)] == [[]] * 10
 
 
 def test_a_skipped_step_is_not_a_vanished_gradient() -> None:
     watch = CollapseWatch()
-    assert [watch.watch(step, {**HEALTHY, "gradient_norm": float("nan")}) for step in range(8)] == [[]] * 8
+    assert [watch.warnings(step, {**HEALTHY, "gradient_norm": float("nan")}) for step in range(8)] == [[]] * 8
 
 
 def test_the_counts_are_state() -> None:
     watch, other = CollapseWatch(), CollapseWatch()
     row = {**HEALTHY, "selection_entropy": 0.0}
     for step in range(3):
-        watch.watch(step, row)
+        watch.warnings(step, row)
     other.load_state_dict(json.loads(json.dumps(watch.state_dict())))
-    assert [bool(other.watch(step, row)) for step in range(3, 6)] == [False, True, False]
+    assert [bool(other.warnings(step, row)) for step in range(3, 6)] == [False, True, False]
