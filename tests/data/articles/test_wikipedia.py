@@ -26,7 +26,7 @@ def waits() -> list[float]:
 
 @pytest.fixture
 def fetcher(waits: list[float]) -> Fetcher:
-    return Fetcher(allow_private_hosts=True, sleep=waits.append, timeout_seconds=5.0, num_attempts=3)
+    return Fetcher(allow_private_hosts=True, sleep=waits.append, num_attempts=3)
 
 
 @pytest.fixture

@@ -110,8 +110,8 @@ def _query(endpoint: str, fetcher: Fetcher, **parameters: str) -> dict[str, Any]
     """The decoded answer to one ``action=query``; lag and cut answers are retried like other transient failures."""
     params = {"action": "query", "format": "json", "formatversion": "2", "maxlag": "5", **parameters}
 
-    def attempt() -> dict[str, Any]:
-        fetched = fetcher.attempt(endpoint, params=params)
+    def attempt(deadline: float) -> dict[str, Any]:
+        fetched = fetcher.attempt(endpoint, deadline=deadline, params=params)
         try:
             answer = json.loads(fetched.body)
         except ValueError as bad_json:
