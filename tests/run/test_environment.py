@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import preceptor
 from preceptor.run import environment as env
 
 
@@ -40,7 +39,7 @@ def test_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     package = tmp_path / "__init__.py"
     package.write_text("")
-    monkeypatch.setattr(preceptor, "__file__", str(package))
+    monkeypatch.setattr(env, "__file__", str(tmp_path / "run" / "environment.py"))
     unknown = {"commit": None, "dirty": None}
     assert env.code_version() == unknown, "no repository"
     git("init", "-q")

@@ -9,6 +9,7 @@ import random
 import re
 import signal
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ import yaml
 
 from preceptor.errors import CheckpointError, ConfigError, Interrupted, LockedError, MissingExtraError, StorageError
 from preceptor.run import environment as env
-from preceptor.run.checkpoint import load_optimizer, optimizer_tensors
 from preceptor.run.folder import Run, check_run_name, create_run, default_run_path, open_run
 from preceptor.run.guard import NonFiniteGuard
 from preceptor.run.lock import FolderLock
 from preceptor.run.metrics import read_jsonl
+from preceptor.run.state import load_optimizer, optimizer_state
 
 CONFIG = {"learning_rate": 1e-5, "policy": {"rank": 8, "name": "on", "layers": (1, 2)}, "text": "Größe"}
 PLAIN = CONFIG | {"policy": {"rank": 8, "name": "on", "layers": [1, 2]}}
@@ -237,15 +238,15 @@ def test_trackers_open_at_the_first_row_and_close_with_the_run(tmp_path: Path, m
     monkeypatch.setattr("preceptor.run.folder.check_trackers", lambda _: None)
     with create(tmp_path, trackers=["tensorboard"]) as run:
         assert not opened
-        for step in (1, 2, 3, 4, 5):
+        for step in run.loop(9, Counter()):
             run.log(step, {"reward": step})
-            if run.due(step):
-                run.save(step, {}, {})
+            if step == 5:
+                break
     assert opened == [("tensorboard", 1)]
     assert tracked.seen == [*((step, {"reward": step}) for step in (1, 2, 3, 4, 5)), "closed"]
     with open_run(tmp_path, quiet=True) as run:
-        run.restore()
-        run.log(5, {"reward": 5})
+        for step in run.loop(5, Counter()):
+            run.log(step, {"reward": step})
     assert opened == [("tensorboard", 1), ("tensorboard", 5)]
 
 
@@ -264,39 +265,226 @@ def test_leaving_closes_and_unlocks_even_when_something_fails(tmp_path: Path) ->
     open_run(tmp_path, quiet=True).close()
 
 
+# The loop
+
+
+class Counter:
+    """A state of one number, the count of steps that it has lived through, and of how it was asked."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.num_loads = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "best": -math.inf}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state.keys() == {"count", "best"}
+        self.count = state["count"]
+        self.num_loads += 1
+
+
+def count_to(
+    run: Run, num_steps: int, state: Counter, *, at: dict[int, Callable[[], object]] | None = None
+) -> list[int]:
+    """The steps that ``run.loop`` gives; each counts, is logged, and is recorded as two decisions.
+
+    ``at`` is what else happens in the body of a step.
+    """
+    steps = []
+    for step in run.loop(num_steps, state):
+        if at and step in at:
+            at[step]()
+        state.count += 1
+        run.record({"step": step, "action": action} for action in (0, 1))
+        run.log(step, {"reward": float(step), "count": state.count})
+        steps.append(step)
+    return steps
+
+
+def logged(path: Path, name: str = "metrics.jsonl") -> list[int]:
+    return [row["step"] for row in read_jsonl(path / name)]
+
+
+def test_the_loop_gives_the_steps_that_are_left(tmp_path: Path) -> None:
+    with create(tmp_path, save_every=4) as run:
+        state = Counter()
+        assert count_to(run, 6, state) == [1, 2, 3, 4, 5, 6]
+        assert (run.step, state.count, state.num_loads) == (6, 6, 0)
+    with open_run(tmp_path, quiet=True) as run:
+        state = Counter()
+        assert count_to(run, 6, state) == []
+        assert (run.step, state.count, state.num_loads) == (6, 6, 1)
+        assert count_to(run, 8, state) == [7, 8], "a longer run goes on"
+    assert logged(tmp_path) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_the_loop_saves_when_due_and_at_the_end(tmp_path: Path) -> None:
+    with create(tmp_path, save_every=4, keep_last=9) as run:
+        count_to(run, 10, Counter())
+        assert run.checkpoints.steps() == [4, 8, 10]
+        counts = [json.loads((path / "state.json").read_text())["count"] for path in run.checkpoints.root.iterdir()]
+        assert sorted(counts) == [4, 8, 10], "after the body of the step"
+
+
+def test_a_last_step_that_is_due_is_saved_once(tmp_path: Path, monkeypatch) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(Run, "save", lambda run, state: saved.append(run.step))
+    with create(tmp_path, save_every=4) as run:
+        count_to(run, 8, Counter())
+    assert saved == [4, 8]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_loop_saves_and_stops_on_a_signal_once_the_step_is_done(tmp_path: Path, number: signal.Signals) -> None:
+    state = Counter()
+    with create(tmp_path, save_every=100) as run:
+        message = re.escape(f"stopped at step 3; resume with: preceptor resume {tmp_path}")
+        with pytest.raises(Interrupted, match=f"^{message}$") as caught:
+            count_to(run, 9, state, at={3: lambda: os.kill(os.getpid(), number)})
+        assert caught.value.exit_code == 128 + number
+        assert run.checkpoints.steps() == [3]
+    with open_run(tmp_path, quiet=True) as run:
+        state = Counter()
+        assert count_to(run, 9, state) == [4, 5, 6, 7, 8, 9]
+        assert state.count == 9
+    assert logged(tmp_path) == list(range(1, 10))
+
+
+def test_an_error_in_the_body_saves_nothing(tmp_path: Path) -> None:
+    with create(tmp_path, save_every=2) as run:
+        with pytest.raises(ZeroDivisionError):
+            count_to(run, 9, Counter(), at={4: lambda: 1 / 0})
+        assert run.checkpoints.steps() == [2]
+        assert run.step == 3, "the last step that was finished"
+    with open_run(tmp_path, quiet=True) as run:
+        assert count_to(run, 4, Counter()) == [3, 4]
+    assert logged(tmp_path) == [1, 2, 3, 4], "the row after the checkpoint was dropped and written again"
+
+
+def test_leaving_the_loop_saves_nothing(tmp_path: Path) -> None:
+    with create(tmp_path, save_every=2) as run:
+        for step in run.loop(9, Counter()):
+            if step == 4:
+                break
+        assert run.checkpoints.steps() == [2]
+
+
+def test_a_second_loop_goes_on_where_the_first_ended(tmp_path: Path) -> None:
+    """Two phases: each loop ends with a checkpoint, and a resume lands in the phase that it belongs to."""
+    with create(tmp_path, save_every=100) as run:
+        state = Counter()
+        run.restore(state)
+        run.show_progress(8)
+        assert count_to(run, 3, state) == [1, 2, 3]
+        state.count += 100  # the transition, which lies between the checkpoints of both loops
+        assert count_to(run, 8, state) == [4, 5, 6, 7, 8]
+        assert run.checkpoints.steps() == [3, 8]
+        assert state.num_loads == 0
+    assert json.loads((tmp_path / "plan.json").read_text()) == {"num_steps": 8}
+    (tmp_path / "checkpoints/step-000008/state.json").write_text("")
+    with open_run(tmp_path, quiet=True) as run:
+        state = Counter()
+        run.restore(state)
+        assert (run.step, state.count, state.num_loads) == (3, 3, 1)
+        run.restore(state)
+        assert state.num_loads == 1, "a second call does nothing"
+        assert count_to(run, 3, state) == []
+        state.count += 100
+        assert count_to(run, 8, state) == [4, 5, 6, 7, 8]
+        assert (state.count, state.num_loads) == (108, 1)
+
+
+def test_rows_of_the_body_survive_a_resume_and_rows_after_the_loop_do_not(tmp_path: Path) -> None:
+    def train_and_evaluate(run: Run) -> None:
+        count_to(run, 3, Counter())
+        run.record([{"step": 3, "action": 9}])  # of a final evaluation, which every process does as a whole
+
+    for opened in (create, open_run, open_run):
+        with opened(tmp_path, quiet=True) as run:
+            train_and_evaluate(run)
+        assert logged(tmp_path) == [1, 2, 3]
+        assert logged(tmp_path, "decisions.jsonl") == [1, 1, 2, 2, 3, 3, 3]
+
+
+def test_an_evaluation_asks_whether_to_stop(tmp_path: Path) -> None:
+    with create(tmp_path) as run:
+        count_to(run, 2, Counter())
+        run.stop_if_requested()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted, match="stopped at step 2; resume with") as caught:
+            run.stop_if_requested()
+        assert caught.value.exit_code == 143
+
+
+def test_the_first_loop_shows_the_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with create(tmp_path, quiet=False) as run:
+        state = Counter()
+        for step in run.loop(1, state, columns={"gain": "gain"}):
+            run.log(step, {"gain": 2.0, "reward": 1.0})
+        for _ in run.loop(1, state, columns={"reward": "reward"}):
+            pytest.fail("the step is done")
+    assert capsys.readouterr().err == "step 1/1  gain 2\n"
+    assert json.loads((tmp_path / "plan.json").read_text()) == {"num_steps": 1}
+
+
+def test_the_runs_own_part_of_a_checkpoint_cannot_be_taken(tmp_path: Path) -> None:
+    class Taken(Counter):
+        def state_dict(self) -> dict[str, Any]:
+            return {"run": 1}
+
+    with create(tmp_path) as run, pytest.raises(AssertionError, match="the run's own"):
+        run.save(Taken())
+
+
 # Going on after a stop
+
+
+class Learner:
+    """Every kind of state: a parameter, an optimizer, a guard, and a number.
+
+    ``drop`` names a piece that is forgotten at a resume: the negative control.
+    """
+
+    def __init__(self, *, drop: str | None = None) -> None:
+        self.logits = torch.nn.Parameter(torch.randn(6))  # torch's own generator
+        self.optimizer = torch.optim.AdamW([self.logits], lr=0.1)
+        self.guard = NonFiniteGuard(limit=3)
+        self.baseline = 0.0
+        self.drop = drop
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "policy": {"logits": self.logits},
+            "optimizer": optimizer_state(self.optimizer),
+            "guard": self.guard.state_dict(),
+            "baseline": self.baseline,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            self.logits.copy_(state["policy"]["logits"])
+        if self.drop != "optimizer":
+            load_optimizer(self.optimizer, state["optimizer"])
+        if self.drop != "guard":
+            self.guard.load_state_dict(state["guard"])
+        if self.drop != "baseline":
+            self.baseline = state["baseline"]
 
 
 def train(run: Run, num_steps: int, *, drop: str | None = None, pause: float = 0.0) -> dict[str, str]:
     """A small REINFORCE loop that touches every kind of state; returns digests of all that it leaves.
 
-    ``drop`` names a piece of state that is forgotten at a resume: the negative control. Gradients are written by hand,
-    since autograd's threads do not survive a fork on every machine.
+    Gradients are written by hand, since autograd's threads do not survive a fork on every machine.
     """
-    logits = torch.nn.Parameter(torch.randn(6))  # torch's own generator
-    optimizer = torch.optim.AdamW([logits], lr=0.1)
-    guard, baseline = NonFiniteGuard(limit=3), 0.0
-    checkpoint = run.restore()
-    first_step = 1
-    if checkpoint is not None:
-        streams = run.streams.state_dict()
-        with torch.no_grad():
-            logits.copy_(checkpoint.tensors["policy"]["logits"])
-        if drop != "optimizer":
-            load_optimizer(optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
-        if drop != "baseline":
-            baseline = checkpoint.state["baseline"]
-        if drop != "guard":
-            guard.load_state_dict(checkpoint.state["guard"])
-        if drop == "stream":
-            run.streams["sampling"].manual_seed(0)
-        if drop == "torch":
-            torch.manual_seed(0)
-        if drop is None:
-            assert run.streams.state_dict() == streams
-        first_step = checkpoint.step + 1
-    for step in range(first_step, num_steps + 1):
-        probs = logits.detach().softmax(0)
+    state = Learner(drop=drop)
+    run.restore(state)
+    if run.step and drop == "stream":
+        run.streams["sampling"].manual_seed(0)
+    if run.step and drop == "torch":
+        torch.manual_seed(0)
+    for step in run.loop(num_steps, state):
+        probs = state.logits.detach().softmax(0)
         actions = torch.multinomial(probs, 4, replacement=True, generator=run.streams["sampling"])
         rewards = (actions == 2).float() + 0.1 * torch.randn(4, generator=run.streams["noise"])
         rewards = torch.nn.functional.dropout(rewards, 0.25)
@@ -304,27 +492,19 @@ def train(run: Run, num_steps: int, *, drop: str | None = None, pause: float = 0
             rewards[0] = math.nan
         run.record({"step": step, "action": int(a), "reward": float(r)} for a, r in zip(actions, rewards, strict=True))
         if rewards.isnan().any():
-            run.notice(guard.skip(step, "reward is NaN"))
+            run.notice(state.guard.skip(step, "reward is NaN"))
         else:
-            guard.ok()
-            advantages = rewards - baseline
+            state.guard.ok()
+            advantages = rewards - state.baseline
             one_hot = torch.nn.functional.one_hot(actions, 6).float()
-            logits.grad = -(advantages[:, None] * (one_hot - probs)).mean(0)
-            optimizer.step()
-            baseline += 0.1 * (float(rewards.mean()) - baseline)
-        run.log(step, {"reward": float(rewards.mean()), "baseline": baseline, "skipped": guard.num_skipped})
+            state.logits.grad = -(advantages[:, None] * (one_hot - probs)).mean(0)
+            state.optimizer.step()
+            state.baseline += 0.1 * (float(rewards.mean()) - state.baseline)
+        row = {"reward": float(rewards.mean()), "baseline": state.baseline, "skipped": state.guard.num_skipped}
+        run.log(step, row)
         time.sleep(pause)
-        if run.due(step) or run.stop_requested or step == num_steps:
-            tensors, state = optimizer_tensors(optimizer)
-            run.save(
-                step,
-                {"policy": {"logits": logits}, "optimizer": tensors},
-                {"optimizer": state, "baseline": baseline, "guard": guard.state_dict()},
-            )
-        if run.stop_requested:
-            run.stop(step)
     for action in range(6):  # a final evaluation after the last save: every process that gets here does all of it
-        run.record([{"step": num_steps, "action": action, "reward": float(logits.detach()[action])}])
+        run.record([{"step": num_steps, "action": action, "reward": float(state.logits.detach()[action])}])
         time.sleep(pause)
     files = {name: (run.path / name).read_bytes() for name in ("metrics.jsonl", "decisions.jsonl")}
     last = run.checkpoints.latest()
@@ -349,7 +529,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 5, 11, 16, 22])
 def test_resume_is_bit_exact(tmp_path: Path, unbroken: dict[str, str], stop_after: int) -> None:
-    """N steps, a stop without warning, and the rest leave the bytes of one go: weights, optimiser, state, logs."""
+    """N steps, a stop without warning, and the rest leave the bytes of one go: weights, optimizer, state, logs."""
     with create(tmp_path) as run:
         train_until(run, stop_after)
     torch.manual_seed(99)
@@ -449,11 +629,12 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path: Path, fork, unbroken, nu
 
 def test_a_run_without_a_checkpoint_starts_again_and_says_so(tmp_path: Path) -> None:
     with create(tmp_path, save_every=100) as run:
-        assert run.restore() is None
+        run.restore(Counter())
         run.log(1, {"reward": 1})
         run.record([{"step": 1}])
     with open_run(tmp_path, quiet=True) as run:
-        assert run.restore() is None
+        run.restore(state := Counter())
+        assert (run.step, state.num_loads) == (0, 0)
         assert (run.metrics.num_rows, run.decisions.num_rows) == (0, 0)
     assert "starting again from the first step" in (tmp_path / "notices.log").read_text()
 
@@ -466,7 +647,7 @@ def test_lost_checkpoints_are_never_taken_for_a_new_start(tmp_path: Path) -> Non
         open_run(tmp_path, quiet=True) as run,
         pytest.raises(CheckpointError, match="though the metrics reach step 5;"),
     ):
-        run.restore()
+        run.restore(Counter())
     assert len(list(read_jsonl(tmp_path / "metrics.jsonl"))) == 5, "nothing was changed"
 
 
@@ -477,7 +658,7 @@ def test_no_sound_checkpoint_changes_nothing(tmp_path: Path) -> None:
         path.write_text("{}")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "run.lock"}
     with open_run(tmp_path, quiet=True) as run, pytest.raises(CheckpointError, match="2 found, 2 damaged"):
-        run.restore()
+        run.restore(Learner())
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -486,14 +667,9 @@ def test_rows_that_somebody_lost_are_told(tmp_path: Path) -> None:
         train_until(run, 9)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with open_run(tmp_path, quiet=True) as run:
-        assert run.restore().step == 8
+        run.restore(Learner())
+        assert run.step == 8
     assert "metrics.jsonl holds 1 of the 8 rows it had at step-000008" in (tmp_path / "notices.log").read_text()
-
-
-def test_when_to_save(tmp_path: Path) -> None:
-    with create(tmp_path, save_every=4) as run:
-        assert [step for step in range(13) if run.due(step)] == [4, 8, 12]
-        assert not run.stop_requested
 
 
 # Names

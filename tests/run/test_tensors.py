@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from pathlib import Path
 
@@ -119,6 +120,26 @@ def test_any_state_is_split_and_joined_through_json() -> None:
     assert torch.equal(joined["deep.a"]["b"], torch.zeros(2))
     assert joined["lr"] == 0.5
     assert joined["lr"].data_ptr() != state["lr"].data_ptr()
+
+
+def test_numbers_that_are_not_finite_come_back_through_strict_json() -> None:
+    state = {"best": -math.inf, "limits": (math.inf, 1.0), "mean": [math.nan, 0.5], "zero": -0.0}
+    tensors, rest = split_state(state)
+    assert not tensors
+    joined = join_state({}, json.loads(json.dumps(rest, allow_nan=False)))
+    assert (joined["best"], joined["limits"]) == (-math.inf, (math.inf, 1.0))
+    assert math.isnan(joined["mean"][0])
+    assert joined["mean"][1] == 0.5
+    assert math.copysign(1, joined["zero"]) == -1
+    assert all(type(joined[key]) is type(state[key]) for key in state)
+
+
+@pytest.mark.parametrize("name", ["$tensor", "$float", "$tuple", "$dict"])
+def test_a_key_that_looks_like_a_marker_stays_a_key(name: str) -> None:
+    state = {name: "inf", "inner": {name: [["a", 1]]}}
+    tensors, rest = split_state(state)
+    assert not tensors
+    assert join_state({}, json.loads(json.dumps(rest))) == state
 
 
 def test_states_that_do_not_fit_are_refused() -> None:

@@ -180,7 +180,9 @@ class Run:
             "num_metrics": self.metrics.num_rows,
             "num_decisions": self.decisions.num_rows,
         }
-        return self.checkpoints.save(self.step, {**state.state_dict(), "run": own})
+        parts = state.state_dict()
+        assert "run" not in parts, "this part of a checkpoint is the run's own"
+        return self.checkpoints.save(self.step, {**parts, "run": own})
 
     def restore(self, state: Stateful) -> None:
         """Puts ``state``, streams and logs back to the newest sound checkpoint; a second call does nothing.

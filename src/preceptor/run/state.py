@@ -48,7 +48,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     """Puts ``optimizer`` where ``optimizer_state`` found another one of the same kind over the same parameters.
 
     Learning rates and all other settings come from the saved state: this is a resume, not a warm start. Raises
-    ``CheckpointError``, before anything changes, when kind, parameter shapes, settings' names or tensors differ.
+    ``CheckpointError``, before anything changes, when kind, parameter shapes or settings' names differ.
     """
     kind = type(optimizer).__name__
     if state["kind"] != kind:

@@ -104,8 +104,8 @@ def test_real_wikitext_against_the_published_plain_text(test_data: Path) -> None
         assert shared >= 0.995 * their_words.total(), path.name  # measured: 0.9964 and more
         # We also keep quotations, formulas and list items that are sentences; measured: 0.870 and more.
         assert shared >= 0.85 * our_words.total(), path.name
-        # Sentences that a template left a hole in are few; measured: 2.0 % and less.
+        # Sentences that a template left a hole in are few; measured: 1.3 % and less.
         kept = Counter(re.findall(r"\w+", article_text(blocks)))
-        assert (kept & our_words).total() >= 0.975 * our_words.total(), path.name
+        assert (kept & our_words).total() >= 0.98 * our_words.total(), path.name
         assert not re.search(r"\{\{|\}\}|\[\[|\]\]|</?ref|'''|\bthumb\b|Category:", ours), path.name
     assert len(paths) == 12

@@ -7,14 +7,14 @@ from preceptor.systems.base import System, lazy
 
 SYSTEM = System(
     name="bandit",
-    summary="a language model decides by words, and what it learned crosses contexts or does not",
+    summary="a language model plays a bandit by choosing words; does what it learns transfer to other prompts?",
     Config=BanditConfig,
-    streams=("windows", "dropout", "prompts", "actions", "bandits", "environment", "references"),
-    train=lazy("preceptor.systems.bandit.train:train"),
-    result=lazy("preceptor.systems.bandit.result:bandit_result"),
+    streams=("windows", "dropout", "prompts", "actions", "environment", "references"),
+    train=lazy("preceptor.systems.bandit.loop:train"),
+    result=lazy("preceptor.systems.bandit.result:result"),
     sections=lazy("preceptor.systems.bandit.report:sections"),
-    verify=lazy("preceptor.systems.bandit.replay:replay"),
+    verify=lazy("preceptor.systems.bandit.verify:verify"),
     flags=FLAGS,
     choices=CHOICES,
-    extendable=("update.steps",),
+    extendable=("update.epochs", "history.steps"),
 )

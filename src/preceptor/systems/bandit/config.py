@@ -1,4 +1,4 @@
-"""Configuration of the bandit system. It stops at ``train.py``; everything below takes plain arguments."""
+"""Configuration of the bandit system."""
 
 from __future__ import annotations
 

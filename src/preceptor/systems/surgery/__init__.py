@@ -16,5 +16,4 @@ SYSTEM = System(
     verify=lazy("preceptor.systems.surgery.replay:replay"),
     flags=FLAGS,
     choices=CHOICES,
-    extendable=("update.steps",),
 )
