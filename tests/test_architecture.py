@@ -179,7 +179,6 @@ def imports_form_no_circle(modules: Sequence[Module]) -> Violations:
             for taken in found.names or ("",)
         }
         imported[module.name] = (targets & where.keys()) - {module.name}
-    imported.get("preceptor.cli.completion", set()).discard("preceptor.cli.entry")  # goes when argparse does
     while True:
         try:
             TopologicalSorter(imported).prepare()
