@@ -212,6 +212,7 @@ def _text_embedder(config: ReadingConfig, services: Services, device: torch.devi
             **named,
             api_key=services.openai_api_key,
             base_url=options.base_url or services.openai_base_url,
+            dimensions=options.text_dimension or None,
             cache_dir=services.cache_dir / "embeddings",
             max_usd=options.max_usd,
         )
