@@ -13,11 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preceptor.cli import main
+from preceptor.lm.model import LanguageModel
 from preceptor.run.folder import open_run
-from preceptor.systems.reading.articles import bundled_article
+from preceptor.systems.reading.articles import bundled_article, select_pairs, tokenize_article
+from preceptor.systems.reading.config import DataOptions
+from preceptor.systems.reading.environment import run_episodes
+from preceptor.systems.reading.policy import load_policy
 
 QUICK = (
     "data.num_pairs=3", "data.num_probes=1", "episode.batch_size=4", "episode.query_tokens=2", "update.steps=2",
@@ -358,7 +363,7 @@ def test_smoke_takes_under_a_minute_and_leaves_every_file(
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} >= {
         "articles.json", "checkpoints", "config.yaml", "decisions.jsonl", "manifest.json", "metrics.jsonl",
-        "report.html", "result.json",
+        "model", "report.html", "result.json",
     }  # fmt: skip
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert set(rows[-1]) >= METRICS
@@ -402,4 +407,45 @@ def test_metrics_are_what_their_names_say(command: Command, tmp_path: Path, caps
     assert row["query_entropy_maximum"] == pytest.approx(math.log(700 - 3))
     assert row["episodes"] == 4
     assert row["passed_fraction"] == 1.0
+    capsys.readouterr()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # peft asks Transformers for it
+@pytest.mark.parametrize("adapter_rank", [0, 2])
+def test_what_was_learned_comes_out(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], adapter_rank: int
+) -> None:
+    """``model/`` loads in Transformers and reproduces what was recorded; with the selection, it reads in the order."""
+    settings = (f"model.adapter_rank={adapter_rank}", "update.learning_rate=1e-2", "update.steps=3")
+    assert main(command(settings=settings)) == 0
+    folder, special = tmp_path / "run", [0, 1, 2]
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    decisions = [json.loads(line) for line in (folder / "decisions.jsonl").read_text().splitlines()]
+    learned = [row for row in decisions if row["arm"] == "learned" and row["episode"] >= 3 * 4]
+    assert len(learned) == 2
+    for row in learned:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row["policy_token_ids"]])).logits[0]
+        logits[:, special] = -torch.inf
+        log_probs = logits.log_softmax(-1)
+        for span in row["policy_spans"]:
+            if span["kind"] == "query":
+                tokens = row["policy_token_ids"][span["start"] : span["end"]]
+                found = [float(log_probs[span["start"] + at - 1, token]) for at, token in enumerate(tokens)]
+                assert found == pytest.approx(span["sampled_log_probs"], abs=1e-5)
+
+    if adapter_rank:  # the wrapper, as Preceptor trains an adapter
+        model = AutoPeftModelForCausalLM.from_pretrained(folder / "model")
+    lm = LanguageModel(model, AutoTokenizer.from_pretrained(folder / "model"), name="learned")
+    policy, keys = load_policy(folder / "model", lm)
+    assert policy.temperature == learned[0]["temperature"]
+    ((name, order),) = json.loads((folder / "result.json").read_text())["order"].items()
+    pairs = select_pairs(bundled_article(), DataOptions(num_pairs=3, num_probes=1), lm, name=name)
+    article = tokenize_article(pairs, lm, prompt="{title}\n", use_chat_template=True)
+    trajectories = run_episodes(
+        policy, article, keys[name], num_episodes=1, budget=3, query_tokens=2,
+        generators={"query": torch.Generator()}, greedy=True,
+    )  # fmt: skip
+    assert trajectories.order.tolist() == [order]
+    assert sorted(order) == [0, 1, 2]
     capsys.readouterr()
