@@ -61,6 +61,7 @@ def _add_resume(parser: argparse.ArgumentParser) -> None:
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder of the run")
+    parser.add_argument("--figures", metavar="DIR", type=Path, help="write the page's charts here too, as SVG files")
 
 
 def _run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -141,7 +142,12 @@ def _show(result: Mapping[str, Any]) -> None:
 
 
 def _report(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    return _write_page(options.folder)
+    _write_page(options.folder)
+    if options.figures is not None:
+        from preceptor.report.svg import write_figures
+
+        print(f"figures: {len(write_figures(options.folder, options.figures))} in {options.figures}")
+    return 0
 
 
 def _write_page(folder: Path) -> int:
