@@ -121,7 +121,9 @@ def verify(config: CurriculumConfig, folder: Path, services: Services) -> Iterat
     rows = read_jsonl(folder / "decisions.jsonl")
     for name, method_rows in groupby(rows, key=lambda row: row["arm"]):
         if name not in methods:
-            raise DataError(f"{folder / 'decisions.jsonl'} has the method {name}, which the configuration does not plan")
+            raise DataError(
+                f"{folder / 'decisions.jsonl'} has the method {name}, which the configuration does not plan"
+            )
         number, method = methods[name]
         yield from _verify_method(
             list(method_rows), method, config, lm, sizes=sizes, steps_before=number * config.update.steps
