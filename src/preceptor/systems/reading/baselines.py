@@ -118,9 +118,9 @@ def baseline_orders(
         "best_of_n": search(best_order, candidates),
     }
     # Oracles: they maximise the very reward that is reported, and bound what can be reached.
-    beam = search(beam_search, beam_width)
+    greedy, beam = search(beam_search, 1), search(beam_search, beam_width)
     baselines |= {
-        "greedy": search(beam_search, 1),
+        "greedy": greedy,
         "beam": beam,
         # It starts from the beam's order, which it has to pay for too.
         "local_search": search(local_search, beam.orders[0], num_calls=beam.num_calls),
