@@ -5,10 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The torch that `make constraints` resolves everything else around.
 TORCH ?= 2.13.0
+# The lowest one that pyproject.toml allows, for `make lowest`.
+TORCH_LOWEST ?= $(shell sed -nE 's/^  "torch>=([0-9.]+)".*/\1.0/p' pyproject.toml)
 # A demo never overwrites an earlier one.
 DEMO_OUT := $(or $(DEMO_OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: help demo test test-all bench docs lint check format constraints clean
+.PHONY: help demo test test-all bench docs lint check format constraints lowest clean
 
 help: ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -61,6 +63,17 @@ constraints: ## Resolve every dependency anew into constraints.txt
 	{ echo "# Every package of the demo, the tests and the checks. Made by: make constraints (a fresh venv, pip freeze)"; \
 	  build/constraints/bin/pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f; } > constraints.txt
 	rm -rf build/constraints
+
+# torch goes first and without its dependencies: uv keeps what is installed, and takes the lowest of everything else.
+lowest: ## Every system's smoke run with the lowest versions that pyproject.toml allows
+	rm -rf build/lowest
+	$(PYTHON) -m venv build/lowest
+	build/lowest/bin/pip install --quiet --disable-pip-version-check uv
+	build/lowest/bin/pip install --quiet --disable-pip-version-check --no-deps torch==$(TORCH_LOWEST)
+	build/lowest/bin/uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct -e .
+	for system in reading bandit curriculum surgery; do \
+	  build/lowest/bin/preceptor run $$system --preset smoke --threads 1 --out build/lowest/runs/$$system || exit 1; \
+	done
 
 clean: ## Remove the virtual environment and every cache; runs stay
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

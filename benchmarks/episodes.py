@@ -40,7 +40,7 @@ def compare(sizes: episode.Sizes, *, at_least: float | None) -> Comparison:
     greedy = measured_precision(lambda: episode.ours(case))().queries[0]
     differing = float((greedy != episode.naive(one).queries[0]).double().mean())
     kept = float((greedy != kept_cache(one)).double().mean())
-    length = len(case.material.prompt) + sizes.pairs * (sizes.query_tokens + sizes.value_tokens)
+    length = len(case.article.prompt) + sizes.pairs * (sizes.query_tokens + sizes.value_tokens)
     return Comparison(
         benchmark="episodes",
         case=f"{sizes.episodes} episodes x {sizes.pairs} pairs, {sizes.query_tokens} query and {sizes.value_tokens} "
@@ -84,7 +84,7 @@ def kept_cache(case: episode.Case) -> torch.Tensor:
         return logits
 
     queries = []
-    logits = read(list(case.material.prompt))
+    logits = read(list(case.article.prompt))
     for pair in case.orders[0]:
         query = []
         for _ in range(case.sizes.query_tokens):
@@ -92,5 +92,5 @@ def kept_cache(case: episode.Case) -> torch.Tensor:
             query.append(int(logits.argmax()))
             logits = read([query[-1]])
         queries.append(query)
-        logits = read(list(case.material.values[pair]))
+        logits = read(list(case.article.values[pair]))
     return torch.tensor(queries)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from preceptor.version import __version__
 
 if TYPE_CHECKING:
-    from preceptor import mixtures
+    import preceptor.mixtures as mixtures
     from preceptor.result import Result
     from preceptor.systems.surgery.theater import SurgicalTheater
 

@@ -11,8 +11,7 @@ from preceptor.config import load_config, schema
 from preceptor.errors import ConfigError
 from preceptor.objectives.mixture import MIXTURE_RULES
 from preceptor.systems.curriculum import config
-from preceptor.systems.curriculum.choices import FIXED_RULES, RULES
-from preceptor.systems.curriculum.config import CHOICES, FLAGS, CurriculumConfig
+from preceptor.systems.curriculum.config import CHOICES, FIXED_RULES, FLAGS, RULES, CurriculumConfig
 
 PRESETS = importlib.resources.files("preceptor") / "presets" / "curriculum"
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum.config import PPOOptions
-from preceptor.systems.curriculum.credit import Credit
-from preceptor.systems.curriculum.rollout import (
+from preceptor.systems.curriculum.policy import (
     Prompt,
     generate_rollouts,
     rollout_distributions,
@@ -64,7 +63,8 @@ def experience(tiny: LanguageModel) -> Experience:
     advantages = torch.randn(6, 1, generator=generator) * rollouts.mask
     return Experience(
         rollouts=rollouts,
-        credit=Credit(advantages, torch.randn(6, 5, generator=generator)),
+        advantages=advantages,
+        returns=torch.randn(6, 5, generator=generator),
         values=torch.zeros(6, 5),
         reference_log_probs=rollouts.log_probs + 0.3 * torch.randn(6, 5, generator=generator),
     )
@@ -78,7 +78,7 @@ def ppo(
         "sampling": rollout_sampling(lm, SAMPLING_TEMPERATURE),
         "kl_coefficient": 0.5,
         "value_network": None,
-        "reference": lm,
+        "reference_model": lm,
         "micro_batch_size": 6,
         "bf16": False,
     } | changes
@@ -96,7 +96,7 @@ def reinforce_gradient(lm: LanguageModel, experience: Experience, weights: Tenso
         for place, token in enumerate(tokens):
             if experience.rollouts.mask[row, place]:
                 log_prob = allowed[len(prompt.tokens) - 1 + place].log_softmax(-1)[token]
-                loss = loss - weights[row] * experience.credit.advantages[row, place] * log_prob
+                loss = loss - weights[row] * experience.advantages[row, place] * log_prob
     loss.backward()
     return gradients(lm)
 
@@ -128,8 +128,8 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(
         for parameter in tiny.model.parameters():
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
     options = BASE.model_copy(update={"kl_place": kl_place, "aggregation": aggregation})
-    whole, whole_sums = ppo(tiny, experience, options, reference=reference)
-    parts, part_sums = ppo(tiny, experience, options, reference=reference, micro_batch_size=2)
+    whole, whole_sums = ppo(tiny, experience, options, reference_model=reference)
+    parts, part_sums = ppo(tiny, experience, options, reference_model=reference, micro_batch_size=2)
     assert_close(parts, whole)
     for name, value in whole_sums.means().items():
         assert part_sums.means()[name] == pytest.approx(value, rel=1e-4), name
@@ -163,25 +163,23 @@ def test_the_kl_in_the_loss_pulls_towards_the_reference(
 
     with torch.no_grad():
         reference_log_probs = rollout_log_probs(reference, experience.rollouts, sampling)
-    still = replace(experience, credit=Credit(torch.zeros(6, 5), None), reference_log_probs=reference_log_probs)
+    still = replace(experience, advantages=torch.zeros(6, 5), returns=None, reference_log_probs=reference_log_probs)
     before = divergence()
     for _ in range(20):
-        found, sums = ppo(tiny, still, BASE.model_copy(update={"kl_place": kl_place}), reference=reference)
+        found, sums = ppo(tiny, still, BASE.model_copy(update={"kl_place": kl_place}), reference_model=reference)
         with torch.no_grad():
             for name, parameter in tiny.trainable_parameters().items():
                 parameter.sub_(0.02 * found[name])
     assert divergence() < 0.8 * before
     # The coefficient of the helper is ½, and the policy loss is 0.
-    found, sums = ppo(tiny, still, BASE.model_copy(update={"kl_place": kl_place}), reference=reference)
+    found, sums = ppo(tiny, still, BASE.model_copy(update={"kl_place": kl_place}), reference_model=reference)
     assert sums.means()["policy_loss"] == pytest.approx(0.5 * divergence(), rel=1e-3)
 
 
 def test_a_row_whose_reward_was_not_finite_teaches_nothing(tiny: LanguageModel, experience: Experience) -> None:
     lost = torch.tensor([False, False, True, False, False, False])
-    advantages = experience.credit.advantages.masked_fill(lost[:, None], float("nan"))
-    emptied = replace(
-        experience, rollouts=experience.rollouts.without(lost), credit=Credit(advantages, experience.credit.returns)
-    )
+    advantages = experience.advantages.masked_fill(lost[:, None], float("nan"))
+    emptied = replace(experience, rollouts=experience.rollouts.without(lost), advantages=advantages)
     kept = experience.at((~lost).nonzero()[:, 0])
     for aggregation in ("token_mean", "sequence_mean"):
         options = BASE.model_copy(update={"aggregation": aggregation})
@@ -192,15 +190,15 @@ def test_the_value_network_learns_its_targets_and_leaves_the_policy_alone(
     tiny: LanguageModel, experience: Experience
 ) -> None:
     network = build_value_network(tiny, kind="small", width=64, num_layers=1, seed=0)
-    optimiser = torch.optim.Adam(network.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
     returns = torch.tensor([1.0, 1.0, -1.0, -1.0, 0.5, 0.5])[:, None].expand(6, 5)  # the prompt decides
-    still = replace(experience, credit=Credit(torch.zeros(6, 5), returns))
+    still = replace(experience, advantages=torch.zeros(6, 5), returns=returns)
     losses = []
     for _ in range(60):
         found, sums = ppo(tiny, still, BASE.model_copy(update={"value_clip_epsilon": 0.0}), value_network=network)
         assert max(float(tensor.abs().max()) for tensor in found.values()) == 0.0
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(sums.means()["value_loss"])
     assert losses[-1] < 0.1 * losses[0]
 
@@ -220,7 +218,7 @@ def test_the_value_loss_is_a_mean_over_the_tokens_of_the_minibatch(
     )
     found = [parameter.grad.clone() for parameter in network.parameters()]
     network.zero_grad()
-    values, returns, mask = network(experience.rollouts), experience.credit.returns, experience.rollouts.mask
+    values, returns, mask = network(experience.rollouts), experience.returns, experience.rollouts.mask
     assert returns is not None
     total, num_clipped = torch.zeros(()), 0
     for row, place in mask.nonzero().tolist():
@@ -242,8 +240,7 @@ def one_token(ratios: list[float], advantages: list[float]) -> tuple[Tensor, Exp
     """Rows of one token whose probability has changed by ``ratios``."""
     rollouts = replace(rollouts_from([[5]] * len(ratios)), log_probs=torch.full((len(ratios), 1), -1.0))
     log_probs = (torch.tensor(ratios)[:, None].log() - 1).requires_grad_()
-    credit = Credit(torch.tensor(advantages)[:, None], None)
-    return log_probs, Experience(rollouts, credit, None, torch.zeros(len(ratios), 1))
+    return log_probs, Experience(rollouts, torch.tensor(advantages)[:, None], None, None, torch.zeros(len(ratios), 1))
 
 
 @pytest.mark.parametrize(
@@ -261,7 +258,7 @@ def one_token(ratios: list[float], advantages: list[float]) -> tuple[Tensor, Exp
 def test_the_loss_has_the_bounds_that_the_options_name(options: dict[str, Any], expected: float | None) -> None:
     log_probs, part = one_token([1.5, 0.5, 4.0], [2.0, -1.0, -2.0])
     settings = {"clip_epsilon_low": 0.1, "clip_epsilon_high": 0.4, "dual_clip": 0.0} | options
-    loss = policy_loss(log_probs, part, options=BASE.model_copy(update=dict(**settings)))
+    loss = policy_loss(log_probs, part, options=BASE.model_copy(update=settings))
     loss.backward()
     assert log_probs.grad is not None
     slopes = (3 * log_probs.grad).flatten().tolist()

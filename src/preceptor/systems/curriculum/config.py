@@ -1,4 +1,4 @@
-"""Configuration of the curriculum system. It stops at ``train.py``; everything below takes plain arguments."""
+"""Configuration of the curriculum system, and the names that it may use with a line on each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,54 @@ from pydantic import Field
 
 from preceptor.config import Options
 from preceptor.data.corpora.datasets import Source, source_faults
-from preceptor.systems.curriculum.choices import ADVANTAGES, BUILTIN, KL_PLACES, LOSSES, REWARDS, RULES
+
+RULES = {
+    "second_order": "weights move along the smoothed fall over time of mean + variance of the losses",
+    "learning_progress": "slow minus fast average of the loss: what is being learned now",
+    "difficulty": "the loss itself",
+    "exp3": "Exp3 with the loss as reward (ODM)",
+    "ado": "the slope of a power law fitted to each loss (ADO)",
+    "proportional": "in proportion to the sizes of the datasets, fixed",
+    "uniform": "equal weights, fixed",
+    "static": "given weights, fixed",
+}
+FIXED_RULES = ("proportional", "uniform", "static")
+"""Rules that no measurement moves."""
+
+REWARDS = {
+    "repetition": "minus the fraction of tokens that repeat the token before them (the method's text)",
+    "repeated_bigrams": "minus the fraction of tokens that complete a bigram seen before",
+    "log_likelihood": "log-probability under the rolling frozen model, nats per token",
+    "overlap": "F1 of the tokens with those of the document's own continuation",
+    "distinct": "distinct bigrams over all bigrams",
+    "length": "tokens up to the end token over the tokens allowed",
+}
+ADVANTAGES = {
+    "gae": "generalized advantage estimation with a value network (PPO)",
+    "rloo": "total reward minus the mean of the prompt's other continuations",
+    "grpo": "total reward minus the group's mean, over its standard deviation",
+    "dr_grpo": "total reward minus the group's mean",
+    "reinforce_plus_plus": "the reward to go, whitened over the batch",
+}
+LOSSES = {
+    "clip": "PPO's clipped ratio; the two bounds may differ",
+    "cispo": "REINFORCE with a truncated importance weight",
+    "gspo": "PPO's clip on one ratio per sequence",
+    "reinforce": "no importance ratio",
+}
+KL_PLACES = {
+    "none": "no KL to the reference",
+    "reward_k1": "k1 of each token subtracted from its reward",
+    "loss_k2": "k2 in the loss",
+    "loss_k3": "k3 in the loss (GRPO's)",
+    "loss_exact": "over the whole vocabulary, in the loss",
+}
+BUILTIN = {
+    "code": "source files of Python's standard library, as installed",
+    "manual": "Python's own reference manual, as installed (pydoc topics)",
+    "dialogue": "short dialogues and sums from a small grammar",
+    "noise": "random letters, which nothing can be learned from",
+}
 
 FLAGS = {"model": "model.name", "seed": "seed", "rule": "mixture.rule"}
 """Command-line flags that stand for configuration keys."""
@@ -205,7 +252,7 @@ class ValueOptions(Options):
 class UpdateOptions(Options):
     """How the policy learns."""
 
-    steps: int = Field(60, ge=1, description="Number of steps of each arm.")
+    steps: int = Field(60, ge=1, description="Number of steps of each method.")
     batch_tokens: int = Field(1024, ge=1, description="Number of document tokens per step.")
     cross_entropy_weight: float = Field(
         1.0, ge=0, description="Weight of the loss on the documents; 0 is pure PPO, a large one is pretraining."
@@ -249,7 +296,7 @@ class ControlOptions(Options):
     static_grid: Literal["none", "omit", "omit_and_double"] = Field(
         "omit", description="Static mixtures: each dataset left out, and each doubled."
     )
-    frozen_policy: bool = Field(True, description="Add the configured arm at learning rate 0, if it writes rollouts.")
+    frozen_policy: bool = Field(True, description="Add the configured method at learning rate 0, if it has rollouts.")
 
 
 class CurriculumConfig(Options):
