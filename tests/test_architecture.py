@@ -302,7 +302,7 @@ RULES: tuple[Callable[[Sequence[Module]], Violations], ...] = (
     broad_excepts_give_a_reason,
     environment_is_read_at_the_doors,
 )
-HEAVY = ("torch", "transformers", "matplotlib", "numpy", "jaxtyping")
+HEAVY = ("torch", "transformers", "numpy", "jaxtyping")
 
 
 def heavy_imports(module: str, *, path: Path) -> list[str]:
