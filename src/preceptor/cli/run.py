@@ -148,7 +148,7 @@ def _show(result: Result) -> int:
     from rich.console import Console
 
     console = Console()
-    for table in result.renderables():
+    for table in result.renderables(width=console.width):
         console.print(table)
     if result.verdict:
         print(f"\n{result.verdict}\n")
