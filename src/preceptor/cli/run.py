@@ -114,9 +114,20 @@ def resume(
     return _show(result)
 
 
-def report(folder: options.Folder) -> int:
+def report(
+    folder: options.Folder,
+    *,
+    figures: Annotated[
+        Path | None,
+        typer.Option("--figures", metavar="DIR", help="Also write the page's charts as SVG files.", show_default=False),
+    ] = None,
+) -> int:
     """Write report.html, one self-contained page about a run."""
     print(f"report:  {write_page(folder)}")
+    if figures is not None:
+        from preceptor.report.svg import write_figures
+
+        print(f"figures: {len(write_figures(folder, figures))} files in {figures}")
     return 0
 
 
