@@ -127,7 +127,7 @@ def report(
     if figures is not None:
         from preceptor.report.svg import write_figures
 
-        print(f"figures: {len(write_figures(folder, figures))} files in {figures}")
+        print(f"figures: {len(write_figures(folder, figures))} in {figures}")
     return 0
 
 
