@@ -121,7 +121,8 @@ def verify(config: CurriculumConfig, folder: Path, services: Services) -> Iterat
     rows = read_jsonl(folder / "decisions.jsonl")
     for name, method_rows in groupby(rows, key=lambda row: row["arm"]):
         if name not in methods:
-            raise DataError(f"{folder / 'decisions.jsonl'} has the method {name}, which the configuration does not plan")
+            decisions = folder / "decisions.jsonl"
+            raise DataError(f"{decisions} has the method {name}, which the configuration does not have")
         number, method = methods[name]
         yield from _verify_method(
             list(method_rows), method, config, lm, sizes=sizes, steps_before=number * config.update.steps
