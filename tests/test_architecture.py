@@ -355,16 +355,16 @@ KEPT = {
     "try:\n    pass\nexcept BaseException:\n    print()\n    raise\n"
     "try:\n    pass\nexcept Exception:  # noqa: BLE001 - the lock is released whatever happened\n    pass\n",
     "systems/__init__.py": "",
-    "systems/reading/train.py": FUTURE + "import preceptor.run.state\nfrom preceptor.systems.reading import arms\n",
+    "systems/reading/train.py": FUTURE + "import preceptor.runs.state\nfrom preceptor.systems.reading import arms\n",
     "systems/reading/arms.py": FUTURE + "import preceptor.objectives.kl\n",
-    "systems/bandit/train.py": FUTURE + "from preceptor.run import state\n",
+    "systems/bandit/train.py": FUTURE + "from preceptor.runs import state\n",
     "cli.py": FUTURE
     + "import os\nos.environ.get('HOME')\ndef main():\n    from preceptor.systems.reading import train\n",
     "__main__.py": FUTURE + "from preceptor.cli import main\n",
 }
 
 PLANTED = [
-    (arrows_point_down, "lm/load.py", "from preceptor.run import state", "'lm' imports 'run'"),
+    (arrows_point_down, "lm/load.py", "from preceptor.runs import state", "'lm' imports 'run'"),
     (arrows_point_down, "lm/load.py", "def f():\n    import preceptor.data.articles", "'lm' imports 'data'"),
     (arrows_point_down, "errors.py", "from preceptor import config", "'errors' imports 'config'"),
     (arrows_point_down, "run/state.py", "import preceptor.cli", "'run' imports 'cli'"),
