@@ -85,7 +85,7 @@ def attention_comparison(build: str, library: ctypes.CDLL, shape: tuple[int, int
 def decode_comparison(
     build: str, library: ctypes.CDLL, lm: LanguageModel, batch_size: int, *, tokens: int
 ) -> Comparison:
-    """The native forward with and without the compiled step; greedy tokens are compared first."""
+    """The engine with and without the compiled decode step; greedy tokens are compared first."""
     prompts = torch.randint(3, lm.vocab_size, (batch_size, tokens), generator=torch.Generator().manual_seed(0)).tolist()
 
     def through(library: ctypes.CDLL | None, dtype: torch.dtype | None) -> Callable[[], Tensor]:

@@ -15,11 +15,10 @@ from benchmarks.limits import arithmetic_seconds, bandwidth_seconds
 from benchmarks.measurement import OURS, Bar, Comparison, require_equal
 from benchmarks.models import starter
 from preceptor.data.corpora.mixture import MixtureSampler
+from preceptor.lm.edit_targets import attention_targets
 from preceptor.objectives.advantages import gae
-from preceptor.systems.surgery.agent import SacAgent
-from preceptor.systems.surgery.replay_buffer import ReplayBuffer
-from preceptor.systems.surgery.targets import attention_targets
-from preceptor.systems.surgery.theatre import SurgicalTheater
+from preceptor.systems.surgery.policy import ReplayBuffer, SacAgent
+from preceptor.systems.surgery.theater import SurgicalTheater
 
 STATE, ACTION = 32, 8
 

@@ -1,4 +1,4 @@
-"""Kept keys and values: what was given comes back, in buffers that the compiled step can read."""
+"""The KV cache of a layer: what was given comes back, in buffers that the compiled decode step can read."""
 
 from __future__ import annotations
 

@@ -63,8 +63,8 @@ def test_every_blocking_gives_the_definition(
 
 @pytest.mark.parametrize("chunk_rows", [4, 1_024])
 @pytest.mark.parametrize("chunk_logits", [3, 10_000])
-@pytest.mark.parametrize("kept_logits", [65, 66])
-def test_gradients(chunk_logits: int, kept_logits: int, chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("max_saved_logits", [65, 66])
+def test_gradients(chunk_logits: int, max_saved_logits: int, chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """6 × 11 logits, made again for the backward pass or kept for it."""
     monkeypatch.setattr(lm_log_probs, "_CHUNK_ROWS", chunk_rows)
     leaves = [
@@ -75,7 +75,7 @@ def test_gradients(chunk_logits: int, kept_logits: int, chunk_rows: int, monkeyp
     tokens = torch.tensor([0, 10, 4, 4, 9, 2])
     assert torch.autograd.gradcheck(
         lambda states, weight, bias: chosen_log_probs(
-            states, weight, tokens, bias=bias, chunk_logits=chunk_logits, kept_logits=kept_logits
+            states, weight, tokens, bias=bias, chunk_logits=chunk_logits, max_saved_logits=max_saved_logits
         ).square(),
         leaves,
     )
@@ -145,8 +145,10 @@ def test_gradients_of_bfloat16_are_summed_in_float32(monkeypatch: pytest.MonkeyP
     assert weight.grad.flatten().tolist() == [300.0, -300.0]
 
 
-@pytest.mark.parametrize(("kept_logits", "times"), [(0, 2), (63_999, 2), (64_000, 1)])
-def test_memory_does_not_follow_the_vocabulary(kept_logits: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("max_saved_logits", "times"), [(0, 2), (63_999, 2), (64_000, 1)])
+def test_memory_does_not_follow_the_vocabulary(
+    max_saved_logits: int, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No tensor of rows × vocabulary is ever made, and logits are made once only where they are few."""
     sizes: list[int] = []
     logits = lm_log_probs._logits
@@ -155,7 +157,7 @@ def test_memory_does_not_follow_the_vocabulary(kept_logits: int, times: int, mon
     )
     states, weight = random(64, 4).requires_grad_(), random(1_000, 4, seed=1).requires_grad_()
     tokens = torch.zeros(64, dtype=torch.long)
-    log_probs = chosen_log_probs(states, weight, tokens, chunk_logits=4_096, kept_logits=kept_logits)
+    log_probs = chosen_log_probs(states, weight, tokens, chunk_logits=4_096, max_saved_logits=max_saved_logits)
     log_probs.sum().backward()
     assert max(sizes) <= 4_096
     assert sum(sizes) == times * 64 * 1_000

@@ -1,4 +1,4 @@
-"""Keys and values that are kept between passes, in the form that Transformers' caches and our own forward share."""
+"""The KV cache of one layer, in a form that both Transformers and the engine can extend."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 _FIRST_SLOTS = 256
-_SLOTS_MULTIPLE = 64  # as decode_step.c reads them
+_SLOTS_MULTIPLE = 64  # decode_step.c reads whole blocks of this many slots
 
 
 class KVCacheLayer(CacheLayerMixin):
-    """Keys and values of one layer in buffers that grow by doubling and are written in place.
+    """Keys and values of one layer, in buffers that are written in place and double when they are full.
 
-    Setting ``length`` back forgets what came after.
+    Lowering ``length`` forgets the slots beyond it.
 
     Args:
-        slots_innermost: lay keys out with the slots of one coordinate side by side, as products with few queries on a
-            CPU want them; what is given looks the same.
+        slots_innermost: store keys as [batch, head, width, slot] in memory, the fastest layout for few queries on a
+            CPU. The tensors returned have the same shape either way.
     """
 
     is_sliding = False
@@ -29,13 +29,13 @@ class KVCacheLayer(CacheLayerMixin):
         self._slots_innermost = slots_innermost
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Buffers for tensors like these: batch, heads, slots, width of a head."""
+        """Allocate buffers for tensors like these, [batch, head, slot, width]."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = self._buffers(key_states, value_states, _FIRST_SLOTS)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append, and give everything that is kept."""
+        """Append keys and values [batch, head, time, width]; return all of them, [batch, head, length, width]."""
         if self.keys is None or self.values is None:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
@@ -48,22 +48,23 @@ class KVCacheLayer(CacheLayerMixin):
 
     @property
     def capacity(self) -> int:
-        """Slots of the buffers."""
+        """Slots that fit into the buffers."""
         return 0 if self.keys is None else int(self.keys.shape[-2])
 
     def extend(self, num_slots: int) -> None:
-        """Take ``num_slots`` more into use, whose content is for the caller to write; what is kept stays."""
+        """Add ``num_slots`` slots for the caller to write; keys and values so far are preserved."""
         start, self.length = self.length, self.length + num_slots
         if self.length > self.capacity:
             assert self.keys is not None
             assert self.values is not None
+            # Doubling copies each slot about once on average, however long the sequence grows.
             old_keys, old_values = self.keys, self.values
             self.keys, self.values = self._buffers(old_keys, old_values, _round_up(2 * self.length))
             self.keys[..., :start, :] = old_keys[..., :start, :]
             self.values[..., :start, :] = old_values[..., :start, :]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """``repeats`` copies of each row, side by side."""
+        """Replace each row by ``repeats`` copies, next to each other."""
         if self.keys is None or self.values is None:
             return
         keys, values = (held[..., : self.length, :].repeat_interleave(repeats, 0) for held in (self.keys, self.values))
@@ -76,7 +77,7 @@ class KVCacheLayer(CacheLayerMixin):
         *outer, _, width = keys.shape
         new_values = values.new_empty(*values.shape[:-2], slots, values.shape[-1])
         if self._slots_innermost:
-            return keys.new_empty(*outer, width, slots).transpose(-1, -2), new_values
+            return keys.new_empty(*outer, width, slots).transpose(-1, -2), new_values  # same shape, other strides
         return keys.new_empty(*outer, slots, width), new_values
 
     def get_seq_length(self) -> int:
@@ -88,7 +89,7 @@ class KVCacheLayer(CacheLayerMixin):
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Slots that a block of ``query_length`` tokens may attend to, and the first of them."""
+        """Number of slots that a block of ``query_length`` tokens may attend to, and the first of them."""
         return self.length + query_length, 0
 
 

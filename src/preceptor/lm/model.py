@@ -1,8 +1,8 @@
-"""A causal language model as Preceptor uses it: one forward pass that gives exactly the logits and states asked for.
+"""A causal language model behind one forward pass, which computes logits only where they are wanted.
 
-Any ``AutoModelForCausalLM`` that attends where it is told to will do: by hub name, by local folder, or the bundled
-starter. That it does is measured when it is wrapped, not read off a list of names. The model is always in evaluation
-mode (dropout off), when acting as when learning, so that what is scored is what was sampled; the mode never changes.
+Any ``AutoModelForCausalLM`` that respects an attention mask works. Whether it does is measured when the model is
+wrapped, not looked up in a list of names. The model stays in evaluation mode (dropout off) for sampling and training
+alike, so that the probabilities trained on are those that were sampled from.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from preceptor.lm.sampling import Sampling
 
 @dataclass(frozen=True)
 class Output:
-    """What a forward pass gave.
+    """The result of a forward pass.
 
     Attributes:
-        logits: float32 logits of the kept positions, in row-major order.
-        captured: output of the captured module, or None.
+        logits: float32 logits at the positions marked by ``keep``, in row-major order.
+        captured: output of the module ``capture`` at every position, or None.
     """
 
     logits: Float[Tensor, "kept vocab"]
@@ -44,17 +44,18 @@ class LanguageModel:
     Args:
         model: a causal language model of Transformers, or peft's wrapper around one; put into evaluation mode.
         tokenizer: its tokenizer.
-        name: how the user named it.
+        name: what the user called it.
 
     Attributes:
-        adapter_enabled: False in a view in which the LoRA adapter is switched off (the untrained model).
-        context_length: tokens that a row may hold.
-        has_engine: whether :meth:`engine` gives one: its logits agreed with the model's own.
-        begin_token: starts a row, and fills what rows of a batch lack in length.
-        special_tokens: ids of the control tokens that the model knows, ascending; text never becomes one of them.
+        adapter_enabled: False in a view of the model with its LoRA adapter switched off (:meth:`initial_model`).
+        context_length: the most tokens a row may hold.
+        has_engine: whether :meth:`engine` returns one: its logits agreed with the model's own.
+        begin_token: starts a row, and pads short rows of a batch.
+        special_tokens: ids of the control tokens that the model has an embedding for, ascending. Text is never encoded
+            as one of them.
 
     Raises:
-        ModelError: the model or its tokenizer is not what Preceptor needs.
+        ModelError: the model ignores attention masks or positions, or it does not fit its tokenizer.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
@@ -67,14 +68,14 @@ class LanguageModel:
         self._check_vocabulary(control_tokens)
         self.begin_token = self._begin_token()
         self.special_tokens = tuple(sorted(token for token in control_tokens if token < self.vocab_size))
-        # What a tokenizer gives for an unknown character is text, unless the same token ends a text too (GPT-2).
+        # The unknown token stands for text, unless the tokenizer ends texts with the same token (GPT-2).
         self._never_text = control_tokens - ({tokenizer.unk_token_id} - {self.begin_token, tokenizer.eos_token_id})
         first_piece = str(tokenizer.convert_ids_to_tokens(self._tokenize("a")[:1]))
         self._prepends_space = "▁" in first_piece
-        self._head_is_linear = self._measure()
+        self._measure()
 
     def _bind(self, model: Any) -> None:
-        """Take ``model`` apart; typed loosely, since peft's wrapper passes on what a model of Transformers has."""
+        """Find decoder and head of ``model``; typed loosely, since peft's wrapper forwards Transformers' attributes."""
         self.model: PreTrainedModel = model.eval()
         self.has_adapter = hasattr(model, "peft_config")
         self._causal_model = model.get_base_model() if self.has_adapter else model
@@ -85,18 +86,18 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights live."""
+        """The device that holds the weights."""
         return torch.device(self._causal_model.device)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights (with an adapter: of the model under it)."""
+        """The dtype of the weights; with an adapter, of the model underneath."""
         dtype: torch.dtype = self._causal_model.dtype
         return dtype
 
     @property
     def vocab_size(self) -> int:
-        """Number of logits; it may exceed the tokenizer's entries."""
+        """Number of logits; may exceed the number of tokens that the tokenizer has."""
         return int(self._head.weight.shape[0])
 
     @property
@@ -110,28 +111,28 @@ class LanguageModel:
 
     @property
     def skips_hidden_slots(self) -> bool:
-        """Whether attention to slots that a mask hides costs nothing, so that rows may be packed into one."""
+        """Whether masked slots cost no attention time, so that packing several texts into one row saves work."""
         uses_kernel = self._causal_model.config.get_text_config()._attn_implementation == "sdpa"
         return self.device.type == "cpu" and self.dtype != torch.float64 and uses_kernel and kernel_is_faster()
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that an optimiser moves, by name: all of them, the adapter's, or none of a frozen model."""
+        """Parameters that require a gradient, by name: all of them, the adapter's, or none of a frozen model."""
         if not self.adapter_enabled:
             return {}
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, which stands alone or continues what is before it.
+        """Token ids of ``text``, without begin or end token; concatenate them with others freely.
 
-        Text that spells a control token is encoded as plain text, never as that token. Where the tokenizer puts a space
-        before every text of its own accord (Llama 2), a leading space of ``text`` is that space, not a second one.
+        Text that spells a control token is encoded as plain text, never as that token. Some tokenizers put a space in
+        front of every text (Llama 2); a leading space of ``text`` is then dropped, so that there is only one.
         """
         if self._prepends_space and text.startswith(" "):
             text = text[1:]
         return self._encode_text(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of ``tokens``, control tokens spelled out."""
+        """Text of ``tokens``, with control tokens spelled out."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def forward(
@@ -146,16 +147,16 @@ class LanguageModel:
     ) -> Output:
         """One pass over ``tokens``, with logits at the positions that ``keep`` marks and nowhere else.
 
-        Carries gradient into the trainable parameters, unless the caller switches it off.
+        Gradients flow into the trainable parameters unless the caller disables them.
 
         Args:
             tokens: token ids; rows padded on the right need no mask, since attention is causal.
-            keep: True = logits are wanted here. ``logits[i]`` predicts the token after the i-th kept position.
-            attention_mask: True = this token attends to that slot (of the cache, then of ``tokens``); every token must
-                attend to something. None is plain causal attention.
+            keep: True = logits are wanted here. ``logits[i]`` predicts the token after the i-th marked position.
+            attention_mask: True = this token attends to that slot (those of the cache first, then those of ``tokens``);
+                every token must attend to at least one. None is causal attention.
             positions: position of each token in its row; None counts from 0 (or from the cache's length).
-            cache: kept keys and values, which this pass extends.
-            capture: a module of the model whose output is wanted too.
+            cache: KV cache, which this pass extends.
+            capture: a module of the model whose output is returned too.
         """
         arguments = self._arguments(tokens, attention_mask, positions, cache)
         captured: list[Tensor] = []
@@ -165,16 +166,19 @@ class LanguageModel:
                 hook = capture.register_forward_hook(lambda _module, _inputs, output: captured.append(_tensor(output)))
                 stack.callback(hook.remove)
             if self._head_is_linear:
+                # The head only sees the marked positions: [batch, time, width] -> [kept, width] -> [kept, vocab].
                 logits = self._head(self._decoder(**arguments).last_hidden_state[keep])
             else:
                 logits = self._causal_model(**arguments).logits[keep]
         return Output(logits=logits.float(), captured=captured[0] if captured else None)
 
     def engine(self, *, dtype: torch.dtype | None = None) -> Engine | None:
-        """A faster forward pass without gradient, for the weights as they are at its first call; None if there is none.
+        """A faster forward pass without gradient, or None where there is none that agrees with this model.
+
+        It uses the weights as they are at its first call; ask for a new one after an update.
 
         Args:
-            dtype: matrices are rounded to this dtype; None is the model's own.
+            dtype: dtype of the matrices; None is the model's own.
         """
         if not self.has_engine:
             return None
@@ -190,21 +194,22 @@ class LanguageModel:
         positions: Int[Tensor, "batch time"] | None = None,
         sampling: Sampling | None = None,
     ) -> Float[Tensor, " kept"]:
-        """Log-probability in nats of one token after each kept position, in row-major order; float32.
+        """Log-probability in nats of one token after each marked position, in row-major order; float32.
 
-        As :meth:`forward` with a log-softmax, but the logits of all kept positions are never held at once
-        (:func:`~preceptor.lm.log_probs.chosen_log_probs`). Carries gradient into the trainable parameters.
+        Equal to :meth:`forward` and a log-softmax, but the logits of all positions are never held at once
+        (:func:`~preceptor.lm.log_probs.chosen_log_probs`). Gradients flow into the trainable parameters.
 
         Args:
             tokens: token ids.
-            keep: True = a token is chosen after this position.
-            chosen: those tokens.
+            keep: True = the token after this position is scored.
+            chosen: the token after each marked position.
             attention_mask: as for :meth:`forward`.
             positions: as for :meth:`forward`.
             sampling: the distribution that the tokens were drawn from; None is the model's own.
         """
         is_plain = sampling is None or (sampling.temperature > 0 and not sampling.top_k and sampling.top_p == 1)
-        # An adapter's head is no plain product, and a truncation needs a row's logits all at once.
+        # In blocks only if the head is a plain matrix (an adapter's is not) and nothing is truncated: top-k and top-p
+        # need all logits of a row.
         if not (is_plain and self._head_is_linear and isinstance(self._head, nn.Linear)):
             logits = self.forward(tokens, keep=keep, attention_mask=attention_mask, positions=positions).logits
             log_probs = (sampling or Sampling()).log_probs(logits, drawn=chosen)
@@ -214,14 +219,14 @@ class LanguageModel:
             states = self._decoder(**self._arguments(tokens, attention_mask, positions, None)).last_hidden_state[keep]
         if sampling is not None:
             states = states / sampling.temperature
-            bias = torch.zeros_like(self._head.weight[:, 0]) if bias is None else bias / sampling.temperature
+            bias = torch.zeros_like(self._head.weight[:, 0]) if bias is None else bias / sampling.temperature  # [vocab]
             bias = bias.index_fill(
                 0, torch.tensor(sampling.suppressed, dtype=torch.long, device=bias.device), -torch.inf
             )
         return chosen_log_probs(states, self._head.weight, chosen, bias=bias)
 
     def initial_model(self) -> LanguageModel:
-        """The model as it is now, frozen: a view with the adapter off, or a copy that shares no storage.
+        """The model before training, frozen: a view with the adapter off, or else a copy that shares no storage.
 
         Call it before the first update.
         """
@@ -232,10 +237,9 @@ class LanguageModel:
         return view
 
     def frozen_copy(self) -> LanguageModel:
-        """A copy of the model as it is now, which no gradient reaches and no update of the model changes.
+        """A copy of the model as it is now, without gradients and untouched by later updates.
 
-        It shares no storage with what is trained. With an adapter, the weights under it, which nothing moves, are not
-        copied.
+        It shares no storage with trainable parameters. With an adapter, the frozen weights underneath are not copied.
         """
         live = list(self.model.parameters())
         shared = {id(parameter): parameter for parameter in live if self.has_adapter and not parameter.requires_grad}
@@ -249,7 +253,7 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
-        """The fast attention of a CPU, and the adapter switched off in a view of the untrained model."""
+        """The context of every pass: the fast attention on a CPU, and the adapter off where this view says so."""
         with contextlib.ExitStack() as stack:
             if self.device.type == "cpu":
                 stack.enter_context(CpuAttention())
@@ -271,7 +275,7 @@ class LanguageModel:
     # ---- text -------------------------------------------------------------------------------------------------------
 
     def _tokenize(self, text: str) -> list[int]:
-        # `verbose` is advice on texts longer than a context.
+        # `verbose` only warns about texts longer than the context.
         return list(
             self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         )
@@ -280,7 +284,7 @@ class LanguageModel:
         tokens = self._tokenize(text)
         if len(text) < 2 or self._never_text.isdisjoint(tokens):
             return tokens
-        # A unigram vocabulary holds control tokens among its pieces; cut in two, their spelling is text.
+        # A unigram vocabulary lists control tokens among its pieces. Half of such a spelling matches none of them.
         middle = len(text) // 2
         return self._encode_text(text[:middle]) + self._encode_text(text[middle:])
 
@@ -293,7 +297,7 @@ class LanguageModel:
         )
 
     def _check_vocabulary(self, control_tokens: set[int]) -> None:
-        """Refuse a tokenizer whose text the model cannot read; control tokens beyond its entries are never used."""
+        """Refuse a tokenizer with text tokens beyond the model's embedding; control tokens there are never used."""
         largest = max(set(self.tokenizer.get_vocab().values()) - control_tokens, default=0)
         if largest >= self.vocab_size:
             raise ModelError(
@@ -304,19 +308,21 @@ class LanguageModel:
     # ---- what the model can do --------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _measure(self) -> bool:
-        """Whether logits are the output embedding of the last hidden state and nothing more.
+    def _measure(self) -> None:
+        """Find out whether the head alone turns the last hidden states into logits, and whether an engine agrees.
 
-        Some families scale or cap their logits; for those the whole model computes every position's logits, which costs
-        memory but is exact.
+        Some families scale or cap their logits. Their logits are computed at every position by the whole model, which
+        costs memory but is exact.
 
         Raises:
-            ModelError: a hole in a row, hidden by mask and positions, changes what the model says: it is not causal,
-                takes positions from elsewhere (ALiBi), or keeps a state.
+            ModelError: a token that mask and positions hide changes the logits of the others: the model is not causal,
+                takes positions from elsewhere (ALiBi), or is recurrent.
         """
+        # The same five tokens twice: plain, and with a sixth in the middle that nothing else attends to.
         tokens = torch.arange(5, device=self.device)[None] % self.vocab_size
         with_hole = torch.cat([tokens[:, :2], tokens[:, :1], tokens[:, 2:]], dim=1)
         keep = torch.tensor([[True, True, False, True, True, True]], device=self.device)
+        # [query, key]: the hidden token attends to itself and to what is before it; no other token attends to it.
         visible = torch.ones(6, 6, dtype=torch.bool, device=self.device).tril() & (keep | ~keep.T)
         positions = torch.tensor([[0, 1, 1, 2, 3, 4]], device=self.device)
         seen: dict[str, Tensor] = {}
@@ -327,30 +333,29 @@ class LanguageModel:
             ):
                 stack.callback(module.register_forward_hook(note).remove)
             logits = self._causal_model(input_ids=tokens, use_cache=False).logits
-            head_is_linear = (
+            self._head_is_linear = (
                 seen.keys() == {"states", "given", "projected"}
                 and torch.equal(seen["states"], seen["given"])
                 and torch.equal(seen["projected"], logits)
             )
-        self._head_is_linear = head_is_linear
         try:
-            told = self.forward(with_hole, keep=keep, attention_mask=visible[None], positions=positions).logits
+            masked = self.forward(with_hole, keep=keep, attention_mask=visible[None], positions=positions).logits
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ModelError(f"{self.name} {_UNFIT}") from error
-        tolerance = 1e-4 if self.dtype in (torch.float32, torch.float64) else 5e-2  # rounding; all else is larger
-        largest = tolerance * logits.float().abs().max()
-        if (told - logits[0].float()).abs().max() > largest:
+        tolerance = (
+            1e-4 if self.dtype in (torch.float32, torch.float64) else 5e-2
+        )  # rounding; a model that ignores the mask is off by far more
+        largest_difference = tolerance * logits.float().abs().max()
+        if (masked - logits[0].float()).abs().max() > largest_difference:
             raise ModelError(f"{self.name} {_UNFIT}")
         self.has_engine = False
-        engine = accelerate(self._causal_model) if head_is_linear else None
-        if engine is not None:
+        if self._head_is_linear and (engine := accelerate(self._causal_model)) is not None:
             difference = probe_logits(engine, tokens, num_layers=len(self.layers)) - logits[0].float()
-            self.has_engine = bool(difference.abs().max() <= largest)
-        return head_is_linear
+            self.has_engine = bool(difference.abs().max() <= largest_difference)
 
 
 _WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size", "local": "window_size"}
-"""Kind of layer, and the name of its window in a configuration."""
+"""Kind of layer, and the key of its attention window in a configuration."""
 
 _UNFIT = (
     "does not attend as it is told to by mask and positions (ALiBi, recurrent and bidirectional models do not); "
@@ -359,7 +364,7 @@ _UNFIT = (
 
 
 def _additive(mask: Bool[Tensor, "batch time slots"], dtype: torch.dtype) -> Float[Tensor, "batch 1 time slots"]:
-    """0 where ``mask`` is True and the lowest finite number elsewhere, the form that every attention takes."""
+    """0 where ``mask`` is True, else the lowest finite number: the form that every attention of Transformers takes."""
     additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     return additive.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
 
@@ -369,19 +374,19 @@ def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of the named special tokens and of added ones that are marked special (all of a chat template's)."""
+    """Ids of the named special tokens and of added tokens marked special, such as those of a chat template."""
     added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
     return added | set(tokenizer.all_special_ids)
 
 
 def _context_length(config: PreTrainedConfig, name: str) -> int:
-    """Tokens that a row may hold: the limit of its positions, and whatever else changes attention beyond a length.
+    """Tokens that a row may hold: the least of its position limit and of the lengths beyond which attention changes.
 
-    Within an attention window (or chunk), a windowed layer sees what a full one does. Rotary positions that are
-    rescaled beyond a length are rescaled for all tokens, also for those whose keys are kept.
+    Up to its window (or chunk), a layer with windowed attention sees what full attention sees. Rotary positions that
+    are rescaled beyond some length would be rescaled for cached keys too, which cannot be done.
     """
     limits = [getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None)]
-    # Where a configuration does not list the kinds of its layers, a window that it states holds for all of them.
+    # A configuration that does not list the kinds of its layers means its window for all of them.
     kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or tuple(_WINDOWS)
     limits += [getattr(config, window, None) for kind, window in _WINDOWS.items() if kind in kinds]
     rotary = getattr(config, "rope_parameters", None) or {}

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ def load_model(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
             raise MissingExtraError("loading a LoRA adapter", package="peft", extra="lora") from error
     options: dict[str, Any] = {"trust_remote_code": False}
     try:
-        with _without_progress_bar():
+        with _without_progress_bar(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses what Transformers deprecates
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
             model = AutoModelForCausalLM.from_pretrained(base or folder, use_safetensors=True, **options)
             return (model if base is None else PeftModel.from_pretrained(model, folder)), tokenizer

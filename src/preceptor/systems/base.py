@@ -60,6 +60,20 @@ class Result(Protocol):
     ) -> dict[str, Any]: ...
 
 
+class Lazy(str):
+    """``"package.module:function"``, in a :class:`System` in place of the function, imported when it is asked for."""
+
+    def resolve(self) -> Any:
+        """The function."""
+        module, _, name = self.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+def lazy(target: str) -> Any:
+    """``target`` as a :class:`Lazy`, of whatever type the function has."""
+    return Lazy(target)
+
+
 @dataclass(frozen=True)
 class System:
     """A teacher, a student, a reward and controls that can be run, resumed, compared, reported and replayed.
@@ -94,14 +108,6 @@ class System:
     extendable: tuple[str, ...] = ()
     presets: Path | None = None
 
-
-def lazy(target: str) -> Any:
-    """A function that imports ``target`` (``"package.module:function"``) when it is first called, and calls it."""
-    module, _, name = target.partition(":")
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(module), name)(*args, **kwargs)
-
-    call.__name__ = call.__qualname__ = name
-    call.__doc__ = f"See :func:`{module}.{name}`."
-    return call
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        return value.resolve() if isinstance(value, Lazy) else value

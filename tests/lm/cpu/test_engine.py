@@ -1,4 +1,4 @@
-"""The native forward and the compiled step against Transformers' own forward, family by family."""
+"""The engine, with and without the compiled decode step, against Transformers' own forward, family by family."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from preceptor.errors import ModelError
 from preceptor.lm.cpu import engine
+from preceptor.lm.cpu.engine import Engine, accelerate, probe_logits
 from preceptor.lm.decode import Decoder, Generated
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
@@ -137,6 +138,27 @@ def test_weights_are_those_of_the_first_append(make_lm: MakeLM, random_tokens: A
     _, *expected = read(lm, given, use_engine=False)
     for ours, theirs in zip(found, expected, strict=True):
         assert_same(ours, theirs)
+
+
+def test_an_engine_reads_the_weights_at_its_first_pass(make_lm: MakeLM) -> None:
+    """Making one costs nothing; what it has read, a later update does not change."""
+    lm = make_lm()
+    tokens = torch.tensor([[0, 7, 8, 9, 10]])
+
+    def logits(engine: Engine) -> Tensor:
+        return probe_logits(engine, tokens, num_layers=len(lm.layers))
+
+    early = accelerate(lm.model)
+    assert early is not None
+    lm.layers[0].mlp.down_proj.weight.data.mul_(2.0)
+    before = logits(early)
+    torch.testing.assert_close(before, lm.model(tokens).logits[0], atol=1e-4, rtol=1e-4)
+    lm.layers[0].mlp.down_proj.weight.data.mul_(2.0)
+    assert torch.equal(logits(early), before)
+
+
+def test_there_is_no_engine_for_an_unknown_architecture(make_lm: MakeLM) -> None:
+    assert accelerate(make_lm("gemma2").model) is None
 
 
 @pytest.mark.parametrize("through", ["argument", "autocast", "weights"])
@@ -275,7 +297,7 @@ def test_the_setting_of_products_is_left_as_it_was(make_lm: MakeLM, random_token
 
 
 def test_broken_weights_stay_broken(make_lm: MakeLM) -> None:
-    """NaN in any matrix reaches the logits: nothing in the compiled step hides it."""
+    """NaN in any matrix reaches the logits: nothing in the compiled decode step hides it."""
     for name in ("q_proj", "o_proj"):
         lm = make_lm()
         attention: Any = lm.layers[0].self_attn

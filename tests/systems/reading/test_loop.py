@@ -326,7 +326,7 @@ def test_chunks(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[
         ("selection.embedder=attention",),
         ("reward.kind=probe", "reward.context=queries", "episode.budget=2"),
         ("update.reward_filter=best_fraction", "update.advantage=leave_one_out", "update.micro_batch_size=3"),
-        ("selection.projection=false", "selection.centre=false", "selection.temperature=1", "update.optimiser=adam"),
+        ("selection.projection=false", "selection.centre=false", "selection.temperature=1", "update.optimizer=adam"),
         ("reward.credit=trajectory", "reward.pair_baseline=false", "update.query_kl_coefficient=0"),
         ("model.dtype=bfloat16",),
     ],

@@ -14,16 +14,10 @@ from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 from preceptor.data.articles.fetch import Fetcher
-from preceptor.data.articles.markup import (
-    Block,
-    article_text,
-    document_title,
-    html_blocks,
-    markdown_blocks,
-    plain_blocks,
-    wikitext_blocks,
-)
+from preceptor.data.articles.html import html_blocks
+from preceptor.data.articles.markup import Block, article_text, document_title, markdown_blocks, plain_blocks
 from preceptor.data.articles.wikipedia import api_endpoint, read_wikipedia
+from preceptor.data.articles.wikitext import wikitext_blocks
 from preceptor.errors import DataError, StorageError, did_you_mean
 
 Format = Literal["plain", "markdown", "html", "wikitext"]
@@ -56,7 +50,7 @@ _MEDIA_TYPES: dict[str, Format] = {
     "text/x-markdown": "markdown",
     "text/x-wiki": "wikitext",
 }
-_CACHE_FORM = "article-1"  # to be raised when the same source would now give another text
+_CACHE_FORM = "article-2"  # to be raised when the same source would now give another text
 
 
 @dataclass(frozen=True)

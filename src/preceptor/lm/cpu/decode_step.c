@@ -1,16 +1,16 @@
-/* One token of every row of a batch through the layers of a decoder: the same mathematics as CpuEngine.forward.
+/* One token of every row of a batch through the layers of a decoder: the same mathematics as CpuEngine._forward.
  *
- * A small model decodes as fast as its weights stream from the cache, if nothing is in between; a framework's call for
- * every product, norm and copy is what is in between.
+ * A small model could decode as fast as its weights stream from the processor's cache. What slows it down is a
+ * framework's overhead for every product, norm and copy, so here one call does all of them.
  *
- * Weights are packed in panels of PANEL outputs: [output / PANEL][input][PANEL], in float32 or bfloat16. Keys are kept
- * as [row][head][coordinate][slot], values as [row][head][slot][coordinate], in float32.
+ * Weights are packed in panels of PANEL outputs, [output / PANEL][input][PANEL], in float32 or bfloat16. Cached keys are
+ * [row][head][coordinate][slot] and cached values [row][head][slot][coordinate], in float32.
  */
 #include "lanes.h"
 
 #define PANEL 32
-#define VECTORS 2 /* of a tile of products */
-#define BLOCK 64  /* slots scored at once; capacities are multiples of it */
+#define VECTORS 2 /* per row of a tile */
+#define BLOCK 64  /* slots scored at once; the capacity of a cache is a multiple of it */
 
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
@@ -37,10 +37,10 @@ struct model {
 INLINE vec load_weights(const void *weight, int64_t at, int is_bfloat16) {
     if (!is_bfloat16) return load((const float *)weight + at);
     halves stored = *(const halves *)((const uint16_t *)weight + at);
-    return (vec)(__builtin_convertvector(stored, words) << 16);
+    return (vec)(__builtin_convertvector(stored, words) << 16); /* bfloat16 is the upper half of a float32 */
 }
 
-/* out[r][0..PANEL) of `rows` rows (a constant where this is inlined). */
+/* PANEL outputs of `rows` rows, without bias. `rows` is a constant at every call, so the sums stay in registers. */
 INLINE void panel_product(int rows, const float *x, int64_t inputs, const void *weight, int64_t at, int is_bfloat16,
                           float out[ROWS][PANEL]) {
     for (int64_t lane = 0; lane < PANEL; lane += VECTORS * LANES) {
@@ -61,7 +61,7 @@ INLINE void panel_product(int rows, const float *x, int64_t inputs, const void *
     }
 }
 
-/* out = x @ weight + bias, or out += it. */
+/* out = x @ weight + bias, or with `add` out += x @ weight + bias. */
 static void multiply(const struct product *product, int is_bfloat16, const float *x, float *out, int64_t rows, int add) {
     int64_t inputs = product->inputs, outputs = product->outputs;
     float part[ROWS][PANEL];
@@ -89,6 +89,7 @@ static void multiply(const struct product *product, int is_bfloat16, const float
     }
 }
 
+/* Layer norm, or RMS norm (whose mean is taken to be 0), of one row. */
 static void normalise(const float *x, const float *weight, const float *bias, float epsilon, int is_layer_norm,
                       float *out, int64_t width) {
     float mean = 0, square = 0;
@@ -101,12 +102,12 @@ static void normalise(const float *x, const float *weight, const float *bias, fl
     for (int64_t i = 0; i < width; i++) out[i] = (x[i] - mean) * scale * weight[i] + (bias ? bias[i] : 0);
 }
 
-/* silu(gate) * up in place of gate; or the tanh form of GELU, x / (1 + e^(−2u)). Rows are padded to LANES. */
+/* In place: silu(gate) * up, or GELU in its tanh form, which equals x * sigmoid(2u) with 2u = 1.596 (x + 0.0447 x^3). */
 static void activate(float *x, int64_t outputs, int64_t rows, int is_gated) {
     int64_t hidden = is_gated ? outputs / 2 : outputs;
     for (int64_t row = 0; row < rows; row++) {
         const float *from = x + row * outputs;
-        float *to = x + row * hidden; /* rows move up, never past what is still to be read */
+        float *to = x + row * hidden; /* gated rows shrink and move up, never past what is unread */
         for (int64_t i = 0; i < hidden; i += LANES) {
             int64_t count = hidden - i < LANES ? hidden - i : LANES;
             vec a = {0}, b = (vec){0} + 1.0f;
@@ -119,7 +120,7 @@ static void activate(float *x, int64_t outputs, int64_t rows, int is_gated) {
     }
 }
 
-/* Softmax attention of one row's new token; `filled` is 0 at slots that do not count, or NULL. */
+/* Softmax attention of the new token of one row and head; `filled` is 0 at padding, or NULL if there is none. */
 static void attend(const struct model *model, const float *query, const float *keys, const float *values,
                    const uint8_t *filled, int64_t slots, float *scores, float *out) {
     int64_t width = model->head_width, capacity = model->capacity, padded = (slots + BLOCK - 1) / BLOCK * BLOCK;
@@ -136,6 +137,7 @@ static void attend(const struct model *model, const float *query, const float *k
     for (int64_t s = slots; s < padded; s++) scores[s] = -INFINITY;
     if (filled)
         for (int64_t s = 0; s < slots; s++) scores[s] = filled[s] ? scores[s] : -INFINITY;
+    /* The softmax, as exponentials relative to the largest score; the division by their sum comes last. */
     vec largest = load(scores);
     for (int64_t s = LANES; s < padded; s += LANES) largest = larger(load(scores + s), largest);
     float top = largest[0];
@@ -157,8 +159,8 @@ static void attend(const struct model *model, const float *query, const float *k
         return;
     }
     for (int64_t start = 0; start < width; start += LANES) {
-        int64_t d = start + LANES > width ? width - LANES : start; /* the last lanes may overlap those before */
-        vec means[4] = {0};
+        int64_t d = start + LANES > width ? width - LANES : start; /* the last vector may overlap the one before */
+        vec means[4] = {0}; /* four independent sums, since each addition waits for the one before */
         int64_t s = 0;
         for (; s + 4 <= slots; s += 4)
             for (int i = 0; i < 4; i++) means[i] += scores[s + i] * load(values + (s + i) * width + d);
@@ -167,7 +169,7 @@ static void attend(const struct model *model, const float *query, const float *k
     }
 }
 
-/* Norm and rotary row_rotary (pairs come out side by side, as CpuEngine keeps them) of one head. */
+/* Norm and rotary embedding of one head. The two of a pair come out next to each other, as in CpuEngine. */
 static void prepare_head(float *head, const float *norm, float epsilon, const float *rotary, int64_t width) {
     float turned[width];
     if (norm) normalise(head, norm, NULL, epsilon, 0, head, width);
@@ -180,14 +182,15 @@ static void prepare_head(float *head, const float *norm, float epsilon, const fl
     memcpy(head, turned, width * sizeof(float));
 }
 
-/* Rows first..first + rows of the batch. Returns 0, or 1 where memory is out. */
+/* The step for rows first..first + rows - 1. Returns 0, or 1 if out of memory. */
 static int step_rows(const struct model *model, const struct layer *layers, int64_t first, int64_t rows, float *states,
                      const float *rotary, const uint8_t *filled, int64_t slot, float *captured) {
-    int64_t width = model->width, head_width = model->head_width, kept = model->num_kv_heads, slots = slot + 1;
-    int64_t group = model->num_heads / kept, projected = (model->num_heads + 2 * kept) * head_width;
+    int64_t width = model->width, head_width = model->head_width, kv_heads = model->num_kv_heads, slots = slot + 1;
+    int64_t group = model->num_heads / kv_heads, projected = (model->num_heads + 2 * kv_heads) * head_width;
     int64_t hidden = layers[0].up.outputs, attended_width = model->num_heads * head_width, capacity = model->capacity;
     float *scratch = malloc(sizeof(float) * (rows * (width + projected + attended_width + hidden) + capacity + BLOCK));
     if (!scratch) return 1;
+    /* Per row: normed [width], heads [queries, keys, values], attended [num_heads * head_width], up [hidden]. */
     float *normed = scratch, *heads = normed + rows * width, *attended = heads + rows * projected;
     float *up = attended + rows * attended_width, *scores = up + rows * hidden;
     states += first * width;
@@ -198,14 +201,14 @@ static int step_rows(const struct model *model, const struct layer *layers, int6
                       model->is_layer_norm, normed + r * width, width);
         multiply(&layer->query_key_value, model->is_bfloat16, normed, heads, rows, 0);
         for (int64_t r = 0; r < rows; r++) {
-            float *query = heads + r * projected, *key = query + attended_width, *value = key + kept * head_width;
+            float *query = heads + r * projected, *key = query + attended_width, *value = key + kv_heads * head_width;
             const float *row_rotary = rotary ? rotary + (first + r) * head_width : NULL;
             const uint8_t *counts = filled ? filled + (first + r) * slots : NULL;
             for (int64_t h = 0; h < model->num_heads; h++)
                 prepare_head(query + h * head_width, layer->query_norm, model->head_norm_epsilon, row_rotary, head_width);
-            for (int64_t h = 0; h < kept; h++) {
-                float *keys = layer->keys + ((first + r) * kept + h) * capacity * head_width;
-                float *values = layer->values + ((first + r) * kept + h) * capacity * head_width;
+            for (int64_t h = 0; h < kv_heads; h++) {
+                float *keys = layer->keys + ((first + r) * kv_heads + h) * capacity * head_width;
+                float *values = layer->values + ((first + r) * kv_heads + h) * capacity * head_width;
                 prepare_head(key + h * head_width, layer->key_norm, model->head_norm_epsilon, row_rotary, head_width);
                 for (int64_t d = 0; d < head_width; d++) keys[d * capacity + slot] = key[h * head_width + d];
                 memcpy(values + slot * head_width, value + h * head_width, head_width * sizeof(float));
@@ -227,9 +230,10 @@ static int step_rows(const struct model *model, const struct layer *layers, int6
     return 0;
 }
 
-/* `states` [row][width] is replaced by the last layer's output, and slot `slot` of every layer's keys and values is
- * written. `rotary` [row][head_width / 2][2] or NULL, `filled` [row][slot + 1] or NULL, `captured` [row][width]. Rows
- * are independent, so each thread takes its share of them. Returns 0, or 1 where memory is out. */
+/* Replaces `states` [row][width] by the output of the last layer and writes slot `slot` of every layer's keys and values.
+ * `rotary` is [row][head_width / 2][2] (cosine, sine) or NULL, `filled` [row][slot + 1] or NULL, `captured` [row][width]
+ * the output of layer `captured_layer`. Rows are independent, so each thread takes its share of them. Returns 0, or 1 if
+ * out of memory. */
 int preceptor_step(const struct model *model, const struct layer *layers, int64_t rows, int64_t num_threads,
                    float *states, const float *rotary, const uint8_t *filled, int64_t slot, float *captured) {
     int64_t share = (rows + num_threads - 1) / num_threads;

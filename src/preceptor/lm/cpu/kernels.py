@@ -1,7 +1,7 @@
-"""The compiled kernels: ``decode_step.c`` and ``attention.c``, built once by the machine's C compiler.
+"""The compiled kernels, ``decode_step.c`` and ``attention.c``, built once by the C compiler of the machine.
 
-Where there is no compiler, or it cannot build them, there are no kernels and PyTorch does their work. The library is
-kept in the user's cache, under a name that its sources and the processor decide.
+Without a compiler, or if it cannot build them, there are no kernels and PyTorch does their work. The library is cached
+in the user's home under a hash of its sources, the compiler's options and the processor.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ SOURCES = ("lanes.h", "attention.c", "decode_step.c")
 
 _OPTIONS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared")
 _ARM_OPTIONS = tuple(option for option in _OPTIONS if option != "-march=native")
-"""Compilers of Apple may not know the option, and every 64-bit Arm has the vectors that count."""
+"""Apple's compilers may not know the option, and every 64-bit Arm processor has the vector instructions needed."""
 
 _BUILD_SECONDS = 60
 
 
 @cache
 def kernel_library() -> ctypes.CDLL | None:
-    """The kernels as a library, built unless it is in the cache; None where it cannot be built.
+    """The kernels as a library, built on first use; None where they cannot be built.
 
-    It shares torch's OpenMP threads: others of its own would meet torch's, which wait for their next piece of work
-    without letting go of the core. A compiler without OpenMP builds it for one thread.
+    The library runs on torch's OpenMP threads. Threads of its own would compete for cores with torch's, which spin
+    while they wait for work. A compiler without OpenMP builds a single-threaded library.
     """
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
@@ -43,13 +43,13 @@ def kernel_library() -> ctypes.CDLL | None:
     for options in [(*variant, *threads) for variant in variants for threads in (["-fopenmp"], [])]:
         try:
             return build_library(compiler, options, sources)
-        except (OSError, subprocess.SubprocessError):  # no place to build, no such options, or no such processor
+        except (OSError, subprocess.SubprocessError):  # nowhere to write, or options that this compiler does not know
             continue
     return None
 
 
 def build_library(compiler: str, options: Sequence[str], sources: Mapping[str, str]) -> ctypes.CDLL:
-    """``sources`` as a library from the user's cache, compiled first where it is not there."""
+    """``sources`` (file name to text) as a library, compiled unless the user's cache has it."""
     identity = "\n".join((*sources.values(), compiler, *options, platform.machine(), _processor()))
     name = f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     folder = Path.home() / ".cache" / "preceptor"
@@ -65,12 +65,12 @@ def build_library(compiler: str, options: Sequence[str], sources: Mapping[str, s
                 capture_output=True,
                 timeout=_BUILD_SECONDS,
             )
-            os.replace(f"{build}/kernels.so", folder / name)
+            os.replace(f"{build}/kernels.so", folder / name)  # atomic, should two processes build at once
     return ctypes.CDLL(str(folder / name))
 
 
 def _processor() -> str:
-    """What distinguishes this processor from others that share the user's cache."""
+    """Model and features of the processor; a home directory may be shared by machines with different ones."""
     described = Path("/proc/cpuinfo")
     if not described.is_file():
         return platform.processor()

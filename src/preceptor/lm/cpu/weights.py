@@ -122,12 +122,12 @@ def load_weights(model: Any, *, dtype: torch.dtype, adapter_enabled: bool) -> De
 
     An adapter's update is added to the matrices where ``adapter_enabled``.
     """
-    fuse = model.device.type == "cpu"
+    fuse = model.device.type == "cpu"  # see the head of this file
 
     def fused(*modules: nn.Module, copy: bool = True) -> FusedLinear:
         matrices, biases = zip(*(_matrix(module, adapter_enabled) for module in modules), strict=True)
-        weights = [matrix.to(dtype) for matrix in matrices]
-        if copy and fuse:
+        weights = [matrix.to(dtype) for matrix in matrices]  # each [input, output]
+        if copy and fuse:  # one matrix, outputs next to each other; `contiguous` undoes the transpose of nn.Linear
             weights = [torch.cat(weights, dim=1)] if len(weights) > 1 else [weights[0].contiguous()]
         bias = None if biases[0] is None else torch.cat(biases).to(dtype)
         return FusedLinear(tuple(weights), bias)
@@ -145,7 +145,7 @@ def load_weights(model: Any, *, dtype: torch.dtype, adapter_enabled: bool) -> De
             head_norms=head_norms,
             attention_output=fused(attention.o_proj),
             feed_forward_norm=Norm.from_module(module.post_attention_layernorm),
-            up=fused(feed_forward.gate_proj, feed_forward.up_proj),
+            up=fused(feed_forward.gate_proj, feed_forward.up_proj),  # in the order that the activation splits them
             down=fused(feed_forward.down_proj),
         )
 
@@ -201,7 +201,7 @@ def _matrix(
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     weight = base.weight.detach()
     if base is not module and adapter_enabled:
-        for name in module.active_adapters:
+        for name in module.active_adapters:  # LoRA: weight + alpha / rank * B A
             weight = weight + module.get_delta_weight(name).detach().to(weight.dtype)
     bias = None if base.bias is None else base.bias.detach()
     # GPT-2's Conv1D is a linear layer whose weight is stored as [input, output].

@@ -44,7 +44,7 @@ def thompson(rewards: Rewards, *, generator: torch.Generator, kind: str = "berno
 
     def index(means: Tensor, counts: Tensor, pull: int) -> Tensor:
         if kind == "bernoulli":
-            successes = means * counts
+            successes = means * counts  # [runs, arms], as are all statistics here
             return _beta(1 + successes, 1 + counts - successes, generator)
         noise = torch.randn(means.shape, dtype=means.dtype, generator=generator)
         return means + deviation * noise / counts.sqrt()
@@ -64,7 +64,7 @@ def gradient_bandit(
     chosen = torch.empty(runs, pulls, dtype=torch.long)
     for pull in range(pulls):
         probabilities = preferences.softmax(-1)
-        arm = torch.multinomial(probabilities, 1, generator=generator)
+        arm = torch.multinomial(probabilities, 1, generator=generator)  # [runs, 1]
         reward = rewards[:, pull].gather(1, arm)[:, 0]
         mean += (reward - mean) / (pull + 1)
         advantage = reward - mean if baseline else reward
@@ -100,7 +100,7 @@ def _by_index(
 
 def _largest(values: Tensor, generator: torch.Generator) -> Tensor:
     """Index of the largest value of each row, [rows, 1]; where several are equal, one of them at random."""
-    is_largest = values == values.amax(-1, keepdim=True)
+    is_largest = values == values.amax(-1, keepdim=True)  # exact: equal statistics come from equal counts and sums
     return torch.multinomial(is_largest.double(), 1, generator=generator)
 
 

@@ -121,7 +121,9 @@ def verify(config: CurriculumConfig, folder: Path, services: Services) -> Iterat
     rows = read_jsonl(folder / "decisions.jsonl")
     for name, method_rows in groupby(rows, key=lambda row: row["arm"]):
         if name not in methods:
-            raise DataError(f"{folder / 'decisions.jsonl'} has the arm {name}, which the configuration does not plan")
+            raise DataError(
+                f"{folder / 'decisions.jsonl'} has the method {name}, which the configuration does not plan"
+            )
         number, method = methods[name]
         yield from _verify_method(
             list(method_rows), method, config, lm, sizes=sizes, steps_before=number * config.update.steps
@@ -155,6 +157,7 @@ def _verify_method(
                     yield Replayed(f"{method.name}, step {step}, weight of {dataset}", recorded, float(weight))
         elif kind == "rollout":
             rollout_group = list(group)
+            # Steps count from 1: the refresh comes at the beginning of step K + 1 of the method.
             refreshed = step - steps_before > config.difficulty.refresh_every
             known_terms = [term for term in terms if not (refreshed and term.name == "log_likelihood")]
             rewards = score_rollouts(rollouts_of(rollout_group), known_terms)

@@ -118,10 +118,13 @@ def baseline_orders(
         "best_of_n": search(best_order, candidates),
     }
     # Oracles: they maximise the very reward that is reported, and bound what can be reached.
-    baselines["greedy"] = search(beam_search, 1)
-    beam = baselines["beam"] = search(beam_search, beam_width)
-    # It starts from the beam's order, which it has to pay for too.
-    baselines["local_search"] = search(local_search, beam.orders[0], num_calls=beam.num_calls)
+    greedy, beam = search(beam_search, 1), search(beam_search, beam_width)
+    baselines |= {
+        "greedy": greedy,
+        "beam": beam,
+        # It starts from the beam's order, which it has to pay for too.
+        "local_search": search(local_search, beam.orders[0], num_calls=beam.num_calls),
+    }
     if num_pairs <= EXHAUSTIVE_LIMIT:
         baselines["exhaustive"] = search(best_order, itertools.permutations(range(num_pairs)))
     if scores.article.probe:

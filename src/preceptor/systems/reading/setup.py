@@ -208,8 +208,14 @@ def _text_embedder(config: ReadingConfig, services: Services, device: torch.devi
 
         if not services.openai_api_key:
             raise ConfigError("`selection.embedder` openai needs a key; set the environment variable OPENAI_API_KEY")
-        cache_dir = services.cache_dir / "embeddings"
-        return OpenAIEmbedder(**named, api_key=services.openai_api_key, cache_dir=cache_dir, max_usd=options.max_usd)
+        return OpenAIEmbedder(
+            **named,
+            api_key=services.openai_api_key,
+            base_url=options.base_url or services.openai_base_url,
+            dimensions=options.text_dimension or None,
+            cache_dir=services.cache_dir / "embeddings",
+            max_usd=options.max_usd,
+        )
     if options.embedder == "sentence_transformers":
         from preceptor.data.embedders.sentence_transformers import SentenceTransformerEmbedder
 
