@@ -127,7 +127,7 @@ def report(
     if figures is not None:
         from preceptor.report.svg import write_figures
 
-        print(f"figures: {len(write_figures(folder, figures))} files in {figures}")
+        print(f"figures: {len(write_figures(folder, figures))} in {figures}")
     return 0
 
 
@@ -159,7 +159,7 @@ def _show(result: Result) -> int:
     from rich.console import Console
 
     console = Console()
-    for table in result.renderables():
+    for table in result.renderables(width=console.width):
         console.print(table)
     if result.verdict:
         print(f"\n{result.verdict}\n")

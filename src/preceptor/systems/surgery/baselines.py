@@ -131,7 +131,7 @@ class SacSurgeon(Surgeon):
     def propose(self, state: Float[Tensor, " state"], *, generator: torch.Generator) -> Action:
         """Acts after learning: ``state`` completes the transition of the last action."""
         if self._pending is not None:
-            self._agent.observe(*self._pending, state, terminated=False)
+            self._agent.observe(*self._pending, state, terminated=False)  # surgery has no terminal state
             self._pending = None
             for _ in range(self._updates_per_edit):
                 self._metrics = self._agent.update(generator=generator)
@@ -147,7 +147,7 @@ class SacSurgeon(Surgeon):
         generator: torch.Generator,
     ) -> None:
         """Keeps the transition until the next proposal, which knows the next state."""
-        self._squares.update(torch.tensor([reward**2], dtype=torch.float64))
+        self._squares.update(torch.tensor([reward**2], dtype=torch.float64))  # of the true rewards, shuffled or not
         if self._shuffled:
             self._rewards.append(reward)
             reward = self._rewards[int(torch.randint(len(self._rewards), (), generator=generator))]
@@ -193,7 +193,7 @@ class RandomSurgeon(Surgeon):
         """The next action of SAC, shuffled."""
         action = self._actions[self._num_edits]
         self._num_edits += 1
-        signs = 2.0 * torch.randint(2, action.shape, generator=generator) - 1
+        signs = 2.0 * torch.randint(2, action.shape, generator=generator) - 1  # keeps the norm, loses the direction
         return action[torch.randperm(len(action), generator=generator)] * signs
 
     def state_dict(self) -> dict[str, Any]:

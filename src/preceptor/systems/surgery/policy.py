@@ -1,7 +1,4 @@
-"""The surgeon's policy: soft actor-critic (Haarnoja et al., arXiv 1812.05905) and the transitions it learns from.
-
-The losses are those of ``preceptor.objectives.sac``.
-"""
+"""The surgeon's policy: soft actor-critic (Haarnoja et al., arXiv 1812.05905) and the transitions it learns from."""
 
 from __future__ import annotations
 
@@ -120,7 +117,7 @@ class SacAgent:
         """An action in [−1, 1]: sampled, uniform in the first ``random_steps``, or the policy's squashed mean."""
         if not deterministic and self.buffer.num_added < self.random_steps:
             return 2 * torch.rand(self.action_dim, generator=generator) - 1
-        mean, log_standard_deviation = self._policy(state.float()[None])
+        mean, log_standard_deviation = self._policy(state.float()[None])  # a batch of one
         if deterministic:
             return torch.tanh(mean[0])
         return sample_squashed_gaussian(mean, log_standard_deviation, generator=generator)[0][0]
@@ -150,6 +147,7 @@ class SacAgent:
         states, actions, rewards, next_states, terminated = self.buffer.sample(self.batch_size, generator=generator)
         temperature = self.temperature  # one value for the whole update
 
+        # Critics: towards the reward plus the discounted soft value of the next state, by the slow targets.
         with torch.no_grad():
             next_actions, next_log_probs = sample_squashed_gaussian(*self._policy(next_states), generator=generator)
             targets = soft_q_targets(
@@ -164,11 +162,13 @@ class SacAgent:
         critic_loss = sac_critic_loss(q_values, targets)
         self._step("critics", critic_loss, self._critics.parameters())
 
+        # Actor: higher Q-values by the new critics, and entropy; the sampled actions carry its gradient.
         new_actions, log_probs = sample_squashed_gaussian(*self._policy(states), generator=generator)
         new_q_values = self._q_values(self._critics, states, new_actions)
         actor_loss = sac_actor_loss(log_probs, new_q_values, temperature=temperature)
         self._step("actor", actor_loss, self._actor.parameters())
 
+        # Temperature: up while the policy's entropy is below its target, down while it is above.
         temperature_loss = sac_temperature_loss(self._log_temperature, log_probs, target_entropy=self.target_entropy)
         self._step("temperature", temperature_loss, [self._log_temperature])
 
@@ -258,6 +258,7 @@ class Mlp(nn.Module):
         for num_in, num_out in pairwise(widths):
             for parameters, num_rows in ((self.weights, num_in), (self.biases, 1)):
                 drawn = torch.rand(num_networks, num_rows, num_out, generator=generator)
+                # [networks, in, out] for weights and [networks, 1, out] for biases, as `baddbmm` takes them
                 parameters.append(nn.Parameter((2 * drawn - 1) / math.sqrt(num_in)))
 
     def forward(self, inputs: Float[Tensor, "batch in"]) -> Float[Tensor, "networks batch out"]:
@@ -351,7 +352,7 @@ class ReplayBuffer:
         row = torch.cat([part.detach().to("cpu", torch.float32) for part in parts])
         if not row.isfinite().all():
             raise NumericError(f"a transition with a NaN or an infinity (reward {reward}) cannot teach; leave it out")
-        self._table[self.num_added % self.capacity] = row
+        self._table[self.num_added % self.capacity] = row  # the oldest row, once the ring is full
         self.num_added += 1
 
     def sample(self, batch_size: int, *, generator: torch.Generator) -> Transitions:

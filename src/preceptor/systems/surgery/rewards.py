@@ -68,7 +68,7 @@ def objective_loss(
         assert reference_probs is not None
         if objective == "avatarl":
             return avatarl_loss(logits, targets, referee_probs=reference_probs), reward
-        return kl_exact(reference_probs.log(), logits).mean(), reward
+        return kl_exact(reference_probs.log(), logits).mean(), reward  # KL(reference ‖ student), so mass covering
     # A reward for every token of the vocabulary at every position: [batch, time, vocab]
     rewards = next_token_rewards(
         logits,

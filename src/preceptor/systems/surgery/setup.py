@@ -135,6 +135,7 @@ def prepare(
         examiner=examiner(corpus.train, "reward", quality.num_prompts, quality.num_windows),
         held_out_examiner=examiner(corpus.held_out, "judgement", evaluation.num_prompts, evaluation.num_windows),
         feature_windows=features.to(device),
+        # As many blocks as windows, plus the token that the last one only predicts.
         watched=corpus.held_out[: evaluation.num_windows * block + 1].to(device),
     )
 
@@ -222,7 +223,7 @@ def make_corpus(
         DataError: as :func:`read_text`, or the text is too short.
     """
     name, text = read_text(path)
-    cut = int(train_share * len(text))
+    cut = int(train_share * len(text))  # in characters, so every tokenizer splits the text at the same place
     if tokens == "characters":
         tokenizer = character_tokenizer(text, context_length=block_size)
     elif tokens == "bpe":

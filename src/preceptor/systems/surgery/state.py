@@ -49,6 +49,7 @@ class State:
             required_z=config.quality.acceptance_z,
             moments=config.edit.moments,
         )
+        # The lengths of some phases follow from what an update and an examination cost.
         self.phases = plan_phases(
             phases=config.phases,
             controls=config.controls,

@@ -48,11 +48,11 @@ class SurgicalTheater:
         self.targets = tuple(targets)
         self.committed = False
         self._module = module
-        self._parameters = [target.parameter for target in self.targets]
+        self._parameters = {target.parameter for target in self.targets}
         self._copies: list[tuple[Tensor, Tensor]] = []  # live view, its values on entering
         self._hooks: list[RemovableHandle] = []
-        own = {id(parameter) for parameter in module.parameters()}
-        if foreign := [target.name for target in self.targets if id(target.parameter) not in own]:
+        own = set(module.parameters())
+        if foreign := [target.name for target in self.targets if target.parameter not in own]:
             raise ModelError(f"{foreign[0]} is no parameter of this {type(module).__name__}; choose its own targets")
 
     def __enter__(self) -> Self:
@@ -64,7 +64,7 @@ class SurgicalTheater:
             self.committed = False
             self._copies = [(target.view, target.view.clone()) for target in self.targets]
             for owner in self._module.modules():
-                if any(parameter is own for parameter in self._parameters for own in owner.parameters(recurse=False)):
+                if not self._parameters.isdisjoint(owner.parameters(recurse=False)):
                     self._hooks.append(owner.register_state_dict_pre_hook(self._refuse))
                     self._hooks.append(owner.register_load_state_dict_pre_hook(self._refuse))
             self._hooks.append(register_optimizer_step_pre_hook(self._refuse_step))

@@ -44,7 +44,7 @@ _MOMENT_POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_
 
 
 class EditSize(NamedTuple):
-    """How large an edit was, measured after rounding: ‖ΔW‖ / ‖W‖ for each target, their mean and their maximum."""
+    """Size of an edit after rounding: ‖ΔW‖ / ‖W‖ for each target, their mean and their maximum."""
 
     relative_norms: list[float]
     mean: float
@@ -97,7 +97,7 @@ class Edit:
 
     @torch.no_grad()
     def apply_(self, action: Float[Tensor, " action"]) -> EditSize:
-        """Edits the live weights in place and says by how much; a part of ``action`` that is all 0 changes no bit.
+        """Edits the live weights in place and gives the size; a part of ``action`` that is all 0 changes no bit.
 
         The arithmetic is float32, rounded once into the weights' dtype.
 
@@ -112,7 +112,8 @@ class Edit:
             raise ShapeError(f"an action of this edit has shape ({self.action_dim},), got {tuple(action.shape)}")
         if not (action.abs() <= 1).all():
             raise ConfigError(f"an action must lie in [-1, 1], got {action.abs().max():.6g}; squash it")
-        parts = action.to(torch.float32).split(self._dims)
+        parts = action.to(torch.float32).split(self._dims)  # consecutive parts, one a target
+        # Adding zeros would turn −0 into 0, so a part of zeros leaves its target untouched.
         norms = [self._edit(index, part) if part.any() else 0.0 for index, part in enumerate(parts)]
         return EditSize(norms, sum(norms) / len(norms), max(norms))
 
@@ -126,7 +127,7 @@ class Edit:
         target = self.targets[index]
         matrix = target.matrix()
         target.write(matrix + self.max_relative_norm * self._direction(index, matrix, numbers.to(matrix.device)))
-        change = target.matrix() - matrix
+        change = target.matrix() - matrix  # what rounding to the weights' dtype left of it
         norm = float(matrix.norm())
         return float(change.norm()) / norm if norm else 0.0
 
@@ -135,11 +136,12 @@ class Edit:
     ) -> Float[Tensor, "rows width"]:
         """ΔW / c, of norm ‖W‖ at most."""
         if self.kind == "head_scale":
-            return (matrix.view(len(numbers), -1) * numbers[:, None]).view_as(matrix)
+            return (matrix.view(len(numbers), -1) * numbers[:, None]).view_as(matrix)  # [head, head_dim · width]
         left, values, right = self._leading_factors(index, matrix)
         rank = len(values)
         if self.kind == "singular_values":
-            return (left * (numbers * values)) @ right
+            return (left * (numbers * values)) @ right  # [rows, rank] @ [rank, width]
+        # ‖U A Vᵀ‖ = ‖A‖ ≤ r for numbers in [−1, 1], hence the division by r.
         return left @ numbers.view(rank, rank) @ right * (float(matrix.norm()) / rank)
 
     def _leading_factors(self, index: int, matrix: Float[Tensor, "rows width"]) -> _Factors:
@@ -147,10 +149,11 @@ class Edit:
         digest = checksum(matrix)
         kept = self._factors.get(index)
         if kept is None or kept[0] != digest:
-            left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+            left, values, right = torch.linalg.svd(matrix, full_matrices=False)  # values in descending order
             rank = min(self._rank, len(values))
+            # Clones, for views would keep the whole decomposition in memory.
             left, values, right = left[:, :rank].clone(), values[:rank].clone(), right[:rank].clone()
-            # A decomposition is free to flip any pair of vectors; an action must mean the same every time.
+            # A decomposition may flip the sign of any pair of vectors; an action must mean the same every time.
             signs = left.gather(0, left.abs().argmax(dim=0, keepdim=True)).sign()
             kept = digest, _Factors(left * signs, values, right * signs.T)
             self._factors[index] = kept
@@ -235,7 +238,7 @@ class Surgery:
     def test(self, action: Float[Tensor, " action"], windows: Int[Tensor, "window time"]) -> Acceptance:
         """Compares losses on ``windows``, which no reward has seen, with and without the edit; commits what passes."""
         model = self._student.model
-        losses = window_losses(model, windows)
+        losses = window_losses(model, windows)  # [window]
         with SurgicalTheater(model, self.edit.targets) as theater:
             self.edit.apply_(action)
             result = acceptance(losses, window_losses(model, windows), required_z=self._required_z)
