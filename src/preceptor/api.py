@@ -165,6 +165,8 @@ def compare(folders: Sequence[Path], *, methods: Sequence[str] = (), out: Path |
     from preceptor.runs.folder import default_run_path
 
     runs = [read_finished(path) for path in run_folders(folders)]
+    if not runs:
+        raise ConfigError("nothing to compare; give the folders of finished runs")
     _, result = compared(runs, methods=methods, out=out or default_run_path(Path("runs"), "comparison", date.today()))
     assert result is not None, "a comparison with a folder has a result"
     return result
@@ -178,8 +180,6 @@ def compared(
     from preceptor.comparison.runs import grouped
     from preceptor.comparison.write import write_comparison
 
-    if not runs:
-        raise ConfigError("nothing to compare; give the folders of finished runs")
     system = find_system(runs[0].system)
     if system.result is None:
         raise ConfigError(f"runs of {system.name} have no baselines to compare")
