@@ -58,6 +58,7 @@ def _run(
         system,
         resolved,
         services(os.environ),
+        preset=preset,
         out=out,
         device=device,
         threads=threads,

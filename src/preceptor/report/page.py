@@ -200,6 +200,7 @@ def render(run: RunFolder, sections: Sections | None = None) -> str:
         script=Markup(script),
         title=run.path.resolve().name,
         result=result,
+        about=list(about(run)),
         headline=list(headline(run)),
         comparison=run.comparison,
         contrasts=contrasts(run.comparison) if run.comparison else [],
@@ -253,6 +254,24 @@ def content_security_policy(style: str, script: str) -> str:
         f"default-src 'none'; style-src {source(style)}; script-src {source(script)}; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
+
+
+def about(run: RunFolder) -> Iterator[str]:
+    """What a run is about, for the line above its name: preset, model, article, name and tags where they say more."""
+    config = (run.result or {}).get("config") or run.manifest.get("config") or {}
+    if preset := run.manifest.get("preset"):
+        yield f"preset {preset}"
+    model = config.get("model")
+    if isinstance(model, Mapping) and model.get("name"):
+        yield f"model {clipped(model['name'], 80)}"
+    data = config.get("data")
+    if isinstance(data, Mapping) and "article" in data and run.comparison is None:
+        titles = [str(article.get("title") or name) for name, article in run.articles.items()]
+        yield clipped(", ".join(titles[:3]) + (f" and {len(titles) - 3} more" if len(titles) > 3 else ""), 120)
+    name = run.manifest.get("name")
+    if name and name != run.path.resolve().name:
+        yield clipped(name, 80)
+    yield from (f"#{clipped(tag, 40)}" for tag in run.manifest.get("tags") or [])
 
 
 def headline(run: RunFolder) -> Iterator[tuple[str, str, str]]:
