@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -305,3 +306,18 @@ def clipped(text: object, maximum: int = 2_000) -> str:
     """A text cut to ``maximum`` characters, an ellipsis saying so; an article may hold a line of a megabyte."""
     string = str(text)
     return string if len(string) <= maximum else string[: maximum - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def unique_name(title: str, taken: set[str]) -> str:
+    """``title`` in small letters and hyphens, numbered where it is in ``taken`` already; it is added there.
+
+    >>> names: set[str] = set()
+    >>> unique_name("Loss/Gain", names), unique_name("loss gain", names)
+    ('loss-gain', 'loss-gain-2')
+    """
+    stem = name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:60] or "figure"
+    number = 2
+    while name in taken:
+        name, number = f"{stem}-{number}", number + 1
+    taken.add(name)
+    return name
