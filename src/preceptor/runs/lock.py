@@ -11,11 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from preceptor.errors import LockedError
-<<<<<<< HEAD:src/preceptor/runs/lock.py
-from preceptor.runs.files import storage_errors, write_all
-=======
 from preceptor.runs.files import storage_errors
->>>>>>> community:src/preceptor/runs/lock.py
 
 LOCK_NAME = "run.lock"
 
