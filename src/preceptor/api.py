@@ -60,7 +60,7 @@ def start(
     Raises:
         PreceptorError: of the kind that says what is wrong; ``Interrupted`` after Ctrl-C, when the run can be resumed.
     """
-    from preceptor.run.folder import create_run, default_run_path, discard_unbegun
+    from preceptor.runs.folder import create_run, default_run_path, discard_unbegun
 
     path = out or default_run_path(Path("runs"), system.name, date.today())
     try:
@@ -119,8 +119,8 @@ def go_on(
     Raises:
         ConfigError: no run, another machine or version without ``allow_inexact``, or a key that may not change.
     """
-    from preceptor.run.folder import open_run
-    from preceptor.run.record import read_manifest
+    from preceptor.runs.folder import open_run
+    from preceptor.runs.record import read_manifest
 
     if not (folder / "manifest.json").is_file():
         raise ConfigError(f"{folder} is not a run folder (no manifest.json); start one with: preceptor run SYSTEM")
@@ -144,7 +144,7 @@ def go_on(
 
 
 def _train(system: System, config: Any, run: Any, services: Services, *, report: bool) -> Result:
-    from preceptor.run.export import write_model_card
+    from preceptor.runs.export import write_model_card
 
     with run:
         result = system.train(config, run, services)
@@ -162,9 +162,11 @@ def compare(folders: Sequence[Path], *, methods: Sequence[str] = (), out: Path |
         ConfigError: runs of several systems, runs that have not ended, or an unknown method.
     """
     from preceptor.comparison.runs import read_finished, run_folders
-    from preceptor.run.folder import default_run_path
+    from preceptor.runs.folder import default_run_path
 
     runs = [read_finished(path) for path in run_folders(folders)]
+    if not runs:
+        raise ConfigError("nothing to compare; give the folders of finished runs")
     _, result = compared(runs, methods=methods, out=out or default_run_path(Path("runs"), "comparison", date.today()))
     assert result is not None, "a comparison with a folder has a result"
     return result
@@ -178,8 +180,6 @@ def compared(
     from preceptor.comparison.runs import grouped
     from preceptor.comparison.write import write_comparison
 
-    if not runs:
-        raise ConfigError("nothing to compare; give the folders of finished runs")
     system = find_system(runs[0].system)
     if system.result is None:
         raise ConfigError(f"runs of {system.name} have no baselines to compare")

@@ -117,7 +117,7 @@ def _model(model: Any, episode: Any, *, device: str, threads: int | None) -> Ite
     from preceptor.doctor.model import check_model
     from preceptor.lm.load import Adapter, load_language_model
     from preceptor.lm.sampling import Sampling
-    from preceptor.run.device import choose_device, parse_dtype, set_threads
+    from preceptor.runs.device import choose_device, parse_dtype, set_threads
 
     set_threads(threads)
     rank = getattr(model, "adapter_rank", 0)

@@ -10,7 +10,7 @@ import typer
 
 from preceptor.config import schema
 from preceptor.errors import PreceptorError, short_repr
-from preceptor.run.trackers import TRACKERS
+from preceptor.runs.trackers import TRACKERS
 from preceptor.systems import find_system
 from preceptor.systems.configuration import presets
 

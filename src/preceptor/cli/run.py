@@ -144,8 +144,8 @@ def export(
     ] = None,
 ) -> int:
     """Write the model that a run trained, as Transformers loads it."""
-    from preceptor.run.export import export_model
-    from preceptor.run.export import push_to_hub as push
+    from preceptor.runs.export import export_model
+    from preceptor.runs.export import push_to_hub as push
 
     written = export_model(folder, to, merge=merge)
     print(f"model:   {written}")

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from preceptor.errors import LockedError
-from preceptor.run.files import storage_errors, write_all
+from preceptor.runs.files import storage_errors, write_all
 
 LOCK_NAME = "run.lock"
 
