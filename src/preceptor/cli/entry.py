@@ -44,9 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 is no reason to fail
     try:
-        exit_code = _execute(sys.argv[1:] if argv is None else argv)
+        # Not `command.main`: it would take an Interrupted for Ctrl-C and forget its message and exit code.
+        with _context(sys.argv[1:] if argv is None else argv) as context:
+            exit_code = int(context.command.invoke(context) or 0)
         sys.stdout.flush()  # here, where a full disk or a closed pipe still has an exit code
         return exit_code
+    except typer.Exit as done:  # --help and --version have printed what they have to say
+        return done.exit_code
+    except SystemExit as done:  # so has --install-completion
+        return int(done.code or 0)
+    except typer.TyperException as error:
+        return _complain([explained(error)], ConfigError.exit_code)
     except Interrupted as stop:
         return _complain([str(stop)], stop.exit_code, label="")
     except ConfigError as error:
@@ -90,23 +98,15 @@ def _bug() -> int:
     return 1
 
 
-def _execute(argv: Sequence[str]) -> int:
+def _context(argv: Sequence[str]) -> Any:
+    """The command line as typer reads it: the command, to be invoked, and its parameters."""
     for argument in argv:
         if "\0" in argument or any("\ud800" <= character <= "\udfff" for character in argument):
             raise ConfigError(f"argument {short_repr(argument)} is not valid UTF-8 text")
     command = get_command(_app())
     if VARIABLE in os.environ:
         command.main(args=[], prog_name="preceptor")  # a shell asks what can come next; it prints that and exits
-    try:
-        # Not `command.main`: it would take an Interrupted for Ctrl-C and forget its message and exit code.
-        with command.make_context("preceptor", list(argv)) as context:
-            return int(command.invoke(context) or 0)
-    except typer.Exit as done:  # --help and --version have printed what they have to say
-        return done.exit_code
-    except SystemExit as done:  # so has --install-completion
-        return int(done.code or 0)
-    except typer.TyperException as error:
-        raise ConfigError(explained(error)) from error
+    return command.make_context("preceptor", list(argv))
 
 
 class Root(Group):
