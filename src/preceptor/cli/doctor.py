@@ -59,7 +59,6 @@ class DoctorGroup(SystemGroup):
 
 def _doctor(
     system: System,
-    flags: dict[str, Any],
     *,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
@@ -69,6 +68,7 @@ def _doctor(
     threads: options.Threads = None,
     no_forecast: Annotated[bool, typer.Option("--no-forecast", help="Do not begin the run to measure it.")] = False,
     log_level: options.LogLevel = "warning",
+    **flags: Any,
 ) -> int:
     resolved = configuration(system, preset=preset, file=config, flags=flags, overrides=overrides or ())
     if print_config:

@@ -34,7 +34,6 @@ def run_command(system: System) -> Any:
 
 def _run(
     system: System,
-    flags: dict[str, Any],
     *,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
@@ -49,6 +48,7 @@ def _run(
     project: options.Project = "preceptor",
     no_report: options.NoReport = False,
     log_level: options.LogLevel = "warning",
+    **flags: Any,
 ) -> int:
     resolved = configuration(system, preset=preset, file=config, flags=flags, overrides=overrides or ())
     if print_config:
