@@ -74,6 +74,9 @@ class CompareGroup(SystemGroup):
         raise ConfigError(f"{short_repr(word)} is neither a folder nor a system{hint}")
 
 
+APP = typer.Typer(cls=CompareGroup, rich_markup_mode=None, help=HELP, epilog=EPILOG)
+
+
 def _compared(first: Path) -> Any:
     def compared(
         folders: Annotated[

@@ -57,6 +57,9 @@ class DoctorGroup(SystemGroup):
         raise ConfigError(f"{short_repr(word)} is neither a run folder nor a system{hint}")
 
 
+APP = typer.Typer(cls=DoctorGroup, rich_markup_mode=None, help=HELP, epilog=options.EXIT_CODES)
+
+
 def _doctor(
     system: System,
     *,
