@@ -16,7 +16,7 @@ from rich.table import Table
 
 from benchmarks import record
 from benchmarks.measurement import measure
-from preceptor.errors import ConfigError, PreceptorError, nearest
+from preceptor.errors import ConfigError, PreceptorError, did_you_mean
 
 BENCHMARKS = {
     "log-probs": "log_probs",
@@ -97,7 +97,9 @@ def main(argv: Sequence[str] | None = None, *, root: Path = record.ROOT) -> int:
     try:
         for name in options.names:
             if name not in BENCHMARKS:
-                raise ConfigError(f"there is no benchmark '{name}'{nearest(name, BENCHMARKS)}; {', '.join(BENCHMARKS)}")
+                raise ConfigError(
+                    f"there is no benchmark '{name}'{did_you_mean(name, BENCHMARKS)}; {', '.join(BENCHMARKS)}"
+                )
         record.require_own_package(root)
         measured = record.revision(root)
         if not options.allow_dirty:

@@ -12,7 +12,7 @@ from benchmarks.limits import arithmetic_seconds, forward_operations
 from benchmarks.measurement import OURS, Bar, Comparison, measured_precision, require_equal
 from benchmarks.models import H192, random_llama, starter
 from preceptor.lm.decode import Decoder
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 64

@@ -1,7 +1,7 @@
-"""What a batch of reading episodes costs on one kept cache, beside the naive way, with equal outputs shown first.
+"""What a batch of reading episodes costs on one KV cache, beside the naive way, with equal outputs shown first.
 
-Ours is ``preceptor.systems.reading.episode.run_episodes``: all episodes advance together and nothing is encoded twice.
-The naive way (``benchmarks/naive_episode.py``) is plain Transformers: one episode at a time, and at every step
+Ours is ``preceptor.systems.reading.environment.run_episodes``: all episodes advance together and nothing is encoded
+twice. The naive way (``benchmarks/naive_episode.py``) is plain Transformers: one episode at a time, and at every step
 ``generate()`` on the whole context. Both have the same weights, tokens, orders and threads, and take turns in one
 process.
 
@@ -36,15 +36,14 @@ from benchmarks.naive_episode import (
 )
 from preceptor.errors import NumericError, PreceptorError
 from preceptor.lm.embedding import HiddenStates
-from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import STARTER, load_language_model
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
-from preceptor.run.environment import environment
-from preceptor.systems.reading.articles import bundled_article, to_reading
+from preceptor.runs.environment import environment
+from preceptor.systems.reading.articles import TokenizedArticle, bundled_article, select_pairs, tokenize_article
 from preceptor.systems.reading.config import DataOptions, ModelOptions
-from preceptor.systems.reading.episode import check_budget, run_episodes
-from preceptor.systems.reading.material import Material, encode_reading
-from preceptor.systems.reading.policy import Keys, Policy, Trajectories
+from preceptor.systems.reading.environment import Trajectories, check_budget, run_episodes
+from preceptor.systems.reading.policy import Keys, Policy
 
 BAR = 0.25
 """Ours may cost this share of the naive wall time."""
@@ -73,14 +72,14 @@ class Case:
 
     Attributes:
         policy: a greedy one, which holds the model.
-        material: the article in its tokens.
+        article: in the policy's tokens.
         keys: key vectors as the policy makes them.
         naive_keys: the same, made by plain Transformers.
         orders: what each episode reads, a permutation of the pairs.
     """
 
     policy: Policy
-    material: Material
+    article: TokenizedArticle
     keys: Keys
     naive_keys: torch.Tensor
     orders: list[list[int]]
@@ -102,26 +101,26 @@ def prepare(model: str | LanguageModel, sizes: Sizes, *, seed: int, copies: int 
         num_pairs=sizes.pairs,
         num_probes=0,
     )
-    article = bundled_article()
-    article = replace(article, text="\n\n".join([article.text] * copies))
-    reading = to_reading(article, options, lm, name=article.title)
-    material = encode_reading(reading, lm, prompt=ModelOptions().prompt, use_chat_template=False)
-    check_budget(lm.context_length, material, budget=sizes.pairs, query_tokens=sizes.query_tokens)
+    text = bundled_article()
+    text = replace(text, text="\n\n".join([text.text] * copies))
+    pairs = select_pairs(text, options, lm, name=text.title)
+    article = tokenize_article(pairs, lm, prompt=ModelOptions().prompt, use_chat_template=False)
+    check_budget(lm.context_length, article, budget=sizes.pairs, query_tokens=sizes.query_tokens)
     policy = Policy(
         lm,
         sampling=Sampling(temperature=0.0, suppressed=lm.special_tokens),
         embedding=HiddenStates(lm, layer=LAYER),
     )
-    keys = policy.embed_keys(material)
+    keys = policy.embed_keys(article)
     # Scores of order one: without it the softmax is certain of one key, and its log-probabilities hide or blow up
     # every difference.
     policy.temperature = float(keys.vectors.square().sum(-1).mean())
     generator = torch.Generator().manual_seed(seed)
     return Case(
         policy=policy,
-        material=material,
+        article=article,
         keys=keys,
-        naive_keys=naive_key_vectors(lm.model, material.keys, begin=material.begin),
+        naive_keys=naive_key_vectors(lm.model, article.keys, begin=article.begin_token),
         orders=[torch.randperm(sizes.pairs, generator=generator).tolist() for _ in range(sizes.episodes)],
         sizes=sizes,
         seed=seed,
@@ -129,7 +128,7 @@ def prepare(model: str | LanguageModel, sizes: Sizes, *, seed: int, copies: int 
 
 
 def ours(case: Case, *, sampling: Sampling | None = None) -> Trajectories:
-    """The episodes on one kept cache; greedy unless ``sampling`` says otherwise."""
+    """The episodes on one KV cache; greedy unless ``sampling`` says otherwise."""
     policy = case.policy
     if sampling is not None:
         policy = Policy(
@@ -137,7 +136,7 @@ def ours(case: Case, *, sampling: Sampling | None = None) -> Trajectories:
         )
     return run_episodes(
         policy,
-        case.material,
+        case.article,
         case.keys,
         num_episodes=case.sizes.episodes,
         budget=case.sizes.pairs,
@@ -151,9 +150,9 @@ def naive(case: Case) -> NaiveEpisodes:
     """The same episodes the naive way."""
     return naive_episodes(
         case.policy.lm.model,
-        prompt=case.material.prompt,
+        prompt=case.article.prompt,
         keys=case.naive_keys,
-        values=case.material.values,
+        values=case.article.values,
         orders=case.orders,
         query_tokens=case.sizes.query_tokens,
         temperature=case.policy.temperature,
@@ -179,8 +178,8 @@ def largest_differences(case: Case) -> dict[str, float]:
     sampled = ours(case, sampling=replace(case.policy.sampling, temperature=1.0))
     query_log_probs = naive_query_log_probs(
         case.policy.lm.model,
-        prompt=case.material.prompt,
-        values=case.material.values,
+        prompt=case.article.prompt,
+        values=case.article.values,
         orders=case.orders,
         queries=sampled.queries,
         suppressed=case.policy.lm.special_tokens,
@@ -212,7 +211,7 @@ def measure(model: str, sizes: Sizes, *, rounds: int, threads: int, seed: int) -
     case = prepare(model, sizes, seed=seed)
     differences = largest_differences(case)  # also warms both ways up
     spreads = alternate({"ours": lambda: ours(case), "naive": lambda: naive(case)}, rounds)
-    lm, material = case.policy.lm, case.material
+    lm, article = case.policy.lm, case.article
     return {
         "benchmark": "episode",
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -221,9 +220,9 @@ def measure(model: str, sizes: Sizes, *, rounds: int, threads: int, seed: int) -
         "model": Path(model).name,  # a folder of this machine says nothing elsewhere
         "parameters": lm.model.num_parameters(),
         "sizes": asdict(sizes),
-        "context_tokens": len(material.prompt)
+        "context_tokens": len(article.prompt)
         + sizes.pairs * sizes.query_tokens
-        + sum(len(value) for value in material.values),
+        + sum(len(value) for value in article.values),
         "rounds": rounds,
         "seed": seed,
         "largest_difference": differences,

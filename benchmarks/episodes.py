@@ -1,4 +1,4 @@
-"""Batches of reading episodes against the naive way and against a kept cache per episode, per episode read.
+"""Batches of reading episodes against the naive way and against a KV cache per episode, per episode read.
 
 The naive way and the kept ``DynamicCache`` go one episode at a time, so one of theirs stands for all; its tokens are
 compared with ours first (``benchmarks.episode`` compares every log-probability at smaller sizes).
@@ -40,7 +40,7 @@ def compare(sizes: episode.Sizes, *, at_least: float | None) -> Comparison:
     greedy = measured_precision(lambda: episode.ours(case))().queries[0]
     differing = float((greedy != episode.naive(one).queries[0]).double().mean())
     kept = float((greedy != kept_cache(one)).double().mean())
-    length = len(case.material.prompt) + sizes.pairs * (sizes.query_tokens + sizes.value_tokens)
+    length = len(case.article.prompt) + sizes.pairs * (sizes.query_tokens + sizes.value_tokens)
     return Comparison(
         benchmark="episodes",
         case=f"{sizes.episodes} episodes x {sizes.pairs} pairs, {sizes.query_tokens} query and {sizes.value_tokens} "
@@ -53,7 +53,7 @@ def compare(sizes: episode.Sizes, *, at_least: float | None) -> Comparison:
         bars=(Bar("naive", at_least=at_least),) if at_least else (),
         agreement={
             "share of greedy tokens": require_equal("greedy tokens", differing, at_most=0.05),
-            "share of the kept cache's": require_equal("greedy tokens", kept, at_most=0.05),
+            "share of the KV cache's": require_equal("greedy tokens", kept, at_most=0.05),
         },
         details={"parameters": lm.model.num_parameters(), "model": "starter"},
         units={OURS: sizes.episodes, "naive": 1, KEPT: 1},
@@ -84,7 +84,7 @@ def kept_cache(case: episode.Case) -> torch.Tensor:
         return logits
 
     queries = []
-    logits = read(list(case.material.prompt))
+    logits = read(list(case.article.prompt))
     for pair in case.orders[0]:
         query = []
         for _ in range(case.sizes.query_tokens):
@@ -92,5 +92,5 @@ def kept_cache(case: episode.Case) -> torch.Tensor:
             query.append(int(logits.argmax()))
             logits = read([query[-1]])
         queries.append(query)
-        logits = read(list(case.material.values[pair]))
+        logits = read(list(case.article.values[pair]))
     return torch.tensor(queries)

@@ -26,7 +26,7 @@ from benchmarks.measurement import OURS, Bar, Comparison, require_equal
 from benchmarks.models import LLAMA_3B, random_llama
 from benchmarks.naive_episode import naive_query_log_probs
 from preceptor.lm.decode import Decoder
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 
 TINY = {
@@ -100,15 +100,15 @@ def episodes(lm: LanguageModel, sizes: episode.Sizes) -> Comparison:
     sampled = episode.ours(case, sampling=replace(case.policy.sampling, temperature=1.0))
     expected = naive_query_log_probs(
         lm.model,
-        prompt=case.material.prompt,
-        values=case.material.values,
+        prompt=case.article.prompt,
+        values=case.article.values,
         orders=case.orders[:1],
         queries=sampled.queries[:1].cpu(),
         suppressed=lm.special_tokens,
     )
     difference = float((sampled.query_log_probs[:1].cpu() - expected).abs().max())
     one = replace(case, orders=case.orders[:1])
-    length = len(case.material.prompt) + sizes.pairs * (sizes.query_tokens + sizes.value_tokens)
+    length = len(case.article.prompt) + sizes.pairs * (sizes.query_tokens + sizes.value_tokens)
     seconds = arithmetic_seconds(forward_operations(lm, 1, length), ("bfloat16",), lm.device)["bfloat16"]
     return Comparison(
         benchmark="gpu episodes",

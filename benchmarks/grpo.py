@@ -23,12 +23,12 @@ import torch
 from benchmarks.limits import arithmetic_seconds, forward_operations
 from benchmarks.measurement import OURS, Bar, Comparison, matmul_precision
 from benchmarks.models import H192, random_llama, starter
-from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import save_language_model
-from preceptor.run.device import exact_matmul_precision
+from preceptor.lm.model import LanguageModel
+from preceptor.runs.device import exact_matmul_precision
 from preceptor.systems.curriculum.config import PPOOptions
-from preceptor.systems.curriculum.credit import credit_tokens
-from preceptor.systems.curriculum.rollout import Prompt, generate_rollouts, rollout_log_probs, rollout_sampling
+from preceptor.systems.curriculum.policy import Prompt, generate_rollouts, rollout_log_probs, rollout_sampling
+from preceptor.systems.curriculum.rewards import token_advantages
 from preceptor.systems.curriculum.update import Experience, Sums, accumulate_ppo, autocast
 from preceptor.systems.curriculum.value_network import CopiedTrunk, ValueNetwork
 
@@ -79,7 +79,7 @@ def reward(tokens: list[int]) -> float:
 
 
 class OurStep:
-    """Rollouts, credit and update of the curriculum system; every continuation has its full length.
+    """Rollouts, advantages and update of the curriculum system; every continuation has its full length.
 
     With the advantage ``gae`` a value network of the policy's size learns beside it.
     """
@@ -96,7 +96,7 @@ class OurStep:
         self.parameters = list(lm.model.parameters())
         if self.value_network is not None:
             self.parameters += [each for each in self.value_network.parameters() if each.requires_grad]
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, fused=True)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, fused=True)
         self.generator = torch.Generator().manual_seed(0)
         self.setting = exact_matmul_precision(lm.device)
 
@@ -122,31 +122,31 @@ class OurStep:
                 rewards -= self.options.kl_coefficient * (rollouts.log_probs - reference_log_probs)
             mask = torch.ones_like(rollouts.mask)
             rollouts = type(rollouts)(rollouts.prompts, rollouts.tokens, mask, rollouts.log_probs, rollouts.entropy)
-            credit = credit_tokens(
+            advantages, returns = token_advantages(
                 rewards, mask, kind=self.options.advantage, values=values, group_size=self.options.group_size
             )
             for _ in range(self.options.epochs):
                 accumulate_ppo(
                     lm,
-                    Experience(rollouts, credit, values, reference_log_probs),
+                    Experience(rollouts, advantages, returns, values, reference_log_probs),
                     sampling=sampling,
                     options=self.options,
                     kl_coefficient=self.options.kl_coefficient,
                     value_network=self.value_network,
-                    reference=self.reference,
+                    reference_model=self.reference,
                     micro_batch_size=len(rollouts),
                     bf16=self.bf16,
                     sums=Sums(),
                 )
                 torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-                self.optimiser.step()
-                self.optimiser.zero_grad()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
         end = time.perf_counter()
         return {"wall": end - begin[0], "cpu": time.process_time() - begin[1], "generation": generated - begin[0]}
 
 
 class TrlStep:
-    """One optimiser step of TRL's trainer."""
+    """One optimizer step of TRL's trainer."""
 
     def __init__(self, lm: LanguageModel, prompts: list[list[int]], new_tokens: int) -> None:
         with warnings.catch_warnings():

@@ -18,16 +18,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.measurement import OURS, Bar, Comparison, measured_precision, require_equal
 from benchmarks.models import H192, random_llama, starter
-from preceptor.lm import attention, kernels, native
-from preceptor.lm.attention import CpuAttention
+from preceptor.lm.cpu import attention, engine, kernels
+from preceptor.lm.cpu.attention import CpuAttention
 from preceptor.lm.decode import Decoder
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 
 AVX2 = ("-O3", "-mavx2", "-mfma", "-mno-avx512f", "-std=gnu11", "-fPIC", "-shared", "-fopenmp")
 PYTORCH = "PyTorch's calls"
 SHAPES = ((8, 8, 8, 512, 24), (32, 8, 8, 96, 24), (8, 4, 2, 512, 64), (4, 8, 8, 1_024, 64))
-"""Rows, heads, kept heads, tokens, width of a head."""
+"""Rows, heads, key-value heads, tokens, width of a head."""
 
 
 def comparisons(*, quick: bool = False) -> Iterator[Comparison]:
@@ -45,7 +45,7 @@ def builds() -> dict[str, ctypes.CDLL]:
     found = {"this processor": kernels.kernel_library()}
     compiler = shutil.which("cc")
     if compiler is not None and platform.machine() == "x86_64" and torch.backends.cpu.get_cpu_capability() == "AVX512":
-        folder = resources.files("preceptor.lm")
+        folder = resources.files("preceptor.lm.cpu")
         sources = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in kernels.SOURCES}
         found["AVX2"] = kernels.build_library(compiler, AVX2, sources)
     return {name: library for name, library in found.items() if library is not None}
@@ -53,11 +53,11 @@ def builds() -> dict[str, ctypes.CDLL]:
 
 def attention_comparison(build: str, library: ctypes.CDLL, shape: tuple[int, int, int, int, int]) -> Comparison:
     """Causal attention and its three gradients; PyTorch's kernel at the setting that is fastest for it."""
-    rows, heads, kept, tokens, width = shape
+    rows, heads, num_kv_heads, tokens, width = shape
     generator = torch.Generator().manual_seed(0)
     parts = [
         torch.randn(rows, tokens, number, width, generator=generator).transpose(1, 2).requires_grad_()
-        for number in (heads, kept, kept)
+        for number in (heads, num_kv_heads, num_kv_heads)
     ]
     slopes = torch.randn(parts[0].shape, generator=generator)
 
@@ -75,7 +75,7 @@ def attention_comparison(build: str, library: ctypes.CDLL, shape: tuple[int, int
     )
     return Comparison(
         benchmark="attention",
-        case=f"{build}: {rows} rows x {heads} heads ({kept} kept) x {tokens} tokens, width {width}",
+        case=f"{build}: {rows} rows x {heads} heads ({num_kv_heads} key-value) x {tokens} tokens, width {width}",
         ways=ways,
         bars=(Bar(PYTORCH, at_least=1.0),),
         agreement={"output and gradients": require_equal("output and gradients", difference, at_most=1e-5)},
@@ -85,12 +85,12 @@ def attention_comparison(build: str, library: ctypes.CDLL, shape: tuple[int, int
 def decode_comparison(
     build: str, library: ctypes.CDLL, lm: LanguageModel, batch_size: int, *, tokens: int
 ) -> Comparison:
-    """The native forward with and without the compiled step; greedy tokens are compared first."""
+    """The engine with and without the compiled decode step; greedy tokens are compared first."""
     prompts = torch.randint(3, lm.vocab_size, (batch_size, tokens), generator=torch.Generator().manual_seed(0)).tolist()
 
     def through(library: ctypes.CDLL | None, dtype: torch.dtype | None) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            with mock.patch.object(native, "kernel_library", return_value=library):
+            with mock.patch.object(engine, "kernel_library", return_value=library):
                 decoder = Decoder(lm, batch_size=batch_size, dtype=dtype)
                 decoder.append(prompts)
                 generator = torch.Generator().manual_seed(0)

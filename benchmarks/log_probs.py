@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.limits import arithmetic_seconds
 from benchmarks.measurement import OURS, Bar, Comparison, measured_precision, require_equal
-from preceptor.lm.selective import chosen_log_probs
+from preceptor.lm.log_probs import chosen_log_probs
 
 WIDTH = 768
 FULL, FULL_WITHOUT, OURS_WITHOUT = "full log-softmax", "full log-softmax, no gradient", f"{OURS}, no gradient"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import STARTER, load_language_model, load_tokenizer
+from preceptor.lm.model import LanguageModel
 
 H192 = {
     "hidden_size": 192,

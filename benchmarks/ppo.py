@@ -24,7 +24,7 @@ from benchmarks.grpo import KL, LEARNING_RATE, OurStep, clocked_generation, copi
 from benchmarks.limits import arithmetic_seconds, forward_operations
 from benchmarks.measurement import OURS, Bar, Comparison
 from benchmarks.models import H192, random_llama
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum.config import PPOOptions
 
 TRL = "TRL 1.12 PPOTrainer"

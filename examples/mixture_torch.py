@@ -15,11 +15,7 @@ from pydoc_data import topics
 import torch
 from torch.utils.data import DataLoader
 
-from preceptor.data.blocks import pack_blocks, split_held_out, tokenise
-from preceptor.data.mixture import MixtureDataset, MixtureSampler, collate
-from preceptor.lm.load import load_language_model
-from preceptor.objectives import document_difficulty, make_mixture
-from preceptor.systems.curriculum.difficulty import document_losses
+from preceptor import mixtures
 
 letters = random.Random(0)
 TEXTS = {  # what every Python has, and noise of which nothing but its alphabet can be learnt
@@ -30,27 +26,28 @@ TEXTS = {  # what every Python has, and noise of which nothing but its alphabet 
 
 
 def main(num_steps: int = 60, every: int = 10) -> dict[str, float]:
-    lm = load_language_model("starter", device=torch.device("cpu"))
+    lm = mixtures.load_language_model("starter", device=torch.device("cpu"))
     datasets, samples = [], []
     for name, texts in TEXTS.items():
-        train, rest = split_held_out(tokenise(texts, encode=lm.encode, begin=lm.begin_token), fraction=0.1)
-        datasets.append(pack_blocks(name, train, block_length=64))
-        samples.append([block.tolist() for block in pack_blocks(name, rest, block_length=64)][:20])
-    mixture = make_mixture("learning_progress", num_datasets=len(datasets))
-    sampler = MixtureSampler({blocks.name: len(blocks) for blocks in datasets}, seed=0)
-    mixed = MixtureDataset(datasets, sampler=sampler)
-    batches = iter(DataLoader(mixed, batch_size=8, collate_fn=partial(collate, filler=lm.begin_token)))
+        documents = mixtures.tokenise(texts, encode=lm.encode, begin=lm.begin_token)
+        train, rest = mixtures.split_held_out(documents, fraction=0.1)
+        datasets.append(mixtures.pack_blocks(name, train, block_length=64))
+        samples.append([block.tolist() for block in mixtures.pack_blocks(name, rest, block_length=64)][:20])
+    mixture = mixtures.make_mixture("learning_progress", num_datasets=len(datasets))
+    sampler = mixtures.MixtureSampler({blocks.name: len(blocks) for blocks in datasets}, seed=0)
+    mixed = mixtures.MixtureDataset(datasets, sampler=sampler)
+    batches = iter(DataLoader(mixed, batch_size=8, collate_fn=partial(mixtures.collate, filler=lm.begin_token)))
 
-    optimiser = torch.optim.AdamW(lm.model.parameters(), lr=5e-4)
-    losses = document_losses(lm, samples)
+    optimizer = torch.optim.AdamW(lm.model.parameters(), lr=5e-4)
+    losses = mixtures.document_losses(lm, samples)
     for step in range(num_steps):
         if step % every == 0:
-            previous, losses = losses, document_losses(lm, samples)
-            sampler.weights = mixture.update(document_difficulty(losses, previous=previous))
+            previous, losses = losses, mixtures.document_losses(lm, samples)
+            sampler.weights = mixture.update(mixtures.document_difficulty(losses, previous=previous))
             print(step, {name: round(share, 2) for name, share in zip(TEXTS, mixture.weights.tolist(), strict=True)})
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         lm.model(**next(batches)).loss.backward()
-        optimiser.step()
+        optimizer.step()
     return dict(zip(TEXTS, mixture.weights.tolist(), strict=True))
 
 

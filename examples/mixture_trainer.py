@@ -15,38 +15,35 @@ from pydoc_data import topics
 import torch
 from transformers import Trainer, TrainingArguments
 
-from preceptor.data.blocks import pack_blocks, split_held_out, tokenise
-from preceptor.data.mixture import MixtureDataset, MixtureSampler, collate
-from preceptor.lm.load import load_language_model
-from preceptor.objectives import make_mixture
-from preceptor.systems.curriculum.callback import MixtureCallback
+from preceptor import mixtures
 
 TEXTS = {"code": [inspect.getsource(argparse)], "manual": list(topics.topics.values())[:30]}
 
 
-def main(folder: str, num_steps: int = 40, every: int = 10, resume: bool = False) -> MixtureCallback:
-    lm = load_language_model("starter", device=torch.device("cpu"))
+def main(folder: str, num_steps: int = 40, every: int = 10, resume: bool = False) -> mixtures.MixtureCallback:
+    lm = mixtures.load_language_model("starter", device=torch.device("cpu"))
     datasets, samples = [], []
     for name, texts in TEXTS.items():
-        train, rest = split_held_out(tokenise(texts, encode=lm.encode, begin=lm.begin_token), fraction=0.1)
-        datasets.append(pack_blocks(name, train, block_length=64))
-        samples.append([block.tolist() for block in pack_blocks(name, rest, block_length=64)][:20])
-    sampler = MixtureSampler({blocks.name: len(blocks) for blocks in datasets}, seed=0)
-    mixed = MixtureDataset(datasets, sampler=sampler)
-    mixture = make_mixture("second_order", num_datasets=len(datasets))
-    callback = MixtureCallback(mixture, mixed, samples=samples, tokenizer=lm.tokenizer, every=every)
+        documents = mixtures.tokenise(texts, encode=lm.encode, begin=lm.begin_token)
+        train, rest = mixtures.split_held_out(documents, fraction=0.1)
+        datasets.append(mixtures.pack_blocks(name, train, block_length=64))
+        samples.append([block.tolist() for block in mixtures.pack_blocks(name, rest, block_length=64)][:20])
+    sampler = mixtures.MixtureSampler({blocks.name: len(blocks) for blocks in datasets}, seed=0)
+    mixed = mixtures.MixtureDataset(datasets, sampler=sampler)
+    mixture = mixtures.make_mixture("second_order", num_datasets=len(datasets))
+    callback = mixtures.MixtureCallback(mixture, mixed, samples=samples, tokenizer=lm.tokenizer, every=every)
     arguments = TrainingArguments(
         output_dir=folder,
         max_steps=num_steps,
         per_device_train_batch_size=8,
         learning_rate=5e-4,
         save_steps=every,
-        ignore_data_skip=True,  # on resuming, the mixture finds its place by itself
+        ignore_data_skip=True,  # on resuming, the mixture knows how far it was
         report_to="none",
         use_cpu=True,
     )
     trainer = Trainer(
-        lm.model, arguments, partial(collate, filler=lm.begin_token), train_dataset=mixed, callbacks=[callback]
+        lm.model, arguments, partial(mixtures.collate, filler=lm.begin_token), train_dataset=mixed, callbacks=[callback]
     )
     trainer.train(resume_from_checkpoint=resume)
     return callback

@@ -15,26 +15,23 @@ import torch
 from datasets import IterableDataset
 from trl import SFTConfig, SFTTrainer
 
-from preceptor.data.blocks import pack_blocks, split_held_out, tokenise
-from preceptor.data.mixture import MixtureDataset, MixtureSampler
-from preceptor.lm.load import load_language_model
-from preceptor.objectives import make_mixture
-from preceptor.systems.curriculum.callback import MixtureCallback
+from preceptor import mixtures
 
 TEXTS = {"code": [inspect.getsource(argparse)], "manual": list(topics.topics.values())[:30]}
 
 
-def main(folder: str, num_steps: int = 40, every: int = 10) -> MixtureCallback:
-    lm = load_language_model("starter", device=torch.device("cpu"))
+def main(folder: str, num_steps: int = 40, every: int = 10) -> mixtures.MixtureCallback:
+    lm = mixtures.load_language_model("starter", device=torch.device("cpu"))
     datasets, samples = [], []
     for name, texts in TEXTS.items():
-        train, rest = split_held_out(tokenise(texts, encode=lm.encode, begin=lm.begin_token), fraction=0.1)
-        datasets.append(pack_blocks(name, train, block_length=64))
-        samples.append([block.tolist() for block in pack_blocks(name, rest, block_length=64)][:20])
-    sampler = MixtureSampler({blocks.name: len(blocks) for blocks in datasets}, seed=0)
-    mixed = MixtureDataset(datasets, sampler=sampler)
-    mixture = make_mixture("learning_progress", num_datasets=len(datasets))
-    callback = MixtureCallback(mixture, mixed, samples=samples, tokenizer=lm.tokenizer, every=every)
+        documents = mixtures.tokenise(texts, encode=lm.encode, begin=lm.begin_token)
+        train, rest = mixtures.split_held_out(documents, fraction=0.1)
+        datasets.append(mixtures.pack_blocks(name, train, block_length=64))
+        samples.append([block.tolist() for block in mixtures.pack_blocks(name, rest, block_length=64)][:20])
+    sampler = mixtures.MixtureSampler({blocks.name: len(blocks) for blocks in datasets}, seed=0)
+    mixed = mixtures.MixtureDataset(datasets, sampler=sampler)
+    mixture = mixtures.make_mixture("learning_progress", num_datasets=len(datasets))
+    callback = mixtures.MixtureCallback(mixture, mixed, samples=samples, tokenizer=lm.tokenizer, every=every)
     arguments = SFTConfig(
         output_dir=folder,
         max_steps=num_steps,

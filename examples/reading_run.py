@@ -7,14 +7,14 @@ from pathlib import Path
 
 from preceptor.config import load_config, to_dict
 from preceptor.report.page import build_report
-from preceptor.run.folder import create_run
-from preceptor.systems.reading.config import ReadingConfig
-from preceptor.systems.reading.train import STREAMS, train
+from preceptor.runs.folder import create_run
+from preceptor.systems.base import Services
+from preceptor.systems.reading import SYSTEM
 
 
 def main(folder: Path) -> None:
     config = load_config(
-        ReadingConfig,
+        SYSTEM.Config,
         overrides=["data.num_pairs=4", "episode.batch_size=4", "episode.query_tokens=4", "update.steps=2",
                    "evaluation.num_episodes=4", "evaluation.num_orders=8"],
     )  # fmt: skip
@@ -24,15 +24,16 @@ def main(folder: Path) -> None:
         config=to_dict(config),
         seed=config.seed,
         save_every=config.save_every,
-        streams=STREAMS,
+        streams=SYSTEM.streams,
         quiet=True,
     )
     with run:
-        result = train(config, run, cache_dir=folder / "cache")
+        result = SYSTEM.train(config, run, Services(cache_dir=folder / "cache"))
         run.write_result(result)
     for arm, metrics in result["arms"].items():
         print(f"{arm:<20}{metrics['order_gain']['mean']:+.4f} nats per value token")
     print(result["verdict"])
+    print(f"read in this order: {result['order']}")
     print(build_report(folder))
 
 

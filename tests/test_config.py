@@ -2,74 +2,69 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import Field, ValidationError
 
 from preceptor.config import (
     MAX_BYTES,
-    config_faults,
-    differences,
+    Options,
     dump_yaml,
     from_dict,
     load_config,
-    option,
     schema,
     to_dict,
 )
 from preceptor.errors import ConfigError
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(Options):
     path: str
-    share: float = option(1.0, "share")
-
-    def faults(self) -> list[str]:
-        return [] if self.share > 0 else [f"`share` must be above 0, got {self.share}"]
+    share: float = Field(1.0, gt=0, description="Share.")
 
 
-@dataclass(frozen=True)
-class Data:
-    article: str | None = option(None, "title, URL or file")
-    folder: Path = option(Path("articles"), "folder of articles")  # noqa: RUF009 - `option` is `field`
-    layers: tuple[int, ...] = option((1, 2), "layers")
-    span: tuple[int, float] = option((0, 1.0), "from, to")
-    weights: dict[str, float] = option({}, "weight of each source (dimensionless)")  # noqa: RUF009 - `option` is `field`
-    sources: tuple[Source, ...] = option((), "the mixture")
+class Data(Options):
+    """What is read."""
+
+    article: str = Field("", description="Title, URL or file.")
+    layers: tuple[int, ...] = Field((1, 2), description="Layers.")
+    span: tuple[int, float] = Field((0, 1.0), description="From, to.")
+    weights: dict[str, float] = Field({}, description="Weight of each source.")
+    sources: tuple[Source, ...] = Field((), description="The mixture.")
+
+    def conflicts(self) -> Iterator[str]:
+        if self.span[0] > self.span[1]:
+            yield f"`span` must not end before it begins, got {self.span[0]} to {self.span[1]}"
 
 
-@dataclass(frozen=True)
-class Update:
-    learning_rate: float = option(1e-4, "Adam step size: 1 # of these\nper update")
-    clip_epsilon: float = option(0.2, "clip range (dimensionless)", within="(0, 1)")
-    credit: Literal["trajectory", "step"] = option("trajectory", "what a step is credited with")
-    temperature: float | Literal["calibrated"] = option("calibrated", "softmax temperature")
+class Update(Options):
+    learning_rate: float = Field(1e-4, description="Adam's step size: 1 # of these\nper update.")
+    clip_norm: float = Field(1.0, gt=0, allow_inf_nan=True, description="Gradient norm; .inf clips nothing.")
+    clip_epsilon: float = Field(0.2, gt=0, lt=1, description="Clip range.")
+    credit: Literal["trajectory", "step"] = Field("trajectory", description="What a step is credited with.")
+    temperature: float | Literal["calibrated"] = Field("calibrated", description="Softmax temperature.")
 
 
-@dataclass(frozen=True)
-class Whole:
-    seed: int = option(0, "seed of every random stream")
-    verbose: bool = option(False, "say more")
-    data: Data = option(Data(), "what is read")  # noqa: RUF009 - `option` is `field`
-    update: Update = field(default_factory=lambda: Update(learning_rate=0.5))
+class Whole(Options):
+    renamed: ClassVar = {"update.clip": "update.clip_epsilon", "loud": "verbose"}
 
-    def faults(self) -> list[str]:
-        if self.seed >= 0:
-            return []
-        return [f"`seed` must not be below 0 with `update.credit` {self.update.credit}, got {self.seed}"]
+    seed: int = Field(0, description="Seed of every random stream.")
+    verbose: bool = Field(False, description="Say more.")
+    note: str | None = Field(None, description="Anything.")
+    data: Data = Data()
+    update: Update = Update(learning_rate=0.5)
 
-
-@dataclass(frozen=True)
-class Required:
-    name: str
-    source: Source
+    def conflicts(self) -> Iterator[str]:
+        if self.seed < 0:
+            yield f"`seed` must not be below 0 with `update.credit` {self.update.credit}, got {self.seed}"
 
 
 def written(path: Path, text: str | bytes) -> Path:
@@ -105,12 +100,10 @@ def test_later_layers_win_field_by_field(tmp_path: Path) -> None:
     ("text", "value"),
     [
         ("1e-5", 1e-5),
-        ("'1e-5'", 1e-5),
         ("1E3", 1000.0),
         ("3", 3.0),
         (".5", 0.5),
         ("-2.", -2.0),
-        (".inf", float("inf")),
     ],
 )
 def test_what_is_a_number_in_a_file_and_typed(tmp_path: Path, text: str, value: float) -> None:
@@ -132,7 +125,7 @@ def test_the_type_of_the_field_decides_what_typed_text_means() -> None:
         Whole,
         overrides=[
             "data.article=1984",
-            "data.folder=~/a=b",
+            "note=~/a=b",
             "data.layers=[3, 4, 5]",
             "data.span=[2, 3]",
             "data.weights={books: 2, web: 1e-1}",
@@ -143,28 +136,28 @@ def test_the_type_of_the_field_decides_what_typed_text_means() -> None:
     )
     assert config.data == Data(
         article="1984",
-        folder=Path("~/a=b"),
         layers=(3, 4, 5),
         span=(2, 3.0),
         weights={"books": 2.0, "web": 0.1},
-        sources=(Source("books", 2.0), Source("web")),
+        sources=(Source(path="books", share=2.0), Source(path="web")),
     )
+    assert config.note == "~/a=b"
     assert config.verbose is True
     assert config.update.temperature == 0.1
-    assert load_config(Whole, overrides=["data.article=null"]).data.article is None
+    assert load_config(Whole, overrides=["note=null"]).note is None
     assert load_config(Whole, overrides=["update.temperature=calibrated"]).update.temperature == "calibrated"
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seed=true", "`seed` must be a whole number, got 'true'"),
-        ("seed=1.5", "`seed` must be a whole number, got '1.5'"),
-        ("verbose=1", "`verbose` must be true or false, got '1'"),
+        ("seed=true", "`seed` must be a whole number, got True"),
+        ("seed=1.5", "`seed` must be a whole number, got 1.5"),
+        ("verbose=1", "`verbose` must be true or false, got 1"),
         ("verbose=yes", "`verbose` must be true or false, got 'yes'"),
         ("update.learning_rate=.nan", "`update.learning_rate` must be a number, got '.nan'"),
         ("update.learning_rate=nan", "`update.learning_rate` must be a number, got 'nan'"),
-        ("update.learning_rate=true", "`update.learning_rate` must be a number, got 'true'"),
+        ("update.learning_rate=true", "`update.learning_rate` must be a number, got True"),
         ("update.learning_rate=[[", "`update.learning_rate` must be a number, got '[['"),
         (
             "update.credit=steps",
@@ -173,17 +166,18 @@ def test_the_type_of_the_field_decides_what_typed_text_means() -> None:
         ("update.temperature=hot", "`update.temperature` must be a number or one of calibrated, got 'hot'"),
         ("data.layers=3", "`data.layers` must be a list such as [a, b], got 3"),
         ("data.layers=[1, x]", "`data.layers[1]` must be a whole number, got 'x'"),
-        ("data.span=[1]", "`data.span` must have 2 elements, got 1"),
+        ("data.span=[1]", "`data.span[1]` is required; give it a value"),
+        ("data.span=[1, 2, 3]", "`data.span` must be a list such as [a, b], got (1, 2, 3)"),
         ("data.weights={a: b}", "`data.weights['a']` must be a number, got 'b'"),
         ("data.sources=[{share: 1}]", "`data.sources[0].path` is required; give it a value"),
         (
             "data.sources=[{path: a, shar: 1}]",
             "unknown key 'data.sources[0].shar' (did you mean 'data.sources[0].share'?)",
         ),
-        ("data.sources=[{path: a, share: -1}]", "`data.sources[0].share` must be above 0, got -1.0"),
+        ("data.sources=[{path: a, share: -1}]", "`data.sources[0].share` must be above 0, got -1"),
         (
-            "data.folder=a\0b",
-            "`data.folder` must be a path, got 'a\\x00b'; it has a NUL character or half a surrogate pair",
+            "data.article=a\0b",
+            "`data.article` must be text, got 'a\\x00b'; it has a NUL character or half a surrogate pair",
         ),
         ("seed", "override 'seed' has no '='; write it as key=value"),
         ("data=1", "`data` is a section; set one of its keys, such as `data.article`"),
@@ -193,11 +187,15 @@ def test_the_type_of_the_field_decides_what_typed_text_means() -> None:
         ("article=1", "unknown key 'article' (did you mean 'data.article'?)"),
         (
             "update.zzz=1",
-            "unknown key 'update.zzz'; known in update are learning_rate, clip_epsilon, credit, temperature",
+            "unknown key 'update.zzz'; known in update are learning_rate, clip_norm, clip_epsilon, credit, temperature",
         ),
-        ("qqqqqq=1", "unknown key 'qqqqqq'; known are seed, verbose, data, update"),
+        ("qqqqqq=1", "unknown key 'qqqqqq'; known are seed, verbose, note, data, update"),
         ("update.clip_epsilon=1.2", "`update.clip_epsilon` must lie in (0, 1), got 1.2"),
         ("seed=-1", "`seed` must not be below 0 with `update.credit` trajectory, got -1"),
+        ("data.span=[3, 2]", "`data.span` must not end before it begins, got 3 to 2.0"),
+        ("update.clip_norm=0", "`update.clip_norm` must be above 0, got 0"),
+        ("update.learning_rate=.inf", "`update.learning_rate` must be finite, got inf"),
+        ("data.sources=[{path: a, share: .inf}]", "`data.sources[0].share` must be above 0 and finite, got inf"),
     ],
 )
 def test_one_fault_one_line(override: str, message: str) -> None:
@@ -212,11 +210,12 @@ def test_one_fault_one_line(override: str, message: str) -> None:
         ("\nseed: 1e4", ":2: `seed` must be a whole number, got 10000.0; write 10000"),
         ("data:\n  article: 1984", ":2: `data.article` must be text, got 1984; put it in quotes"),
         ("data:\n  layers:\n  - 1\n  - x", ":2: `data.layers[1]` must be a whole number, got 'x'"),
-        ("data: 3", ":1: `data` must be a section with keys, got 3"),
+        ('data: {article: "a\\0b"}', ":1: `data.article` must be text, got 'a\\x00b'; it has a NUL character"),
+        ("data: 3", ":1: `data` must be a section with keys such as `article`, got 3"),
         ("- 1", ":1: a configuration must be a section with keys, got [1]"),
-        ("data.article: x", ":1: unknown key 'data.article'; in a file, nest it: 'data:' and the rest indented below"),
+        ("data.article: x", ":1: unknown key 'data.article'; in a file, nest it: 'data:' and the rest below"),
         ("seed: 1\nseed: 2", ":2: the key 'seed' is given twice, first in line 1; keep one"),
-        ("data:\n  folder: a\n  folder: b", ":3: the key 'data.folder' is given twice, first in line 2; keep one"),
+        ("data:\n  article: a\n  article: b", ":3: the key 'data.article' is given twice, first in line 2; keep one"),
         ("? [a]\n: 1", ":1: a key must be a word, not a list or a mapping"),
         ("seed: &a 1", ":1: not valid YAML: anchors and aliases are not allowed; write the value out"),
         ("seed: *a", ":1: not valid YAML: anchors and aliases are not allowed; write the value out"),
@@ -243,20 +242,11 @@ def test_all_faults_of_all_layers_come_together(tmp_path: Path) -> None:
         f"{preset}:1: unknown key 'sed' (did you mean 'seed'?)",
         f"{preset}:2: `verbose` must be true or false, got 7",
         f"{file}:3: `update.learning_rate` must be a number, got 'fast'",
+        f"{file}:4: `update.clip_epsilon` must lie in (0, 1), got 2",
         "unknown key 'data.spam' (did you mean 'data.span'?)",
         "`update.credit` must be one of trajectory, step, got 'x'",
-        # Whole's own check of `seed` names `update.credit`, whose value is unknown, and so waits for it.
-        "`update.clip_epsilon` must lie in (0, 1), got 2.0",
+        # What Whole says of `seed` names `update.credit`, whose value is unknown, and so waits for it.
     )
-
-
-def test_required_keys_are_named_all_at_once() -> None:
-    assert faults_of(Required) == (
-        "`name` is required; give it a value",
-        "`source.path` is required; give it a value",
-    )
-    assert faults_of(Required, overrides=["source.path=a"]) == ("`name` is required; give it a value",)
-    assert load_config(Required, overrides=["source.path=a", "name=b"]) == Required("b", Source("a"))
 
 
 @pytest.mark.parametrize(
@@ -281,136 +271,120 @@ def test_unreadable_places(tmp_path: Path) -> None:
 
 
 def test_from_dict_is_the_inverse_of_to_dict_and_as_strict() -> None:
-    config = Whole(seed=3, data=Data(article="1e5", sources=(Source("x", 2.0),)), update=Update(temperature=0.5))
+    config = Whole(
+        seed=3, data=Data(article="1e5", sources=(Source(path="x", share=2.0),)), update=Update(temperature=0.5)
+    )
     assert from_dict(Whole, to_dict(config)) == config
     with pytest.raises(ConfigError) as caught:
         from_dict(Whole, {"seed": "3", "update": {"clip_epsilon": 7}, "x": 1})
     assert caught.value.faults == (
         "`seed` must be a whole number, got '3'",
-        "unknown key 'x'; known are seed, verbose, data, update",
-        "`update.clip_epsilon` must lie in (0, 1), got 7.0",
+        "`update.clip_epsilon` must lie in (0, 1), got 7",
+        "unknown key 'x'; known are seed, verbose, note, data, update",
     )
 
 
-# ---- ranges ----
-
-
-@dataclass(frozen=True)
-class Ranged:
-    steps: int = option(1, "steps", within="[0, inf)")
-    norm: float = option(1.0, "gradient norm", within="(0, inf]", hint=".inf clips nothing")
-    temperature: float = option(1.0, "of sampling", within="(0, inf)", hint="a greedy policy cannot learn")
-    top_p: float = option(1.0, "of sampling", within="(0, 1]")
-    mean: float = option(0.0, "of the reward", within="(-inf, inf)")
-    success: tuple[float, ...] = option((), "probability of each arm", within="[0, 1]")
-    inner: tuple[Source, ...] = option((), "the mixture")
-
-    def faults(self) -> list[str]:
-        return ["`steps` must not be 13"] if self.steps == 13 else []
-
-
-@dataclass(frozen=True)
-class Outer:
-    ranged: Ranged = field(default_factory=Ranged)
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("steps=-1", "`ranged.steps` must be at least 0, got -1"),
-        ("norm=0", "`ranged.norm` must be above 0 (.inf clips nothing), got 0.0"),
-        ("temperature=0", "`ranged.temperature` must be above 0 (a greedy policy cannot learn), got 0.0"),
-        (
-            "temperature=.inf",
-            "`ranged.temperature` must be above 0 and finite (a greedy policy cannot learn), got inf",
-        ),
-        ("top_p=1.5", "`ranged.top_p` must lie in (0, 1], got 1.5"),
-        ("mean=-.inf", "`ranged.mean` must be finite, got -inf"),
-        ("success=[0, 1, 1.25]", "`ranged.success` must lie in [0, 1], got 1.25"),
-    ],
-)
-def test_a_number_out_of_its_range_is_one_fault(override: str, message: str) -> None:
-    assert faults_of(Outer, overrides=[f"ranged.{override}"]) == (message,)
-
-
-@pytest.mark.parametrize("override", ["steps=0", "norm=.inf", "temperature=1e-300", "top_p=1", "success=[0, 1]"])
-def test_the_bounds_of_a_range_are_as_its_brackets_say(override: str) -> None:
-    load_config(Ranged, overrides=[override])
-
-
-def test_ranges_are_told_with_all_other_faults_and_of_a_configuration_made_in_python() -> None:
-    overrides = ["steps=13", "norm=-1", "top_p=x", "success=[2, 3]", "inner=[{path: a, share: 0}]"]
-    assert faults_of(Ranged, overrides=overrides) == (
-        "`top_p` must be a number, got 'x'",
-        "`inner[0].share` must be above 0, got 0.0",
-        "`norm` must be above 0 (.inf clips nothing), got -1.0",
-        "`success` must lie in [0, 1], got 2.0",
-        "`success` must lie in [0, 1], got 3.0",
-        "`steps` must not be 13",
+def test_what_was_refused_is_not_held_against_the_rest() -> None:
+    # With `data.span` unknown nothing can be said of its order; that of the default is right anyway.
+    assert faults_of(Whole, overrides=["data.span=[5, x]", "seed=-1", "update.credit=x"]) == (
+        "`data.span[1]` must be a number, got 'x'",
+        "`update.credit` must be one of trajectory, step, got 'x'",
     )
-    assert list(config_faults(Ranged(steps=13, mean=float("nan")))) == [
-        "`mean` must be finite, got nan",
-        "`steps` must not be 13",
+
+
+@pytest.mark.parametrize("override", ["update.clip_norm=.inf", "update.clip_norm=1e-300", "update.clip_epsilon=0.999"])
+def test_the_edge_of_a_range_is_in_it(override: str) -> None:
+    load_config(Whole, overrides=[override])
+
+
+def test_a_renamed_key_is_read_everywhere_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = written(tmp_path / "old.yaml", "seed: 1\nloud: true\nupdate: {clip: 0.3}\n")
+    wanted = Whole(seed=1, verbose=True, update=Update(learning_rate=0.5, clip_epsilon=0.3))
+    assert load_config(Whole, file=file) == wanted
+    assert [record.getMessage() for record in caplog.records] == [
+        "`update.clip` is now called `update.clip_epsilon`; the old name still works",
+        "`loud` is now called `verbose`; the old name still works",
     ]
-    assert list(config_faults(Whole())) == []
+    assert load_config(Whole, overrides=["update.clip=0.3", "seed=1", "loud=true"]) == wanted
+    caplog.clear()
+    assert from_dict(Whole, {"seed": 1, "loud": True, "update": {"clip": 0.3}}) == wanted
+    assert not caplog.records, "a finished run needs no advice"
+    assert caplog.handler.level <= logging.WARNING
 
 
-@pytest.mark.parametrize("default", [0, 1.5, float("nan"), (0.5, 2.0), [2.0]])
-def test_a_default_out_of_its_own_range_is_refused_where_it_is_written(default: Any) -> None:
-    with pytest.raises(ValueError, match=r"the default \S+ of the option 'share' does not lie in \(0, 1\]"):
-        option(default, "share", within="(0, 1]")
+def test_a_fault_of_a_renamed_key_has_its_line_and_two_names_are_one_too_many(tmp_path: Path) -> None:
+    file = written(tmp_path / "old.yaml", "update:\n  clip_epsilon: 0.1\n  clip: 7\n")
+    assert faults_of(Whole, file=file) == (
+        f"{file}:3: `update.clip` is now called `update.clip_epsilon`, and both are given; keep `update.clip_epsilon`",
+        f"{file}:3: `update.clip_epsilon` must lie in (0, 1), got 7",
+    )
 
 
-@pytest.mark.parametrize("default", [1, ()])
-def test_a_range_that_is_none_is_refused_where_it_is_written(default: Any) -> None:
-    with pytest.raises(ValueError, match="an interval is written like"):
-        option(default, "share", within="(0, 1")
+def test_a_model_made_in_python_is_frozen_and_checked() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Whole().seed = 1  # type: ignore[misc]
+    for wrong in (
+        {"seed": True},
+        {"seed": 1.0},
+        {"verbose": "yes"},
+        {"clip": 1},
+        {"update": {"clip_norm": float("nan")}},
+    ):
+        with pytest.raises(ValidationError):
+            Whole(**wrong)
 
 
 # ---- writing ----
 
 
 def test_dump_carries_the_help_and_reads_like_this() -> None:
-    config = Whole(data=Data(article='a "b": c', sources=(Source("x"),), weights={"a b": 1e-7}))
+    config = Whole(data=Data(article='a "b": c\n', sources=(Source(path="x"),), weights={"a b": 1e-7}))
     assert dump_yaml(config) == (
-        "seed: 0  # seed of every random stream\n"
-        "verbose: false  # say more\n"
-        "data:  # what is read\n"
-        '  article: "a \\"b\\": c"  # title, URL or file\n'
-        "  folder: articles  # folder of articles\n"
-        "  layers: [1, 2]  # layers\n"
-        "  span: [0, 1.0]  # from, to\n"
-        '  weights: {"a b": 1e-07}  # weight of each source (dimensionless)\n'
-        "  sources:  # the mixture\n"
+        "seed: 0  # Seed of every random stream.\n"
+        "verbose: false  # Say more.\n"
+        "note: null  # Anything.\n"
+        "data:  # What is read.\n"
+        '  article: "a \\"b\\": c\\n"  # Title, URL or file.\n'
+        "  layers: [1, 2]  # Layers.\n"
+        "  span: [0, 1.0]  # From, to.\n"
+        "  weights: {a b: 1.0e-07}  # Weight of each source.\n"
+        "  sources:  # The mixture.\n"
         "    - {path: x, share: 1.0}\n"
         "update:\n"
-        "  learning_rate: 0.5  # Adam step size: 1 # of these per update\n"
-        "  clip_epsilon: 0.2  # clip range (dimensionless), in (0, 1)\n"
-        "  credit: trajectory  # what a step is credited with\n"
-        "  temperature: calibrated  # softmax temperature\n"
+        "  learning_rate: 0.5  # Adam's step size: 1 # of these per update.\n"
+        "  clip_norm: 1.0  # Gradient norm; .inf clips nothing. Above 0.\n"
+        "  clip_epsilon: 0.2  # Clip range. In (0, 1).\n"
+        "  credit: trajectory  # What a step is credited with. One of trajectory, step.\n"
+        "  temperature: calibrated  # Softmax temperature.\n"
     )
 
 
-_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.sampled_from(
+_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30) | st.sampled_from(
     ["", "null", "true", "1e-5", "no", "# x", "- a", "a: b", "\u2028", "\x85", "\ufeff", "😀", "\x7f", "'", '"', "\\"]
 )
-_float = st.floats(allow_nan=False)
+_float = st.floats(allow_nan=False, allow_infinity=False)
 _configs = st.builds(
     Whole,
     seed=st.integers(min_value=0),
     verbose=st.booleans(),
+    note=st.none() | _text.filter(bool),
     data=st.builds(
         Data,
-        article=st.none() | _text,
-        folder=_text.filter(lambda text: "\0" not in text).map(Path),
+        article=_text,
         layers=st.lists(st.integers()).map(tuple),
-        span=st.tuples(st.integers(), _float),
+        span=st.tuples(st.just(-10), st.floats(0, allow_infinity=False)),
         weights=st.dictionaries(_text, _float, max_size=3),
         sources=st.lists(
-            st.builds(Source, path=_text, share=st.floats(min_value=1e-300, allow_nan=False)), max_size=3
+            st.builds(Source, path=_text, share=st.floats(min_value=1e-300, allow_nan=False, allow_infinity=False)),
+            max_size=3,
         ).map(tuple),
     ),
-    update=st.builds(Update, learning_rate=_float, credit=st.sampled_from(["trajectory", "step"])),
+    update=st.builds(
+        Update,
+        learning_rate=_float,
+        clip_norm=st.sampled_from([0.5, float("inf")]),
+        credit=st.sampled_from(["trajectory", "step"]),
+    ),
 )
 
 
@@ -418,37 +392,26 @@ _configs = st.builds(
 @given(config=_configs)
 def test_what_is_written_reads_back_exactly(tmp_path_factory: pytest.TempPathFactory, config: Whole) -> None:
     file = written(tmp_path_factory.getbasetemp() / "round.yaml", dump_yaml(config))
-    texts = [config.data.article or "", *(source.path for source in config.data.sources)]
-    if any("\0" in text for text in texts):
-        assert "NUL" in faults_of(Whole, file=file)[0]
-        return
     back = load_config(Whole, file=file)
     assert back == config
     assert repr(back) == repr(config)  # 0.0 and -0.0, 1 and 1.0 are told apart here
-    assert differences(back, config) == []
 
 
 def test_to_dict_is_plain() -> None:
-    plain = to_dict(Whole(data=Data(sources=(Source("x"),))))
-    assert plain["data"]["folder"] == "articles"
+    plain = to_dict(Whole(data=Data(sources=(Source(path="x"),))))
     assert plain["data"]["layers"] == [1, 2]
     assert plain["data"]["sources"] == [{"path": "x", "share": 1.0}]
-    assert list(plain) == ["seed", "verbose", "data", "update"]
-
-
-def test_differences_are_dotted_and_in_order() -> None:
-    new = Whole(seed=1, data=Data(layers=(1,)), update=Update(learning_rate=0.5, credit="step"))
-    assert differences(Whole(), new) == ["seed", "data.layers", "update.credit"]
-    assert differences(Whole(), Required("a", Source("b")))[-3:] == ["name", "source.path", "source.share"]
+    assert list(plain) == ["seed", "verbose", "note", "data", "update"]
 
 
 def test_schema_lists_every_key_with_its_help() -> None:
     assert list(schema(Whole)) == [
-        *("seed", "verbose"),
-        *(f"data.{key}" for key in ("article", "folder", "layers", "span", "weights", "sources")),
-        *(f"update.{key}" for key in ("learning_rate", "clip_epsilon", "credit", "temperature")),
+        *("seed", "verbose", "note"),
+        *(f"data.{key}" for key in ("article", "layers", "span", "weights", "sources")),
+        *(f"update.{key}" for key in ("learning_rate", "clip_norm", "clip_epsilon", "credit", "temperature")),
     ]
-    assert schema(Whole)["data.article"] == (str | None, "title, URL or file")
+    assert schema(Whole)["data.article"].annotation is str
+    assert schema(Whole)["data.article"].description == "Title, URL or file."
 
 
 # ---- hostile input ----
@@ -456,7 +419,7 @@ def test_schema_lists_every_key_with_its_help() -> None:
 
 def test_a_thousand_mangled_configurations_end_in_a_config_error_or_a_config(tmp_path: Path) -> None:
     chance = random.Random(7)
-    good = dump_yaml(Whole(data=Data(article="x", sources=(Source("x"), Source("y")), weights={"a": 1.0})))
+    good = dump_yaml(Whole(data=Data(article="x", sources=(Source(path="x"), Source(path="y")), weights={"a": 1.0})))
     pieces = [
         "\0",
         "\t",

@@ -101,13 +101,19 @@ class Interrupted(PreceptorError, KeyboardInterrupt):
         return type(self), (str(self), self.signal_number)
 
 
-def nearest(word: str, candidates: Iterable[str]) -> str:
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """A hint ``" (did you mean 'x'?)"`` naming the candidate closest to ``word``, or ``""`` when none is close.
 
-    >>> nearest("lerning_rate", ["learning_rate", "seed"])
+    >>> did_you_mean("lerning_rate", ["learning_rate", "seed"])
     " (did you mean 'learning_rate'?)"
-    >>> nearest("zzz", ["learning_rate"])
+    >>> did_you_mean("zzz", ["learning_rate"])
     ''
     """
     matches = get_close_matches(word, list(candidates), n=1)
     return f" (did you mean '{matches[0]}'?)" if matches else ""
+
+
+def short_repr(value: object) -> str:
+    """``value`` as messages quote it: its repr, cut to 60 characters, always printable and in one line."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -68,7 +68,7 @@ def counted_tokens(case: episode.Case) -> Iterator[list[int]]:
 
 def test_the_rows_of_the_batch_differ_in_length(case: episode.Case) -> None:
     """Else the benchmark would not meet the holes of a batch, and its orders would not tell episodes apart."""
-    assert len({len(value) for value in case.material.values}) > 1
+    assert len({len(value) for value in case.article.values}) > 1
     assert len({tuple(order) for order in case.orders}) > 1
     assert all(sorted(order) == list(range(SIZES.pairs)) for order in case.orders)
 
@@ -92,24 +92,24 @@ def test_the_naive_way_encodes_its_context_anew_and_ours_never(case: episode.Cas
     # pass n + q.
     expected = 0
     for order in case.orders:
-        context = len(case.material.prompt)
+        context = len(case.article.prompt)
         for pair in order:
             expected += (context + SIZES.query_tokens - 1) + (context + SIZES.query_tokens)
-            context += SIZES.query_tokens + len(case.material.values[pair])
+            context += SIZES.query_tokens + len(case.article.values[pair])
     assert sum(naive_counts) == expected
 
     # Ours: the prompt, each query token and, between queries, the widest value, once a row; the last value is not read.
-    widest = [max(len(case.material.values[order[step]]) for order in case.orders) for step in range(SIZES.pairs - 1)]
-    per_row = len(case.material.prompt) + SIZES.pairs * SIZES.query_tokens + sum(widest)
+    widest = [max(len(case.article.values[order[step]]) for order in case.orders) for step in range(SIZES.pairs - 1)]
+    per_row = len(case.article.prompt) + SIZES.pairs * SIZES.query_tokens + sum(widest)
     assert sum(our_counts) == SIZES.episodes * per_row
     assert len(our_counts) == 1 + SIZES.pairs * SIZES.query_tokens + SIZES.pairs - 1
 
 
 def test_a_wrong_token_in_the_context_is_seen(case: episode.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     first = case.orders[0][0]
-    values = list(case.material.values)
+    values = list(case.article.values)
     values[first] = (values[first][0] + 1, *values[first][1:])
-    misread = replace(case, material=replace(case.material, values=tuple(values)))
+    misread = replace(case, article=replace(case.article, values=tuple(values)))
     run = episode.ours
     monkeypatch.setattr(episode, "ours", lambda _, **options: run(misread, **options))
 

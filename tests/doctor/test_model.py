@@ -7,8 +7,8 @@ import torch
 
 from preceptor.doctor.model import check_model
 from preceptor.lm import decode
-from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import Adapter, load_language_model
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 
 
@@ -45,7 +45,7 @@ def test_a_parameter_that_no_gradient_reaches_is_named(lm: LanguageModel) -> Non
 
 
 def test_a_reference_that_shares_weights_is_found(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LanguageModel, "untrained", lambda self: self)
+    monkeypatch.setattr(LanguageModel, "initial_model", lambda self: self)
     assert statuses(lm)["reference is frozen"] == "fail"
 
 
@@ -56,7 +56,7 @@ def test_a_reference_of_other_weights_is_found(lm: LanguageModel, monkeypatch: p
             next(frozen.model.parameters()).mul_(1.5)
         return frozen
 
-    monkeypatch.setattr(LanguageModel, "untrained", other)
+    monkeypatch.setattr(LanguageModel, "initial_model", other)
     assert statuses(lm)["KL to the reference at step 0"] == "fail"
 
 
@@ -69,14 +69,14 @@ def test_a_sampler_that_records_another_temperature_is_found(
 
 
 def test_a_cache_that_forgets_is_found(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    update = decode.KeptLayer.update
+    update = decode.KVCacheLayer.update
 
-    def forgetful(self: decode.KeptLayer, *states: torch.Tensor, **rest: object) -> object:
+    def forgetful(self: decode.KVCacheLayer, *states: torch.Tensor, **rest: object) -> object:
         keys, values = update(self, *states, **rest)
         keys[..., :2, :] = 0.0
         return keys, values
 
-    monkeypatch.setattr(decode.KeptLayer, "update", forgetful)
+    monkeypatch.setattr(decode.KVCacheLayer, "update", forgetful)
     found = statuses(lm)
     assert found["cache equals re-encoding"] == "fail"
     assert found["probability ratio at step 0"] == "fail"

@@ -14,9 +14,13 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RUN_ELSEWHERE = {"mixture_torch.py", "mixture_trainer.py", "mixture_trl.py"}
 
 
+WHOLE_METHODS = {"reading_loop.py": 190}
+"""Lines that an example may have which is a whole method in one file; the others show one thing."""
+
+
 def test_every_example_is_short() -> None:
     for path in EXAMPLES.glob("*.py"):
-        assert len(path.read_text(encoding="utf-8").splitlines()) < 60, path.name
+        assert len(path.read_text(encoding="utf-8").splitlines()) < WHOLE_METHODS.get(path.name, 60), path.name
 
 
 @pytest.mark.parametrize("name", sorted({path.name for path in EXAMPLES.glob("*.py")} - RUN_ELSEWHERE))

@@ -27,9 +27,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from preceptor.lm import kernels
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.cpu import kernels
 from preceptor.lm.load import Adapter, _with_adapter, load_language_model
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.tokenizer import train_bpe_tokenizer
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)

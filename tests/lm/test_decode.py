@@ -1,4 +1,4 @@
-"""Decoding on the kept cache, against encoding everything again, alone, with plain Transformers."""
+"""Decoding on the KV cache, against encoding everything again, alone, with plain Transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from preceptor.errors import ModelError, NumericError, ShapeError
 from preceptor.lm.decode import Decoder, Generated
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 
 # float32 rounds logits of magnitude 10 to about 1e-6; other kernels for other shapes add in another order.

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, Phi3Config, PreTra
 
 from preceptor.errors import ConfigError, ModelError, ShapeError
 from preceptor.lm.embedding import MODEL_EMBEDDINGS, AttentionProjections, HiddenStates, key_vectors
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 
 MakeLM = Callable[..., LanguageModel]
 ROW = [0, 5, 17, 40, 8]
@@ -159,5 +159,5 @@ def test_projections_include_the_adapter(make_lora: MakeLM) -> None:
         if "lora_B" in name:
             parameter.data += 0.5
     assert not torch.allclose(captured(lm, embedding.query_module), before)
-    untrained = lm.untrained()
+    untrained = lm.initial_model()
     torch.testing.assert_close(captured(untrained, AttentionProjections(untrained, layer=0).query_module), before)

@@ -25,8 +25,8 @@ from transformers.utils import logging as transformers_logging
 
 from preceptor.errors import ConfigError, MissingExtraError, ModelError
 from preceptor.lm.decode import Decoder
-from preceptor.lm.language_model import LanguageModel
 from preceptor.lm.load import Adapter, load_language_model
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.lm.tokenizer import train_bpe_tokenizer
 

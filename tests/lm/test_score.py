@@ -11,7 +11,7 @@ from torch import Tensor
 
 from preceptor.errors import ModelError, ShapeError
 from preceptor.lm import score
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.score import batches_by_length, branch_log_probs, pad_rows, span_mask, token_log_probs
 
 # float32 rounds log-probabilities of magnitude 10 to about 1e-6; other shapes add in another order.

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preceptor import cli
 from preceptor.config import load_config
-from preceptor.data.sentences import split_sentences
+from preceptor.data.articles.sentences import split_sentences
 from preceptor.errors import ConfigError, DataError
 from preceptor.pretraining.config import Data, Optimisation, PretrainConfig, Source
 from preceptor.pretraining.evaluate import bits_per_byte, previous_sentence_preference
-from preceptor.pretraining.train import _training_documents, build_optimisers, draw_windows, learning_rate_scale
+from preceptor.pretraining.train import _training_documents, build_optimizers, draw_windows, learning_rate_scale
 
 TEXT = "The keeper lights the lamp. The lamp burns all night. The ship sees the lamp. The keeper sleeps at dawn.\n\n"
 
@@ -71,7 +71,7 @@ def test_resume_is_bit_identical(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_held_out_files_are_left_out_of_a_folder(corpus: Path) -> None:
-    data = Data(root=str(corpus), sources=(Source("."),), held_out=".", held_out_names=("held.txt", "rows.jsonl"))
+    data = Data(root=str(corpus), sources=(Source(path="."),), held_out=".", held_out_names=("held.txt", "rows.jsonl"))
     assert _training_documents(corpus, data, ".", "text", 1) == [(TEXT * 40).strip()]
     (corpus / "empty").mkdir()
     with pytest.raises(DataError, match="has no document"):
@@ -105,8 +105,8 @@ def test_windows_begin_with_the_begin_token_and_follow_the_shares() -> None:
 
 def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
     model = torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(5, 4), "proj": torch.nn.Linear(4, 4)})
-    optimisers = build_optimisers(model, Optimisation())
-    sizes = {name: [tuple(p.shape) for p in o.param_groups[0]["params"]] for name, o in optimisers.items()}
+    optimizers = build_optimizers(model, Optimisation())
+    sizes = {name: [tuple(p.shape) for p in o.param_groups[0]["params"]] for name, o in optimizers.items()}
     assert sizes == {"muon": [(4, 4)], "adamw": [(5, 4), (4,)]}
 
 

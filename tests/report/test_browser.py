@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from preceptor.report import build_report
 from preceptor.report.page import MAXIMUM_BYTES
+from preceptor.result import write_page
 from tests.report.systems import write_system_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -112,7 +112,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 def test_the_page_works_and_asks_nobody(browser: Browser, build_run: Callable[..., Path], tmp_path: Path) -> None:
-    page = build_report(build_run(tmp_path / "run"))
+    page = write_page(build_run(tmp_path / "run"))
     browser.open(page.as_uri())
     where = "document.getElementById('where').textContent"
     visible = "[...document.querySelectorAll('#viewer .step')].filter((s) => !s.hidden).length"
@@ -209,7 +209,7 @@ def test_ten_thousand_steps_open_at_once(
         build_run(run, num_steps=10_000, num_episodes=400)
     else:
         write_system_run(run, system, num_steps=10_000)
-    page = build_report(run)
+    page = write_page(run)
     assert page.stat().st_size < MAXIMUM_BYTES
     for pixels in (1280, 400):
         browser.width(pixels)

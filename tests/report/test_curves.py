@@ -6,13 +6,11 @@ import pytest
 
 from preceptor.report.curves import (
     MAXIMUM_POINTS,
-    OTHER_CHARTS,
-    READING_CHARTS,
     curve,
-    other_charts,
+    other_lines,
     panels,
-    reward_by_position,
 )
+from preceptor.report.sections import GENERAL_LINES
 
 
 def test_a_short_run_is_drawn_as_it_is() -> None:
@@ -41,11 +39,10 @@ def test_a_long_run_is_thinned_and_keeps_its_ends() -> None:
 
 def test_missing_numbers_are_counted_and_absent_columns_named() -> None:
     rows = [{"step": 1, "reward": 0.5}, {"step": 2, "reward": None}, {"step": 3, "reward": math.nan}, {"step": 4}]
-    drawn, left_out = panels(rows, READING_CHARTS)
-    assert [panel.chart.name for panel in drawn] == ["reward"]
+    drawn, left_out = panels(rows, GENERAL_LINES)
+    assert [panel.title for panel in drawn] == ["Reward"]
     assert drawn[0].notes == ["reward: no finite value at 2 of the steps"]
-    assert "Query entropy" in left_out
-    assert len(left_out) == 11
+    assert left_out == ["KL to the reference", "Policy loss", "Gradient norm", "Speed", "Peak memory"]
 
 
 def test_arms_that_are_trained_one_after_the_other_share_the_steps_of_an_arm() -> None:
@@ -53,19 +50,19 @@ def test_arms_that_are_trained_one_after_the_other_share_the_steps_of_an_arm() -
         {"step": k + 1, "arm": "a" if k < 3 else "b", "arm_step": k % 3 + 1, "reward": float(k), "arm_number": 1}
         for k in range(6)
     ]
-    (panel,), _ = panels(rows, OTHER_CHARTS)
-    assert panel.chart.x_label == "step of the arm"
+    (panel,), _ = panels(rows, GENERAL_LINES)
+    assert panel.x_label == "step of its own training"
     assert [(c.label, c.steps, c.values) for c in panel.curves] == [
         ("a", [1, 2, 3], [0.0, 1.0, 2.0]),
         ("b", [1, 2, 3], [3.0, 4.0, 5.0]),
     ]
-    assert other_charts(rows, OTHER_CHARTS) == []  # counters are no curves
+    assert other_lines(rows, GENERAL_LINES) == []  # counters are no curves
 
 
 def test_entries_named_like_arms_are_drawn_metric_by_metric() -> None:
     rows = [{"step": k, "arm": arm, "stretch_step": 1, arm: {"loss": 1.0 * k}} for k, arm in enumerate("ab")]
-    (chart,) = other_charts(rows, [])
-    assert (chart.title, chart.columns) == ("loss", (("a.loss", "a"), ("b.loss", "b")))
+    (lines,) = other_lines(rows, [])
+    assert (lines.title, lines.columns) == ("loss", {"a.loss": "a", "b.loss": "b"})
 
 
 def test_a_band_stays_within_what_was_measured() -> None:
@@ -78,13 +75,6 @@ def test_a_band_stays_within_what_was_measured() -> None:
 
 def test_a_chart_of_many_curves_has_fewer_points_and_no_bands() -> None:
     rows = [{"step": k, "arm": f"{k % 20}", "arm_step": k, "reward": float(k)} for k in range(20_000)]
-    (panel,), _ = panels(rows, OTHER_CHARTS)
+    (panel,), _ = panels(rows, GENERAL_LINES)
     assert sum(len(c.steps) for c in panel.curves) <= 1_200
     assert all(c.low == c.values for c in panel.curves)
-
-
-def test_reward_by_position_compares_first_and_last_tenth() -> None:
-    rows = [{"step": k, "reward_by_position": [float(k), 10.0 * k]} for k in range(20)]
-    rows[0]["reward_by_position"] = [0.0]  # a shorter trajectory
-    assert reward_by_position(rows) == ([0.5, 10.0], [18.5, 185.0])
-    assert reward_by_position([{"step": 1}]) is None

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preceptor.report.arms import Arms
-from preceptor.report.curves import READING_CHARTS, Panel, curve
-from preceptor.report.drawing import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, arm_chart, line_chart, ticks
+from preceptor.report.curves import Panel, curve
+from preceptor.report.drawing import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, arm_chart, clipped, line_chart, ticks
 
 
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
@@ -23,8 +23,7 @@ def test_ticks_cover_the_range_with_few_round_numbers(low: float, width: float) 
 def test_a_line_runs_from_corner_to_corner() -> None:
     drawn = curve([{"step": k, "passed_fraction": k / 10} for k in range(11)], "passed_fraction", label="passed")
     assert drawn is not None
-    chart = next(chart for chart in READING_CHARTS if chart.name == "passed_fraction")
-    picture = line_chart(Panel(chart, [drawn]))
+    picture = line_chart(Panel("Kept by the filter", "share", [drawn], limits=(0.0, 1.0)), "kept")
     points = re.findall(r"([\d.]+) ([\d.]+)", picture.lines[0].path)
     assert [float(x) for x in points[0]] == [LEFT, HEIGHT - BOTTOM]
     assert [float(x) for x in points[-1]] == [WIDTH - RIGHT, TOP]
@@ -34,7 +33,7 @@ def test_a_line_runs_from_corner_to_corner() -> None:
 def test_one_step_is_drawn_in_the_middle() -> None:
     drawn = curve([{"step": 7, "reward": -3.0}], "reward", label="reward")
     assert drawn is not None
-    picture = line_chart(Panel(READING_CHARTS[0], [drawn]))
+    picture = line_chart(Panel("Reward", "nats", [drawn]), "reward")
     assert "nan" not in picture.lines[0].path
     assert picture.lines[0].path.startswith(f"M{LEFT + (WIDTH - LEFT - RIGHT) / 2:.1f} ")
 
@@ -58,3 +57,8 @@ def test_arms_are_ordered_and_placed() -> None:
     assert chart.rows[1].mean == pytest.approx(chart.label + (WIDTH - RIGHT - chart.label) * 0.7 / 1.2, abs=0.1)
     assert chart.rows[0].low is None
     assert chart.rows[0].text == "1 (no interval)"
+
+
+def test_clipped_says_that_it_clipped() -> None:
+    assert clipped("abcdef", 4) == "abc\N{HORIZONTAL ELLIPSIS}"
+    assert clipped("abcd", 4) == "abcd"

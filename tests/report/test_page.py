@@ -15,8 +15,8 @@ import html5lib
 import pytest
 
 from preceptor.errors import DataError, StorageError
-from preceptor.report import build_report
 from preceptor.report.page import MAXIMUM_BYTES
+from preceptor.result import write_page
 from tests.report.systems import write_system_run
 
 BuildRun = Callable[..., Path]
@@ -39,7 +39,7 @@ def embedded(page: str) -> Any:
 
 
 def test_the_page_shows_the_run(build_run: BuildRun, tmp_path: Path) -> None:
-    out = build_report(build_run(tmp_path / "run"))
+    out = write_page(build_run(tmp_path / "run"))
     page = out.read_text(encoding="utf-8")
     text = " ".join("".join(parsed(page).itertext()).split())
     assert out == tmp_path / "run" / "report.html"
@@ -58,8 +58,8 @@ def test_the_page_shows_the_run(build_run: BuildRun, tmp_path: Path) -> None:
 
 def test_hostile_text_makes_no_element(build_run: BuildRun, tmp_path: Path, hostile: tuple[str, ...]) -> None:
     """The page with hostile text has exactly the elements and attributes of the page with harmless text."""
-    page = build_report(build_run(tmp_path / "hostile")).read_text(encoding="utf-8")
-    plain = build_report(build_run(tmp_path / "plain", payloads=("harmless",) * 7)).read_text(encoding="utf-8")
+    page = write_page(build_run(tmp_path / "hostile")).read_text(encoding="utf-8")
+    plain = write_page(build_run(tmp_path / "plain", payloads=("harmless",) * 7)).read_text(encoding="utf-8")
     assert tags(page) == tags(plain)
     assert embedded(page)["articles"]["hostile"]["pairs"][0][0] == hostile[0]
     assert "<script>document.title" not in page
@@ -77,7 +77,7 @@ def test_hostile_text_of_other_systems_makes_no_element(system: str, tmp_path: P
             for k, old in enumerate(names):
                 text = text.replace(old, f"{json.dumps(payloads[k % len(payloads)])[1:-1]} {k}")
             (run / file).write_text(text, encoding="utf-8")
-        return build_report(run).read_text(encoding="utf-8")
+        return write_page(run).read_text(encoding="utf-8")
 
     dangerous = tuple(text for text in hostile if "\0" not in text)
     harmless = tuple(re.sub(r"\S", "x", text) for text in dangerous)
@@ -107,6 +107,8 @@ def test_five_hundred_payloads_leave_no_foreign_element(tmp_path: Path) -> None:
         run = tmp_path / name
         run.mkdir()
         (run / "metrics.jsonl").write_text('{"step": 1, "reward": 1.0}\n')
+        order = {"x": list(range(len(texts)))}
+        (run / "result.json").write_text(json.dumps({"system": "reading", "arms": {}, "order": order}))
         pairs = [{"index": k, "key": text, "value": text} for k, text in enumerate(texts)]
         (run / "articles.json").write_text(json.dumps({"x": {"title": texts[0], "pairs": pairs}}))
         query = {"kind": "query", "start": 0, "end": 1, "sampled_log_probs": [-1.0]}
@@ -116,7 +118,7 @@ def test_five_hundred_payloads_leave_no_foreign_element(tmp_path: Path) -> None:
             "policy_spans": [query] * len(texts),
         }  # fmt: skip
         (run / "decisions.jsonl").write_text(json.dumps(decision) + "\n")
-        return build_report(run).read_text(encoding="utf-8")
+        return write_page(run).read_text(encoding="utf-8")
 
     hostile, plain = page(payloads, "run"), page(["harmless"] * 500, "plain")
     assert tags(hostile) == tags(plain)
@@ -134,7 +136,7 @@ def test_five_hundred_payloads_leave_no_foreign_element(tmp_path: Path) -> None:
 
 
 def test_the_policy_admits_only_the_packages_own_style_and_script(build_run: BuildRun, tmp_path: Path) -> None:
-    page = build_report(build_run(tmp_path / "run", num_steps=10)).read_text(encoding="utf-8")
+    page = write_page(build_run(tmp_path / "run", num_steps=10)).read_text(encoding="utf-8")
     tree = parsed(page)
     metas = {meta.get("http-equiv"): meta.get("content") for meta in tree.iter("meta")}
     policy = metas["Content-Security-Policy"] or ""
@@ -155,10 +157,9 @@ def test_the_policy_admits_only_the_packages_own_style_and_script(build_run: Bui
 
 def test_a_run_with_only_metrics_says_what_it_lacks(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
-    text = "".join(parsed(build_report(tmp_path).read_text(encoding="utf-8")).itertext())
+    text = "".join(parsed(write_page(tmp_path).read_text(encoding="utf-8")).itertext())
     assert "No verdict yet" in text
-    assert "there is no episode to show" in text
-    assert "Query entropy" in text.split("no such column:")[1]
+    assert "Gradient norm" in text.split("no such column:")[1]
 
 
 def test_a_long_run_stays_small(build_run: BuildRun, tmp_path: Path) -> None:
@@ -167,22 +168,22 @@ def test_a_long_run_stays_small(build_run: BuildRun, tmp_path: Path) -> None:
     articles = json.loads((run / "articles.json").read_text(encoding="utf-8"))
     articles["hostile"]["pairs"][0]["value"] = "x" * 1_000_000
     (run / "articles.json").write_text(json.dumps(articles), encoding="utf-8")
-    assert build_report(run).stat().st_size < MAXIMUM_BYTES / 5
+    assert write_page(run).stat().st_size < MAXIMUM_BYTES / 5
 
 
 def test_lone_surrogates_and_nul_do_not_stop_the_page(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "result.json").write_text('{"verdict": "half \\ud800 a pair, and \\u0000"}')
-    page = build_report(tmp_path).read_bytes().decode("utf-8")
+    page = write_page(tmp_path).read_bytes().decode("utf-8")
     assert "half ? a pair, and \N{REPLACEMENT CHARACTER}" in page
 
 
 def test_malformed_files_stop_the_page_and_keep_the_old_one(build_run: BuildRun, tmp_path: Path) -> None:
     run = build_run(tmp_path / "run", num_steps=10)
-    before = build_report(run).read_bytes()
+    before = write_page(run).read_bytes()
     (run / "decisions.jsonl").write_text("{}\n{")
     with pytest.raises(DataError, match=r"decisions\.jsonl:2"):
-        build_report(run)
+        write_page(run)
     assert (run / "report.html").read_bytes() == before
 
 
@@ -190,10 +191,10 @@ def test_a_page_that_cannot_be_written_is_a_storage_error(build_run: BuildRun, t
     run = build_run(tmp_path / "run", num_steps=10)
     (run / "report.html").mkdir()
     with pytest.raises(StorageError, match=r"report.html could not be written"):
-        build_report(run)
+        write_page(run)
     assert not list(run.glob("*.tmp"))
 
 
 def test_the_same_run_gives_the_same_page(build_run: BuildRun, tmp_path: Path) -> None:
     run = build_run(tmp_path / "run", num_steps=10)
-    assert build_report(run).read_bytes() == build_report(run).read_bytes()
+    assert write_page(run).read_bytes() == write_page(run).read_bytes()

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from preceptor.report import build_report
-from preceptor.report.charts import series_panels
-from preceptor.report.curves import Curve
+from preceptor.report.curves import Curve, series_panel
+from preceptor.report.sections import Series, declared_figures
 from preceptor.report.seeds import interpolated, merged_charts
+from preceptor.result import write_page
+from preceptor.systems import find_system
 from tests.report.systems import write_system_run
 
 
@@ -30,7 +31,10 @@ def test_the_line_is_the_mean_of_the_runs_and_the_band_their_range(tmp_path: Pat
     # The second run has ended after two steps: what follows is the first alone.
     assert chart["lines"] == {"reward": [1.0, 4.0, 4.0]}
     assert chart["bands"] == {"reward": [[0.0, 2.0, 4.0], [2.0, 6.0, 4.0]]}
-    ((panel,), _) = series_panels([chart]), None
+    (figure,) = declared_figures([chart])
+    assert isinstance(figure, Series)
+    panel = series_panel(figure)
+    assert panel is not None
     assert panel.curves[0].low == [0.0, 2.0, 4.0]
 
 
@@ -54,8 +58,9 @@ def test_a_curve_is_linear_between_its_points_and_nothing_outside() -> None:
 @pytest.mark.parametrize("system", ["bandit", "curriculum", "surgery"])
 def test_the_curves_of_every_system_merge(system: str, tmp_path: Path) -> None:
     paths = [write_system_run(tmp_path / str(k), system, num_steps=90, seed=k) for k in range(2)]
-    charts = merged_charts([("", path) for path in paths])
-    assert charts == merged_charts([("", path) for path in paths])
+    sections = find_system(system).sections
+    charts = merged_charts([("", path) for path in paths], sections)
+    assert charts == merged_charts([("", path) for path in paths], sections)
     assert {"Speed", "Peak memory"}.isdisjoint(chart["title"] for chart in charts)
     assert all(chart["kind"] != "series" or chart["bands"].keys() == chart["lines"].keys() for chart in charts)
 
@@ -81,7 +86,7 @@ def test_the_page_of_a_comparison_has_differences_bands_and_no_empty_section(tmp
     result = {"system": "bandit", "status": "finished", "seeds": [0, 1], "arms": arms, "charts": charts}
     for name, content in (("comparison", comparison), ("result", result), ("seconds", {"runs": {"a": 1.5, "b": None}})):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    page = build_report(tmp_path).read_text(encoding="utf-8")
+    page = write_page(tmp_path).read_text(encoding="utf-8")
     assert "bandit · comparison" in page
     assert "1 of 1" in page
     assert "0.50 (0.40 to 0.60)" in page
@@ -89,5 +94,5 @@ def test_the_page_of_a_comparison_has_differences_bands_and_no_empty_section(tmp
     assert "<b>" not in page
     assert "Over the seeds" in page
     assert 'class="band series-0"' in page or "bands go from" in page
-    assert '<h2 id="training">' not in page
-    assert "there is no episode to show" not in page
+    assert ">Training</h2>" not in page
+    assert "step by step" not in page

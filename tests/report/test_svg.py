@@ -12,8 +12,8 @@ from xml.etree.ElementTree import Element
 import pytest
 
 from preceptor.errors import DataError, StorageError
-from preceptor.report import build_report
 from preceptor.report.svg import NAMESPACE, drawings, write_figures
+from preceptor.result import write_page
 from tests.report.systems import write_system_run
 
 SVG = {"svg": NAMESPACE}
@@ -26,7 +26,7 @@ def texts(root: Element) -> list[str]:
 @pytest.fixture
 def figures(build_run: Callable[..., Path], tmp_path: Path) -> dict[str, Element]:
     run = build_run(tmp_path / "run", num_steps=30)
-    build_report(run)
+    write_page(run)
     written = write_figures(run, tmp_path / "new" / "figures")
     assert [path.parent for path in written] == [tmp_path / "new" / "figures"] * len(written)
     return {path.stem: ElementTree.parse(path).getroot() for path in written}
@@ -68,16 +68,16 @@ def test_the_style_is_inside_and_light(figures: dict[str, Element]) -> None:
 
 def test_the_same_page_gives_the_same_bytes(build_run: Callable[..., Path], tmp_path: Path) -> None:
     run = build_run(tmp_path / "run", num_steps=30)
-    build_report(run)
+    write_page(run)
     first, again = write_figures(run, tmp_path / "a"), write_figures(run, tmp_path / "b")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
 
 
 def test_edits_of_surgery_are_drawn_too(tmp_path: Path) -> None:
     run = write_system_run(tmp_path / "run", "surgery", num_steps=12)
-    build_report(run)
+    write_page(run)
     drawn = {path.stem: path for path in write_figures(run, tmp_path / "figures")}
-    edits = [name for name in drawn if name.startswith("edits-of-")]
+    edits = [name for name in drawn if name.endswith("-committed")]
     assert edits
     root = ElementTree.parse(drawn[edits[0]]).getroot()
     assert root.find("svg:g[@class='edits']", SVG) is not None
@@ -88,7 +88,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     name = "<script>x</script></figure></svg>\x07"
     estimate = {"mean": 1.0, "low": None, "high": None, "unit": "nats", "n": 1}
     (tmp_path / "result.json").write_text(json.dumps({"arms": {name: {"m": estimate}, "b": {"m": estimate}}}))
-    build_report(tmp_path)
+    write_page(tmp_path)
     (svg,) = write_figures(tmp_path, tmp_path / "figures")
     root = ElementTree.parse(svg).getroot()
     assert not [element for element in root.iter() if str(element.tag).endswith("script")]

@@ -2,61 +2,88 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from preceptor.cli.arguments import CONFIGURATION, EXIT_CODES, Command, add_configuration, add_device, add_system_flags
+import typer
+
+from preceptor.cli import options
+from preceptor.cli.parsing import SystemGroup, made, system_command
 from preceptor.cli.replay import CHECK_FAILED
-from preceptor.cli.systems import configuration, system_named
 from preceptor.config import dump_yaml
-from preceptor.errors import ConfigError, PreceptorError
-from preceptor.plain_yaml import shown
-from preceptor.systems import SYSTEMS
+from preceptor.errors import ConfigError, PreceptorError, did_you_mean, short_repr
+from preceptor.systems import find_system, known_systems
+from preceptor.systems.base import System
+from preceptor.systems.configuration import configuration
 
 if TYPE_CHECKING:
     from preceptor.doctor.check import Check
 
-DESCRIPTION = """\
-Checks, a line each: ok, warn or fail, with a figure and what to do.
+HELP = """\
+Check a configuration before a run, or the folder of a run.
 
-  preceptor doctor reading --model DIR    before a run, with the options that the run will have
-  preceptor doctor runs/mine              a run that was made: hashes, logs, lock, environment
+Each check is a line: ok, warn or fail, with a figure and what to do.
 
-Before a run: model and tokenizer load, control tokens cannot come from data, the kept cache equals encoding anew, the
+\b
+  preceptor doctor reading --model DIR    before a run, with the run's options
+  preceptor doctor runs/mine              a finished run: hashes, logs, lock
+
+Before a run: model and tokenizer load, control tokens cannot come from data, the KV cache equals encoding afresh, the
 probability ratio is 1 and the KL 0 before the first step, what is sampled is what is scored, the gradient reaches
-exactly what is to learn, the reference stays frozen; then the run itself begins in a folder that is thrown away, to
-forecast time and memory. It ends with exit code 7 if a check fails.
+exactly what is to learn, the reference stays frozen; then the run itself begins in a temporary folder, to forecast time
+and memory. It ends with exit code 7 if a check fails.
 """
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", metavar="SYSTEM | RUN", help=f"one of: {', '.join(SYSTEMS)}; or a run's folder")
-    add_configuration(parser)
-    add_system_flags(parser)
-    add_device(parser.add_argument_group("execution"))
-    parser.add_argument("--no-forecast", action="store_true", help="do not begin the run to measure it")
+class DoctorGroup(SystemGroup):
+    """``preceptor doctor SYSTEM`` and ``preceptor doctor RUN``."""
+
+    metavar = "SYSTEM|RUN"
+
+    def made_for(self, word: str) -> Any:
+        """The command that checks a system's configuration or the run in the folder ``word``."""
+        if word in known_systems():
+            system = find_system(word)
+            text = f"Check a configuration of {system.name} before a run.\n\n{options.CONFIGURATION}"
+            return system_command(system, _doctor, system.flags, help=text, epilog=options.EXIT_CODES)
+        folder = Path(word)
+        if (folder / "manifest.json").is_file():
+            return made(lambda: _check_run(folder), name=word, help="Check the folder of a run.")
+        if folder.is_dir():
+            raise ConfigError(f"{folder} is not a run folder (no manifest.json); give the folder of a run or a system")
+        hint = did_you_mean(word[:100], known_systems()) or f"; there are {', '.join(known_systems())}"
+        raise ConfigError(f"{short_repr(word)} is neither a run folder nor a system{hint}")
 
 
-def _doctor(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    if options.what in SYSTEMS:
-        config = configuration(system_named(options.what), options.what, options)
-        if options.print_config:
-            print(dump_yaml(config), end="")
-            return 0
-        checks = _before(options.what, config, options)
-    elif (Path(options.what) / "manifest.json").is_file():
-        from preceptor.doctor.finished import check_run
+def _doctor(
+    system: System,
+    flags: dict[str, Any],
+    *,
+    preset: options.Preset = "default",
+    config: options.ConfigFile = None,
+    overrides: options.Overrides = None,
+    print_config: options.PrintConfig = False,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    no_forecast: Annotated[bool, typer.Option("--no-forecast", help="Do not begin the run to measure it.")] = False,
+    log_level: options.LogLevel = "warning",
+) -> int:
+    resolved = configuration(system, preset=preset, file=config, flags=flags, overrides=overrides or ())
+    if print_config:
+        print(dump_yaml(resolved), end="")
+        return 0
+    return _told(_before(system.name, resolved, device=device, threads=threads, forecasts=not no_forecast))
 
-        checks = check_run(Path(options.what))
-    elif Path(options.what).is_dir():
-        raise ConfigError(
-            f"{options.what} is not a run folder (no manifest.json); give the folder of a run or a system"
-        )
-    else:
-        raise ConfigError(f"{shown(options.what)} is neither a run folder nor a system; there are {', '.join(SYSTEMS)}")
+
+def _check_run(folder: Path) -> int:
+    from preceptor.doctor.finished import check_run
+
+    return _told(check_run(folder))
+
+
+def _told(checks: Iterable[Check]) -> int:
     counts = dict.fromkeys(("ok", "warn", "fail"), 0)
     for check in checks:
         counts[check.status] += 1
@@ -65,7 +92,7 @@ def _doctor(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     return CHECK_FAILED if counts["fail"] else 0
 
 
-def _before(name: str, config: Any, options: argparse.Namespace) -> Iterator[Check]:
+def _before(name: str, config: Any, *, device: str, threads: int | None, forecasts: bool) -> Iterator[Check]:
     """The checks before a run: those of the model where the configuration names one, then the first steps."""
     from preceptor.doctor.check import Check
     from preceptor.doctor.forecast import forecast
@@ -73,31 +100,31 @@ def _before(name: str, config: Any, options: argparse.Namespace) -> Iterator[Che
     yield Check("ok", "configuration", f"{name}, no faults")
     model = getattr(config, "model", None)
     if getattr(model, "name", ""):
-        yield from _model(model, getattr(config, "episode", None), options)
+        yield from _model(model, getattr(config, "episode", None), device=device, threads=threads)
     else:
         yield Check("warn", "model", "made from random weights by the run itself", "only the first steps are checked")
-    if not options.no_forecast:
+    if forecasts:
         with tempfile.TemporaryDirectory(prefix="preceptor-doctor-") as parent:
             file = Path(parent) / "config.yaml"
             file.write_text(dump_yaml(config), encoding="utf-8")
-            words = [name, "--config", str(file), "--device", options.device]
-            words += ["--threads", str(options.threads)] if options.threads else []
+            words = [name, "--config", str(file), "--device", device]
+            words += ["--threads", str(threads)] if threads else []
             yield from forecast(words, Path(parent) / "run")
 
 
-def _model(model: Any, episode: Any, options: argparse.Namespace) -> Iterator[Check]:
+def _model(model: Any, episode: Any, *, device: str, threads: int | None) -> Iterator[Check]:
     from preceptor.doctor.check import Check
     from preceptor.doctor.model import check_model
     from preceptor.lm.load import Adapter, load_language_model
     from preceptor.lm.sampling import Sampling
-    from preceptor.run.device import choose_device, parse_dtype, set_threads
+    from preceptor.runs.device import choose_device, parse_dtype, set_threads
 
-    set_threads(options.threads)
+    set_threads(threads)
     rank = getattr(model, "adapter_rank", 0)
     try:
         lm = load_language_model(
             model.name,
-            device=choose_device(options.device),
+            device=choose_device(device),
             dtype=parse_dtype(getattr(model, "dtype", "float32")),
             adapter=Adapter(rank, model.adapter_alpha) if rank else None,
         )
@@ -111,12 +138,3 @@ def _model(model: Any, episode: Any, options: argparse.Namespace) -> Iterator[Ch
     keys = {key: getattr(episode, key) for key in ("temperature", "top_k", "top_p") if hasattr(episode, key)}
     suppressed = tuple(token for token in lm.special_tokens if token < lm.vocab_size)
     yield from check_model(lm, Sampling(**keys, suppressed=suppressed))
-
-
-DOCTOR = Command(
-    "check a configuration before a run, or the folder of a run",
-    _add_arguments,
-    _doctor,
-    description=DESCRIPTION,
-    epilog=f"{CONFIGURATION}\n{EXIT_CODES}",
-)

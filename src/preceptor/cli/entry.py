@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any
 
-from preceptor import __version__
+import typer
+from typer.main import get_command
+
 from preceptor.cli import compare, completion, doctor, listing, replay, run, watch
-from preceptor.cli.arguments import EXIT_CODES, Command, Parser
-from preceptor.errors import ConfigError, Interrupted, PreceptorError, StorageError, nearest
-from preceptor.plain_yaml import shown
+from preceptor.cli.completion import VARIABLE
+from preceptor.cli.options import CONFIGURATION, EXIT_CODES
+from preceptor.cli.parsing import SETTINGS, Command, Group, explained
+from preceptor.errors import ConfigError, Interrupted, PreceptorError, StorageError, short_repr
+from preceptor.systems import find_system, known_systems
+from preceptor.version import __version__
 
-COMMANDS: dict[str, Command] = {
-    "run": run.RUN,
-    "resume": run.RESUME,
-    "compare": compare.COMPARE,
-    "watch": watch.WATCH,
-    "replay": replay.REPLAY,
-    "report": run.REPORT,
-    "pretrain": run.PRETRAIN,
-    "list": listing.LIST,
-    "doctor": doctor.DOCTOR,
-    "completion": completion.COMPLETION,
-}
-DESCRIPTION = """\
-Reinforcement learning that steers a language model's own training.
+HELP = """\
+Use RL to steer how a language model trains, and measure how much it helps.
 
-examples:
-  preceptor list                                 what can be run, with its presets
-  preceptor run reading --preset smoke           the whole loop in under a minute, offline
-  preceptor run reading --article "Alan Turing"  learn the order in which to read this article
-  preceptor run reading --config mine.yaml --set update.learning_rate=1e-5 --seed 3
-  preceptor resume runs/reading-2026-01-31-1     go on after Ctrl-C, a crash or a full disk
-  preceptor compare reading --seeds 0-9 --out runs/ten   what may be claimed over ten seeds
-  preceptor COMMAND --help                       the options of one command
+\b
+  preceptor list                        what can be run, with its presets
+  preceptor run reading --preset smoke  the whole loop in a minute, offline
+  preceptor run reading --article "Alan Turing" --set update.steps=60
+  preceptor resume runs/mine            go on after Ctrl-C or a crash
+  preceptor compare reading --seeds 0-9 --out runs/ten
+  preceptor COMMAND --help              the options of one command
 """
 
 _STORAGE_ERRORS = {
@@ -53,9 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 is no reason to fail
     try:
-        exit_code = _execute(sys.argv[1:] if argv is None else argv, os.environ)
+        # Not `command.main`: it would take an Interrupted for Ctrl-C and forget its message and exit code.
+        with _context(sys.argv[1:] if argv is None else argv) as context:
+            exit_code = int(context.command.invoke(context) or 0)
         sys.stdout.flush()  # here, where a full disk or a closed pipe still has an exit code
         return exit_code
+    except typer.Exit as done:  # --help and --version have printed what they have to say
+        return done.exit_code
+    except SystemExit as done:  # so has --install-completion
+        return int(done.code or 0)
+    except typer.TyperException as error:
+        return _complain([explained(error)], ConfigError.exit_code)
     except Interrupted as stop:
         return _complain([str(stop)], stop.exit_code, label="")
     except ConfigError as error:
@@ -99,56 +98,78 @@ def _bug() -> int:
     return 1
 
 
-def _execute(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+def _context(argv: Sequence[str]) -> Any:
+    """The command line as typer reads it: the command, to be invoked, and its parameters."""
     for argument in argv:
         if "\0" in argument or any("\ud800" <= character <= "\udfff" for character in argument):
-            raise ConfigError(f"argument {shown(argument)} is not valid UTF-8 text")
-    if argv and argv[0] not in (allowed := [*COMMANDS, "-h", "--help", "--version"]):
-        what = "option" if argv[0].startswith("-") else "command"
-        hint = nearest(argv[0][:100], allowed) or f"; there are {', '.join(COMMANDS)}"
-        raise ConfigError(f"unknown {what} {shown(argv[0])}{hint}")
-    parser = parser_for(argv[0] if argv else None)
-    passed: list[str] = []
-    if argv and COMMANDS.get(argv[0], run.RUN).passes_on and "--" in argv:
-        argv, passed = argv[: argv.index("--")], list(argv[argv.index("--") + 1 :])
-    try:
-        options, unknown = parser.parse_known_args(argv)
-    except SystemExit as done:  # --help and --version have printed what they have to say
-        return int(done.code or 0)
-    if unknown:
-        raise ConfigError(_stranger(unknown, f"{parser.prog} {options.command}", vars(options)))
-    options.passed = passed
-    return COMMANDS[options.command].execute(options, environ)
+            raise ConfigError(f"argument {short_repr(argument)} is not valid UTF-8 text")
+    command = get_command(_app())
+    if VARIABLE in os.environ:
+        command.main(args=[], prog_name="preceptor")  # a shell asks what can come next; it prints that and exits
+    return command.make_context("preceptor", list(argv))
 
 
-def parser_for(name: str | None) -> argparse.ArgumentParser:
-    """The parser that knows every command by name, and the arguments of ``name`` alone: systems are imported for it."""
-    style: Any = argparse.RawDescriptionHelpFormatter
-    parser = Parser(
-        prog="preceptor", description=DESCRIPTION, epilog=EXIT_CODES, formatter_class=style, allow_abbrev=False
+class Root(Group):
+    """``preceptor COMMAND``. The system `pretrain` has a command of its own besides ``preceptor run pretrain``."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The commands in the order in which help shows them."""
+        return [name for name in COMMANDS if name != "pretrain" or name in known_systems()]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command, if there is one of this name."""
+        return run.run_command(find_system("pretrain")) if cmd_name == "pretrain" else self.commands.get(cmd_name)
+
+
+RUN_HELP = f"""\
+Train a system and measure what the training was worth.
+
+`preceptor run SYSTEM --help` shows the options of a system.
+
+{CONFIGURATION}"""
+COMMANDS: dict[str, Any] = {
+    "run": typer.Typer(cls=run.RunGroup, help=RUN_HELP, epilog=EXIT_CODES),
+    "resume": run.resume,
+    "compare": typer.Typer(cls=compare.CompareGroup, help=compare.HELP, epilog=compare.EPILOG),
+    "watch": watch.watch,
+    "replay": replay.replay,
+    "report": run.report,
+    "export": run.export,
+    "pretrain": None,  # made when it is asked for
+    "list": listing.list_choices,
+    "doctor": typer.Typer(cls=doctor.DoctorGroup, help=doctor.HELP, epilog=EXIT_CODES),
+    "completion": completion.completion,
+}
+"""In the order in which help shows them: a function is a command, an app a group of them."""
+
+
+def _app() -> typer.Typer:
+    app = typer.Typer(
+        cls=Root,
+        help=HELP,
+        epilog=EXIT_CODES,
+        context_settings=SETTINGS,
+        subcommand_metavar="COMMAND",
+        rich_markup_mode=None,
     )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for each, command in COMMANDS.items():
-        description = command.description or command.summary[0].upper() + command.summary[1:] + "."
-        of_command = commands.add_parser(
-            each,
-            help=command.summary,
-            description=description,
-            epilog=command.epilog,
-            formatter_class=style,
-            allow_abbrev=False,
-        )
-        if each == name:
-            command.add_arguments(of_command)
-    return parser
+    app.callback()(_root)
+    for name, command in COMMANDS.items():
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name)
+        elif command is not None:
+            app.command(name, cls=Command, epilog=EXIT_CODES)(command)
+    return app
 
 
-def _stranger(unknown: Sequence[str], command: str, options: Mapping[str, Any]) -> str:
-    """What to say of arguments that nobody asked for."""
-    option = next((argument for argument in unknown if argument.startswith("-")), None)
-    if option is None:
-        return f"unexpected argument {shown(unknown[0])}; see {command} --help"
-    name = option.partition("=")[0]
-    flags = [f"--{known.replace('_', '-')}" for known in options if known not in ("command", "system", "folder")]
-    return f"unknown option {shown(name)}{nearest(name[:100], flags) or f'; see {command} --help'}"
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass

@@ -2,44 +2,39 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Mapping
+from typing import Annotated
 
-from preceptor.cli.arguments import Command
-from preceptor.cli.systems import PRETRAINING, choices_of, presets, system_named
-from preceptor.systems import SYSTEMS
+import typer
 
-DESCRIPTION = """\
-Names the systems, and of each its presets, arms, rewards, rules and embedders, a line each.
-"""
+from preceptor.systems import find_system, known_systems
+from preceptor.systems.configuration import presets
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("system", metavar="SYSTEM", nargs="?", help="this system alone (default: all)")
-    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+def _systems(incomplete: str) -> list[str]:
+    return [name for name in known_systems() if name.startswith(incomplete)]
 
 
-def _list(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    systems = {**SYSTEMS, "pretrain": PRETRAINING}
-    if options.system is not None and options.system not in systems:
-        system_named(options.system)  # raises, with the nearest name
-    chosen = {name: system for name, system in systems.items() if options.system in (None, name)}
-    everything = {name: {"presets": presets(name), **choices_of(system)} for name, system in chosen.items()}
-    if options.json:
-        described = {name: {"description": chosen[name].description, **kinds} for name, kinds in everything.items()}
+def list_choices(
+    system: Annotated[
+        str | None,
+        typer.Argument(metavar="[SYSTEM]", help="This system alone.", show_default=False, autocompletion=_systems),
+    ] = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+) -> int:
+    """Name the systems and what can be chosen in each, a line each."""
+    chosen = {name: find_system(name) for name in (known_systems() if system is None else [system])}
+    everything = {name: {"presets": presets(each), **each.choices} for name, each in chosen.items()}
+    if as_json:
+        described = {name: {"description": chosen[name].summary, **kinds} for name, kinds in everything.items()}
         print(json.dumps(described, indent=2, ensure_ascii=False))
         return 0
     for name, kinds in everything.items():
-        print(f"{name:<12}{chosen[name].description}")
+        print(f"{name:<12}{chosen[name].summary}")
         for kind, choices in kinds.items():
             if choices:
                 print(f"  {kind}")
             for choice, summary in choices.items():
                 print(f"    {choice:<21} {summary}")
     return 0
-
-
-LIST = Command(
-    "name the systems and what can be chosen in each, a line each", _add_arguments, _list, DESCRIPTION, epilog=""
-)

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import math
-from collections.abc import Mapping
-from pathlib import Path
+import os
+from typing import Annotated
 
-from preceptor.cli.arguments import EXIT_CODES, Command
-from preceptor.cli.systems import config_class, module_of, needs_of, system_named
+import typer
+
+from preceptor.api import services
+from preceptor.cli.options import Folder
 from preceptor.config import from_dict
-from preceptor.errors import ConfigError, DataError
-from preceptor.plain_yaml import shown
+from preceptor.errors import ConfigError, DataError, short_repr
+from preceptor.systems import find_system
 
 CHECK_FAILED = 7
 """Exit code of a command whose business is to check, and which found a fault."""
 
 SHOWN = 5
 """Places that are named where a replay parts from the record."""
-
-DESCRIPTION = """\
-Executes the decisions that a run recorded once more, without its policy, and computes their rewards anew.
-
-A recorded and a recomputed number count as equal if they differ by at most the tolerance, absolutely or relative to the
-larger one. The default, 1e-4, is above the rounding of float32 in another batch or on another machine and far below
-what any other decision would earn. If they part anywhere, the command says where and ends with exit code 7.
-"""
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="RUN", type=Path, help="folder of the run")
-    text = "largest difference that counts as equal, absolute or relative (default: 1e-4)"
-    parser.add_argument("--tolerance", metavar="X", type=_tolerance, default=1e-4, help=text)
 
 
 def _tolerance(text: str) -> float:
@@ -41,34 +27,50 @@ def _tolerance(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {shown(text)}")
+        raise typer.BadParameter(f"must be a number of at least 0, got {short_repr(text)}")
     return value
 
 
-def _replay(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    folder: Path = options.folder
+def replay(
+    folder: Folder,
+    *,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            "--tolerance",
+            metavar="X",
+            parser=_tolerance,
+            help="Largest difference, absolute or relative, that counts as equal.",
+        ),
+    ] = 1e-4,
+) -> int:
+    """Execute recorded decisions again and compare the rewards.
+
+    It computes the rewards anew without the policy. A recorded and a recomputed number count as equal if they differ by
+    at most the tolerance, absolutely or relative to the larger one. The default, 1e-4, is above the rounding of float32
+    in another batch or on another machine and far below what any other decision would earn. If they differ anywhere,
+    the command says where and ends with exit code 7.
+    """
     if not (folder / "manifest.json").is_file():
         raise ConfigError(f"{folder} is not a run folder (no manifest.json); give the folder of a run")
-    from preceptor.run.device import set_threads
-    from preceptor.run.record import read_manifest
+    from preceptor.runs.device import set_threads
+    from preceptor.runs.record import read_manifest
 
     manifest = read_manifest(folder)
     name = str(manifest["system"])
-    if name == "pretrain":
-        raise ConfigError(f"{folder} is a run of pretrain, which has no teacher and records no decisions")
-    system = system_named(name)
-    if importlib.util.find_spec(f"{system.module}.replay") is None:
-        raise ConfigError(f"runs of {name} cannot be replayed")
+    system = find_system(name)
+    if system.verify is None:
+        raise ConfigError(f"runs of {name} cannot be replayed: it has no teacher and records no decisions")
     if not (folder / "decisions.jsonl").is_file():
         raise DataError(f"{folder} has no decisions.jsonl; without the recorded decisions there is nothing to replay")
     set_threads(manifest["environment"]["threads"])
-    config = from_dict(config_class(system), manifest["config"])
+    config = from_dict(system.Config, manifest["config"])
     count, largest, partings = 0, 0.0, 0
-    for where, recorded, recomputed in module_of(system, "replay").replay(config, folder, **needs_of(system, environ)):
+    for where, recorded, recomputed in system.verify(config, folder, services(os.environ)):
         count += 1
         difference = _difference(recorded, recomputed)
         largest = max(largest, difference)
-        if difference > options.tolerance:
+        if difference > tolerance:
             partings += 1
             if partings <= SHOWN:
                 print(f"parted: {where}: recorded {recorded:.9g}, recomputed {recomputed:.9g}")
@@ -76,9 +78,9 @@ def _replay(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         raise DataError(f"{folder / 'decisions.jsonl'} holds no decision; there is nothing to replay")
     if partings:
         further = f" ({partings - SHOWN} further places are not shown)" if partings > SHOWN else ""
-        print(f"{partings} of {count} numbers part by more than {options.tolerance:g}{further}")
+        print(f"{partings} of {count} numbers part by more than {tolerance:g}{further}")
         return CHECK_FAILED
-    print(f"{count} numbers recomputed, all equal within {options.tolerance:g} (largest difference {largest:.2g})")
+    print(f"{count} numbers recomputed, all equal within {tolerance:g} (largest difference {largest:.2g})")
     return 0
 
 
@@ -88,12 +90,3 @@ def _difference(recorded: float, recomputed: float) -> float:
         return 0.0
     difference = abs(recorded - recomputed) / max(1.0, abs(recorded), abs(recomputed))
     return math.inf if math.isnan(difference) else difference
-
-
-REPLAY = Command(
-    "execute a run's recorded decisions again and compare the rewards",
-    _add_arguments,
-    _replay,
-    description=DESCRIPTION,
-    epilog=EXIT_CODES,
-)

@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from preceptor.cli.arguments import Command
-from preceptor.errors import ConfigError
-from preceptor.plain_yaml import shown
+import typer
+
+from preceptor.cli.options import Folder
+from preceptor.errors import ConfigError, short_repr
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from preceptor.run.watching import MetricsTail
+    from preceptor.runs.watching import MetricsTail
 
 WINDOW = 20
 """Last steps over which a mean is taken."""
 
 CURVE = 24
 """Characters of a curve."""
-
-DESCRIPTION = """\
-Shows the numbers of a run as they come: the last, the mean of the last 20 steps, and the curve so far. It only reads
-metrics.jsonl, so it can be started and stopped at any time without the run noticing. It ends when the run does, or on
-Ctrl-C. Where the output is no terminal, it prints a line for each step.
-"""
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="RUN", type=Path, help="folder of the run")
-    parser.add_argument("--every", metavar="S", type=_seconds, default=1.0, help="seconds between looks (default: 1)")
-    parser.add_argument("--metrics", metavar="M", nargs="+", default=[], help="only these (default: all)")
 
 
 def _seconds(text: str) -> float:
@@ -45,46 +33,59 @@ def _seconds(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0.01 <= value <= 3600:
-        raise argparse.ArgumentTypeError(f"must be a number from 0.01 to 3600, got {shown(text)}")
+        raise typer.BadParameter(f"must be a number from 0.01 to 3600, got {short_repr(text)}")
     return value
 
 
-def _watch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+def watch(
+    folder: Folder,
+    *,
+    every: Annotated[float, typer.Option("--every", metavar="S", parser=_seconds, help="Seconds between looks.")] = 1.0,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option("--metrics", metavar="M", help="Only these.  [default: all]", show_default=False),
+    ] = None,
+) -> int:
+    """Show the numbers of a run at work.
+
+    They are the last, the mean of the last 20 steps, and the curve so far. It only reads metrics.jsonl, so it can be
+    started and stopped at any time without the run noticing. It ends when the run does, or on Ctrl-C. Where the output
+    is no terminal, it prints a line for each step.
+    """
     from rich.console import Console
 
-    from preceptor.run.watching import MetricsTail
+    from preceptor.runs.watching import MetricsTail
 
-    folder: Path = options.folder
     if not (folder / "manifest.json").is_file():
         raise ConfigError(f"{folder} is not a run folder (no manifest.json); give the folder of a run")
     tail = MetricsTail(folder / "metrics.jsonl")
     console = Console()
     try:
         if console.is_terminal and not console.is_dumb_terminal:
-            _show_live(folder, tail, options, console)
+            _show_live(folder, tail, console, metrics=metrics or [], every=every)
         else:
-            _print_rows(folder, tail, options)
+            _print_rows(folder, tail, metrics=metrics or [], every=every)
     except KeyboardInterrupt:
         return 0  # the watcher was dismissed; the run goes on
     print(_ending(folder, tail))
     return 0
 
 
-def _show_live(folder: Path, tail: MetricsTail, options: argparse.Namespace, console: Any) -> None:
+def _show_live(folder: Path, tail: MetricsTail, console: Any, *, metrics: Sequence[str], every: float) -> None:
     from rich.live import Live
 
     with Live(console=console, auto_refresh=False) as live:
         while True:
             ended = _has_ended(folder)  # before the look, so that the last rows are shown
             if tail.look():
-                live.update(_table(folder, tail.rows, options.metrics), refresh=True)
+                live.update(_table(folder, tail.rows, metrics), refresh=True)
             if ended:
                 return
-            time.sleep(options.every)
+            time.sleep(every)
 
 
-def _print_rows(folder: Path, tail: MetricsTail, options: argparse.Namespace) -> None:
-    from preceptor.run.watching import numbers
+def _print_rows(folder: Path, tail: MetricsTail, *, metrics: Sequence[str], every: float) -> None:
+    from preceptor.runs.watching import numbers
 
     last = -1
     while True:
@@ -94,19 +95,17 @@ def _print_rows(folder: Path, tail: MetricsTail, options: argparse.Namespace) ->
                 last = int(tail.rows[-1]["step"])
                 print(f"resumed after step {last}")
             for row in (row for row in tail.rows if row["step"] > last):
-                figures = [
-                    f"{name} {value:.5g}" for name, value in numbers(row).items() if _wanted(name, options.metrics)
-                ]
+                figures = [f"{name} {value:.5g}" for name, value in numbers(row).items() if _wanted(name, metrics)]
                 print("  ".join([f"step {row['step']}", *figures]))
                 last = row["step"]
             sys.stdout.flush()
         if ended:
             return
-        time.sleep(options.every)
+        time.sleep(every)
 
 
 def _has_ended(folder: Path) -> bool:
-    from preceptor.run.watching import is_at_work
+    from preceptor.runs.watching import is_at_work
 
     return not is_at_work(folder)
 
@@ -123,7 +122,7 @@ def _table(folder: Path, rows: Sequence[Mapping[str, Any]], wanted: Sequence[str
     from rich.table import Table
     from rich.text import Text
 
-    from preceptor.run.watching import numbers, planned_steps
+    from preceptor.runs.watching import numbers, planned_steps
 
     step, total = rows[-1]["step"] if rows else 0, planned_steps(folder)
     place = f"step {step}" if total is None else f"step {step} of {total}"
@@ -159,6 +158,3 @@ def curve(values: Sequence[float], width: int = CURVE) -> str:
     low, high = min(means), max(means)
     blocks = "▁▂▃▄▅▆▇█"
     return "".join(blocks[int(7 * (mean - low) / (high - low))] if high > low else blocks[0] for mean in means)
-
-
-WATCH = Command("show the numbers of a run at work", _add_arguments, _watch, description=DESCRIPTION, epilog="")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from preceptor.comparison.runs import Group, merged_records, shared_config
-from preceptor.errors import ConfigError, nearest
+from preceptor.errors import ConfigError, did_you_mean
 from preceptor.evaluation.aggregate import aggregate, improvement, scores_by_item
 from preceptor.evaluation.summary import SPLITS, compare, summarise
 from preceptor.evaluation.verdict import claims, verdict
@@ -159,7 +159,7 @@ def _chosen(groups: Sequence[Group], merged: Mapping[str, Any], arms: Sequence[s
     names: list[str] = []
     for arm in arms:
         if arm not in [*present, *own]:
-            raise ConfigError(f"no run has an arm {arm!r}{nearest(arm, own) or '; there are ' + ', '.join(own)}")
+            raise ConfigError(f"no run has an arm {arm!r}{did_you_mean(arm, own) or '; there are ' + ', '.join(own)}")
         names += [arm] if arm in present else [name for name in present if name in _names(arm, groups)]
     names = list(dict.fromkeys(names))
     if len(names) < 2:

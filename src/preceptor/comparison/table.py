@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from preceptor.comparison.result import COSTS
-from preceptor.report.arms import spelled
+from preceptor.report.arms import title_case
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,7 +34,7 @@ def _table(rows: Sequence[Mapping[str, Any]], arms: Mapping[str, Mapping[str, An
     costs = [cost for cost in COSTS if any(cost in arms[arm] for arm in (reference, *(r["baseline"] for r in rows)))]
     held_out = ", held out" if first["split"] == "held_out" else ""
     table = Table(
-        title=f"{spelled(metric)}{held_out}, {first['unit']}",
+        title=f"{title_case(metric)}{held_out}, {first['unit']}",
         title_justify="left",
         header_style="bold",
         box=box.SIMPLE_HEAD,
@@ -44,14 +44,14 @@ def _table(rows: Sequence[Mapping[str, Any]], arms: Mapping[str, Mapping[str, An
     headers = (
         "mean",
         "inter-\nquartile\nmean",
-        f"{spelled(reference)}\nless arm",
-        f"P({spelled(reference)}\nis above)",
+        f"{title_case(reference)}\nless arm",
+        f"P({title_case(reference)}\nis above)",
     )
-    for header in (*headers, *(spelled(cost).replace(" ", "\n") for cost in costs)):
+    for header in (*headers, *(title_case(cost).replace(" ", "\n") for cost in costs)):
         table.add_column(Text(header), justify="right", overflow="fold")
 
     def add(arm: str, *compared: Text) -> None:
-        cells = [spelled(arm), *_reached(arms[arm][metric])]
+        cells = [title_case(arm), *_reached(arms[arm][metric])]
         # Text, since rich would read a bracket as its markup.
         table.add_row(*map(Text, cells), *compared, *map(Text, _cost(arms[arm], costs)))
 

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from preceptor.comparison.runs import FinishedRun, grouped
 from preceptor.errors import ConfigError
+from preceptor.report.run_folder import RunFolder
+from preceptor.report.sections import Section
 from preceptor.report.seeds import merged_charts
-from preceptor.run.environment import flattened
-from preceptor.run.files import replace_file, storage_errors
-from preceptor.run.strict_json import row_json
+from preceptor.runs.environment import flattened
+from preceptor.runs.files import replace_file, storage_errors
+from preceptor.runs.strict_json import row_json
 
 
 def write_comparison(
-    folder: Path, comparison: Mapping[str, Any], merged: Mapping[str, Any], runs: Sequence[FinishedRun]
+    folder: Path,
+    comparison: Mapping[str, Any],
+    merged: Mapping[str, Any],
+    runs: Sequence[FinishedRun],
+    *,
+    sections: Callable[[RunFolder], list[Section]] | None = None,
 ) -> None:
     """``comparison.json``, ``result.json`` of all runs as one with their charts, and ``seconds.json`` beside them.
+
+    ``sections`` are those of the system, which name its curves.
 
     Raises :class:`ConfigError` for a folder that is a run itself, whose own result would be lost.
     """
@@ -27,7 +36,8 @@ def write_comparison(
     with storage_errors(f"create {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     groups = grouped(runs, inputs=_inputs(comparison, runs))
-    merged = {**merged, "charts": merged_charts((group.label, run.path) for group in groups for run in group.runs)}
+    folders = [(group.label, run.path) for group in groups for run in group.runs]
+    merged = {**merged, "charts": merged_charts(folders, sections)}
     taken = {run.path.name: run.seconds for run in runs}
     seconds = {
         "what": "seconds of training steps; no two runs share them, so they are no part of the comparison",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from preceptor.doctor.check import Check, judged
 from preceptor.lm.decode import Decoder
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling, draw
 from preceptor.lm.score import pad_rows
 from preceptor.objectives.kl import kl_exact
@@ -28,7 +28,7 @@ NUM_DRAWS = 20_000
 
 @dataclass(frozen=True)
 class Written:
-    """Rows that the model has written on a kept cache: prompts, drawn tokens and their log-probabilities."""
+    """Rows that the model has written on a KV cache: prompts, drawn tokens and their log-probabilities."""
 
     prompts: list[list[int]]
     tokens: Tensor  # row, token
@@ -47,7 +47,7 @@ def check_model(lm: LanguageModel, sampling: Sampling, *, seed: int = 0) -> Iter
     yield _cache(lm, written, sampling)
     yield _ratio(lm, written, sampling)
     yield _draws(lm, written, sampling, generator)
-    reference = lm.untrained()
+    reference = lm.initial_model()
     yield _divergence(lm, reference, written)
     yield from _gradient(lm, reference, written, sampling)
 
@@ -76,7 +76,7 @@ def _tokenizer(lm: LanguageModel) -> Iterator[Check]:
 
 
 def _cache(lm: LanguageModel, written: Written, sampling: Sampling) -> Check:
-    """The log-probabilities on the kept cache, ragged rows side by side, against each row encoded anew on its own."""
+    """The log-probabilities on the KV cache, ragged rows side by side, against each row encoded anew on its own."""
     worst = 0.0
     for prompt, tokens, log_probs in zip(written.prompts, written.tokens, written.log_probs, strict=True):
         row = [*prompt, *tokens.tolist()]
@@ -86,7 +86,7 @@ def _cache(lm: LanguageModel, written: Written, sampling: Sampling) -> Check:
         worst <= _tolerance(lm),
         "cache equals re-encoding",
         f"largest difference {worst:.1e} nats",
-        "do not train with it: its kept cache is not its context; report the model's name",
+        "do not train with it: its KV cache is not its context; report the model's name",
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from preceptor.errors import DataError, nearest
+from preceptor.errors import DataError, did_you_mean
 from preceptor.evaluation.intervals import (
     Cell,
     crossed_degrees_of_freedom,
@@ -100,7 +100,7 @@ def summarise(
             continue
         for metric in record.keys() - set(_KEYS):
             if metric not in units:
-                raise DataError(f"the metric {metric!r} has no unit{nearest(metric, units)}; name one in units.")
+                raise DataError(f"the metric {metric!r} has no unit{did_you_mean(metric, units)}; name one in units.")
         for metric in units:  # their order, not that of each record, so that all arms agree
             if metric in record:
                 key = (record["seed"], record["item"])

@@ -52,6 +52,48 @@ def verdict(
     return " ".join(sentences)
 
 
+def opening(
+    comparison: Comparison, *, subject: str, claimed: bool, place: str = "", lower_is_better: bool = False
+) -> str:
+    """One plain sentence of at most twenty words or so that says what happened, the first of every verdict.
+
+    Args:
+        comparison: the one that a run is about.
+        subject: who is compared: "the learned order".
+        claimed: whether the difference may be claimed, in its family.
+        place: where: "on this article"; empty says nothing of it.
+        lower_is_better: in the compared metric.
+
+    >>> measured: Comparison = {
+    ...     "arm": "learned", "baseline": "random", "metric": "reward", "split": "train", "mean": 0.045, "low": None,
+    ...     "high": None, "unit": "nats/value token", "n": 1, "num_seeds": 1, "num_items": 1, "share_improved": 1.0,
+    ...     "p_value": None,
+    ... }
+    >>> opening(measured, subject="the learned order", claimed=False, place="on this article")
+    'The learned order beats random by 0.045 nats per value token on this article; one seed proves nothing yet.'
+    >>> opening({**measured, "num_seeds": 9}, subject="the learned order", claimed=True)
+    'The learned order beats random by 0.045 nats per value token over 9 seeds.'
+    >>> opening({**measured, "num_seeds": 9}, subject="the learned order", claimed=False)
+    'Over 9 seeds the learned order cannot be told from random (0.045 nats per value token).'
+    """
+    baseline = comparison["baseline"].replace("_", " ")
+    size = f"{_number(abs(comparison['mean']))} {comparison['unit'].replace('/', ' per ')}"
+    where = f" {place}" if place else ""
+    seeds = comparison["num_seeds"]
+    if seeds >= MINIMUM_SEEDS and not claimed:
+        signed = f"{_number(comparison['mean'])} {comparison['unit'].replace('/', ' per ')}"
+        return f"Over {seeds} seeds {subject} cannot be told from {baseline}{where} ({signed})."
+    better = comparison["mean"] < 0 if lower_is_better else comparison["mean"] > 0
+    if comparison["mean"] == 0:
+        happened = f"{subject} does exactly as well as {baseline}{where}"
+    else:
+        happened = f"{subject} {'beats' if better else 'trails'} {baseline} by {size}{where}"
+    ending = f" over {seeds} seeds"
+    if seeds < MINIMUM_SEEDS:
+        ending = "; one seed proves nothing yet" if seeds == 1 else f"; {seeds} seeds prove nothing yet"
+    return f"{happened[0].upper()}{happened[1:]}{ending}."
+
+
 def claims(comparisons: Sequence[Comparison], *, level: float = 0.95) -> list[bool]:
     """For each comparison whether its difference may be claimed, all of them together being wrong in ``1 - level``.
 

@@ -1,4 +1,4 @@
-"""Decoding a batch of open sequences on one kept cache: generate, append, generate again; nothing is encoded twice."""
+"""Decoding a batch of sequences on one KV cache: append, generate, append again; nothing is encoded twice."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from preceptor.errors import ModelError, ShapeError
-from preceptor.lm.kept_layer import KeptLayer
-from preceptor.lm.language_model import LanguageModel
-from preceptor.lm.native import NativeModel
+from preceptor.lm.kv_cache import KVCacheLayer
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling, draw
 from preceptor.lm.score import pad_rows
 
 
 @dataclass(frozen=True)
 class Generated:
-    """Tokens that a batch generated.
+    """Generated tokens of a batch.
 
     Attributes:
-        tokens: what was drawn.
-        log_probs: log-probability of each drawn token under the distribution it was drawn from, in nats.
+        tokens: the sampled tokens.
+        log_probs: log-probability of each under the distribution it was sampled from, in nats.
         entropy: entropy of that distribution, in nats.
-        captured: the captured module's output at each drawn token, or None.
+        captured: output of the captured module at each of them, or None.
     """
 
     tokens: Int[Tensor, "batch token"]
@@ -37,7 +36,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in what a :class:`Decoder` has read."""
+    """A state that a :class:`Decoder` can return to; the cache itself is not copied."""
 
     filled: Bool[Tensor, "batch slots"]
     lengths: Int[Tensor, " batch"]
@@ -46,25 +45,25 @@ class Mark:
 
 
 class Decoder:
-    """A batch of open sequences that advance together on one kept cache.
+    """A batch of open-ended sequences that advance together on one KV cache.
 
-    Rows may differ in length: what a row lacks beside a longer one is a hole that no later token attends to, and each
-    row counts its own positions, so a row's numbers do not depend on its neighbours beyond rounding. No gradient is
-    recorded. A call that is refused leaves the rows as they were.
+    Sequences may differ in length. Every call to :meth:`append` adds the same number of slots to each row; the slots
+    that a shorter row does not need are padding, which is masked and takes no position, so a row does not depend on its
+    neighbours beyond rounding. No gradient is recorded. A call that raises leaves the rows unchanged.
 
-    Where the model has a native forward (``lm.has_native_forward``) and ``capture`` is within its reach, tokens go
-    through that, with the model's weights as they are at the first :meth:`append`; else through Transformers'.
+    Tokens go through the model's engine (:meth:`~preceptor.lm.model.LanguageModel.engine`) if there is one and it can
+    capture ``capture``, with the weights as they are at the first :meth:`append`; otherwise through the model itself.
 
     Args:
         lm: the model.
         batch_size: number of rows.
-        capture: a module of ``lm`` whose output is wanted at generated tokens.
-        dtype: decode with weights in this dtype, which needs the native forward; None is autocast's where it is on,
-            else the model's own. Log-probabilities are those of the distribution that was sampled, under these weights.
-        native: False takes Transformers' forward in any case.
+        capture: a module of ``lm`` whose output is recorded at generated tokens.
+        dtype: decode with matrices in this dtype, which needs an engine; None is autocast's where it is on, else the
+            model's own. Recorded log-probabilities are those under the rounded weights, which were sampled from.
+        use_engine: False sends tokens through the model itself in any case.
 
     Raises:
-        ModelError: another dtype is asked for and the model has no native forward.
+        ModelError: ``dtype`` is not the model's and there is no engine.
     """
 
     def __init__(
@@ -74,19 +73,19 @@ class Decoder:
         batch_size: int,
         capture: nn.Module | None = None,
         dtype: torch.dtype | None = None,
-        native: bool = True,
+        use_engine: bool = True,
     ) -> None:
         self.lm = lm
         self.batch_size = batch_size
         self._capture = capture
-        self.is_native = native and lm.has_native_forward and NativeModel.gives(lm, capture)
-        if not self.is_native and dtype not in (None, lm.dtype):
-            raise ModelError(f"{lm.name} decodes in {lm.dtype} alone, got {dtype}; load it in that dtype")
         autocast = lm.device.type if torch.is_autocast_enabled(lm.device.type) else None
-        self._dtype = dtype or (torch.get_autocast_dtype(autocast) if autocast else lm.dtype)
-        self._native: NativeModel | None = None
-        slots_innermost = self.is_native and lm.device.type == "cpu"
-        self._layers = [KeptLayer(slots_innermost=slots_innermost) for _ in lm.layers]
+        weights_dtype = dtype or (torch.get_autocast_dtype(autocast) if autocast else lm.dtype)
+        engine = lm.engine(dtype=weights_dtype) if use_engine else None
+        self._engine = engine if engine is not None and engine.can_capture(capture) else None
+        if not self.uses_engine and dtype not in (None, lm.dtype):
+            raise ModelError(f"{lm.name} decodes in {lm.dtype} alone, got {dtype}; load it in that dtype")
+        slots_innermost = self.uses_engine and lm.device.type == "cpu"
+        self._layers = [KVCacheLayer(slots_innermost=slots_innermost) for _ in lm.layers]
         self._cache = Cache(layers=list(self._layers))
         self._has_holes = False
         self._filled = torch.zeros(batch_size, 0, dtype=torch.bool, device=lm.device)
@@ -94,13 +93,18 @@ class Decoder:
         self._next_logits: Tensor | None = None
 
     @property
+    def uses_engine(self) -> bool:
+        """Whether tokens go through the model's engine."""
+        return self._engine is not None
+
+    @property
     def lengths(self) -> Int[Tensor, " batch"]:
-        """Tokens that each row holds."""
+        """Number of tokens in each row."""
         return self._lengths.clone()
 
     @property
     def next_log_probs(self) -> Float[Tensor, "batch vocab"]:
-        """Log-probabilities, in nats, of the token after each row; the whole vocabulary's.
+        """Log-probabilities, in nats, of every possible next token of each row.
 
         Raises:
             ModelError: nothing has been read yet.
@@ -110,11 +114,11 @@ class Decoder:
         return self._next_logits.log_softmax(-1)
 
     def append(self, sequences: Sequence[Sequence[int]]) -> None:
-        """Read each row's own tokens; rows may differ in length, and be empty but for the first call.
+        """Append one sequence of tokens to each row; they may differ in length and, except in the first call, be empty.
 
         Raises:
-            ShapeError: not one sequence a row.
-            ModelError: a row would outgrow the model's context, or starts empty.
+            ShapeError: the number of sequences is not the batch size.
+            ModelError: a row would outgrow the model's context, or is empty in the first call.
         """
         if len(sequences) != self.batch_size:
             raise ShapeError(f"`sequences` must hold one for each of {self.batch_size} rows, got {len(sequences)}")
@@ -127,19 +131,20 @@ class Decoder:
         self._has_holes = self._has_holes or len({len(sequence) for sequence in sequences}) > 1
         tokens = pad_rows(sequences, filler=self.lm.begin_token, device=self.lm.device)
         steps = torch.arange(tokens.shape[1], device=self.lm.device)
+        # Logits only at the last token of each row: [rows with tokens, vocab].
         logits, _ = self._advance(tokens, steps < lengths[:, None], keep=steps == lengths[:, None] - 1)
         if self._next_logits is None:
             self._next_logits = logits
-        else:
+        else:  # rows without new tokens still have the logits of before
             self._next_logits = self._next_logits.masked_scatter((lengths > 0)[:, None], logits)
 
     def repeat(self, times: int) -> None:
-        """Make ``times`` rows of each, side by side: continuations of one prompt, which has been read once.
+        """Replace each row by ``times`` copies, next to each other: many continuations of a prompt that is read once.
 
-        Marks made before are void.
+        Invalidates earlier marks.
 
         Raises:
-            ShapeError: ``times`` is not at least 1.
+            ShapeError: ``times`` is below 1.
         """
         if times < 1:
             raise ShapeError(f"`times` must be at least 1, got {times}")
@@ -154,12 +159,12 @@ class Decoder:
 
     @torch.no_grad()
     def generate(self, num_tokens: int, *, sampling: Sampling, generator: torch.Generator) -> Generated:
-        """Draw ``num_tokens`` for every row and read them.
+        """Sample ``num_tokens`` tokens for every row and append them.
 
-        Log-probabilities come from the very forward pass that the tokens were drawn from.
+        The log-probabilities are those of the forward pass that the tokens were sampled from, not of a second one.
 
         Raises:
-            ShapeError: ``num_tokens`` is not at least 1.
+            ShapeError: ``num_tokens`` is below 1.
             ModelError: a row would outgrow the model's context, or nothing has been read yet.
             NumericError: the model's logits are NaN.
         """
@@ -171,15 +176,18 @@ class Decoder:
         every = torch.ones(self.batch_size, 1, dtype=torch.bool, device=self.lm.device)
         tokens, token_log_probs, entropies, captured = [], [], [], []
         for _ in range(num_tokens):
-            log_probs = sampling.log_probs(self._next_logits)
-            token = draw(log_probs, generator)
+            log_probs = sampling.log_probs(self._next_logits)  # [batch, vocab]
+            token = draw(log_probs, generator)  # [batch]
             tokens.append(token)
             token_log_probs.append(log_probs.gather(-1, token[:, None])[:, 0])
-            finite = log_probs.clamp_min(torch.finfo(log_probs.dtype).min)  # 0 · −∞ is NaN
+            finite = log_probs.clamp_min(
+                torch.finfo(log_probs.dtype).min
+            )  # p·log p is 0·(−∞) = NaN for ruled-out tokens
             entropies.append(-(log_probs.exp() * finite).sum(-1))
+            # The last token is read too: its output may be captured, and the next call goes on after it.
             self._next_logits, state = self._advance(token[:, None], every, keep=every)
             if state is not None:
-                captured.append(state[:, 0])
+                captured.append(state[:, 0])  # [batch, dimension]
         return Generated(
             tokens=torch.stack(tokens, 1),
             log_probs=torch.stack(token_log_probs, 1),
@@ -188,12 +196,12 @@ class Decoder:
         )
 
     def mark(self) -> Mark:
-        """A place to :meth:`rewind` to, as often as wanted, until the decoder is rewound to before it."""
+        """A state to :meth:`rewind` to, as often as wanted, until the decoder is rewound to before it."""
         return Mark(self._filled, self._lengths, self._next_logits, self._has_holes)
 
     def rewind(self, mark: Mark) -> None:
         """Forget everything read since ``mark``."""
-        slots = mark.filled.shape[1]
+        slots = mark.filled.shape[1]  # later slots stay in the buffers and are overwritten
         assert slots <= self._filled.shape[1], "a mark lies beyond what has been read"
         for layer in self._layers:
             layer.length = slots
@@ -209,20 +217,21 @@ class Decoder:
             )
 
     @torch.no_grad()
-    def _advance(self, tokens: Tensor, counts: Tensor, *, keep: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Read one block; ``counts`` is False at holes."""
-        width = tokens.shape[1]
+    def _advance(
+        self, tokens: Int[Tensor, "batch time"], counts: Bool[Tensor, "batch time"], *, keep: Bool[Tensor, "batch time"]
+    ) -> tuple[Float[Tensor, "kept vocab"], Float[Tensor, "batch time dimension"] | None]:
+        """Read one block of tokens; ``counts`` is False at padding."""
+        time = tokens.shape[1]
+        # Padding repeats the position of the token before it, so that the next token continues the count.
         positions = (self._lengths[:, None] + counts.cumsum(1) - 1).clamp_min(0)
         mask = None
-        if not self.is_native or width > 1 or self._has_holes:
-            causal = torch.ones(width, width, dtype=torch.bool, device=tokens.device).tril()
-            earlier = self._filled[:, None].expand(-1, width, -1)
-            # Every row begins with a token, so that a hole too has something to attend to.
-            mask = torch.cat([earlier, counts[:, None] & causal], dim=-1)
-        if self.is_native:
-            if self._native is None:
-                self._native = NativeModel(self.lm, dtype=self._dtype)
-            logits, captured = self._native.forward(
+        if not self.uses_engine or time > 1 or self._has_holes:
+            causal = torch.ones(time, time, dtype=torch.bool, device=tokens.device).tril()
+            earlier = self._filled[:, None].expand(-1, time, -1)  # [batch, time, slots so far]
+            # Every row begins with a token, so that padding too has something to attend to and no softmax is empty.
+            mask = torch.cat([earlier, counts[:, None] & causal], dim=-1)  # [batch, time, slots so far + time]
+        if self._engine is not None:
+            logits, captured = self._engine.forward(
                 tokens,
                 keep=keep,
                 attention_mask=mask,

@@ -1,7 +1,7 @@
-"""Vectors that a language model computes for queries and keys: hidden states, or its attention's own projections.
+"""Query and key vectors from inside a language model: hidden states, or the projections of its attention.
 
-Both carry gradient into the model when it is run with gradient. An embedding names the modules whose output it reads,
-so that the vectors come from a forward pass that happens anyway.
+Gradients flow from both into the model if its pass records them. An embedding names the modules whose output it needs,
+so that the vectors come out of a forward pass that happens anyway.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from preceptor.errors import ConfigError, ModelError, ShapeError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.score import batches_by_length, pad_rows, span_mask
 
 
 @runtime_checkable
 class ModelEmbedding(Protocol):
-    """Which module's output becomes a query's vector, which a key's, and how; ``version`` names all of that."""
+    """Which module's output becomes a query's vector, which a key's, and how; ``version`` identifies all three."""
 
     version: str
     query_module: nn.Module
     key_module: nn.Module
 
     def queries(self, captured: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch dimension"]:
-        """Query vectors from what ``query_module`` gave; float32, with gradient."""
+        """Query vectors from the output of ``query_module``; float32, with gradient."""
         ...
 
     def keys(self, captured: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch dimension"]:
-        """Key vectors from what ``key_module`` gave; float32, with gradient."""
+        """Key vectors from the output of ``key_module``; float32, with gradient."""
         ...
 
 
 class HiddenStates:
-    """The output of layer ``layer`` (negative counts from the end; −1 is the last layer, before the final norm).
+    """The output of layer ``layer``; −1 is the last one, before the final norm.
 
     Raises:
         ConfigError: the model has no such layer.
@@ -47,24 +47,24 @@ class HiddenStates:
         self.query_module = self.key_module = _layer(lm, layer)
 
     def queries(self, captured: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch dimension"]:
-        """The states as they are."""
+        """The states, in float32."""
         return captured.float()
 
     def keys(self, captured: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch dimension"]:
-        """The states as they are."""
+        """The states, in float32."""
         return captured.float()
 
 
 class AttentionProjections:
-    """The query and key projections of layer ``layer``'s attention, before any norm of heads and rotary positions.
+    """The query and key projections of the attention of layer ``layer``, before norms of heads and rotary positions.
 
-    The inner product of a query's and a key's vector is the mean over heads of ``q·k / √head_dim``; with grouped-query
-    attention a key head serves all query heads of its group. Works for separate ``q_proj``/``k_proj`` (Llama, Qwen,
-    Mistral, Gemma, …) and fused ``c_attn`` (GPT-2) or ``qkv_proj`` (Phi-3) projections.
+    The inner product of a query and a key vector is the mean over heads of ``q·k / √head_dim``. With grouped-query
+    attention, all query heads of a group share a key head. Works with separate ``q_proj`` and ``k_proj`` (Llama, Qwen,
+    Mistral, Gemma, …) and with the fused ``c_attn`` (GPT-2) and ``qkv_proj`` (Phi-3).
 
     Raises:
         ConfigError: the model has no such layer.
-        ModelError: its attention has no such projections.
+        ModelError: its attention has none of these projections.
     """
 
     def __init__(self, lm: LanguageModel, *, layer: int) -> None:
@@ -81,17 +81,18 @@ class AttentionProjections:
             )
         self.query_module = modules["q_proj"] if fused is None else fused
         self.key_module = modules["k_proj"] if fused is None else fused
+        # A fused projection puts all queries first, then all keys.
         self._key_start = 0 if fused is None else self._num_heads * self._head_width
 
     def queries(self, captured: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch dimension"]:
-        """All heads' queries side by side, divided by ``heads · √head_dim``."""
+        """The queries of all heads, concatenated and divided by ``num_heads · √head_dim``."""
         vectors = captured[..., : self._num_heads * self._head_width].float()
         return vectors / float(self._num_heads * self._head_width**0.5)
 
     def keys(self, captured: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch dimension"]:
-        """All heads' keys side by side, each repeated for the query heads that it serves."""
+        """The keys of all heads, concatenated; each is repeated for the query heads of its group."""
         vectors = captured[..., self._key_start : self._key_start + self._num_key_heads * self._head_width].float()
-        heads = vectors.reshape(*vectors.shape[:-1], self._num_key_heads, self._head_width)
+        heads = vectors.reshape(*vectors.shape[:-1], self._num_key_heads, self._head_width)  # [..., key head, width]
         return heads.repeat_interleave(self._num_heads // self._num_key_heads, dim=-2).flatten(-2)
 
 
@@ -105,16 +106,16 @@ MODEL_EMBEDDINGS: dict[str, type[HiddenStates] | type[AttentionProjections]] = {
 def key_vectors(
     lm: LanguageModel, embedding: ModelEmbedding, keys: Sequence[Sequence[int]], *, max_tokens: int = 8_192
 ) -> Float[Tensor, "pairs dimension"]:
-    """Mean of the embedding over each key's tokens, each key read alone after the begin token; float32, no gradient.
+    """Mean of the embedding over the tokens of each key, encoded alone after the begin token; float32, no gradient.
 
     Args:
         lm: the model that ``embedding`` was made for.
-        embedding: what is read off it.
-        keys: token ids, at least one a key.
+        embedding: which vectors to read from it.
+        keys: token ids of each key, at least one.
         max_tokens: padded tokens per pass.
 
     Raises:
-        ShapeError: there is no key, or one is empty.
+        ShapeError: there are no keys, or a key is empty.
         ModelError: a key is longer than the model's context.
     """
     rows = [[lm.begin_token, *key] for key in keys]
@@ -128,8 +129,10 @@ def key_vectors(
     for batch in batches_by_length([len(row) for row in rows], max_tokens=max_tokens):
         tokens = pad_rows([rows[index] for index in batch], filler=lm.begin_token, device=lm.device)
         counts = span_mask([[(1, len(rows[index]))] for index in batch], width=tokens.shape[1], device=lm.device)
+        # No logits are wanted anywhere: the pass is made for the captured module alone.
         captured = lm.forward(tokens, keep=torch.zeros_like(counts), capture=embedding.key_module).captured
         assert captured is not None, "the key module is no part of the model"
+        # [batch, time, dimension], without begin token and padding, summed to [batch, dimension].
         sums = (embedding.keys(captured) * counts[..., None]).sum(1)
         vectors.update(zip(batch, sums / counts.sum(1, keepdim=True), strict=True))
     return torch.stack([vectors[index] for index in range(len(rows))])

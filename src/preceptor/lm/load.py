@@ -1,4 +1,4 @@
-"""Language models and tokenizers by hub name, local folder or the bundled starter; whole or with a LoRA adapter."""
+"""Loading language models and tokenizers: the bundled starter, a local folder or a hub name; with LoRA if wanted."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging as transformers_logging
 
 from preceptor.errors import ConfigError, MissingExtraError, ModelError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 
 STARTER = "starter"
 """The name of the bundled model."""
 
 HUB_TIMEOUT = 10.0
-"""Seconds until a hub that does not answer counts as out of reach."""
+"""Seconds after which a hub that does not answer counts as unreachable."""
 
 
 @dataclass(frozen=True)
@@ -65,20 +65,20 @@ class Adapter:
 def load_language_model(
     name: str, *, device: torch.device, dtype: torch.dtype = torch.float32, adapter: Adapter | None = None
 ) -> LanguageModel:
-    """The model and tokenizer called ``name``, on ``device``, ready to act and to learn.
+    """The model called ``name`` and its tokenizer, on ``device``.
 
-    Only safetensors are read, and no code that comes with a model is run. A hub that cannot be reached is asked once;
-    what was downloaded before is then used.
+    Weights are read from safetensors only, and code that comes with a model is never run. If the hub cannot be reached
+    at the first attempt, an earlier download is used.
 
     Args:
         name: ``starter``, a local folder, or a name on the Hugging Face hub.
-        device: where the weights live.
-        dtype: of the weights.
-        adapter: train a LoRA adapter and keep the model's own weights frozen; None trains every weight.
+        device: device for the weights.
+        dtype: dtype of the weights.
+        adapter: a LoRA adapter to train while the model's own weights stay frozen; None trains every weight.
 
     Raises:
-        ModelError: there is no such model, it is damaged, or it does not fit.
-        MissingExtraError: an adapter is asked for and peft is not installed.
+        ModelError: there is no such model, it is damaged, or it is of an unsupported kind.
+        MissingExtraError: ``adapter`` is given and peft is not installed.
     """
     source = _source(name)
     try:
@@ -103,15 +103,15 @@ def load_language_model(
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A tokenizer for a model that is built from random weights.
+    """The tokenizer called ``name``, for a model built from random weights.
 
     Args:
-        name: ``starter``, a local folder, a name on the Hugging Face hub, or ``tiktoken:gpt2`` for an encoding that
-            tiktoken knows (which it downloads once).
+        name: ``starter``, a local folder, a name on the Hugging Face hub, or ``tiktoken:`` and the name of one of
+            tiktoken's encodings, such as ``tiktoken:gpt2`` (downloaded once).
 
     Raises:
-        ModelError: there is no such tokenizer, or it is out of reach.
-        MissingExtraError: tiktoken is asked for and not installed.
+        ModelError: there is no such tokenizer, or it cannot be reached.
+        MissingExtraError: an encoding of tiktoken is asked for and tiktoken is not installed.
     """
     if name.startswith("tiktoken:"):
         return _from_tiktoken(name.removeprefix("tiktoken:"))
@@ -130,28 +130,28 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def save_language_model(lm: LanguageModel, folder: Path) -> None:
-    """Write model and tokenizer so that :func:`load_language_model` finds them in ``folder``."""
+    """Write model and tokenizer into ``folder``, where :func:`load_language_model` finds them."""
     with _quiet():
         lm.model.save_pretrained(folder)
         lm.tokenizer.save_pretrained(folder)
 
 
 def _from_tiktoken(name: str) -> PreTrainedTokenizerBase:
-    """The encoding ``name`` of tiktoken as a tokenizer of Transformers."""
+    """tiktoken's encoding ``name`` as a tokenizer of Transformers."""
     try:
         import tiktoken
     except ImportError as error:
         raise MissingExtraError(f"tokenizer 'tiktoken:{name}'", package="tiktoken", extra="tiktoken") from error
     try:
         encoding = tiktoken.get_encoding(name)
-    except (ValueError, OSError) as error:  # its client's network errors are OSErrors
+    except (ValueError, OSError) as error:  # network errors of its client are OSErrors
         raise ModelError(
             f"tiktoken's encoding '{name}' is out of reach ({_first_line(error)}); give 'tiktoken:gpt2' where the "
             "network allows it, or a local folder with tokenizer.json"
         ) from error
     with tempfile.TemporaryDirectory() as folder:
         ranks = Path(folder) / "tokenizer.model"
-        with ranks.open("wb") as file:  # the format that the converter reads: a token in base64 and its rank a line
+        with ranks.open("wb") as file:  # the converter's format: a base64 token and its rank per line
             for token, rank in encoding._mergeable_ranks.items():
                 file.write(base64.b64encode(token) + b" " + str(rank).encode() + b"\n")
         converter = TikTokenConverter(  # type: ignore[no-untyped-call]
@@ -165,7 +165,7 @@ def _from_tiktoken(name: str) -> PreTrainedTokenizerBase:
 
 
 def _source(name: str) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` that find ``name``."""
+    """Arguments with which ``from_pretrained`` finds ``name``."""
     if name == STARTER:
         return _folder(resources.files("preceptor") / "starter")
     path = Path(name).expanduser()
@@ -183,9 +183,9 @@ def _folder(path: object) -> dict[str, Any]:
 
 
 def _hub_source(name: str) -> dict[str, Any]:
-    """The hub's model ``name`` at its newest commit, so that tokenizer and weights are of one; or what is cached of it.
+    """The newest commit of ``name`` on the hub, so that tokenizer and weights are of the same one; else a cached one.
 
-    Transformers itself would ask a hub that does not answer again and again, file by file, for about a minute.
+    The hub is asked here because Transformers would retry an unreachable hub, file by file, for about a minute.
     """
     remedy = "give 'starter', a folder that save_pretrained wrote, or a hub name that this machine can reach"
     try:
@@ -195,7 +195,7 @@ def _hub_source(name: str) -> dict[str, Any]:
         raise ModelError(f"model '{name}' is gated; accept its terms on the hub and set HF_TOKEN") from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise ModelError(f"there is no model '{name}', neither as a folder here nor on the hub; {remedy}") from error
-    # The errors of whichever client the hub is reached by.
+    # Network errors, whichever HTTP client the hub package uses.
     except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:  # type: ignore[attr-defined]
         cached = try_to_load_from_cache(name, "config.json")
         if isinstance(cached, str):
@@ -208,11 +208,11 @@ def _hub_source(name: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Transformers' progress bars and advice, but with a download's; all settings are put back."""
+    """Silences Transformers' advice and progress bars, but not those of downloads; restores every setting on exit."""
     verbosity, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     shows_downloads = not are_progress_bars_disabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # switches off downloads' too
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # disables those of downloads too
     if shows_downloads:
         enable_progress_bars()
     try:
@@ -234,12 +234,13 @@ def _with_adapter(model: PreTrainedModel, adapter: Adapter) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise MissingExtraError("training a LoRA adapter", package="peft", extra="lora") from error
-    alpha: Any = adapter.alpha  # peft annotates an integer and divides by the rank
+    alpha: Any = adapter.alpha  # annotated as an integer, but peft only divides it by the rank
     settings = LoraConfig(
         r=adapter.rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    # peft draws one of an adapter's two matrices; here it is the same in every run and moves no other random stream.
+    # peft initialises one of the two matrices at random. A fixed seed makes it the same in every run, and the fork
+    # keeps the global random state as it was.
     with torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(0)
-        warnings.simplefilter("ignore")  # peft on what Transformers deprecates, and on what it sets right by itself
+        warnings.simplefilter("ignore")  # deprecations in Transformers, and settings that peft corrects itself
         return get_peft_model(model, settings)

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens in one pass, over plain rows or over rows with side branches."""
+"""Log-probabilities of given tokens, in plain rows or in branches that share a prefix."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from preceptor.errors import ModelError, ShapeError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 
 MAX_LOGITS = 2**25
-"""Logits held at once (positions times vocabulary): 128 MiB in float32."""
+"""Logits in one pass (positions times vocabulary): 128 MiB in float32."""
 
 
 def pad_rows(rows: Sequence[Sequence[int]], *, filler: int, device: torch.device) -> Int[Tensor, "batch time"]:
-    """Rows of tokens as one tensor, filled on the right with ``filler``."""
+    """Rows of tokens as one tensor, padded on the right with ``filler``."""
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *([filler] * (width - len(row)))] for row in rows], device=device)
 
@@ -33,14 +33,14 @@ def span_mask(
 
 
 def batches_by_length(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
-    """Indices of rows in batches of similar length, each of at most ``max_tokens`` padded tokens or one row.
+    """Indices of rows, grouped into batches of similar length with at most ``max_tokens`` padded tokens (or one row).
 
     >>> batches_by_length([9, 2, 3, 2], max_tokens=9)
     [[1, 3, 2], [0]]
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
-        # Sorted by length, so the newest row is the widest of its batch.
+        # Lengths ascend, so the row that would join is the longest of its batch and sets the padded width.
         if batches and (len(batches[-1]) + 1) * lengths[index] <= max_tokens:
             batches[-1].append(index)
         else:
@@ -58,20 +58,21 @@ def token_log_probs(
 ) -> list[Float[Tensor, " token"]]:
     """Log-probability in nats of the tokens inside each row's spans, given everything before them in the row.
 
-    Rows go through the model in batches of at most ``max_tokens`` padded tokens, sorted by length so that little is
-    padded; the result does not depend on the batching beyond rounding.
+    Rows go through the model in batches of at most ``max_tokens`` padded tokens, sorted by length so that there is
+    little padding. The result does not depend on the batches beyond rounding. No gradient is recorded.
 
     Args:
-        lm: the model; no gradient is recorded.
-        rows: token ids, each row starting with a token that is given (a span never starts at 0).
-        spans: ``(start, end)`` stretches of each row that are scored, in order, without overlap.
-        max_tokens: padded tokens per pass; None bounds the logits held at once by ``MAX_LOGITS``.
+        lm: the model.
+        rows: token ids; the first token of a row has nothing before it and cannot be scored.
+        spans: for each row, the spans ``start <= t < end`` to score, in order and without overlap.
+        max_tokens: padded tokens per pass; None limits the logits of a pass to ``MAX_LOGITS``.
 
     Returns:
-        one float32 tensor a row on the CPU, the log-probabilities of its scored tokens in order.
+        one float32 tensor per row on the CPU: the log-probabilities of its scored tokens, in order.
 
     Raises:
-        ShapeError: a span starts at 0 or leaves its row, spans overlap or are out of order, or not one list a row.
+        ShapeError: a span starts at 0 or leaves its row, spans overlap or are out of order, or there is not one list of
+            spans per row.
         ModelError: a row is longer than the model's context.
     """
     if len(rows) != len(spans):
@@ -87,7 +88,8 @@ def token_log_probs(
     for batch in batches_by_length([len(row) for row in rows], max_tokens=max_tokens or _max_tokens(lm)):
         tokens = pad_rows([rows[index] for index in batch], filler=lm.begin_token, device=lm.device)
         scored = span_mask([spans[index] for index in batch], width=tokens.shape[1], device=lm.device)
-        # The logits at t - 1 are of the token at t.
+        # The logits at t - 1 predict the token at t, so the mask moves one to the left. No span starts at 0, hence
+        # nothing wraps around.
         log_probs = lm.chosen_log_probs(tokens, keep=scored.roll(-1, dims=1), chosen=tokens[scored]).cpu()
         for index, values in zip(batch, torch.split(log_probs, scored.sum(1).tolist()), strict=True):
             results[index] = values
@@ -102,24 +104,25 @@ def branch_log_probs(
     *,
     max_tokens: int | None = None,
 ) -> list[Float[Tensor, " token"]]:
-    """Log-probabilities in nats of branches that grow out of one trunk, with the trunk encoded once per pass.
+    """Log-probabilities in nats of branches of a common prefix, the trunk, which is encoded once per pass.
 
     Branch ``(at, tokens, given)`` continues ``trunk[:at]`` with ``tokens``; its first ``given`` tokens are read but not
-    scored. A branch sees the trunk up to ``at`` and itself, never another branch, and counts its positions from ``at``,
-    so the result is what encoding ``trunk[:at] + tokens`` on its own gives.
+    scored. A branch attends to ``trunk[:at]`` and to itself, never to another branch, and its positions count from
+    ``at``, so the result is the same as for ``trunk[:at] + tokens`` encoded alone. No gradient is recorded.
 
     Args:
-        lm: the model; no gradient is recorded.
+        lm: the model.
         trunk: token ids that the branches share.
-        branches: what grows out of it, in any order.
-        max_tokens: tokens of branches per pass, beside the trunk; None is 2,048, or fewer where ``MAX_LOGITS`` says so.
+        branches: ``(at, tokens, given)``, in any order.
+        max_tokens: tokens of branches per pass, not counting the trunk; None is 2,048, or fewer if their logits would
+            exceed ``MAX_LOGITS``.
 
     Returns:
-        one float32 tensor a branch on the CPU, in the order of ``branches``.
+        one float32 tensor per branch on the CPU, in the order of ``branches``.
 
     Raises:
-        ShapeError: a branch starts at 0 or past the trunk's end, or more of it is given than it has.
-        ModelError: trunk or branch is longer than the context allows.
+        ShapeError: a branch starts at 0 or past the end of the trunk, or ``given`` exceeds its length.
+        ModelError: the trunk, or a branch with its part of the trunk, is longer than the model's context.
     """
     _check_length(lm, len(trunk), "trunk")
     for at, tokens, given in branches:
@@ -144,17 +147,18 @@ def branch_log_probs(
 def _packed_branches(
     lm: LanguageModel, trunk: Sequence[int], branches: Sequence[tuple[int, Sequence[int], int]]
 ) -> list[Tensor]:
+    """One pass over a single row: the trunk, then all ``branches`` one after the other."""
     length = len(trunk) + sum(len(tokens) for _, tokens, _ in branches)
-    visible = torch.ones(length, length, dtype=torch.bool).tril()
+    visible = torch.ones(length, length, dtype=torch.bool).tril()  # [query, key]
     packed, positions = list(trunk), list(range(len(trunk)))
     predictors: list[int] = []
     targets: list[int] = []
     for at, tokens, given in branches:
         begin, size = len(packed), len(tokens)
-        visible[begin : begin + size, at:begin] = False
+        visible[begin : begin + size, at:begin] = False  # neither the rest of the trunk nor earlier branches
         packed += tokens
         positions += range(at, at + size)
-        # A branch's first token is predicted by the trunk, the others from inside the branch.
+        # The first token of a branch is predicted at the trunk's token before it, the others inside the branch.
         predictors += [at - 1, *range(begin, begin + size - 1)][given:size]
         targets += tokens[given:]
     keep = torch.zeros(length, dtype=torch.bool)
@@ -165,7 +169,7 @@ def _packed_branches(
         attention_mask=visible[None].to(lm.device),
         positions=torch.tensor([positions], device=lm.device),
     ).logits
-    # Branches that start at one place share its logits.
+    # [positions marked, vocab]: branches that start at the same place share one row of logits, so look up which.
     row = (keep.cumsum(0) - 1)[predictors].to(lm.device)
     log_probs = logits[row, torch.tensor(targets, dtype=torch.long, device=lm.device)] - logits.logsumexp(-1)[row]
     return list(torch.split(log_probs.cpu(), [len(tokens) - given for _, tokens, given in branches]))

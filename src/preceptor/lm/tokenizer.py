@@ -1,4 +1,4 @@
-"""Tokenizers: a byte-pair encoding trained on one's own text, in the format that Transformers loads."""
+"""Training a byte-pair tokenizer on one's own text, in the format that Transformers loads."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 
 
 def train_bpe_tokenizer(texts: Iterable[str], *, vocab_size: int, context_length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most ``vocab_size`` entries fitted on ``texts``, the same for the same texts.
+    """A byte-level BPE tokenizer with at most ``vocab_size`` tokens, trained on ``texts``; deterministic.
 
-    Byte-level means that every string round-trips exactly and nothing is unknown. The three control tokens come first
-    (begin 0, end 1, pad 2); text that spells one of them stays text under ``split_special_tokens=True``. Digits are
-    split one by one, so that numbers do not fill the vocabulary.
+    It works on bytes, so every string round-trips exactly and nothing is unknown. The three control tokens come first
+    (begin 0, end 1, pad 2); text that spells one of them stays text under ``split_special_tokens=True``. Every digit is
+    a token of its own, so that numbers do not fill the vocabulary.
 
     Args:
-        texts: what it is fitted on.
-        vocab_size: entries, at least 259 (256 bytes and the control tokens); fewer come out where texts are too few.
-        context_length: tokens that the model will hold; recorded beside the vocabulary.
+        texts: training texts.
+        vocab_size: number of tokens, at least 259 (256 bytes and the control tokens); few texts may yield fewer.
+        context_length: context of the model in tokens, recorded with the tokenizer.
 
     Raises:
-        ConfigError: ``vocab_size`` has no room for every byte.
+        ConfigError: ``vocab_size`` is too small for all bytes.
     """
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 3
     if vocab_size < smallest:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from preceptor.errors import ConfigError, nearest
+from preceptor.errors import ConfigError, did_you_mean
 from preceptor.objectives.shapes import check_same_shape
 
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
@@ -54,7 +54,7 @@ def aggregate(
     check_same_shape(values=values, mask=mask)
     if aggregation not in get_args(Aggregation):
         allowed = ", ".join(get_args(Aggregation))
-        hint = nearest(aggregation, get_args(Aggregation))
+        hint = did_you_mean(aggregation, get_args(Aggregation))
         raise ConfigError(f"aggregation must be one of {allowed}, got '{aggregation}'{hint}.")
     if aggregation != "constant" and divisor is not None:
         raise ConfigError(f"divisor goes with the aggregation 'constant' alone, got {divisor} with '{aggregation}'.")

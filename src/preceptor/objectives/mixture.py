@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from preceptor.errors import CheckpointError, ConfigError, NumericError, ShapeError, nearest
+from preceptor.errors import CheckpointError, ConfigError, NumericError, ShapeError, did_you_mean
 from preceptor.objectives.mixture_controls import Ado, Exp3
 from preceptor.objectives.mixture_rules import (
     ByDifficulty,
@@ -263,12 +263,12 @@ def make_mixture(
     """
     if name not in MIXTURE_RULES:
         raise ConfigError(
-            f"unknown mixture rule '{name}'{nearest(name, MIXTURE_RULES)}; use one of {', '.join(MIXTURE_RULES)}"
+            f"unknown mixture rule '{name}'{did_you_mean(name, MIXTURE_RULES)}; use one of {', '.join(MIXTURE_RULES)}"
         )
     rule_class = _ADAPTIVE.get(name, Fixed)
     allowed = [field.name for field in fields(rule_class) if field.name != "prior"]  # type: ignore[arg-type]
     if unknown := sorted(set(options) - set(allowed)):
-        hint = nearest(unknown[0], allowed)
+        hint = did_you_mean(unknown[0], allowed)
         raise ConfigError(
             f"the mixture rule '{name}' has no option '{unknown[0]}'{hint}; "
             f"its options are {', '.join(allowed) or 'none'}"

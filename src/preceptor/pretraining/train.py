@@ -1,7 +1,7 @@
 """``preceptor pretrain``: a small Llama by cross-entropy on a weighted mixture of texts, resumable bit for bit.
 
 1. Read the sources, leave the held-out articles out, fit the tokenizer, encode.
-2. Each step draws windows from the mixture, takes one optimiser step, logs.
+2. Each step draws windows from the mixture, takes one optimizer step, logs.
 3. Now and then: bits per byte on the held-out articles.
 4. At the end: the model folder (safetensors in bfloat16), the tokenizer and the measurements.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,21 +19,22 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from preceptor.data.corpus import read_documents
+from preceptor.config import to_dict
+from preceptor.data.corpora.corpus import read_documents
 from preceptor.errors import DataError
 from preceptor.lm.tokenizer import train_bpe_tokenizer
 from preceptor.pretraining.config import Data, Model, Optimisation, PretrainConfig
 from preceptor.pretraining.evaluate import bits_per_byte
-from preceptor.run.checkpoint import load_optimizer, optimizer_tensors
+from preceptor.runs.state import load_optimizer, optimizer_state
 
 if TYPE_CHECKING:
-    from preceptor.run.folder import Run
+    from preceptor.runs.folder import Run
+    from preceptor.systems.base import Services
 
-STREAMS = ("data",)
 PROGRESS_COLUMNS = {"loss": "loss", "bits_per_byte": "bits/byte", "tokens_per_second": "tokens/s"}
 
 
-def train(config: PretrainConfig, run: Run) -> dict[str, Any]:
+def train(config: PretrainConfig, run: Run, services: Services) -> dict[str, Any]:
     """Train as ``config`` says inside ``run``; gives the measurements on the held-out articles.
 
     The model folder is ``run.path / "model"``.
@@ -54,16 +54,9 @@ def train(config: PretrainConfig, run: Run) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     model = build_model(config.model, tokenizer)
     torch.nn.Module.to(model, run.device)
-    optimisers = build_optimisers(model, config.optimisation)
-    start = 0
-    if (checkpoint := run.restore()) is not None:
-        model.load_state_dict(checkpoint.tensors["model"], strict=True)
-        for name, optimiser in optimisers.items():
-            load_optimizer(optimiser, checkpoint.tensors[name], checkpoint.state[name])
-        start = checkpoint.step
-
-    run.show_progress(config.optimisation.steps, PROGRESS_COLUMNS)
-    for step in range(start + 1, config.optimisation.steps + 1):
+    optimizers = build_optimizers(model, config.optimisation)
+    state = State(model, optimizers)
+    for step in run.loop(config.optimisation.steps, state, columns=PROGRESS_COLUMNS):
         began = time.perf_counter()
         tokens = draw_windows(
             streams,
@@ -74,10 +67,10 @@ def train(config: PretrainConfig, run: Run) -> dict[str, Any]:
             generator=run.streams["data"],
         )
         scale = learning_rate_scale(step, config.optimisation)
-        for optimiser in optimisers.values():
-            for group in optimiser.param_groups:
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * scale
-        loss, gradient_norm = _step(model, tokens.to(model.device), optimisers, config.optimisation)
+        loss, gradient_norm = _step(model, tokens.to(model.device), optimizers, config.optimisation)
         row: dict[str, Any] = {
             "loss": loss,
             "gradient_norm": gradient_norm,
@@ -88,14 +81,6 @@ def train(config: PretrainConfig, run: Run) -> dict[str, Any]:
         if held_out and (step % config.evaluate_every == 0 or step == config.optimisation.steps):
             row["bits_per_byte"] = bits_per_byte(model, tokenizer, held_out, context_length=config.model.context_length)
         run.log(step, row)
-        if run.due(step) or run.stop_requested or step == config.optimisation.steps:
-            tensors = {"model": model.state_dict()}
-            state = {}
-            for name, optimiser in optimisers.items():
-                tensors[name], state[name] = optimizer_tensors(optimiser)
-            run.save(step, tensors, state)
-        if run.stop_requested:
-            run.stop(step)
 
     folder = run.path / "model"
     torch.nn.Module.to(model, torch.bfloat16)
@@ -105,13 +90,32 @@ def train(config: PretrainConfig, run: Run) -> dict[str, Any]:
     return {
         "system": "pretrain",
         "status": "finished",
-        "config": asdict(config),
+        "config": to_dict(config),
         "parameters": model.num_parameters(),
         "tokens": config.optimisation.steps * config.optimisation.batch_size * config.model.context_length,
         "held_out_bits_per_byte": bits_per_byte(model, tokenizer, held_out, context_length=config.model.context_length)
         if held_out
         else None,
     }
+
+
+class State:
+    """What pretraining changes: the weights and both optimizers."""
+
+    def __init__(self, model: LlamaForCausalLM, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+        self.model = model
+        self.optimizers = optimizers
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights, and the state of each optimizer by name."""
+        optimizers = {name: optimizer_state(optimizer) for name, optimizer in self.optimizers.items()}
+        return {"model": self.model.state_dict(), **optimizers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over :meth:`state_dict`; raises ``CheckpointError`` for another model's."""
+        self.model.load_state_dict(state["model"], strict=True)
+        for name, optimizer in self.optimizers.items():
+            load_optimizer(optimizer, state[name])
 
 
 def build_model(model: Model, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
@@ -136,13 +140,13 @@ def build_model(model: Model, tokenizer: PreTrainedTokenizerBase) -> LlamaForCau
     )
 
 
-def build_optimisers(model: torch.nn.Module, optimisation: Optimisation) -> dict[str, torch.optim.Optimizer]:
+def build_optimizers(model: torch.nn.Module, optimisation: Optimisation) -> dict[str, torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for embeddings and norms (Liu et al. 2025, arXiv 2502.16982)."""
     matrices: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and "embed" not in name else rest).append(parameter)
-    optimisers: dict[str, torch.optim.Optimizer] = {
+    optimizers: dict[str, torch.optim.Optimizer] = {
         "muon": torch.optim.Muon(
             matrices,
             lr=optimisation.matrix_learning_rate,
@@ -153,10 +157,10 @@ def build_optimisers(model: torch.nn.Module, optimisation: Optimisation) -> dict
             rest, lr=optimisation.learning_rate, weight_decay=optimisation.weight_decay, betas=(0.9, 0.95)
         ),
     }
-    for optimiser in optimisers.values():
-        for group in optimiser.param_groups:
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
-    return optimisers
+    return optimizers
 
 
 def learning_rate_scale(step: int, optimisation: Optimisation) -> float:
@@ -221,7 +225,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> Tensor:
 def _step(
     model: LlamaForCausalLM,
     tokens: Tensor,
-    optimisers: dict[str, torch.optim.Optimizer],
+    optimizers: dict[str, torch.optim.Optimizer],
     optimisation: Optimisation,
 ) -> tuple[float, float]:
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=optimisation.bf16):
@@ -229,7 +233,7 @@ def _step(
     loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimisation.clip_norm, error_if_nonfinite=True)
-    for optimiser in optimisers.values():
-        optimiser.step()
-        optimiser.zero_grad()
+    for optimizer in optimizers.values():
+        optimizer.step()
+        optimizer.zero_grad()
     return loss.item(), norm.item()

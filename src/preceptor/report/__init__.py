@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from preceptor.report.page import build_report
-from preceptor.report.table import arms_table
+from preceptor.report.table import arms_tables
 
-__all__ = ["arms_table", "build_report"]
+__all__ = ["arms_tables", "build_report"]

@@ -88,13 +88,13 @@ class Arms:
         return metric.removeprefix("held_out_")
 
 
-def spelled(name: str) -> str:
+def title_case(name: str) -> str:
     """A name as it is read; what follows in brackets is a configuration's own words and stays as it is.
 
-    >>> spelled("progress_auc"), spelled("held_out_log_prob"), spelled("best_of_n (a_b=c_d)")
+    >>> title_case("progress_auc"), title_case("held_out_log_prob"), title_case("best_of_n (a_b=c_d)")
     ('progress AUC', 'log probability, held out', 'best of n (a_b=c_d)')
     """
     name, bracket, rest = name.partition(" (")
     if name.startswith("held_out_"):
-        return f"{spelled(name.removeprefix('held_out_'))}, held out{bracket}{rest}"
+        return f"{title_case(name.removeprefix('held_out_'))}, held out{bracket}{rest}"
     return re.sub(r"[A-Za-z0-9]+", lambda word: _WRITTEN.get(word[0], word[0]), name.replace("_", " ")) + bracket + rest

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from preceptor.report.arms import COUNTS, spelled
+from preceptor.report.arms import COUNTS, title_case
 from preceptor.report.drawing import ArmChart, difference_chart, interval_text, number
 from preceptor.report.run_folder import is_finite
 
@@ -33,9 +33,9 @@ def contrasts(comparison: Mapping[str, Any]) -> list[Contrast]:
     for metric, split in dict.fromkeys((c["metric"], c["split"]) for c in compared):
         rows = [c for c in compared if (c["metric"], c["split"]) == (metric, split)]
         reference, unit, arms = str(rows[0]["arm"]), str(rows[0]["unit"]), comparison["arms"][split]
-        short = spelled(reference).partition(" (")[0]
-        named = [(spelled(str(c["baseline"])), bool(c["claimed"]), c) for c in rows]
-        title = spelled(metric) + (", held out" if split == "held_out" else "")
+        short = title_case(reference).partition(" (")[0]
+        named = [(title_case(str(c["baseline"])), bool(c["claimed"]), c) for c in rows]
+        title = title_case(metric) + (", held out" if split == "held_out" else "")
         costs = [cost for cost in COUNTS if any(cost in arms.get(arm, {}) for arm in (reference, *_baselines(rows)))]
         table = [
             _row(arms, reference, metric, costs, None),
@@ -46,9 +46,9 @@ def contrasts(comparison: Mapping[str, Any]) -> list[Contrast]:
                 title=title,
                 unit=unit,
                 chart=difference_chart(f"{short} less each arm, {title}", unit, named),
-                costs=[spelled(cost) for cost in costs],
+                costs=[title_case(cost) for cost in costs],
                 rows=table,
-                reference=spelled(reference),
+                reference=title_case(reference),
                 short=short,
             )
         )
@@ -78,7 +78,7 @@ def _row(
 ) -> list[str]:
     own = arms[arm]
     interquartile = own[metric].get("interquartile_mean")
-    cells = [spelled(arm), interval_text(own[metric])]
+    cells = [title_case(arm), interval_text(own[metric])]
     cells.append(interval_text({**interquartile, "mean": interquartile["iqm"]}) if interquartile else "")
     if compared is None:
         cells += ["", "", "", ""]

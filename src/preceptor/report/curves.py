@@ -1,14 +1,15 @@
-"""How columns of ``metrics.jsonl`` become curves with bands, and which of them every system is drawn with."""
+"""How columns of ``metrics.jsonl``, and numbers that are given, become curves with bands."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from preceptor.report.arms import spelled
+from preceptor.report.arms import title_case
 from preceptor.report.run_folder import JsonObject, is_finite
+from preceptor.report.sections import Lines, Series
 
 MAXIMUM_POINTS = 300
 """Of one curve; a chart of many has fewer of each, so that no chart outgrows the page."""
@@ -17,68 +18,10 @@ MAXIMUM_BANDS = 4
 """More curves than these are drawn without bands, which would only cover each other."""
 WINDOWS_PER_RUN = 20
 STEPS_OF_AN_ARM = ("arm_step", "stretch_step")
-"""Columns that count an arm's own steps, where a run trains one arm after the other."""
+"""Columns that count a method's own steps, where a run trains one method after the other."""
 COUNTERS = ("step", "seconds", "arm_number", "epoch", *STEPS_OF_AN_ARM)
 """Columns that say when a row was written and are no curves."""
 ABSENT = object()
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A panel: one unit, one or more columns, and the lines that they are read against."""
-
-    name: str
-    title: str
-    unit: str
-    columns: tuple[tuple[str, str], ...]
-    """(column, label) of each curve; ``a.b`` is the entry ``b`` of the column ``a``."""
-    maximum: tuple[str, str] | None = None
-    """(column, label) of a curve that bounds the others, drawn dotted."""
-    limits: tuple[float, float] | None = None
-    """The range of the axis where the quantity has one."""
-    constants: tuple[tuple[str, float], ...] = ()
-    """(label, value) of level lines, drawn dotted."""
-    x_label: str = "step"
-
-
-READING_CHARTS = (
-    Chart("reward", "Reward", "nats per value token", (("reward", "reward"),)),
-    Chart("normalised_reward", "Normalised reward", "nats per value token", (("normalised_reward", "normalised"),)),
-    Chart("gap", "Gap closed, training", "share", (("gap_closed_train", "gap closed"),)),
-    Chart(
-        "query_entropy",
-        "Query entropy",
-        "nats per token",
-        (("query_entropy", "query entropy"),),
-        maximum=("query_entropy_maximum", "maximum"),
-    ),
-    Chart(
-        "selection_entropy",
-        "Selection entropy",
-        "share of ln(remaining)",
-        (("selection_entropy", "selection entropy"),),
-        limits=(0.0, 1.0),
-    ),
-    Chart("kl", "KL on value tokens", "nats per token", (("kl", "KL"),)),
-    Chart("selection_kl", "KL on selections", "nats per step", (("selection_kl", "selection KL"),)),
-    Chart("passed_fraction", "Passing the filter", "share", (("passed_fraction", "passed"),), limits=(0.0, 1.0)),
-    Chart("policy_loss", "Policy loss", "dimensionless", (("policy_loss", "loss"),)),
-    Chart("gradient_norm", "Gradient norm", "dimensionless", (("gradient_norm", "norm"),)),
-    Chart("tokens_per_second", "Speed", "tokens per second", (("tokens_per_second", "speed"),)),
-    Chart("peak_memory", "Peak memory", "MiB", (("peak_memory_mib", "memory"),)),
-)
-OTHER_CHARTS = (
-    Chart("reward", "Reward", "", (("reward", "reward"),)),
-    Chart("kl", "KL to the reference", "nats", (("kl", "KL"),)),
-    *READING_CHARTS[-4:],
-)
-MACHINE = ("tokens_per_second", "peak_memory")
-"""Charts of the machine rather than of what is learned."""
-
-
-def standard_charts(system: str) -> tuple[Chart, ...]:
-    """The charts that every run of ``system`` is drawn with."""
-    return READING_CHARTS if system == "reading" else OTHER_CHARTS
 
 
 @dataclass(frozen=True)
@@ -96,43 +39,69 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart with the data of one run."""
+    """Curves of one unit on common axes."""
 
-    chart: Chart
+    title: str
+    unit: str
     curves: list[Curve]
     bounds: list[Curve] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    x_label: str = "step"
+    limits: tuple[float, float] | None = None
 
 
-def panels(rows: Sequence[JsonObject], charts: Sequence[Chart]) -> tuple[list[Panel], list[str]]:
-    """The panels of ``charts`` that ``rows`` have data for, and the titles of those left out.
+def panels(rows: Sequence[JsonObject], figures: Sequence[Lines]) -> tuple[list[Panel], list[str]]:
+    """The panels of ``figures`` that ``rows`` have data for, and the titles of those left out.
 
-    Where a run trains one arm after the other, each arm has a curve of its own over its own steps.
+    Where a run trains one method after the other, each has a curve of its own over its own steps.
     """
     drawn, left_out = [], []
     x = next((name for name in STEPS_OF_AN_ARM if any(name in row for row in rows)), "step")
-    for chart in charts:
-        curves = _curves(rows, chart, x)
+    for lines in figures:
+        curves = _curves(rows, lines, x)
         if not curves:
-            left_out.append(chart.title)
+            left_out.append(lines.title)
             continue
-        bound = curve(rows, chart.maximum[0], label=chart.maximum[1], x=x) if chart.maximum else None
+        bound = curve(rows, lines.maximum[0], label=lines.maximum[1], x=x) if lines.maximum else None
         steps = sorted({step for c in curves for step in (c.steps[0], c.steps[-1])})
-        levels = [level(label, value, steps) for label, value in chart.constants]
-        notes = [f"{c.label}: no finite value at {c.num_missing} of the steps" for c in curves if c.num_missing]
-        if x != "step":
-            chart = replace(chart, x_label="step of the arm")
-        drawn.append(Panel(chart, legible(curves), [*([bound] if bound else []), *levels], notes))
+        levels = [level(label, value, steps) for label, value in lines.constants.items()]
+        drawn.append(
+            Panel(
+                title=title_case(lines.title),
+                unit=lines.unit,
+                curves=legible(curves),
+                bounds=[*([bound] if bound else []), *levels],
+                notes=[f"{c.label}: no finite value at {c.num_missing} of the steps" for c in curves if c.num_missing],
+                x_label="step" if x == "step" else "step of its own training",
+                limits=lines.limits,
+            )
+        )
     return drawn, left_out
 
 
-def _curves(rows: Sequence[JsonObject], chart: Chart, x: str) -> list[Curve]:
+def series_panel(series: Series) -> Panel | None:
+    """The panel of a :class:`Series`, thinned to ``MAXIMUM_POINTS``; points that are not finite are left out."""
+    kept = evenly_spaced(len(series.x), MAXIMUM_POINTS)
+    curves = []
+    for label, values in series.lines.items():
+        points = [at for at in kept if at < len(values) and is_finite(values[at])]
+        low, high = ([ends[at] for at in points] for ends in (series.bands.get(label) or (values, values)))
+        steps = [series.x[at] for at in points]
+        if points:
+            curves.append(Curve(str(label), steps, [values[at] for at in points], low, high, 0))  # type: ignore[arg-type, misc]
+    if not curves:
+        return None
+    return Panel(
+        title_case(series.title), series.unit, curves if series.bands else legible(curves), x_label=series.x_label
+    )
+
+
+def _curves(rows: Sequence[JsonObject], lines: Lines, x: str) -> list[Curve]:
     found = []
-    for column, label in chart.columns:
+    for column, label in lines.columns.items():
         having = [row for row in rows if value_at(row, column) is not ABSENT]
-        parts = _parts(having, "arm" if x != "step" else "bandit" if chart in OTHER_CHARTS[:1] else None)
-        for part, own in parts:
-            name = label if part is None else part if len(chart.columns) == 1 else f"{label}, {part}"
+        for part, own in _parts(having, "arm" if x != "step" else lines.split_by):
+            name = label if part is None else part if len(lines.columns) == 1 else f"{label}, {part}"
             if (drawn := curve(own, column, label=name, x=x)) is not None:
                 found.append(drawn)
     return found
@@ -164,25 +133,26 @@ def level(label: str, value: float, steps: Sequence[int]) -> Curve:
     return Curve(label, list(steps), values, values, values, 0)
 
 
-def other_charts(rows: Sequence[JsonObject], charts: Sequence[Chart]) -> list[Chart]:
-    """A chart of its own for every column of numbers that none of ``charts`` draws, in order of first appearance.
+def other_lines(rows: Sequence[JsonObject], figures: Sequence[Lines]) -> list[Lines]:
+    """A panel for every column of numbers that none of ``figures`` draws, in order of first appearance.
 
-    Entries of a column that is named like an arm are drawn metric by metric, with the arms as curves.
+    Entries of a column that is named like a method are drawn metric by metric, with the methods as curves.
     """
-    drawn = {column for chart in charts for column, _ in chart.columns} | {c.maximum[0] for c in charts if c.maximum}
-    arms = {str(row["arm"]) for row in rows if "arm" in row}
+    drawn = {column for lines in figures for column in lines.columns}
+    drawn |= {lines.maximum[0] for lines in figures if lines.maximum}
+    methods = {str(row["arm"]) for row in rows if "arm" in row}
     found: dict[str, dict[str, str]] = {}
     for row in rows:
         for column, value in row.items():
             if column in COUNTERS:
                 continue
             if is_finite(value) and column not in drawn:
-                found.setdefault(column, {})[column] = spelled(column)
-            elif isinstance(value, dict) and column in arms:
+                found.setdefault(column, {})[column] = title_case(column)
+            elif isinstance(value, dict) and column in methods:
                 for metric, entry in value.items():
                     if is_finite(entry) and f"{column}.{metric}" not in drawn:
                         found.setdefault(metric, {})[f"{column}.{metric}"] = column
-    return [Chart(f"other-{name}", spelled(name), "", tuple(columns.items())) for name, columns in found.items()]
+    return [Lines(name, "", columns) for name, columns in found.items()]
 
 
 def value_at(row: JsonObject, column: str) -> Any:
@@ -222,23 +192,6 @@ def curve(rows: Sequence[JsonObject], column: str, *, label: str, x: str = "step
         low.append(max(mean - deviation, min(window)))
         high.append(min(mean + deviation, max(window)))
     return Curve(label, [points[centre][0] for centre in centres], values, low, high, len(present) - len(points))
-
-
-def reward_by_position(rows: Sequence[JsonObject], *, share: float = 0.1) -> tuple[list[float], list[float]] | None:
-    """Mean reward at each position of the trajectory over the first and over the last ``share`` of the steps.
-
-    A position that some steps lack is averaged over those that have it. ``None`` where the column is absent.
-    """
-    lists = [row["reward_by_position"] for row in rows if isinstance(row.get("reward_by_position"), list)]
-    if not lists:
-        return None
-    count = max(1, int(len(lists) * share))
-    return _mean_by_position(lists[:count]), _mean_by_position(lists[-count:])
-
-
-def _mean_by_position(lists: Sequence[list[Any]]) -> list[float]:
-    columns = [[row[k] for row in lists if k < len(row) and is_finite(row[k])] for k in range(max(map(len, lists)))]
-    return [sum(column) / len(column) for column in columns if column]
 
 
 def evenly_spaced(count: int, maximum: int) -> list[int]:

@@ -1,18 +1,16 @@
-"""Rows of ``decisions.jsonl`` as plain tables, one for each kind, for systems whose decisions are no readings."""
+"""Rows of ``decisions.jsonl`` as plain tables, one for each kind."""
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from preceptor.report.arms import spelled
+from preceptor.report.arms import title_case
 from preceptor.report.curves import evenly_spaced
-from preceptor.report.drawing import number
-from preceptor.report.run_folder import parse_row, read_rows
-from preceptor.report.trajectories import clipped
+from preceptor.report.drawing import clipped, number
+from preceptor.report.run_folder import RunFolder, parse_row, read_rows
+from preceptor.report.sections import Section, Table
 
 MAXIMUM_ROWS = 200
 """Of all tables together."""
@@ -23,22 +21,13 @@ TOKEN_IDS = "token_ids"
 """What columns of numbers end with that only a tokenizer reads."""
 
 
-@dataclass(frozen=True)
-class Decisions:
-    """Some rows of one kind, evenly spaced over the run, and how many there are."""
-
-    kind: str
-    columns: list[str]
-    rows: list[list[str]]
-    num_rows: int
+def decisions_section(run: RunFolder) -> list[Section]:
+    """A section with the run's decisions as tables; none where nothing was recorded."""
+    tables = decision_tables(run.decisions) if run.decisions is not None else []
+    return [Section("What was decided", tables)] if tables else []
 
 
-def are_readings(decisions: Path) -> bool:
-    """Whether the rows are episodes of reading, which the trajectory viewer shows."""
-    return any("reader_spans" in row for _, row in itertools.islice(read_rows(decisions), 1))
-
-
-def decision_tables(decisions: Path) -> list[Decisions]:
+def decision_tables(decisions: Path) -> list[Table]:
     """A table for each ``kind`` of row, or one where rows have none; at most ``MAXIMUM_ROWS`` rows in all, as text.
 
     Raises:
@@ -59,12 +48,18 @@ def decision_tables(decisions: Path) -> list[Decisions]:
             columns = [name for name in names if name != "kind" and not name.endswith(TOKEN_IDS)][:MAXIMUM_COLUMNS]
             rows = [
                 [
-                    _text(spelled(str(row[column])) if column == "arm" and column in row else row.get(column))
+                    _text(title_case(str(row[column])) if column == "arm" and column in row else row.get(column))
                     for column in columns
                 ]
                 for row in chosen
             ]
-            tables.append(Decisions(kind, columns, rows, len(found)))
+            what = "rows" if kind else "decisions"
+            shown = (
+                f"All {len(found)} recorded {what}."
+                if len(rows) == len(found)
+                else f"{len(rows)} of {len(found):,} recorded {what}, evenly spaced over the run."
+            )
+            tables.append(Table(title_case(kind), [title_case(column) for column in columns], rows, note=shown))
     return tables
 
 
@@ -87,5 +82,5 @@ def _words(value: object) -> str:
     if isinstance(value, list) and not any(isinstance(entry, list | dict) for entry in value):
         return ", ".join(_words(entry) for entry in value)
     if isinstance(value, Mapping):
-        return "; ".join(f"{spelled(key)} {_words(entry)}" for key, entry in value.items())
+        return "; ".join(f"{title_case(key)} {_words(entry)}" for key, entry in value.items())
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -10,17 +10,17 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preceptor.errors import StorageError
-from preceptor.report.arms import COUNTS, LEARNED, Arms, spelled
-from preceptor.report.charts import declared_charts, matrices, series_panels
+from preceptor.report.arms import COUNTS, LEARNED, Arms, title_case
 from preceptor.report.comparison import contrasts, durations, group_labels
-from preceptor.report.curves import other_charts, panels, reward_by_position, standard_charts
-from preceptor.report.decisions import are_readings, decision_tables
+from preceptor.report.curves import other_lines, panels, series_panel
+from preceptor.report.decisions import decisions_section
 from preceptor.report.drawing import (
     BOTTOM,
     HEIGHT,
@@ -28,16 +28,29 @@ from preceptor.report.drawing import (
     RIGHT,
     TOP,
     WIDTH,
+    LineChart,
     arm_chart,
+    clipped,
     interval_text,
     line_chart,
     number,
-    position_chart,
+    unique_name,
 )
-from preceptor.report.edits import edit_maps
-from preceptor.report.prompts import prompt_matrices
+from preceptor.report.matrix import ShadedTable, shaded_table
 from preceptor.report.run_folder import RunFolder, is_finite, read_run
-from preceptor.report.trajectories import Selection, clipped, select_episodes
+from preceptor.report.sections import (
+    GENERAL_LINES,
+    Episodes,
+    Lines,
+    Matrix,
+    Passages,
+    Section,
+    Series,
+    Squares,
+    Table,
+    declared_figures,
+)
+from preceptor.report.squares import SquareChart, square_chart
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -47,14 +60,38 @@ PLOT = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, 
 """Of a curve panel: its size, and where in it the axes are."""
 
 
-def build_report(run_dir: Path) -> Path:
+Sections = Callable[[RunFolder], list[Section]]
+"""What a system shows of a run."""
+
+
+@dataclass(frozen=True)
+class DrawnSection:
+    """A section as the template takes it, its figures by kind."""
+
+    title: str
+    lead: str
+    anchor: str
+    charts: list[LineChart] = field(default_factory=list)
+    squares: list[SquareChart] = field(default_factory=list)
+    matrices: list[ShadedTable] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    passages: list[Passages] = field(default_factory=list)
+    episodes: Episodes | None = None
+    more: list[LineChart] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+def build_report(run_dir: Path, sections: Sections | None = None) -> Path:
     """Write ``run_dir / "report.html"`` from the files of the run folder and return its path.
 
-    What the run folder lacks is left out and the page says so. Raises :class:`DataError` for a malformed file and
-    :class:`StorageError` when the page cannot be written; an older page is replaced only by a complete one.
+    ``sections`` are what the run's system shows; without them the page has curves and decisions. What the run folder
+    lacks is left out and the page says so. Raises :class:`DataError` for a malformed file and :class:`StorageError`
+    when the page cannot be written; an older page is replaced only by a complete one.
     """
     run_dir = Path(run_dir)
-    page = render(read_run(run_dir)).replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", errors="replace")
+    page = (
+        render(read_run(run_dir), sections).replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", errors="replace")
+    )
     target = run_dir / "report.html"
     temporary = target.with_suffix(".html.tmp")
     try:
@@ -66,7 +103,72 @@ def build_report(run_dir: Path) -> Path:
     return target
 
 
-def render(run: RunFolder) -> str:
+def drawn_sections(run: RunFolder, sections: Sections | None = None) -> list[DrawnSection]:
+    """Every section of a run's page: the figures that its result declares, then the system's sections.
+
+    The last section with curves also shows every other column of numbers, folded, and says which curves have no data.
+    """
+    declared = declared_figures((run.result or {}).get("charts", []))
+    own = (
+        [Section("Over the seeds" if run.comparison else "What happened", declared, lead=_lead(run))]
+        if declared
+        else []
+    )
+    if run.comparison is None:
+        own += sections(run) if sections else [Section("Training", GENERAL_LINES), *decisions_section(run)]
+    lines = [figure for section in own for figure in section.figures if isinstance(figure, Lines)]
+    taken: set[str] = set()
+    names: set[str] = set()
+    drawn = [_drawn(section, number, run, taken, names) for number, section in enumerate(own)]
+    with_curves = [d for d, s in zip(drawn, own, strict=True) if any(isinstance(f, Lines) for f in s.figures)]
+    others = panels(run.metrics, other_lines(run.metrics, lines))[0]
+    if with_curves:
+        with_curves[-1].more.extend(line_chart(panel, unique_name(panel.title, names)) for panel in others)
+    return [section for section in drawn if _has_content(section)]
+
+
+def _drawn(section: Section, place: int, run: RunFolder, taken: set[str], names: set[str]) -> DrawnSection:
+    drawn = DrawnSection(section.title, section.lead, f"section-{place}")
+    for figure in section.figures:
+        match figure:
+            case Lines():
+                # A column that an earlier figure draws is not drawn twice.
+                if taken.isdisjoint(figure.columns):
+                    found, left_out = panels(run.metrics, [figure])
+                    drawn.charts.extend(line_chart(panel, unique_name(panel.title, names)) for panel in found)
+                    drawn.left_out.extend(left_out)
+                    taken |= set(figure.columns)
+            case Series():
+                if (panel := series_panel(figure)) is not None:
+                    drawn.charts.append(line_chart(panel, unique_name(panel.title, names)))
+            case Squares():
+                drawn.squares.append(square_chart(figure))
+            case Matrix():
+                drawn.matrices.append(shaded_table(figure))
+            case Table():
+                drawn.tables.append(figure)
+            case Passages():
+                drawn.passages.append(figure)
+            case Episodes():
+                drawn = replace(drawn, episodes=figure)
+    return drawn
+
+
+def _has_content(section: DrawnSection) -> bool:
+    figures = (section.charts, section.squares, section.matrices, section.tables, section.passages, section.more)
+    return any(figures) or section.episodes is not None or bool(section.left_out)
+
+
+def _lead(run: RunFolder) -> str:
+    if not run.comparison:
+        return ""
+    return (
+        "Lines are means over the runs, each smoothed over a twentieth of its length; bands go from the lowest run to "
+        "the highest."
+    )
+
+
+def render(run: RunFolder, sections: Sections | None = None) -> str:
     """The page of a run as HTML."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -82,68 +184,48 @@ def render(run: RunFolder) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number_or_word, "spelled": spelled, "shade": shade}
+    environment.filters |= {"number": _number_or_word, "title_case": title_case, "shade": shade}
     environment.filters |= {"clipped": clipped, "breadth": breadth}
-    result, system = run.result or {}, str((run.result or run.manifest).get("system", "reading"))
-    figures = result.get("charts", [])
-    declared, standard = declared_charts(figures), list(standard_charts(system))
-    own = [line_chart(panel) for panel in (*panels(run.metrics, declared)[0], *series_panels(figures))]
-    taken = {column for chart in declared for column, _ in chart.columns}
-    standard = [chart for chart in standard if taken.isdisjoint(column for column, _ in chart.columns)]
-    drawn, left_out = panels(run.metrics, standard)
-    if (positions := reward_by_position(run.metrics)) is not None:
-        drawn.append(position_chart(positions))
-    charts = [line_chart(panel) for panel in drawn]
-    others = panels(run.metrics, other_charts(run.metrics, [*declared, *standard]))[0]
-    more = [line_chart(panel) for panel in others]
+    result = run.result or {}
+    drawn = drawn_sections(run, sections)
+    charts = [chart for section in drawn for chart in (*section.charts, *section.more)]
+    viewed = next((section.episodes for section in drawn if section.episodes is not None), Episodes([], 0, {}))
     arms = Arms.of(run.result)
     drawn_metrics = [metric for metric in arms.metrics if metric not in COUNTS]
     short = [metric for metric in drawn_metrics if arms.base_name(metric) in arms.table] or drawn_metrics
-    readings = run.decisions is None or are_readings(run.decisions)
-    selection = select_episodes(run.decisions, run.articles) if run.decisions and readings else Selection([], 0, {})
-    decisions = None if readings else run.decisions
     run_config = result.get("config") or run.manifest.get("config") or {}
-    maps, sizes = edit_maps(decisions, run_config) if decisions else ([], [])
     labels = group_labels(run.comparison or {})
     return environment.get_template("report.html.j2").render(
         policy=content_security_policy(style, script),
         style=Markup(style),  # this and the script are files of the package
         script=Markup(script),
         title=run.path.resolve().name,
-        system=system,
         result=result,
+        about=list(about(run)),
         headline=list(headline(run)),
         comparison=run.comparison,
         contrasts=contrasts(run.comparison) if run.comparison else [],
         durations=durations(run.seconds, labels),
         arms=arms_rows(arms),
-        metrics=[(spelled(metric), arms.unit(metric)) for metric in arms.metrics],
+        metrics=[(title_case(metric), arms.unit(metric)) for metric in arms.metrics],
         arm_charts=[arm_chart(arms, metric) for metric in drawn_metrics if metric in short],
         more_arm_charts=[arm_chart(arms, metric) for metric in drawn_metrics if metric not in short],
         intervals=any(e["low"] is not None for metrics in arms.estimates.values() for e in metrics.values()),
-        taught=[spelled(arm) for arm in arms.estimates if arm in arms.taught],
-        baseline=spelled(arms.baseline) if arms.has_interval(arms.baseline) else None,
-        oracles=[spelled(arm) for arm in arms.estimates if arm in arms.oracles],
-        own_charts=own,
-        matrices=[*matrices(figures), *sizes, *(prompt_matrices(decisions) if decisions else [])],
-        edit_maps=maps,
-        charts=charts,
-        more_charts=more,
-        left_out=left_out if system == "reading" and run.comparison is None else [],
-        decisions=decision_tables(decisions) if decisions else [],
-        viewer=run.comparison is None and (bool(selection.episodes) or system == "reading"),
-        selection=selection,
-        first=first_episode(selection),
+        taught=[title_case(arm) for arm in arms.estimates if arm in arms.taught],
+        baseline=title_case(arms.baseline) if arms.has_interval(arms.baseline) else None,
+        oracles=[title_case(arm) for arm in arms.estimates if arm in arms.oracles],
+        sections=drawn,
+        first=first_episode(viewed),
         facts=list(flattened({key: value for key, value in run.manifest.items() if key != "config"})),
         config=run.config or as_lines(run_config),
         plot=PLOT,
         data=embedded_json(
             {
                 "plot": PLOT,
-                "charts": {chart.name: chart.data for chart in (*own, *charts, *more)},
-                "episodes": selection.episodes,
-                "articles": selection.articles,
-                "first": selection.episodes.index(first_episode(selection)) if selection.episodes else 0,
+                "charts": {chart.name: chart.data for chart in charts},
+                "episodes": viewed.episodes,
+                "articles": viewed.articles,
+                "first": viewed.episodes.index(first_episode(viewed)) if viewed.episodes else 0,
             }
         ),
     )
@@ -175,17 +257,35 @@ def content_security_policy(style: str, script: str) -> str:
     )
 
 
+def about(run: RunFolder) -> Iterator[str]:
+    """What a run is about, for the line above its name: preset, model, article, name and tags where they say more."""
+    config = (run.result or {}).get("config") or run.manifest.get("config") or {}
+    if preset := run.manifest.get("preset"):
+        yield f"preset {preset}"
+    model = config.get("model")
+    if isinstance(model, Mapping) and model.get("name"):
+        yield f"model {clipped(model['name'], 80)}"
+    data = config.get("data")
+    if isinstance(data, Mapping) and "article" in data and run.comparison is None:
+        titles = [str(article.get("title") or name) for name, article in run.articles.items()]
+        yield clipped(", ".join(titles[:3]) + (f" and {len(titles) - 3} more" if len(titles) > 3 else ""), 120)
+    name = run.manifest.get("name")
+    if name and name != run.path.resolve().name:
+        yield clipped(name, 80)
+    yield from (f"#{clipped(tag, 40)}" for tag in run.manifest.get("tags") or [])
+
+
 def headline(run: RunFolder) -> Iterator[tuple[str, str, str]]:
     """The figures at the top of the page: (what, how much, between what)."""
     for split, gap in ((run.result or {}).get("gap_closed") or {}).items():
-        what = f"gap closed, {spelled(split)}"
+        what = f"gap closed, {title_case(split)}"
         if not is_finite(gap.get("mean")):
             yield what, "\N{EN DASH}", str(gap.get("reason") or "undefined")
             continue
         interval = "no interval"
         if gap.get("low") is not None:
             interval = f"{100 * gap['low']:.0f} to {100 * gap['high']:.0f} %".replace("-", "\N{MINUS SIGN}")
-        against = f", to the {spelled(str(gap['oracle']))}" if gap.get("oracle") else ""
+        against = f", to the {title_case(str(gap['oracle']))}" if gap.get("oracle") else ""
         yield what, f"{100 * gap['mean']:.0f} %".replace("-", "\N{MINUS SIGN}"), interval + against
     if run.comparison:
         compared = run.comparison.get("comparisons", [])
@@ -204,15 +304,15 @@ def arms_rows(arms: Arms) -> list[tuple[str, list[str]]]:
     metrics = arms.metrics
     ranked = arms.ordered(metrics[0]) if metrics else []
     return [
-        (spelled(arm), [_cell(arms.estimates[arm].get(metric), count=metric in COUNTS) for metric in metrics])
+        (title_case(arm), [_cell(arms.estimates[arm].get(metric), count=metric in COUNTS) for metric in metrics])
         for arm in [*ranked, *(arm for arm in arms.estimates if arm not in ranked)]
     ]
 
 
-def first_episode(selection: Selection) -> dict[str, Any]:
-    """The episode that the page opens with: the last one of the learned arm, or of the first arm there is."""
-    learned = [episode for episode in selection.episodes if episode["arm"] == LEARNED]
-    return (learned or selection.episodes or [{}])[-1]
+def first_episode(viewed: Episodes) -> dict[str, Any]:
+    """The episode that the page opens with: the last one of the learned policy, or of the first method there is."""
+    learned = [episode for episode in viewed.episodes if episode["arm"] == LEARNED]
+    return dict((learned or [*viewed.episodes] or [{}])[-1])
 
 
 def flattened(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -226,7 +326,7 @@ def flattened(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
         if isinstance(entry, Mapping):
             yield from flattened(entry, f"{name}: ")
         elif isinstance(entry, list) and all(isinstance(part, str | int | float) for part in entry):
-            yield name, clipped(", ".join(spelled(str(part)) for part in entry) or "none", 500)
+            yield name, clipped(", ".join(title_case(str(part)) for part in entry) or "none", 500)
         else:
             words = {None: "unknown", True: "yes", False: "no"} if entry is None or isinstance(entry, bool) else {}
             text = words.get(entry) or (entry if isinstance(entry, str) else json.dumps(entry))

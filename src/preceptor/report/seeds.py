@@ -3,54 +3,75 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from preceptor.report.charts import declared_charts, series_panels
-from preceptor.report.curves import MACHINE, MAXIMUM_POINTS, Chart, Curve, evenly_spaced, panels, standard_charts
-from preceptor.report.run_folder import JsonObject, is_finite, read_run
+from preceptor.report.curves import MAXIMUM_POINTS, Curve, Panel, evenly_spaced, panels, series_panel
+from preceptor.report.run_folder import JsonObject, RunFolder, is_finite, read_run
+from preceptor.report.sections import GENERAL_LINES, Lines, Matrix, Section, Series, declared_figures
 
 MAXIMUM_LINES = 16
 """Of a chart; a comparison of many groups would draw more than can be told apart."""
 
 
-def merged_charts(runs: Iterable[tuple[str, Path]]) -> list[JsonObject]:
+def merged_charts(
+    runs: Iterable[tuple[str, Path]], sections: Callable[[RunFolder], list[Section]] | None = None
+) -> list[JsonObject]:
     """The charts of finished ``runs`` as those of one, in the form that ``result.json`` holds them.
 
     What measures the machine (speed, memory) is left out, so that the same runs give the same charts.
 
     Args:
         runs: (label of its group, folder); curves of different groups stay apart.
+        sections: of the system, which name its curves.
 
     Raises:
         DataError: a folder that is no run, or a malformed file in it.
     """
-    charts: dict[str, Chart] = {}
+    drawn: dict[str, Panel] = {}
     curves: dict[str, dict[str, list[Curve]]] = {}
-    tables: dict[str, list[JsonObject]] = {}
+    matrices: dict[str, list[Matrix]] = {}
     for label, folder in runs:
         run = read_run(folder)
-        own = (run.result or {}).get("charts", [])
-        declared = declared_charts(own)
-        taken = {column for chart in declared for column, _ in chart.columns}
-        standard = [
-            chart
-            for chart in standard_charts(str((run.result or run.manifest).get("system")))
-            if chart.name not in MACHINE and taken.isdisjoint(column for column, _ in chart.columns)
-        ]
-        for panel in (*panels(run.metrics, declared)[0], *series_panels(own), *panels(run.metrics, standard)[0]):
-            charts.setdefault(panel.chart.title, panel.chart)
-            of_chart = curves.setdefault(panel.chart.title, {})
-            for drawn in (*panel.curves, *panel.bounds):
-                of_chart.setdefault(f"{drawn.label} ({label})" if label else drawn.label, []).append(drawn)
-        for chart in own:
-            if chart.get("kind") == "matrix":
-                tables.setdefault(f"{chart['title']}: {label}" if label else str(chart["title"]), []).append(chart)
-    series = [_series(charts[title], dict(list(lines.items())[:MAXIMUM_LINES])) for title, lines in curves.items()]
-    return [*series, *(_mean_matrix(title, found) for title, found in tables.items())]
+        declared = declared_figures((run.result or {}).get("charts", []))
+        for panel in _panels(run, declared, sections):
+            drawn.setdefault(panel.title, panel)
+            of_panel = curves.setdefault(panel.title, {})
+            for curve in (*panel.curves, *panel.bounds):
+                of_panel.setdefault(f"{curve.label} ({label})" if label else curve.label, []).append(curve)
+        for matrix in (figure for figure in declared if isinstance(figure, Matrix)):
+            matrices.setdefault(f"{matrix.title}: {label}" if label else matrix.title, []).append(matrix)
+    series = [_series(drawn[title], dict(list(lines.items())[:MAXIMUM_LINES])) for title, lines in curves.items()]
+    return [*series, *(_mean_matrix(title, found) for title, found in matrices.items())]
 
 
-def _series(chart: Chart, lines: dict[str, list[Curve]]) -> JsonObject:
+def _panels(
+    run: RunFolder,
+    declared: Sequence[Lines | Series | Matrix],
+    sections: Callable[[RunFolder], list[Section]] | None,
+) -> list[Panel]:
+    """The curves that the result declares, then those of the system's sections that show no column a second time."""
+    lines = [figure for figure in declared if isinstance(figure, Lines)]
+    taken = {column for own in lines for column in own.columns}
+    named = [
+        figure
+        for section in (sections(run) if sections else [Section("", GENERAL_LINES)])
+        for figure in section.figures
+    ]
+    further = [
+        figure
+        for figure in named
+        if isinstance(figure, Lines) and not figure.about_the_machine and taken.isdisjoint(figure.columns)
+    ]
+    series = [series_panel(figure) for figure in declared if isinstance(figure, Series)]
+    return [
+        *panels(run.metrics, lines)[0],
+        *(panel for panel in series if panel is not None),
+        *panels(run.metrics, further)[0],
+    ]
+
+
+def _series(panel: Panel, lines: dict[str, list[Curve]]) -> JsonObject:
     steps = sorted({step for found in lines.values() for curve in found for step in curve.steps})
     grid = [steps[k] for k in evenly_spaced(len(steps), MAXIMUM_POINTS)]
     drawn: dict[str, list[float | None]] = {}
@@ -61,9 +82,9 @@ def _series(chart: Chart, lines: dict[str, list[Curve]]) -> JsonObject:
         bands[label] = [[choose(values) if values else None for values in at] for choose in (min, max)]
     return {
         "kind": "series",
-        "title": chart.title,
-        "unit": chart.unit,
-        "x_label": chart.x_label,
+        "title": panel.title,
+        "unit": panel.unit,
+        "x_label": panel.x_label,
         "x": grid,
         "lines": drawn,
         "bands": bands,
@@ -86,20 +107,27 @@ def interpolated(curve: Curve, step: float) -> float | None:
     return (1 - share) * curve.values[right - 1] + share * curve.values[right]
 
 
-def _mean_matrix(title: str, found: Sequence[JsonObject]) -> JsonObject:
+def _mean_matrix(title: str, found: Sequence[Matrix]) -> JsonObject:
     """Cell by cell over the runs that have the same rows and columns as the first; a cell that one lacks is lacking."""
     first = found[0]
-    same = [chart for chart in found if (chart["rows"], chart["columns"]) == (first["rows"], first["columns"])]
+    same = [matrix for matrix in found if (matrix.rows, matrix.columns) == (first.rows, first.columns)]
     values = [
         [
             sum(cells) / len(cells) if all(map(is_finite, cells)) else None
-            for cells in zip(*(chart["values"][row] for chart in same), strict=True)
+            for cells in zip(*(matrix.values[row] for matrix in same), strict=True)
         ]
-        for row in range(len(first["rows"]))
+        for row in range(len(first.rows))
     ]
     mean = f", mean of {len(same)} runs" if len(same) > 1 else ""
-    low, high = (
-        choose(chart[end] for chart in same) if all(is_finite(chart.get(end)) for chart in same) else None
-        for end, choose in (("low", min), ("high", max))
-    )
-    return {**first, "title": f"{title}{mean}", "values": values, "low": low, "high": high}
+    lows = [matrix.low for matrix in same if is_finite(matrix.low)]
+    highs = [matrix.high for matrix in same if is_finite(matrix.high)]
+    return {
+        "kind": "matrix",
+        "title": f"{title}{mean}",
+        "unit": first.unit,
+        "rows": first.rows,
+        "columns": first.columns,
+        "values": values,
+        "low": min(lows) if len(lows) == len(same) else None,
+        "high": max(highs) if len(highs) == len(same) else None,
+    }

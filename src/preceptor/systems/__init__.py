@@ -1,45 +1,50 @@
-"""The systems that Preceptor can run, by name. Each is a package with ``config.py`` (no torch) and ``train.py``.
+"""The systems that Preceptor can run, by name: its own, and those that other packages name as entry points.
 
-``config.py`` holds the frozen dataclass named here, with ``seed`` and ``save_every`` (steps) among its keys, and may
-hold ``FLAGS``, which gives keys an option of their own on the command line: ``{"article": "data.article"}`` makes
-``--article``. ``train.py`` holds ``train(config, run, **needs) -> dict``, which gives what ``result.json`` says, and
-``STREAMS``, the names of the random streams that it draws from. Presets lie in ``preceptor/presets/<name>/``.
+Each package here defines a ``SYSTEM``; it is imported when it is asked for.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import importlib
+from functools import cache
+from importlib.metadata import entry_points
 
+from preceptor.errors import ConfigError, did_you_mean
+from preceptor.systems.base import System
 
-class SystemInfo(NamedTuple):
-    """Where a system is found and what it is about."""
+GROUP = "preceptor.systems"
+"""Entry-point group in which other packages name their systems."""
 
-    module: str  # package with the modules `config` and `train`
-    config: str  # class in `config`
-    description: str  # one line
-    needs: tuple[str, ...] = ()  # what `train` takes from the environment: `cache_dir`, `openai_api_key`
-
-
-SYSTEMS: dict[str, SystemInfo] = {
-    "reading": SystemInfo(
-        "preceptor.systems.reading",
-        "ReadingConfig",
-        "a language model learns in which order to read an article",
-        needs=("cache_dir", "openai_api_key"),
-    ),
-    "bandit": SystemInfo(
-        "preceptor.systems.bandit",
-        "BanditConfig",
-        "a language model decides by words, and what it learned crosses contexts or does not",
-    ),
-    "curriculum": SystemInfo(
-        "preceptor.systems.curriculum",
-        "CurriculumConfig",
-        "a language model learns by PPO on datasets mixed by what it can learn next",
-    ),
-    "surgery": SystemInfo(
-        "preceptor.systems.surgery",
-        "SurgeryConfig",
-        "a language model learns to speak by reinforcement, a surgeon edits its attention",
-    ),
+OWN = {
+    "reading": "preceptor.systems.reading:SYSTEM",
+    "bandit": "preceptor.systems.bandit:SYSTEM",
+    "curriculum": "preceptor.systems.curriculum:SYSTEM",
+    "surgery": "preceptor.systems.surgery:SYSTEM",
+    "pretrain": "preceptor.pretraining:SYSTEM",
 }
+
+
+@cache
+def known_systems() -> dict[str, str]:
+    """Where the system of each name is found (``"package.module:SYSTEM"``); nothing is imported."""
+    # Preceptor's own names come first and cannot be taken over.
+    return OWN | {point.name: point.value for point in entry_points(group=GROUP) if point.name not in OWN}
+
+
+def find_system(name: str) -> System:
+    """The system called ``name``.
+
+    Raises ``ConfigError`` with the nearest name that there is, or for an entry point that names no such system.
+    """
+    targets = known_systems()
+    if name not in targets:
+        hint = did_you_mean(name[:100], targets) or f"; there are {', '.join(targets)}"
+        raise ConfigError(f"unknown system {name[:100]!r}{hint}")
+    module, _, attribute = targets[name].partition(":")
+    try:
+        system = getattr(importlib.import_module(module), attribute or "SYSTEM")
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"system {name!r} cannot be imported from {targets[name]}: {error}") from error
+    if not isinstance(system, System) or system.name != name:
+        raise ConfigError(f"{targets[name]} must be a System called {name!r}, got {system!r:.80}")
+    return system

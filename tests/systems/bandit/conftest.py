@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.tokenizer import train_bpe_tokenizer
 
 TEXTS = ["Pick red or blue: red. Pick blue or red: blue."] * 20

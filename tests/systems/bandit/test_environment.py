@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from preceptor.systems.bandit.environment import Bandit
+from preceptor.systems.bandit.environment import Bandit, sample_tables
 
 BEANS = Bandit("beans", ("bean", "chickpea"), "bernoulli", 10.0, (0.75, 0.25))
 
@@ -38,3 +38,12 @@ def test_dealing_anew_moves_what_the_words_pay_and_not_the_words() -> None:
 def test_the_same_seed_draws_the_same_table() -> None:
     assert torch.equal(BEANS.rewards(50, generator(3)), BEANS.rewards(50, generator(3)))
     assert not torch.equal(BEANS.rewards(50, generator(3)), BEANS.rewards(50, generator(4)))
+
+
+def test_which_word_pays_is_dealt_anew() -> None:
+    tables = sample_tables(BEANS, num_episodes=2000, num_rounds=3, generator=generator())
+    first_is_best = (tables.expected[:, 0] == 7.5).double().mean().item()
+    assert first_is_best == pytest.approx(0.5, abs=0.034)  # three standard deviations
+    means = tables.rewards.mean(1)
+    best = means.gather(1, tables.expected.argmax(1, keepdim=True)).mean().item()
+    assert best == pytest.approx(7.5, abs=0.17)

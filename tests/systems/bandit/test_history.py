@@ -1,19 +1,18 @@
 from __future__ import annotations
 
-import pytest
 import torch
 
-from preceptor.lm.language_model import LanguageModel
-from preceptor.systems.bandit.environment import Bandit
-from preceptor.systems.bandit.history import Episodes, Tables, paid, play, sample_tables
+from preceptor.lm.model import LanguageModel
+from preceptor.systems.bandit.environment import Bandit, EpisodeTables, sample_tables
+from preceptor.systems.bandit.history import Episodes, play, round_text
 from preceptor.systems.bandit.policy import Vocabulary, decide
 from preceptor.systems.bandit.prompts import prompts_for
 
 BANDIT = Bandit("b", ("green", "brown"), "bernoulli", 10.0, (0.75, 0.25))
 
 
-def episodes(lm: LanguageModel, *, count: int = 6, rounds: int = 4, seed: int = 0) -> tuple[Episodes, Tables]:
-    tables = sample_tables(BANDIT, episodes=count, rounds=rounds, generator=torch.Generator().manual_seed(seed))
+def episodes(lm: LanguageModel, *, count: int = 6, rounds: int = 4, seed: int = 0) -> tuple[Episodes, EpisodeTables]:
+    tables = sample_tables(BANDIT, num_episodes=count, num_rounds=rounds, generator=torch.Generator().manual_seed(seed))
     prompts = prompts_for(BANDIT.words, ["Pick {options}:", "{options}?", "Take {options}, say"])[:count]
     options = Vocabulary(lm, BANDIT.words).options(BANDIT.words)
     return play(lm, prompts, options, tables, torch.Generator().manual_seed(seed)), tables
@@ -27,26 +26,17 @@ def test_acting_on_the_cache_is_scoring_the_text(lm: LanguageModel) -> None:
     assert played.log_probs.exp().min() < 0.95  # something was chosen that need not have been
 
 
-def test_the_text_says_what_was_chosen_and_paid(lm: LanguageModel) -> None:
+def test_the_text_says_what_was_chosen_and_round_text(lm: LanguageModel) -> None:
     played, tables = episodes(lm)
     for number, context in enumerate(played.contexts):
         text = lm.decode(context.tokens)
         expected = "".join(
-            paid(BANDIT.words[arm], float(tables.rewards[number, at, arm]))
+            round_text(BANDIT.words[arm], float(tables.rewards[number, at, arm]))
             for at, arm in enumerate(played.actions[number].tolist())
         )
         assert text.endswith(expected)
         assert len(context.choices) == 4
     assert torch.equal(played.rewards, tables.rewards.gather(2, played.actions[..., None])[..., 0])
-
-
-def test_which_word_pays_is_dealt_anew() -> None:
-    tables = sample_tables(BANDIT, episodes=2000, rounds=3, generator=torch.Generator().manual_seed(0))
-    first_is_best = (tables.expected[:, 0] == 7.5).double().mean().item()
-    assert first_is_best == pytest.approx(0.5, abs=0.034)  # three standard deviations
-    means = tables.rewards.mean(1)
-    best = means.gather(1, tables.expected.argmax(1, keepdim=True)).mean().item()
-    assert best == pytest.approx(7.5, abs=0.17)
 
 
 def test_regret_by_hand() -> None:
@@ -58,11 +48,11 @@ def test_regret_by_hand() -> None:
         expected=torch.tensor([[7.5, 2.5], [2.5, 7.5]]),
     )
     assert played.regret.tolist() == [[0.0, 5.0], [0.0, 0.0]]
-    assert played.optimal.tolist() == [[True, False], [True, True]]
+    assert played.is_optimal.tolist() == [[True, False], [True, True]]
 
 
 def test_how_a_reward_is_written() -> None:
-    assert paid("rice", 10.0) == " rice 10."
-    assert paid("rice", 0.0) == " rice 0."
-    assert paid("rice", 1.26) == " rice 1.3."
-    assert paid("rice", -0.04) == " rice -0."
+    assert round_text("rice", 10.0) == " rice 10."
+    assert round_text("rice", 0.0) == " rice 0."
+    assert round_text("rice", 1.26) == " rice 1.3."
+    assert round_text("rice", -0.04) == " rice -0."

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from preceptor.errors import ConfigError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.bandit.policy import Context, Vocabulary, decide
 from preceptor.systems.bandit.prompts import prompts_for
 
@@ -38,10 +38,10 @@ def test_probabilities_are_those_of_each_option_encoded_alone(lm: LanguageModel,
         vocabulary.context(lm, prompt) for prompt in prompts_for(words, ["Pick {options}:", "{options}? I say"])
     ]
     decision = decide(lm, contexts)
-    for context, log_probs, mass in zip(contexts, decision.log_probs, decision.mass, strict=True):
+    for context, log_probs, p_candidates in zip(contexts, decision.log_probs, decision.p_candidates, strict=True):
         scores = slow(lm, context.tokens, context.choices[0][1])
         torch.testing.assert_close(log_probs, scores.log_softmax(0), atol=1e-5, rtol=0)
-        torch.testing.assert_close(mass, scores.exp().sum().detach(), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(p_candidates, scores.exp().sum().detach(), atol=1e-6, rtol=1e-5)
         assert float(log_probs.detach().exp().sum()) == pytest.approx(1, abs=1e-6)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from preceptor.systems.bandit.result import bandit_result, word_scores
+from preceptor.systems.bandit.result import result, word_scores
 
 SCORES = {"bean": 1.0, "chickpea": -4.0, "lentil": 2.5, "rice": 0.5}
 
@@ -63,20 +63,20 @@ def test_what_no_score_explains_is_not_explained() -> None:
 
 
 def test_several_runs_are_merged_and_a_claim_needs_seeds() -> None:
-    result = bandit_result(records(6), config={}, seeds=range(6))
-    (comparison,) = [c for c in result["comparisons"] if c["metric"] == "best_word"]
+    merged = result(records(6), config={}, seeds=range(6))
+    (comparison,) = [c for c in merged["comparisons"] if c["metric"] == "best_word"]
     assert comparison["num_seeds"] == 6
     assert comparison["mean"] == pytest.approx(0.99 - 0.0025 - 0.5)
-    assert "learned is 0.488 probability above pretrained in best word" in result["verdict"]
-    assert "winner 100 % (100 to 100)" in result["verdict"]
-    assert "winner explains most" in result["verdict"]
-    assert "lentil +2.5, bean +1.0, rice +0.5, chickpea -4.0 nats" in result["verdict"]
-    few = bandit_result(records(2), config={}, seeds=range(2))
+    assert "learned is 0.488 probability above pretrained in best word" in merged["verdict"]
+    assert "winner 100 % (100 to 100)" in merged["verdict"]
+    assert "winner explains most" in merged["verdict"]
+    assert "lentil +2.5, bean +1.0, rice +0.5, chickpea -4.0 nats" in merged["verdict"]
+    few = result(records(2), config={}, seeds=range(2))
     assert "no difference can be claimed" in few["verdict"]
 
 
 def test_bandits_are_averaged_within_a_seed_so_that_intervals_are_over_seeds() -> None:
-    reward = bandit_result(records(4), config={}, seeds=range(4))["arms"]["learned"]["reward"]
-    paired = bandit_result(records(4), config={}, seeds=range(4))["paired_records"]
+    reward = result(records(4), config={}, seeds=range(4))["arms"]["learned"]["reward"]
+    paired = result(records(4), config={}, seeds=range(4))["paired_records"]
     assert [r["reward"] for r in paired if r["arm"] == "learned"] == [pytest.approx(3.85)] * 4
     assert (reward["mean"], reward["low"], reward["high"], reward["n"]) == (pytest.approx(3.85), 3.85, 3.85, 4)

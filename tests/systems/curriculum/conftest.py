@@ -9,10 +9,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from preceptor.lm.language_model import LanguageModel
+from preceptor.cli import main
 from preceptor.lm.load import load_language_model
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.tokenizer import train_bpe_tokenizer
-from preceptor.systems.curriculum.texts import builtin_documents
+from preceptor.systems.curriculum.environment import Corpus, builtin_documents, read_corpora
+from tests.systems.curriculum.made import CONFIG
+from tests.systems.curriculum.small import arguments
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +54,17 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tiny_folder: Path) -> LanguageModel:
     """The model of ``tiny_folder``, freshly loaded: a test may change it."""
     return load_language_model(str(tiny_folder), device=torch.device("cpu"))
+
+
+@pytest.fixture
+def corpora(tiny: LanguageModel) -> list[Corpus]:
+    """The datasets of the small run."""
+    return read_corpora(CONFIG.data, tiny)
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert main(arguments(tiny_folder, folder)) == 0
+    return folder

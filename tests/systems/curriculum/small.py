@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from preceptor.systems.base import Services
+
 STEPS = 4
 SETTINGS = (
     "data.datasets=[{name: dialogue, location: 'builtin:dialogue'}, "
@@ -34,7 +36,8 @@ SETTINGS = (
     "controls.static_grid=none",
     "save_every=1",
 )
-ARMS = ("learning_progress+ppo", "frozen_policy", "learning_progress", "uniform")
+METHODS = ("learning_progress+ppo", "frozen_policy", "learning_progress", "uniform")
+SERVICES = Services(cache_dir=Path("cache"))  # the system takes nothing from it
 TIMING = {"seconds", "tokens_per_second", "peak_memory_mib"}
 
 
@@ -49,3 +52,9 @@ def rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a log, without what depends on the clock."""
     parsed = [json.loads(line) for line in path.read_text().splitlines()]
     return [{name: value for name, value in row.items() if name not in TIMING} for row in parsed]
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    """``result.json`` of a run."""
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return result

@@ -11,8 +11,7 @@ from preceptor.config import load_config, schema
 from preceptor.errors import ConfigError
 from preceptor.objectives.mixture import MIXTURE_RULES
 from preceptor.systems.curriculum import config
-from preceptor.systems.curriculum.choices import FIXED_RULES, RULES
-from preceptor.systems.curriculum.config import CHOICES, FLAGS, CurriculumConfig
+from preceptor.systems.curriculum.config import CHOICES, FIXED_RULES, FLAGS, RULES, CurriculumConfig
 
 PRESETS = importlib.resources.files("preceptor") / "presets" / "curriculum"
 
@@ -57,7 +56,7 @@ def test_the_rules_are_those_of_the_objectives() -> None:
     [
         ("update.steps=0", "`update.steps` must be at least 1, got 0"),
         ("update.learning_rate=.inf", "must be at least 0 and finite, got inf"),
-        ("ppo.temperature=0", "`ppo.temperature` must be above 0, got 0.0"),
+        ("ppo.temperature=0", "`ppo.temperature` must be above 0, got 0"),
         ("ppo.temperature=.inf", "`ppo.temperature` must be above 0 and finite, got inf"),
         ("ppo.gae_lambda=1.5", "`ppo.gae_lambda` must lie in [0, 1], got 1.5"),
         ("ppo.clip_epsilon_low=1", "`ppo.clip_epsilon_low` must lie in (0, 1), got 1"),

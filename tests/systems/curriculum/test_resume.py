@@ -1,4 +1,4 @@
-"""A run that was stopped anywhere goes on as if nothing had been: within an arm, between two, before the result."""
+"""A run that was stopped anywhere goes on as if nothing had been: within a method, between two, before the result."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ import torch
 from torch import Tensor
 
 from preceptor.cli import main
-from preceptor.run.checkpoint import Checkpoint
-from preceptor.run.folder import Run
-from preceptor.run.guard import NonFiniteGuard
-from preceptor.systems.curriculum.learner import Learner, copy_tensors
-from tests.systems.curriculum.small import ARMS, STEPS, arguments, rows
+from preceptor.runs.folder import Run
+from preceptor.runs.state import Stateful, copy_tensors
+from preceptor.runs.tensors import split_state
+from preceptor.systems.curriculum.state import State
+from tests.systems.curriculum.small import METHODS, STEPS, arguments, rows
 
-ALL_STEPS = STEPS * len(ARMS)
-Saves = dict[int, tuple[dict[str, dict[str, Tensor]], Any]]
+ALL_STEPS = STEPS * len(METHODS)
+Saves = dict[int, tuple[dict[str, Tensor], Any]]
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[Saves]:
-    """Everything that goes into a checkpoint, by step."""
+    """Everything that goes into a checkpoint, by step: tensors and the rest."""
     saves: Saves = {}
     save = Run.save
 
-    def saving(run: Run, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
-        copies = {group: {name: t.detach().clone() for name, t in named.items()} for group, named in tensors.items()}
+    def saving(run: Run, state: Stateful) -> Path:
         own = {"streams": run.streams.state_dict(), "rows": [run.metrics.num_rows, run.decisions.num_rows]}
-        saves[step] = copies, json.loads(json.dumps([state, own]))
-        return save(run, step, tensors, state)
+        tensors, rest = split_state({**state.state_dict(), "own": own})
+        saves[run.step] = {name: tensor.detach().clone() for name, tensor in tensors.items()}, rest
+        return save(run, state)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "save", saving)
@@ -61,15 +61,14 @@ def stopped_at(step: int) -> Iterator[None]:
 def difference(first: Saves, second: Saves, *, after: int, until: int = ALL_STEPS) -> str | None:
     """Where two runs' checkpoints after a step differ, or None."""
     for step in range(after + 1, until + 1):
-        (tensors, state), (others, other_state) = first[step], second[step]
-        if state != other_state:
-            return f"state at step {step}"
-        if {(g, n) for g in tensors for n in tensors[g]} != {(g, n) for g in others for n in others[g]}:
+        (tensors, rest), (others, other_rest) = first[step], second[step]
+        if rest != other_rest:
+            return f"plain state at step {step}"
+        if tensors.keys() != others.keys():
             return f"names at step {step}"
-        for group, named in tensors.items():
-            for name, tensor in named.items():
-                if not torch.equal(tensor, others[group][name]):
-                    return f"{group} {name} at step {step}"
+        for name, tensor in tensors.items():
+            if not torch.equal(tensor, others[name]):
+                return f"{name} at step {step}"
     return None
 
 
@@ -109,34 +108,43 @@ def test_two_parts_are_the_whole_bit_for_bit(
     same_files(whole[0], folder)
 
 
+def test_a_checkpoint_of_another_method_is_refused(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    with stopped_at(STEPS + 1):
+        assert main(arguments(tiny_folder, folder)) == 128 + signal.SIGTERM
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace(f"steps: {STEPS}\n", "steps: 20\n"))
+    assert main(["resume", str(folder), "--no-report", "--allow-inexact"]) == 5
+    assert "belongs to learning_progress+ppo and the checkpoint to frozen_policy" in capsys.readouterr().err
+
+
 # ---- the negative control: each piece of state is needed -------------------------------------------------------------
 
 STOP = 3
-PIECES: dict[str, Callable[[Learner], None]] = {
-    "optimiser": lambda learner: learner.optimiser.state.clear(),
-    "mixture": lambda learner: learner.mixture.load_state_dict(
-        learner.mixture.state_dict() | {"weights": [0.5, 0.5], "num_updates": 0}
+PIECES: dict[str, Callable[[State], object]] = {
+    "optimizer": lambda state: state.optimizer.state.clear(),
+    "mixture": lambda state: state.mixture.load_state_dict(
+        state.mixture.state_dict() | {"weights": [0.5, 0.5], "num_updates": 0}
     ),
-    "sampler": lambda learner: learner.sampler.load_state_dict(
-        type(learner.sampler)({"dialogue": 1, "noise": 1}, seed=0).state_dict() | {"seed": 0}
+    "sampler": lambda state: state.sampler.load_state_dict(
+        state.sampler.state_dict() | {"counts": dict.fromkeys(state.sampler.names, 0)}
     ),
-    "kl": lambda learner: learner.kl.load_state_dict({"coefficient": 0.1}) if learner.kl else None,
-    "guard": lambda learner: vars(learner).update(guard=NonFiniteGuard()),
-    "sample": lambda learner: learner.sample.clear(),
-    "sample_losses": lambda learner: learner.sample_losses.clear(),
-    "tokens_since": lambda learner: vars(learner).update(tokens_since=0 * learner.tokens_since),
-    "curve": lambda learner: learner.curve.clear(),
-    "rewards": lambda learner: learner.rewards.clear(),
-    "mixtures": lambda learner: learner.mixtures.clear(),
-    "counts": lambda learner: learner.counts.update(tokens=0),
-    "best_loss": lambda learner: vars(learner).update(best_loss=-1.0),
+    "kl": lambda state: state.kl.load_state_dict({"coefficient": 0.1}) if state.kl else None,
+    "sample": lambda state: state.sample.clear(),
+    "sample_losses": lambda state: state.sample_losses.clear(),
+    "tokens_since": lambda state: vars(state).update(tokens_since=0 * state.tokens_since),
+    "curve": lambda state: state.outcome.curve.clear(),
+    "rewards": lambda state: state.outcome.rewards.clear(),
+    "mixtures": lambda state: state.outcome.mixtures.clear(),
+    "counts": lambda state: state.outcome.counts.update(tokens=0),
+    "best_loss": lambda state: vars(state).update(best_loss=-1.0),
 }
-WEIGHTS = ("policy", "frozen", "value_network")
+WEIGHTS = ("policy", "frozen_model", "value_network")
 
 
-@pytest.mark.parametrize(
-    "piece", [*(name for name in PIECES if name not in ("guard", "sampler")), *WEIGHTS, "streams", "nothing"]
-)
+@pytest.mark.parametrize("piece", [*PIECES, *WEIGHTS, "streams", "nothing"])
 def test_a_resume_that_forgets_a_piece_is_found_out(
     tiny_folder: Path,
     whole: tuple[Path, Saves],
@@ -145,25 +153,25 @@ def test_a_resume_that_forgets_a_piece_is_found_out(
     monkeypatch: pytest.MonkeyPatch,
     piece: str,
 ) -> None:
-    folder, load, restore = tmp_path / "resumed", Learner.load, Run.restore
+    folder, load, restore = tmp_path / "resumed", State.load_state_dict, Run.restore
     shutil.copytree(half, folder)
 
-    def forgetting(learner: Learner, checkpoint: Checkpoint) -> None:
-        fresh = {group: {n: t.clone() for n, t in named.items()} for group, named in learner._live().items()}
-        load(learner, checkpoint)
+    def forgetting(state: State, saved: dict[str, Any]) -> None:
+        fresh = {part: {n: t.clone() for n, t in named.items()} for part, named in state._live_tensors().items()}
+        load(state, saved)
         if piece in PIECES:
-            PIECES[piece](learner)
+            PIECES[piece](state)
         elif piece in WEIGHTS:
-            copy_tensors(fresh[piece], learner._live()[piece])
+            copy_tensors(fresh[piece], state._live_tensors()[piece])
 
-    def forgetting_streams(run: Run) -> Checkpoint | None:
+    def forgetting_streams(run: Run, state: Stateful) -> None:
         fresh = run.streams.state_dict()
-        checkpoint = restore(run)
-        if piece == "streams":
+        restored = run._restored
+        restore(run, state)
+        if piece == "streams" and not restored:
             run.streams.load_state_dict(fresh)
-        return checkpoint
 
-    monkeypatch.setattr(Learner, "load", forgetting)
+    monkeypatch.setattr(State, "load_state_dict", forgetting)
     monkeypatch.setattr(Run, "restore", forgetting_streams)
     with recorded() as saves, stopped_at(STOP + 1):
         assert main(["resume", str(folder), "--no-report"]) == 128 + signal.SIGTERM
@@ -173,7 +181,7 @@ def test_a_resume_that_forgets_a_piece_is_found_out(
 
 @pytest.fixture(scope="module")
 def half(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, stopped within its first arm."""
+    """The same run, stopped within its first method."""
     folder = tmp_path_factory.mktemp("runs") / "half"
     with stopped_at(STOP):
         assert main(arguments(tiny_folder, folder)) == 128 + signal.SIGTERM

@@ -1,19 +1,31 @@
-"""Every term by hand, the user's own function, and what is refused."""
+"""Every reward term by hand, user-defined terms, and advantages against plain loops over one sequence at a time."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from preceptor.errors import ConfigError, DataError
-from preceptor.lm.language_model import LanguageModel
-from preceptor.systems.curriculum import choices, rewards
-from preceptor.systems.curriculum.config import RewardOptions
-from preceptor.systems.curriculum.rewards import RewardTerm, load_function, reward_terms, score, usable_rows
+from preceptor.lm.model import LanguageModel
+from preceptor.systems.curriculum import config, rewards
+from preceptor.systems.curriculum.config import ADVANTAGES, RewardOptions
+from preceptor.systems.curriculum.rewards import (
+    RewardTerm,
+    load_function,
+    reward_terms,
+    score_rollouts,
+    token_advantages,
+)
 from tests.systems.curriculum.made import rollouts_from
+
+SEEDS = st.integers(0, 10_000)
+repeatable = settings(derandomize=True, deadline=None, max_examples=50)
 
 
 def test_repetition_blames_the_repeating_token() -> None:
@@ -59,31 +71,33 @@ def test_log_likelihood_is_the_mean_under_the_frozen_model(tiny: LanguageModel) 
 def test_score_weighs_and_adds() -> None:
     made = rollouts_from([[5, 5, 6], [7, 8, 9]])
     terms = [RewardTerm("repetition", 3.0, rewards.repetition), RewardTerm("length", 0.5, rewards.length)]
-    scored = score(made, terms)
+    scored = score_rollouts(made, terms)
     # Row 0: 3 · (−1/3) + 0.5 · 1; row 1: 0.5.
     assert scored.total.tolist() == pytest.approx([-0.5, 0.5])
     assert scored.terms["repetition"].tolist() == pytest.approx([-1 / 3, 0.0])
 
 
 def test_what_is_not_counted_earns_nothing() -> None:
-    scored = score(rollouts_from([[5, 5], [7]]), [RewardTerm("n", 1.0, lambda made: torch.ones(made.tokens.shape))])
+    scored = score_rollouts(
+        rollouts_from([[5, 5], [7]]), [RewardTerm("n", 1.0, lambda made: torch.ones(made.tokens.shape))]
+    )
     assert scored.total.tolist() == [2.0, 1.0]
 
 
 def test_every_name_of_the_configuration_is_a_term(tiny: LanguageModel) -> None:
-    options = [RewardOptions(name) for name in choices.REWARDS]
+    options = [RewardOptions(name=name) for name in config.REWARDS]
     terms = reward_terms(options, tiny, likelihood=tiny)
     made = rollouts_from([[5, 5, 6]], prompts=[[0, 4]], references=[[5]])
-    assert [term.name for term in terms] == list(choices.REWARDS)
-    assert score(made, terms).tokens.isfinite().all()
+    assert [term.name for term in terms] == list(config.REWARDS)
+    assert score_rollouts(made, terms).tokens.isfinite().all()
 
 
 def test_the_users_own_function(tiny: LanguageModel, tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def count(prompts, continuations, references):\n    return [len(c) for c in continuations]\n")
-    (term,) = reward_terms([RewardOptions(f"{file}:count", 2.0)], tiny, likelihood=tiny)
+    (term,) = reward_terms([RewardOptions(name=f"{file}:count", weight=2.0)], tiny, likelihood=tiny)
     made = rollouts_from([tiny.encode("How much"), tiny.encode("Yes")])
-    assert score(made, [term]).total.tolist() == [16.0, 6.0]
+    assert score_rollouts(made, [term]).total.tolist() == [16.0, 6.0]
 
 
 @pytest.mark.parametrize(
@@ -103,13 +117,89 @@ def test_a_function_that_is_not_there(name: str, message: str) -> None:
 def test_a_function_that_gives_too_few_numbers(tiny: LanguageModel, tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def one(prompts, continuations, references):\n    return [1.0]\n")
-    (term,) = reward_terms([RewardOptions(f"{file}:one")], tiny, likelihood=tiny)
-    with pytest.raises(DataError, match="gave 1 numbers for 2 continuations"):
-        score(rollouts_from([[5], [6]]), [term])
+    (term,) = reward_terms([RewardOptions(name=f"{file}:one")], tiny, likelihood=tiny)
+    with pytest.raises(DataError, match="returned 1 numbers for 2 continuations"):
+        score_rollouts(rollouts_from([[5], [6]]), [term])
 
 
 def test_a_reward_that_is_not_finite_makes_its_row_unusable() -> None:
     made = rollouts_from([[5], [6], [7]])
     values = torch.tensor([[1.0], [math.nan], [math.inf]])
-    scored = score(made, [RewardTerm("n", 1.0, lambda _: values)])
-    assert usable_rows(scored).tolist() == [True, False, False]
+    scored = score_rollouts(made, [RewardTerm("n", 1.0, lambda _: values)])
+    assert scored.finite_rows.tolist() == [True, False, False]
+
+
+# --- advantages -------------------------------------------------------------------------------------------------------
+
+
+def draw(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rewards and values, and continuations that end at different places."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, 6, size=4)
+    mask = np.arange(5) < lengths[:, None]
+    return (
+        torch.tensor(random.normal(size=(4, 5))),
+        torch.tensor(random.normal(size=(4, 5))),
+        torch.tensor(mask),
+    )
+
+
+@repeatable
+@given(SEEDS)
+def test_gae_runs_over_the_tokens_of_one_sequence(seed: int) -> None:
+    # The predecessor ran it across the batch, so that unrelated texts were each other's future.
+    rewards, values, mask = draw(seed)
+    advantages, returns = token_advantages(
+        rewards, mask, kind="gae", values=values, discount=0.9, gae_lambda=0.8, whiten_advantages=False
+    )
+    expected = np.zeros((4, 5))
+    for row in range(4):
+        following_value = following = 0.0
+        for token in reversed(range(int(mask[row].sum()))):
+            error = float(rewards[row, token]) + 0.9 * following_value - float(values[row, token])
+            following = error + 0.9 * 0.8 * following
+            following_value = float(values[row, token])
+            expected[row, token] = following
+    np.testing.assert_allclose(advantages, expected, atol=1e-12)
+    assert returns is not None
+    np.testing.assert_allclose(returns, expected + np.where(mask, values, 0), atol=1e-12)
+
+
+@repeatable
+@given(SEEDS)
+def test_whitened_gae_has_mean_0_and_deviation_1_over_what_counts(seed: int) -> None:
+    rewards, values, mask = draw(seed)
+    counted = token_advantages(rewards, mask, kind="gae", values=values)[0][mask]
+    assert float(counted.mean()) == pytest.approx(0, abs=1e-9)
+    if len(counted) > 1:
+        assert float(counted.std()) == pytest.approx(1, abs=1e-3)
+
+
+def test_groups_by_hand() -> None:
+    # Two prompts with two continuations each; totals 1, 3 and 10, 10.
+    rewards = torch.tensor([[1.0, 0.0], [1.0, 2.0], [10.0, 99.0], [4.0, 6.0]])
+    mask = torch.tensor([[True, True], [True, True], [True, False], [True, True]])
+    rloo = token_advantages(rewards, mask, kind="rloo", group_size=2)[0]
+    assert rloo.tolist() == [[-2, -2], [2, 2], [0, 0], [0, 0]]
+    dr_grpo = token_advantages(rewards, mask, kind="dr_grpo", group_size=2)[0]
+    assert dr_grpo.tolist() == [[-1, -1], [1, 1], [0, 0], [0, 0]]
+    grpo = token_advantages(rewards, mask, kind="grpo", group_size=2)[0]
+    torch.testing.assert_close(grpo, dr_grpo / (2**0.5 + 1e-4))  # sample deviation of 1 and 3 is √2
+
+
+@pytest.mark.parametrize("kind", ADVANTAGES)
+@repeatable
+@given(seed=SEEDS)
+def test_what_does_not_count_has_no_advantage_and_changes_nothing(kind: str, seed: int) -> None:
+    rewards, values, mask = draw(seed)
+    advantages = token_advantages(rewards, mask, kind=kind, values=values, group_size=2)[0]
+    junk = rewards.masked_fill(~mask, float("nan"))
+    again = token_advantages(junk, mask, kind=kind, values=values, group_size=2)[0]
+    assert (advantages[~mask] == 0).all()
+    assert torch.equal(advantages, again)
+
+
+def test_equal_rewards_teach_nothing_in_groups() -> None:
+    rewards, mask = torch.full((4, 3), 0.7), torch.ones(4, 3, dtype=torch.bool)
+    for kind in ("rloo", "grpo", "dr_grpo"):
+        assert (token_advantages(rewards, mask, kind=kind, group_size=4)[0] == 0).all()

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum.config import PPOOptions
-from preceptor.systems.curriculum.credit import Credit
-from preceptor.systems.curriculum.rollout import (
+from preceptor.systems.curriculum.policy import (
     Prompt,
     generate_rollouts,
     rollout_distributions,
@@ -64,7 +63,8 @@ def experience(tiny: LanguageModel) -> Experience:
     advantages = torch.randn(6, 1, generator=generator) * rollouts.mask
     return Experience(
         rollouts=rollouts,
-        credit=Credit(advantages, torch.randn(6, 5, generator=generator)),
+        advantages=advantages,
+        returns=torch.randn(6, 5, generator=generator),
         values=torch.zeros(6, 5),
         reference_log_probs=rollouts.log_probs + 0.3 * torch.randn(6, 5, generator=generator),
     )
@@ -78,7 +78,7 @@ def ppo(
         "sampling": rollout_sampling(lm, SAMPLING_TEMPERATURE),
         "kl_coefficient": 0.5,
         "value_network": None,
-        "reference": lm,
+        "reference_model": lm,
         "micro_batch_size": 6,
         "bf16": False,
     } | changes
@@ -96,7 +96,7 @@ def reinforce_gradient(lm: LanguageModel, experience: Experience, weights: Tenso
         for place, token in enumerate(tokens):
             if experience.rollouts.mask[row, place]:
                 log_prob = allowed[len(prompt.tokens) - 1 + place].log_softmax(-1)[token]
-                loss = loss - weights[row] * experience.credit.advantages[row, place] * log_prob
+                loss = loss - weights[row] * experience.advantages[row, place] * log_prob
     loss.backward()
     return gradients(lm)
 
@@ -106,7 +106,7 @@ def reinforce_gradient(lm: LanguageModel, experience: Experience, weights: Tenso
 def test_where_nothing_has_moved_every_loss_has_the_gradient_of_reinforce(
     tiny: LanguageModel, experience: Experience, loss: str, aggregation: str
 ) -> None:
-    options = replace(BASE, loss=loss, aggregation=aggregation)
+    options = BASE.model_copy(update={"loss": loss, "aggregation": aggregation})
     ours, sums = ppo(tiny, experience, options)
     lengths = experience.rollouts.mask.sum(1)
     if loss == "gspo" or aggregation == "sequence_mean":
@@ -127,9 +127,9 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(
     with torch.no_grad():
         for parameter in tiny.model.parameters():
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
-    options = replace(BASE, kl_place=kl_place, aggregation=aggregation)
-    whole, whole_sums = ppo(tiny, experience, options, reference=reference)
-    parts, part_sums = ppo(tiny, experience, options, reference=reference, micro_batch_size=2)
+    options = BASE.model_copy(update={"kl_place": kl_place, "aggregation": aggregation})
+    whole, whole_sums = ppo(tiny, experience, options, reference_model=reference)
+    parts, part_sums = ppo(tiny, experience, options, reference_model=reference, micro_batch_size=2)
     assert_close(parts, whole)
     for name, value in whole_sums.means().items():
         assert part_sums.means()[name] == pytest.approx(value, rel=1e-4), name
@@ -163,28 +163,26 @@ def test_the_kl_in_the_loss_pulls_towards_the_reference(
 
     with torch.no_grad():
         reference_log_probs = rollout_log_probs(reference, experience.rollouts, sampling)
-    still = replace(experience, credit=Credit(torch.zeros(6, 5), None), reference_log_probs=reference_log_probs)
+    still = replace(experience, advantages=torch.zeros(6, 5), returns=None, reference_log_probs=reference_log_probs)
     before = divergence()
     for _ in range(20):
-        found, sums = ppo(tiny, still, replace(BASE, kl_place=kl_place), reference=reference)
+        found, sums = ppo(tiny, still, BASE.model_copy(update={"kl_place": kl_place}), reference_model=reference)
         with torch.no_grad():
             for name, parameter in tiny.trainable_parameters().items():
                 parameter.sub_(0.02 * found[name])
     assert divergence() < 0.8 * before
     # The coefficient of the helper is ½, and the policy loss is 0.
-    found, sums = ppo(tiny, still, replace(BASE, kl_place=kl_place), reference=reference)
+    found, sums = ppo(tiny, still, BASE.model_copy(update={"kl_place": kl_place}), reference_model=reference)
     assert sums.means()["policy_loss"] == pytest.approx(0.5 * divergence(), rel=1e-3)
 
 
 def test_a_row_whose_reward_was_not_finite_teaches_nothing(tiny: LanguageModel, experience: Experience) -> None:
     lost = torch.tensor([False, False, True, False, False, False])
-    advantages = experience.credit.advantages.masked_fill(lost[:, None], float("nan"))
-    emptied = replace(
-        experience, rollouts=experience.rollouts.without(lost), credit=Credit(advantages, experience.credit.returns)
-    )
+    advantages = experience.advantages.masked_fill(lost[:, None], float("nan"))
+    emptied = replace(experience, rollouts=experience.rollouts.without(lost), advantages=advantages)
     kept = experience.at((~lost).nonzero()[:, 0])
     for aggregation in ("token_mean", "sequence_mean"):
-        options = replace(BASE, aggregation=aggregation)
+        options = BASE.model_copy(update={"aggregation": aggregation})
         assert_close(ppo(tiny, emptied, options)[0], ppo(tiny, kept, options)[0])
 
 
@@ -192,15 +190,15 @@ def test_the_value_network_learns_its_targets_and_leaves_the_policy_alone(
     tiny: LanguageModel, experience: Experience
 ) -> None:
     network = build_value_network(tiny, kind="small", width=64, num_layers=1, seed=0)
-    optimiser = torch.optim.Adam(network.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
     returns = torch.tensor([1.0, 1.0, -1.0, -1.0, 0.5, 0.5])[:, None].expand(6, 5)  # the prompt decides
-    still = replace(experience, credit=Credit(torch.zeros(6, 5), returns))
+    still = replace(experience, advantages=torch.zeros(6, 5), returns=returns)
     losses = []
     for _ in range(60):
-        found, sums = ppo(tiny, still, replace(BASE, value_clip_epsilon=0.0), value_network=network)
+        found, sums = ppo(tiny, still, BASE.model_copy(update={"value_clip_epsilon": 0.0}), value_network=network)
         assert max(float(tensor.abs().max()) for tensor in found.values()) == 0.0
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(sums.means()["value_loss"])
     assert losses[-1] < 0.1 * losses[0]
 
@@ -214,13 +212,13 @@ def test_the_value_loss_is_a_mean_over_the_tokens_of_the_minibatch(
     """½ (V − R)² of what counts, or the larger of that and its clipped form, whatever the policy's aggregation is."""
     network = build_value_network(tiny, kind="small", width=64, num_layers=1, seed=0)
     old = torch.randn(6, 5, generator=torch.Generator().manual_seed(4))
-    options = replace(BASE, value_clip_epsilon=value_clip_epsilon, aggregation=aggregation)
+    options = BASE.model_copy(update={"value_clip_epsilon": value_clip_epsilon, "aggregation": aggregation})
     _, sums = ppo(
         tiny, replace(experience, values=old), options, value_network=network, micro_batch_size=micro_batch_size
     )
     found = [parameter.grad.clone() for parameter in network.parameters()]
     network.zero_grad()
-    values, returns, mask = network(experience.rollouts), experience.credit.returns, experience.rollouts.mask
+    values, returns, mask = network(experience.rollouts), experience.returns, experience.rollouts.mask
     assert returns is not None
     total, num_clipped = torch.zeros(()), 0
     for row, place in mask.nonzero().tolist():
@@ -242,8 +240,7 @@ def one_token(ratios: list[float], advantages: list[float]) -> tuple[Tensor, Exp
     """Rows of one token whose probability has changed by ``ratios``."""
     rollouts = replace(rollouts_from([[5]] * len(ratios)), log_probs=torch.full((len(ratios), 1), -1.0))
     log_probs = (torch.tensor(ratios)[:, None].log() - 1).requires_grad_()
-    credit = Credit(torch.tensor(advantages)[:, None], None)
-    return log_probs, Experience(rollouts, credit, None, torch.zeros(len(ratios), 1))
+    return log_probs, Experience(rollouts, torch.tensor(advantages)[:, None], None, None, torch.zeros(len(ratios), 1))
 
 
 @pytest.mark.parametrize(
@@ -261,7 +258,7 @@ def one_token(ratios: list[float], advantages: list[float]) -> tuple[Tensor, Exp
 def test_the_loss_has_the_bounds_that_the_options_name(options: dict[str, Any], expected: float | None) -> None:
     log_probs, part = one_token([1.5, 0.5, 4.0], [2.0, -1.0, -2.0])
     settings = {"clip_epsilon_low": 0.1, "clip_epsilon_high": 0.4, "dual_clip": 0.0} | options
-    loss = policy_loss(log_probs, part, options=replace(BASE, **settings))
+    loss = policy_loss(log_probs, part, options=BASE.model_copy(update=settings))
     loss.backward()
     assert log_probs.grad is not None
     slopes = (3 * log_probs.grad).flatten().tolist()
@@ -275,13 +272,13 @@ def test_the_loss_has_the_bounds_that_the_options_name(options: dict[str, Any], 
 def test_a_sequence_is_clipped_as_one() -> None:
     """GSPO: ratio 3 of the only token and A = 2 give min(6, 1.4 · 2); ratio 0.5 and A = −1 give min(−0.5, −0.9)."""
     log_probs, part = one_token([3.0, 0.5], [2.0, -1.0])
-    options = replace(BASE, loss="gspo", clip_epsilon_low=0.1, clip_epsilon_high=0.4)
+    options = BASE.model_copy(update={"loss": "gspo", "clip_epsilon_low": 0.1, "clip_epsilon_high": 0.4})
     assert policy_loss(log_probs, part, options=options).item() == pytest.approx(-(2.8 - 0.9) / 2, rel=1e-5)
 
 
 def test_the_weight_of_the_policy_loss_is_that_of_its_gradient(tiny: LanguageModel, experience: Experience) -> None:
     once, _ = ppo(tiny, experience, BASE)
-    thrice, _ = ppo(tiny, experience, replace(BASE, weight=3.0))
+    thrice, _ = ppo(tiny, experience, BASE.model_copy(update={"weight": 3.0}))
     assert_close(thrice, {name: 3 * gradient for name, gradient in once.items()})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum.value_network import ValueNetwork, build_value_network
 from tests.systems.curriculum.made import rollouts_from
 

@@ -17,16 +17,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from preceptor.config import load_config, to_dict
 from preceptor.lm.embedding import HiddenStates
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.lm.tokenizer import train_bpe_tokenizer
-from preceptor.run.folder import Run, create_run, open_run
-from preceptor.systems.reading.classroom import Classroom, calibrate, identity_projection
+from preceptor.runs.folder import Run, create_run
+from preceptor.systems.base import Services
+from preceptor.systems.reading import SYSTEM
+from preceptor.systems.reading.articles import ArticlePairs, TokenizedArticle, TokenSequence, tokenize_article
 from preceptor.systems.reading.config import ReadingConfig
-from preceptor.systems.reading.material import Material, Reading, Row, encode_reading
-from preceptor.systems.reading.policy import Policy
-from preceptor.systems.reading.reader import Scored
-from preceptor.systems.reading.train import STREAMS
+from preceptor.systems.reading.loop import train
+from preceptor.systems.reading.policy import Policy, identity_projection
+from preceptor.systems.reading.rewards import SequenceScores
+from preceptor.systems.reading.setup import Setup, calibrate
 
 KEYS = ("red apples fall", "nine ships wait", "old towers lean", "small birds sing")
 VALUES = ("They rot in grass.", "No wind comes up.", "Masons shore them.", "Dawn is loud now.")
@@ -58,24 +60,24 @@ class PlantedReader:
     def __init__(self, cost: Tensor) -> None:
         self.cost = cost
 
-    def material(self, policy_material: Material) -> Material:
-        return policy_material
+    def article(self, policy_article: TokenizedArticle) -> TokenizedArticle:
+        return policy_article
 
     def query_tokens(self, query: Sequence[int]) -> Sequence[int]:
         return query
 
-    def score(self, rows: Sequence[Row]) -> list[Scored]:
-        scored = []
-        for row in rows:
+    def score(self, sequences: Sequence[TokenSequence]) -> list[SequenceScores]:
+        scores = []
+        for sequence in sequences:
             log_probs, last = [], -1
-            for span in row.spans:
+            for span in sequence.spans:
                 if span.kind == "value":
                     log_probs.append(torch.full((span.end - span.start,), -float(self.cost[last + 1, span.pair])))
                     last = span.pair
-            scored.append(Scored(row, tuple(log_probs)))
-        return scored
+            scores.append(SequenceScores(sequence, tuple(log_probs)))
+        return scores
 
-    def branches(self, row: Row, branches: Sequence[tuple[int, Sequence[int], int]]) -> list[Tensor]:
+    def branches(self, sequence: TokenSequence, branches: Sequence[tuple[int, Sequence[int], int]]) -> list[Tensor]:
         raise NotImplementedError("the planted article has no probe")
 
 
@@ -84,16 +86,16 @@ def planted_cost(seed: int) -> Tensor:
     return 5 + torch.randn(len(KEYS) + 1, len(KEYS), generator=torch.Generator().manual_seed(1000 + seed))
 
 
-def order_value(material: Material, cost: Tensor, order: Sequence[int]) -> float:
+def order_value(article: TokenizedArticle, cost: Tensor, order: Sequence[int]) -> float:
     """What the table says of ``order``: mean log-probability per value token."""
-    lengths = [len(material.values[pair]) for pair in order]
+    lengths = [len(article.values[pair]) for pair in order]
     costs = [float(cost[before + 1, pair]) for before, pair in zip((-1, *order), order, strict=False)]
     return -sum(each * length for each, length in zip(costs, lengths, strict=True)) / sum(lengths)
 
 
-def best_order_value(material: Material, cost: Tensor) -> float:
+def best_order_value(article: TokenizedArticle, cost: Tensor) -> float:
     """The optimum by enumeration, mean log-probability per value token."""
-    return max(order_value(material, cost, order) for order in itertools.permutations(range(len(KEYS))))
+    return max(order_value(article, cost, order) for order in itertools.permutations(range(len(KEYS))))
 
 
 def tiny_language_model(seed: int) -> LanguageModel:
@@ -129,43 +131,41 @@ def planted_run(path: Path, config: ReadingConfig) -> Run:
         config=to_dict(config),
         seed=config.seed,
         save_every=config.save_every,
-        streams=STREAMS,
+        streams=SYSTEM.streams,
         device="cpu",
         threads=1,
         quiet=True,
     )
 
 
-def planted_classroom(config: ReadingConfig, run: Run, **policy_options: Any) -> Classroom:
+def planted_setup(config: ReadingConfig, run: Run) -> Setup:
     lm = tiny_language_model(config.seed)
-    untrained_lm = lm.untrained()
-    reading = Reading("planted", "Planted", KEYS, VALUES)
-    material = encode_reading(reading, lm, prompt="{title}\n", use_chat_template=False)
+    initial_lm = lm.initial_model()
+    pairs = ArticlePairs("planted", "Planted", KEYS, VALUES)
+    article = tokenize_article(pairs, lm, prompt="{title}\n", use_chat_template=False)
     sampling = Sampling(suppressed=lm.special_tokens)
-    policy, untrained = (
-        Policy(model, sampling=sampling, embedding=HiddenStates(model, layer=config.selection.layer), **policy_options)
-        for model in (lm, untrained_lm)
+    policy, initial_policy = (
+        Policy(model, sampling=sampling, embedding=HiddenStates(model, layer=config.selection.layer))
+        for model in (lm, initial_lm)
     )
-    keys = untrained.embed_keys(material)
+    keys = initial_policy.embed_keys(article)
     policy.projection = identity_projection(keys.vectors.shape[1], device=lm.device)
     reader = PlantedReader(planted_cost(config.seed))
-    classroom = Classroom(
+    setup = Setup(
+        config=config,
+        run=run,
         policy=policy,
-        untrained=untrained,
+        initial_policy=initial_policy,
         reader=reader,
-        untrained_reader=reader,
-        materials={"planted": material},
+        initial_reader=reader,
+        articles={"planted": article},
         keys={"planted": keys},
         train=("planted",),
     )
-    policy.temperature = untrained.temperature = calibrate(
-        classroom,
-        target_fraction=config.selection.entropy_fraction,
-        num_episodes=config.episode.batch_size,
-        query_tokens=config.episode.query_tokens,
-        generators={name: run.streams[f"calibration_{name}"] for name in ("query", "selection")},
-    )
-    return classroom
+    policy.temperature = initial_policy.temperature = calibrate(setup)
+    return setup
 
 
-__all__ = ["open_run", "planted_classroom", "planted_config", "planted_run"]
+def learn(setup: Setup) -> dict[str, Any]:
+    """The system's own loop on a setup that is ready."""
+    return train(setup.config, setup.run, Services(cache_dir=setup.run.path / "cache"), setup=setup)

@@ -11,15 +11,14 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from preceptor.lm.embedding import HiddenStates
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.lm.tokenizer import train_bpe_tokenizer
-from preceptor.systems.reading.classroom import identity_projection
-from preceptor.systems.reading.episode import run_episodes
-from preceptor.systems.reading.material import Material, Reading, encode_reading
-from preceptor.systems.reading.policy import Keys, Policy, Trajectories
+from preceptor.systems.reading.articles import ArticlePairs, TokenizedArticle, tokenize_article
+from preceptor.systems.reading.environment import Trajectories, run_episodes
+from preceptor.systems.reading.policy import Keys, Policy, identity_projection
 
-READING = Reading(
+BEES = ArticlePairs(
     name="bees",
     title="Bees",
     keys=("A hive has one queen.", "Bees dance.", "Nectar is thin.", "Wax is made of honey.", "Winter is long."),
@@ -36,7 +35,7 @@ READING = Reading(
 
 def language_model(*, seed: int = 0, num_layers: int = 3, tied: bool = False, context: int = 256) -> LanguageModel:
     """A random Llama, by default of three layers with an output head of its own, over a byte-level vocabulary."""
-    tokenizer = train_bpe_tokenizer([*READING.keys, *READING.values], vocab_size=300, context_length=context)
+    tokenizer = train_bpe_tokenizer([*BEES.keys, *BEES.values], vocab_size=300, context_length=context)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -58,9 +57,9 @@ def language_model(*, seed: int = 0, num_layers: int = 3, tied: bool = False, co
 
 def policies(
     lm: LanguageModel, *, layer: int = -2, projection: bool = True, temperature: float = 2.0, **sampling: Any
-) -> tuple[Policy, Policy, Material, Keys]:
+) -> tuple[Policy, Policy, TokenizedArticle, Keys]:
     """The policy, what it was before training, the article, and its keys."""
-    lms = (lm, lm.untrained())
+    lms = (lm, lm.initial_model())
     policy, untrained = (
         Policy(
             model,
@@ -70,22 +69,22 @@ def policies(
         )
         for model in lms
     )
-    material = encode_reading(READING, lm, prompt="{title}\n", use_chat_template=True)
-    keys = untrained.embed_keys(material)
+    article = tokenize_article(BEES, lm, prompt="{title}\n", use_chat_template=True)
+    keys = untrained.embed_keys(article)
     if projection:
         policy.projection = identity_projection(keys.vectors.shape[1], device=lm.device).to(keys.vectors.dtype)
-    return policy, untrained, material, keys
+    return policy, untrained, article, keys
 
 
-def rollout(policy: Policy, material: Material, keys: Keys, **options: Any) -> Trajectories:
+def rollout(policy: Policy, article: TokenizedArticle, keys: Keys, **options: Any) -> Trajectories:
     """Four episodes that read everything with queries of three tokens, unless ``options`` say otherwise."""
     seed = options.pop("seed", 0)
     generators = {
         name: torch.Generator().manual_seed(10 * seed + number)
         for number, name in enumerate(("query", "selection", "reference"))
     }
-    settings = {"num_episodes": 4, "budget": material.reading.num_pairs, "query_tokens": 3, **options}
-    return run_episodes(policy, material, keys, generators=generators, **settings)
+    settings = {"num_episodes": 4, "budget": article.num_pairs, "query_tokens": 3, **options}
+    return run_episodes(policy, article, keys, generators=generators, **settings)
 
 
 class HashedBytes:

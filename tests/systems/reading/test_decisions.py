@@ -58,7 +58,8 @@ class Plain:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         if weights is not None:  # trained ones, from a checkpoint
             named = dict(self.model.named_parameters())
-            saved = {n.removeprefix("model."): t for n, t in load_file(weights).items() if n.startswith("model.")}
+            prefix = "policy.model."
+            saved = {n.removeprefix(prefix): t for n, t in load_file(weights).items() if n.startswith(prefix)}
             assert saved.keys() == named.keys()
             with torch.no_grad():
                 for name, tensor in saved.items():

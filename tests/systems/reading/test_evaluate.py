@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from preceptor.config import load_config
-from preceptor.systems.reading.classroom import Classroom
+from preceptor.systems.reading.baselines import random_orders
 from preceptor.systems.reading.config import ReadingConfig
-from preceptor.systems.reading.episode import run_episodes
+from preceptor.systems.reading.environment import Trajectories, run_episodes
 from preceptor.systems.reading.evaluate import (
     MAX_BEST_OF,
     RECORDED_EPISODES,
@@ -20,19 +21,20 @@ from preceptor.systems.reading.evaluate import (
     Evaluation,
     GapMeter,
     evaluate_article,
+    greedy_order,
+    result,
 )
-from preceptor.systems.reading.orders import random_orders
-from preceptor.systems.reading.policy import Trajectories
-from preceptor.systems.reading.reader import LanguageModelReader
+from preceptor.systems.reading.rewards import LanguageModelReader
+from preceptor.systems.reading.setup import Setup
 from tests.systems.reading.planted import (
     best_order_value,
     order_value,
-    planted_classroom,
     planted_config,
     planted_cost,
     planted_run,
+    planted_setup,
 )
-from tests.systems.reading.small import READING, language_model, perturb, policies
+from tests.systems.reading.small import BEES, language_model, perturb, policies
 
 NUM_EPISODES = 10
 OVERRIDES = (
@@ -49,22 +51,23 @@ class Measured:
     """One evaluation of a small article, with everything needed to compute it again."""
 
     def __init__(self) -> None:
-        self.policy, self.untrained, self.material, self.keys = policies(language_model())
+        self.policy, self.untrained, self.article, self.keys = policies(language_model())
         perturb(self.policy, scale=0.2)
         self.lm = self.untrained.lm
         reader = LanguageModelReader(self.lm)
-        self.classroom = Classroom(
+        self.setup = Setup(
+            config=load_config(ReadingConfig, overrides=OVERRIDES),
+            run=cast(Any, None),  # nothing is drawn from its streams or recorded in it
             policy=self.policy,
-            untrained=self.untrained,
+            initial_policy=self.untrained,
             reader=reader,
-            untrained_reader=reader,
-            materials={"bees": self.material},
+            initial_reader=reader,
+            articles={"bees": self.article},
             keys={"bees": self.keys},
             train=("bees",),
         )
-        self.config = load_config(ReadingConfig, overrides=OVERRIDES)
         self.evaluation: Evaluation = evaluate_article(
-            self.classroom, self.config, "bees", learned_calls=60, generators=streams(), first_episode=100
+            self.setup, "bees", learned_calls=60, generators=streams(), first_episode=100
         )
         self.arms = {record["arm"]: record for record in self.evaluation.records}
         # The same episodes again: the learned policy acts first, then the untrained one, from the same streams.
@@ -75,8 +78,8 @@ class Measured:
             "query_tokens": 2,
             "generators": generators,
         }
-        self.learned = run_episodes(self.policy, self.material, self.keys, **settings)
-        self.before = run_episodes(self.untrained, self.material, self.keys, **settings)
+        self.learned = run_episodes(self.policy, self.article, self.keys, **settings)
+        self.before = run_episodes(self.untrained, self.article, self.keys, **settings)
         self.random = random_orders(5, 12, generator=generators["orders"])
         self._means: dict[tuple[Any, ...], float] = {}
 
@@ -89,24 +92,24 @@ class Measured:
         return self._means[key]
 
     def values_alone(self, order: Any) -> float:
-        tokens = [self.lm.begin_token, *(token for pair in order for token in self.material.values[pair])]
+        tokens = [self.lm.begin_token, *(token for pair in order for token in self.article.values[pair])]
         return self.mean_log_prob(tokens, list(range(1, len(tokens))))
 
     def values_after_queries(self, trajectories: Trajectories, episode: int) -> float:
-        tokens, scored = list(self.material.prompt), []
+        tokens, scored = list(self.article.prompt), []
         for query, pair in zip(
             trajectories.queries[episode].tolist(), trajectories.order[episode].tolist(), strict=True
         ):
             tokens += query
-            scored += range(len(tokens), len(tokens) + len(self.material.values[pair]))
-            tokens += self.material.values[pair]
+            scored += range(len(tokens), len(tokens) + len(self.article.values[pair]))
+            tokens += self.article.values[pair]
         return self.mean_log_prob(tokens, scored)
 
     def curve(self, order: Any) -> list[float]:
         heights = []
         for read in range(len(order) + 1):
-            before = [self.lm.begin_token, *(token for pair in order[:read] for token in self.material.values[pair])]
-            tokens = [*before, *self.material.probe]
+            before = [self.lm.begin_token, *(token for pair in order[:read] for token in self.article.values[pair])]
+            tokens = [*before, *self.article.probe]
             heights.append(self.mean_log_prob(tokens, list(range(len(before), len(tokens)))))
         return heights
 
@@ -243,10 +246,8 @@ def test_what_is_recorded(measured: Measured) -> None:
 def test_without_a_probe_there_is_neither_selection_gain_nor_auc(tmp_path: Path) -> None:
     config = planted_config("evaluation.num_orders=5", "evaluation.num_episodes=3")
     with planted_run(tmp_path / "run", config) as run:
-        classroom = planted_classroom(config, run)
-        evaluation = evaluate_article(
-            classroom, config, "planted", learned_calls=0, generators=streams(), first_episode=0
-        )
+        setup = planted_setup(config, run)
+        evaluation = evaluate_article(setup, "planted", learned_calls=0, generators=streams(), first_episode=0)
     for record in evaluation.records:
         assert not {"selection_gain", "progress_auc"} & set(record)
         assert record["arm"] != "probe_greedy"
@@ -258,34 +259,142 @@ def test_without_a_probe_there_is_neither_selection_gain_nor_auc(tmp_path: Path)
 def test_the_gap_meter_by_hand(tmp_path: Path) -> None:
     config = planted_config("evaluation.num_orders=50", "evaluation.num_episodes=20")
     with planted_run(tmp_path / "run", config) as run:
-        classroom = planted_classroom(config, run)
-        material, cost = classroom.materials["planted"], planted_cost(config.seed)
-        meter = GapMeter(classroom, config, seed=9)
+        setup = planted_setup(config, run)
+        article, cost = setup.articles["planted"], planted_cost(config.seed)
+        meter = GapMeter(setup, seed=9)
         found = [meter.measure(streams()) for _ in range(2)]
         assert found[0] == found[1]  # the same streams, the same measurement: nothing is drawn anew
         trajectories = run_episodes(
-            classroom.policy,
-            material,
-            classroom.keys["planted"],
+            setup.policy,
+            article,
+            setup.keys["planted"],
             num_episodes=20,
             budget=4,
             query_tokens=2,
             generators=streams(),
         )
-        own = mean(order_value(material, cost, order) for order in trajectories.order.tolist())
+        own = mean(order_value(article, cost, order) for order in trajectories.order.tolist())
         orders = random_orders(4, 50, generator=torch.Generator().manual_seed(9))
-        floor = mean(order_value(material, cost, order) for order in orders)
+        floor = mean(order_value(article, cost, order) for order in orders)
         # With four pairs a beam of eight and local search find the optimum.
-        expected = (own - floor) / (best_order_value(material, cost) - floor)
+        expected = (own - floor) / (best_order_value(article, cost) - floor)
         assert found[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_reader_that_learns_has_no_fixed_gap(tmp_path: Path) -> None:
     config = planted_config("reward.reader=policy")
     with planted_run(tmp_path / "run", config) as run:
-        assert GapMeter(planted_classroom(config, run), config, seed=9).measure(streams()) is None
+        assert GapMeter(planted_setup(config, run), seed=9).measure(streams()) is None
+
+
+# ---- the order that a run hands out ----------------------------------------------------------------------------------
+
+
+def test_the_greedy_order_is_the_likeliest_choice_after_the_likeliest_query(measured: Measured) -> None:
+    """Token by token and pair by pair with the bare model; nothing is drawn."""
+    policy, lm, tokens, remaining = measured.policy, measured.policy.lm, list(measured.article.prompt), list(range(5))
+    expected = []
+    while remaining:
+        start = len(tokens)
+        for _ in range(2):
+            with torch.no_grad():
+                logits = lm.model(input_ids=torch.tensor([tokens])).logits[0, -1]
+            logits[list(lm.special_tokens)] = -torch.inf
+            tokens.append(int(logits.argmax()))
+        with torch.no_grad():
+            states = lm.model(input_ids=torch.tensor([tokens]), output_hidden_states=True).hidden_states[-2][0, start:]
+            vector = policy.projection(states.mean(0) - measured.keys.centre)  # type: ignore[misc]
+        pair = max(remaining, key=lambda pair: float(measured.keys.vectors[pair] @ vector))
+        remaining.remove(pair)
+        expected.append(pair)
+        tokens += measured.article.values[pair]
+    assert greedy_order(measured.setup, "bees") == expected
+    assert greedy_order(measured.setup, "bees") == expected
+    assert expected != sorted(expected)
 
 
 def test_the_reading_has_what_these_tests_take_for_granted() -> None:
-    assert READING.num_pairs == 5
-    assert READING.probe
+    assert BEES.num_pairs == 5
+    assert BEES.probe
+
+
+# ---- result.json -----------------------------------------------------------------------------------------------------
+
+
+def record(
+    arm: str, reward: float, *, article: str = "a", split: str = "train", seed: int = 0, **more: float
+) -> dict[str, Any]:
+    return {
+        "arm": arm, "item": article, "split": split, "seed": seed, "reward": reward,
+        "order_gain": reward + 5.0, "order_gain_with_queries": reward + 5.1, "model_calls": 0.0, **more,
+    }  # fmt: skip
+
+
+RECORDS = [
+    record("random", -5.0, order_gain_with_queries=0.0),
+    record("untrained", -4.9),
+    record("learned", -4.4, model_calls=80.0),
+    record("beam", -4.0),
+    record("local_search", -3.8),
+    record("random", -6.0, article="b", order_gain_with_queries=0.0),
+    record("untrained", -6.0, article="b"),
+    record("learned", -5.8, article="b", model_calls=80.0),
+    record("beam", -5.2, article="b"),
+    record("local_search", -5.2, article="b"),
+]
+HELD_OUT = [
+    record("random", -7.0, article="c", split="held_out", order_gain_with_queries=0.0),
+    record("untrained", -7.0, article="c", split="held_out"),
+    record("learned", -6.9, article="c", split="held_out"),
+    record("beam", -6.0, article="c", split="held_out"),
+]
+
+
+def test_the_gap_is_a_ratio_of_sums_to_the_best_oracle() -> None:
+    found = result([*RECORDS, *HELD_OUT], config={}, seeds=[0])
+    # (0.6 + 0.2) / (1.2 + 0.8)
+    gap = found["gap_closed"]["train"]
+    assert gap["mean"] == pytest.approx(0.4)
+    assert "lower bound" in gap["oracle"]
+    assert found["gap_closed"]["held_out"]["mean"] == pytest.approx(0.1)
+
+
+def test_an_exhaustive_optimum_is_called_one() -> None:
+    records = [*RECORDS[:5], record("exhaustive", -3.5)]
+    gap = result(records, config={}, seeds=[0])["gap_closed"]["train"]
+    assert gap["mean"] == pytest.approx(0.6 / 1.5)
+    assert "optimum" in gap["oracle"]
+    assert "bound" not in gap["oracle"]
+
+
+def test_arms_have_means_units_and_counts_and_held_out_metrics_a_prefix() -> None:
+    found = result([*RECORDS, *HELD_OUT], config={"seed": 0}, seeds=[0])
+    learned = found["arms"]["learned"]
+    assert learned["reward"]["mean"] == pytest.approx((-4.4 - 5.8) / 2)
+    assert (learned["reward"]["n"], learned["reward"]["unit"]) == (2, "nats/value token")
+    assert learned["held_out_reward"]["mean"] == pytest.approx(-6.9)
+    assert learned["held_out_reward"]["n"] == 1
+    assert learned["model_calls"]["mean"] == 80.0
+    assert "held_out_reward" not in found["arms"]["local_search"]
+    assert (found["system"], found["status"], found["config"], found["seeds"]) == (
+        "reading", "finished", {"seed": 0}, [0],
+    )  # fmt: skip
+
+
+def test_comparisons_and_query_text() -> None:
+    found = result([*RECORDS, *HELD_OUT], config={}, seeds=[0])
+    means = {(c["split"], c["baseline"]): c["mean"] for c in found["comparisons"] if c["metric"] == "reward"}
+    assert means["train", "random"] == pytest.approx(0.4)
+    assert means["train", "untrained"] == pytest.approx((0.5 + 0.2) / 2)
+    assert means["held_out", "random"] == pytest.approx(0.1)
+    # learned − untrained is the same with and without queries, so none of it is query text
+    assert found["query_text"]["query_text"]["mean"] == pytest.approx(0.0, abs=1e-9)
+    assert found["query_text"]["with_queries"]["mean"] == pytest.approx(0.35)
+
+
+def test_without_held_out_articles_the_result_says_so() -> None:
+    found = result(RECORDS, config={}, seeds=[0])
+    assert found["gap_closed"]["held_out"]["mean"] is None
+    assert "no such articles" in found["gap_closed"]["held_out"]["reason"]
+    assert "no difference can be claimed" in found["verdict"]  # one seed is not enough
+    json.dumps(found, allow_nan=False)

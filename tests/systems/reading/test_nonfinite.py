@@ -15,9 +15,14 @@ import torch
 from torch import Tensor
 
 from preceptor.errors import NumericError
-from preceptor.systems.reading.train import learn
-from preceptor.systems.reading.update import trainable
-from tests.systems.reading.planted import PlantedReader, planted_classroom, planted_config, planted_cost, planted_run
+from tests.systems.reading.planted import (
+    PlantedReader,
+    learn,
+    planted_config,
+    planted_cost,
+    planted_run,
+    planted_setup,
+)
 
 
 class FaultyReader(PlantedReader):
@@ -27,10 +32,10 @@ class FaultyReader(PlantedReader):
         super().__init__(cost)
         self.steps, self.episodes, self.num_calls = steps, episodes, 0
 
-    def score(self, rows: Any) -> Any:
+    def score(self, sequences: Any) -> Any:
         step = self.num_calls // 2 + 1
         self.num_calls += 1
-        scored = super().score(rows)
+        scored = super().score(sequences)
         if step in self.steps:
             for index in range(len(scored))[self.episodes]:
                 broken = tuple(torch.full_like(values, math.nan) for values in scored[index].log_probs)
@@ -59,10 +64,10 @@ def run_with(
     config = planted_config(f"update.steps={num_steps}")
     history: list[dict[str, Tensor]] = []
     with planted_run(path, config) as run:
-        classroom = planted_classroom(config, run)
+        setup = planted_setup(config, run)
         reader = FaultyReader(planted_cost(config.seed), steps=reader_steps, episodes=episodes)
-        classroom = dataclasses.replace(classroom, reader=reader)
-        weights = dict(trainable(classroom.policy))
+        setup = dataclasses.replace(setup, reader=reader)
+        weights = setup.policy.parameters()
 
         def keep() -> None:
             history.append({name: p.detach().clone() for name, p in weights.items()})
@@ -74,14 +79,14 @@ def run_with(
             keep()
 
         run.log = logged  # type: ignore[method-assign]
-        assert classroom.policy.projection is not None
-        classroom.policy.projection.weight.register_hook(
+        assert setup.policy.projection is not None
+        setup.policy.projection.weight.register_hook(
             lambda gradient: gradient * math.nan if len(history) in gradient_steps else gradient
         )
         keep()
         error = None
         try:
-            learn(config, run, classroom)
+            learn(setup)
         except NumericError as raised:
             error = raised
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]

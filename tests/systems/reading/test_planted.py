@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from preceptor.systems.reading.train import learn
 from tests.systems.reading.planted import (
     best_order_value,
+    learn,
     order_value,
-    planted_classroom,
     planted_config,
     planted_cost,
     planted_run,
+    planted_setup,
 )
 
 SEEDS = range(10)
@@ -30,18 +30,18 @@ def gap_closed(path: Path, *overrides: str, seed: int) -> tuple[float, bool]:
     """The share of the gap that the policy closes after training, and whether any of its parameters moved."""
     config = planted_config(f"seed={seed}", *overrides)
     with planted_run(path / f"seed-{seed}", config) as run:
-        classroom = planted_classroom(config, run)
-        before = {name: p.detach().clone() for name, p in classroom.policy.lm.trainable_parameters().items()}
-        result = learn(config, run, classroom)
-        moved = any(not torch.equal(p, before[name]) for name, p in classroom.policy.lm.trainable_parameters().items())
-        material, cost = classroom.materials["planted"], planted_cost(seed)
-    every = [order_value(material, cost, order) for order in itertools.permutations(range(4))]
-    floor, ceiling = sum(every) / len(every), best_order_value(material, cost)
+        setup = planted_setup(config, run)
+        before = {name: p.detach().clone() for name, p in setup.policy.lm.trainable_parameters().items()}
+        result = learn(setup)
+        moved = any(not torch.equal(p, before[name]) for name, p in setup.policy.lm.trainable_parameters().items())
+        article, cost = setup.articles["planted"], planted_cost(seed)
+    every = [order_value(article, cost, order) for order in itertools.permutations(range(4))]
+    floor, ceiling = sum(every) / len(every), best_order_value(article, cost)
     learned = next(record["reward"] for record in result["records"] if record["arm"] == "learned")
     # The recorded episodes are eight of the 32 that were measured: what they earned must be what the table says.
     for row in map(json.loads, (run.path / "decisions.jsonl").read_text().splitlines()):
         order = [span["pair"] for span in row["policy_spans"] if span["kind"] == "value"]
-        assert row["reward"] == pytest.approx(order_value(material, cost, order), abs=1e-5)
+        assert row["reward"] == pytest.approx(order_value(article, cost, order), abs=1e-5)
     return (learned - floor) / (ceiling - floor), moved
 
 

@@ -7,6 +7,7 @@ standard deviations with the running mean, the pair baseline, and, planted, a sk
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import random
@@ -22,18 +23,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from preceptor.cli import main
 from preceptor.objectives.statistics import RunningMoments
-from preceptor.run.checkpoint import Checkpoint
-from preceptor.run.folder import Run
-from preceptor.run.guard import NonFiniteGuard
-from preceptor.systems.reading import train
+from preceptor.runs.folder import Run
+from preceptor.runs.guard import NonFiniteGuard
+from preceptor.runs.state import copy_tensors
+from preceptor.runs.tensors import split_state
+from preceptor.systems.reading import loop
 from preceptor.systems.reading.articles import bundled_article
-from preceptor.systems.reading.collapse import CollapseWatch
-from preceptor.systems.reading.credit import PairBaseline
-from preceptor.systems.reading.learner import Learner, copy_tensors
+from preceptor.systems.reading.config import UpdateOptions
+from preceptor.systems.reading.rewards import PairBaseline
+from preceptor.systems.reading.setup import Setup
+from preceptor.systems.reading.state import CollapseWatch, State
+from tests.systems.reading.small import language_model, policies
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # peft asks for it
 
@@ -48,7 +51,7 @@ SETTINGS = (
 )  # fmt: skip
 TIMING = {"seconds", "tokens_per_second", "peak_memory_mib"}
 
-Saves = dict[int, tuple[dict[str, dict[str, Tensor]], Any]]
+Saves = dict[int, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -71,18 +74,18 @@ def arguments(tiny_folder: Path, articles: Path) -> Callable[[Path], list[str]]:
 @contextlib.contextmanager
 def planted_faults() -> Iterator[None]:
     """Step 4 is skipped for numbers that are not finite; steps 5 and 6 have no gradient, in every run alike."""
-    apply = train._apply
+    optimizer_step = loop.optimizer_step
 
-    def faulty(learner: Learner, run: Run, step: int, **rest: Any) -> float:
-        if step not in (4, 5, 6):
-            return apply(learner, run, step, **rest)
-        learner.optimiser.zero_grad(set_to_none=True)
-        if step == 4:
-            run.notice(learner.guard.skip(step, "planted"))
-        return float("nan") if step == 4 else 0.0
+    def faulty(setup: Setup, state: State, number: int, **rest: Any) -> float:
+        if number not in (4, 5, 6):
+            return optimizer_step(setup, state, number, **rest)
+        state.optimizer.zero_grad(set_to_none=True)
+        if number == 4:
+            setup.run.notice(state.guard.skip(number, "planted"))
+        return float("nan") if number == 4 else 0.0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "_apply", faulty)
+        patch.setattr(loop, "optimizer_step", faulty)
         yield
 
 
@@ -92,15 +95,14 @@ def recorded() -> Iterator[Saves]:
     saves: Saves = {}
     save = Run.save
 
-    def saving(run: Run, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
-        copies = {group: {name: t.detach().clone() for name, t in named.items()} for group, named in tensors.items()}
+    def saving(run: Run, state: State) -> Path:
         own = {
             "streams": run.streams.state_dict(),
             "metrics": run.metrics.num_rows,
             "decisions": run.decisions.num_rows,
         }
-        saves[step] = copies, json.loads(json.dumps([state, own]))
-        return save(run, step, tensors, state)
+        saves[run.step] = {**copy.deepcopy(state.state_dict()), "run": own}
+        return save(run, state)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "save", saving)
@@ -130,17 +132,12 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def difference(first: Saves, second: Saves, *, after: int) -> str | None:
     """Where two runs' checkpoints after a step differ, or None."""
     for step in range(after + 1, STEPS + 1):
-        (tensors, state), (others, other_state) = first[step], second[step]
-        if state != other_state:
+        (tensors, rest), (others, other_rest) = split_state(first[step]), split_state(second[step])
+        if rest != other_rest:  # names of the tensors included
             return f"state at step {step}"
-        if tensors.keys() != others.keys():
-            return f"groups at step {step}"
-        for group, named in tensors.items():
-            if named.keys() != others[group].keys():
-                return f"names of {group} at step {step}"
-            for name, tensor in named.items():
-                if not torch.equal(tensor, others[group][name]):
-                    return f"{group} {name} at step {step}"
+        for name, tensor in tensors.items():
+            if not torch.equal(tensor, others[name]):
+                return f"{name} at step {step}"
     return None
 
 
@@ -168,19 +165,20 @@ def same_files(first: Path, second: Path) -> None:
     assert [row["step"] for row in metrics(first)] == list(range(1, STEPS + 1))
     assert (first / "decisions.jsonl").read_bytes() == (second / "decisions.jsonl").read_bytes()
     assert json.loads((first / "result.json").read_text()) == json.loads((second / "result.json").read_text())
-    name = f"checkpoints/step-{STEPS:06d}"
-    for path in sorted((first / name).glob("*.safetensors")):
-        assert path.read_bytes() == (second / name / path.name).read_bytes(), path.name
+    compared = [*(first / f"checkpoints/step-{STEPS:06d}").glob("*.safetensors"), *(first / "model").iterdir()]
+    assert len(compared) > 5
+    for path in compared:
+        assert path.read_bytes() == (second / path.relative_to(first)).read_bytes(), path.name
 
 
 def test_two_halves_are_the_whole_bit_for_bit(
     whole: tuple[Path, Saves], half: tuple[Path, Saves], tmp_path: Path
 ) -> None:
     # What the negative control below drops is there to be dropped.
-    tensors, (state, _) = half[1][STOP]
-    assert any(not torch.equal(t, whole[1][1][0]["policy"][n]) for n, t in tensors["policy"].items())
-    assert any(not torch.equal(t, whole[1][1][0]["snapshot"][n]) for n, t in tensors["snapshot"].items())
-    assert tensors["optimiser"]
+    state, begun = half[1][STOP], whole[1][1]
+    assert any(not torch.equal(tensor, begun["policy"][name]) for name, tensor in state["policy"].items())
+    assert any(not torch.equal(tensor, begun["snapshot"][name]) for name, tensor in state["snapshot"].items())
+    assert split_state(state["optimizer"])[0]
     assert state["moments"]["count"] == STOP * 8
     assert len(state["queue"]) == 1
     assert state["guard"]["num_skipped"] == 1
@@ -198,14 +196,14 @@ def test_two_halves_are_the_whole_bit_for_bit(
 def test_a_stop_during_the_final_measurement_is_resumed_too(
     whole: tuple[Path, Saves], arguments: Callable[[Path], list[str]], tmp_path: Path
 ) -> None:
-    folder, measure = tmp_path / "run", train.evaluate_article
+    folder, evaluate_article = tmp_path / "run", loop.evaluate_article
 
     def stopping(*given: Any, **named: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
-        return measure(*given, **named)
+        return evaluate_article(*given, **named)
 
     with planted_faults(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "evaluate_article", stopping)
+        patch.setattr(loop, "evaluate_article", stopping)
         assert main(arguments(folder)) == 128 + signal.SIGINT
     assert not (folder / "result.json").exists()
     assert main(["resume", str(folder), "--no-report"]) == 0
@@ -215,17 +213,17 @@ def test_a_stop_during_the_final_measurement_is_resumed_too(
 # ---- the negative control: each piece of state is needed -------------------------------------------------------------
 
 
-def new_counts(**counts: int) -> Callable[[Learner], None]:
-    return lambda learner: vars(learner).update(counts)
+def new_counts(**counts: int) -> Callable[[State], None]:
+    return lambda state: vars(state).update(counts)
 
 
-PIECES: dict[str, Callable[[Learner], None]] = {
-    "optimiser": lambda learner: learner.optimiser.state.clear(),
-    "moments": lambda learner: vars(learner).update(moments=RunningMoments()),
-    "pair_baseline": lambda learner: vars(learner).update(pair_baseline=PairBaseline()),
-    "guard": lambda learner: vars(learner).update(guard=NonFiniteGuard()),
-    "collapse": lambda learner: vars(learner).update(collapse=CollapseWatch()),
-    "queue": lambda learner: learner.queue.clear(),
+PIECES: dict[str, Callable[[State], None]] = {
+    "optimizer": lambda state: state.optimizer.state.clear(),
+    "moments": lambda state: vars(state).update(moments=RunningMoments()),
+    "pair_baseline": lambda state: vars(state).update(pair_baseline=PairBaseline()),
+    "guard": lambda state: vars(state).update(guard=NonFiniteGuard()),
+    "collapse": lambda state: vars(state).update(collapse=CollapseWatch()),
+    "queue": lambda state: state.queue.clear(),
     "num_episodes": new_counts(num_episodes=0),
     "num_scored_values": new_counts(num_scored_values=0),
     "num_rewards_excluded": new_counts(num_rewards_excluded=1),
@@ -236,44 +234,38 @@ PIECES: dict[str, Callable[[Learner], None]] = {
 def test_a_resume_that_forgets_a_piece_is_found_out(
     whole: tuple[Path, Saves], half: tuple[Path, Saves], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: str
 ) -> None:
-    folder, load, restore = tmp_path / "resumed", Learner.load, Run.restore
+    folder, load, restore = tmp_path / "resumed", State.load_state_dict, Run.restore
     shutil.copytree(half[0], folder)
 
-    def forgetting(learner: Learner, checkpoint: Checkpoint) -> None:
-        fresh = {
-            "policy": {name: p.detach().clone() for name, p in learner.parameters.items()},
-            "snapshot": {name: t.clone() for name, t in learner._snapshot()["snapshot"].items()},
-        }
-        load(learner, checkpoint)
+    def forgetting(state: State, saved: Mapping[str, Any]) -> None:
+        fresh = copy.deepcopy({"policy": state.state_dict()["policy"], "snapshot": state.state_dict()["snapshot"]})
+        load(state, saved)
         if piece in PIECES:
-            PIECES[piece](learner)
+            PIECES[piece](state)
         elif piece in fresh:
-            copy_tensors(fresh[piece], learner.parameters if piece == "policy" else learner._snapshot()["snapshot"])
+            copy_tensors(fresh[piece], state.parameters if piece == "policy" else state._snapshot())
 
-    def forgetting_streams(run: Run) -> Checkpoint | None:
-        fresh = run.streams.state_dict()
-        checkpoint = restore(run)
-        if piece == "streams":
+    def forgetting_streams(run: Run, state: State) -> None:
+        fresh, was_restored = run.streams.state_dict(), run._restored
+        restore(run, state)
+        if piece == "streams" and not was_restored:
             run.streams.load_state_dict(fresh)
-        return checkpoint
 
-    monkeypatch.setattr(Learner, "load", forgetting)
+    monkeypatch.setattr(State, "load_state_dict", forgetting)
     monkeypatch.setattr(Run, "restore", forgetting_streams)
-    monkeypatch.setattr(train, "_measure", lambda *_: {})
+    monkeypatch.setattr(loop, "evaluate", lambda *_: [])
+    monkeypatch.setattr(loop, "result", lambda *_, **__: {})
     with planted_faults(), recorded() as saves:
         assert main(["resume", str(folder), "--no-report"]) == 0
     found = difference(whole[1], saves, after=STOP) or ("metrics" if metrics(folder) != metrics(whole[0]) else None)
     assert (found is None) == (piece == "nothing"), found
 
 
-def test_nothing_that_the_learner_holds_is_outside_the_control() -> None:
+def test_nothing_that_the_state_holds_is_outside_the_control() -> None:
     """A new piece of state must be saved, and come into the control above."""
-    from preceptor.systems.reading.config import UpdateOptions
-    from tests.systems.reading.small import language_model, policies
-
     policy, untrained, _, _ = policies(language_model())
-    known = {*PIECES, "parameters", "old_lm"}  # policy and snapshot by their names in the checkpoint
-    held = {name for name in vars(Learner(policy, untrained.lm, UpdateOptions())) if not name.startswith("_")}
+    known = {*PIECES, "parameters", "reference_model"}  # policy and snapshot by their names in the checkpoint
+    held = {name for name in vars(State(policy, untrained.lm, UpdateOptions())) if not name.startswith("_")}
     assert held == known
 
 

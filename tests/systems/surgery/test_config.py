@@ -24,15 +24,15 @@ FAULTS = [
     (["phases.bootstrap_steps=0"], "`phases.bootstrap_steps` must be at least 1"),
     (["phases.plateau_window=1"], "`phases.plateau_window` must be at least 2"),
     (["edit.max_relative_norm=1"], "`edit.max_relative_norm` must lie in (0, 1)"),
-    (["edit.roles=[query, tail]"], "`edit.roles` may hold query, key, value, output, got tail"),
+    (["edit.roles=[query, tail]"], "`edit.roles[1]` must be one of query, key, value, output, got 'tail'"),
     (["edit.roles=[]"], "`edit.roles` is empty"),
     (["edit.kind=head_scale"], "`edit.roles` must be (output)"),
     (["agent.discount=1"], "`agent.discount` must lie in [0, 1)"),
     (["agent.target_step=0"], "`agent.target_step` must lie in (0, 1]"),
     (["agent.initial_temperature=0"], "`agent.initial_temperature` must be above 0"),
-    (["controls.arms=[learned, luck]"], "`controls.arms` may hold"),
+    (["controls.arms=[learned, luck]"], "`controls.arms[1]` must be one of no_edit, learned"),
     (["controls.arms=[random]"], "`controls.arms` random is matched to learned"),
-    (["controls.objectives=[luck]"], "`controls.objectives` may hold"),
+    (["controls.objectives=[luck]"], "`controls.objectives[0]` must be one of sampled"),
     (["evaluation.every=0"], "`evaluation.every` must be at least 1"),
     (["save_every=0"], "`save_every` must be at least 1"),
 ]
@@ -77,8 +77,8 @@ def test_the_edge_of_what_can_run_runs(overrides: list[str]) -> None:
 def test_choices_and_flags_are_those_of_the_configuration() -> None:
     keys = schema(SurgeryConfig)
     assert set(FLAGS.values()) <= set(keys)
-    assert set(CHOICES["objectives"]) == set(keys["learning.objective"].type.__args__) == set(OBJECTIVES)
-    assert set(CHOICES["edits"]) == set(keys["edit.kind"].type.__args__)
+    assert set(CHOICES["objectives"]) == set(keys["learning.objective"].annotation.__args__) == set(OBJECTIVES)
+    assert set(CHOICES["edits"]) == set(keys["edit.kind"].annotation.__args__)
     assert set(CHOICES["arms"]) == set(ARMS)
     assert set(EDITING_ARMS) < set(ARMS)
 

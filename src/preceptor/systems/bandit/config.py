@@ -1,12 +1,14 @@
-"""Configuration of the bandit system. It stops at ``train.py``; everything below takes plain arguments."""
+"""Configuration of the bandit system."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from preceptor.config import option
+from pydantic import Field
+
+from preceptor.config import Options
 
 FLAGS = {"model": "model.name", "tokenizer": "model.tokenizer", "seed": "seed"}
 """Command-line flags that stand for configuration keys."""
@@ -36,70 +38,69 @@ OPTIONS = "{options}"
 """Stands in a template for the words to choose from."""
 
 
-@dataclass(frozen=True)
-class BanditOptions:
+class BanditOptions(Options):
     """One bandit: words, and what they pay."""
 
-    name: str = option("", "how tables call it; empty is its words")
-    words: tuple[str, ...] = option((), "the arms; a word may be several tokens")
-    kind: Literal["bernoulli", "gaussian"] = option("bernoulli", "how an arm pays")
-    base_reward: float = option(
-        1.0, "scale of the reward: paid on a success, or times the gaussian's draw", within="(-inf, inf)"
+    name: str = Field("", description="Name in tables; empty is the words themselves.")
+    words: tuple[str, ...] = Field((), description="The arms; a word may be several tokens.")
+    kind: Literal["bernoulli", "gaussian"] = Field("bernoulli", description="Distribution of an arm's reward.")
+    base_reward: float = Field(
+        1.0, description="Scale of the reward: what a success pays, or the factor of a Gaussian draw."
     )
-    success: tuple[float, ...] = option((), "success probability of every word (kind: bernoulli)", within="[0, 1]")
-    mean: tuple[float, ...] = option((), "mean of every word, in base rewards (kind: gaussian)", within="(-inf, inf)")
-    deviation: float = option(
-        1.0, "standard deviation of every word, in base rewards (kind: gaussian)", within="[0, inf)"
+    success: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
+        (), description="Success probability of each word (kind: bernoulli)."
     )
-    prompts: tuple[str, ...] = option((), "prompts of its own, in words, instead of the templates")
+    mean: tuple[float, ...] = Field((), description="Mean reward of each word in base rewards (kind: gaussian).")
+    deviation: float = Field(
+        1.0, ge=0, description="Standard deviation of every word's reward in base rewards (kind: gaussian)."
+    )
+    prompts: tuple[str, ...] = Field((), description="Prompts that name the words, used instead of the templates.")
 
     @property
     def label(self) -> str:
         """The name, or else the words."""
         return self.name or "/".join(self.words)
 
-    def faults(self) -> list[str]:
-        """Why this bandit cannot be played, besides numbers out of their range."""
-        found = []
+    def conflicts(self) -> Iterator[str]:
+        """Why this bandit cannot be played."""
         if len(self.words) < 2:
-            found.append(f"`words` of a bandit must be at least 2, got {len(self.words)}")
+            yield f"`words` of a bandit must be at least 2, got {len(self.words)}"
         for word, count in Counter(self.words).items():
             if count > 1:
-                found.append(f"`words` of a bandit must differ, got '{word}' {count} times")
+                yield f"`words` of a bandit must differ, got '{word}' {count} times"
             if not word or word != word.strip():
-                found.append(f"`words` must not be empty nor begin or end with a space, got '{word}'")
+                yield f"`words` must not be empty nor begin or end with a space, got '{word}'"
         pays, name = (self.success, "success") if self.kind == "bernoulli" else (self.mean, "mean")
         if len(pays) != len(self.words):
-            found.append(f"`{name}` must have one number for each of {len(self.words)} words, got {len(pays)}")
+            yield f"`{name}` must have one number for each of {len(self.words)} words, got {len(pays)}"
         for prompt in self.prompts:
             missing = [word for word in self.words if not names(prompt, word)]
             if len(missing) == len(self.words):
-                found.append(f"`prompts` must name the words of their bandit; '{prompt}' names none")
+                yield f"`prompts` must name the words of their bandit; '{prompt}' names none"
             elif missing:
-                found.append(f"`prompts` must name every word that can be chosen; '{prompt}' lacks '{missing[0]}'")
-        return found
+                yield f"`prompts` must name every word that can be chosen; '{prompt}' lacks '{missing[0]}'"
 
 
-@dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(Options):
     """The language model that decides."""
 
-    name: str = option("", "'starter', a local folder or a hub name; empty is a GPT from random weights")
-    tokenizer: str = option(
-        "starter", "of a GPT from random weights: 'starter', a local folder, a hub name or 'tiktoken:NAME'"
+    name: str = Field(
+        "", description="'starter', a local folder or a hub name; empty is a GPT initialised with random weights."
     )
-    width: int = option(192, "hidden size of the GPT", within="[1, inf)")
-    num_layers: int = option(8, "layers of the GPT", within="[1, inf)")
-    num_heads: int = option(8, "attention heads of the GPT", within="[1, inf)")
-    dropout: float = option(0.3, "of the GPT", within="[0, 1)")
-    context_length: int = option(256, "tokens of the GPT's context", within="[8, inf)")
+    tokenizer: str = Field(
+        "starter", description="Tokenizer of that GPT: 'starter', a local folder, a hub name or 'tiktoken:NAME'."
+    )
+    width: int = Field(192, ge=1, description="Hidden size of the GPT.")
+    num_layers: int = Field(8, ge=1, description="Number of layers of the GPT.")
+    num_heads: int = Field(8, ge=1, description="Number of attention heads of the GPT.")
+    dropout: float = Field(0.3, ge=0, lt=1, description="Dropout probability of the GPT.")
+    context_length: int = Field(256, ge=8, description="Context length of the GPT in tokens.")
 
 
-@dataclass(frozen=True)
-class PromptOptions:
+class PromptOptions(Options):
     """How a choice is put into words; ``{options}`` is where the words stand."""
 
-    templates: tuple[str, ...] = option(
+    templates: tuple[str, ...] = Field(
         (
             "Pick {options}:",
             "Which, {options}?",
@@ -108,116 +109,121 @@ class PromptOptions:
             "Say {options}:",
             "{options}: my pick is",
         ),
-        "seen in pretraining and by REINFORCE",
+        description="Templates that pretraining and REINFORCE use.",
     )
-    held_out: tuple[str, ...] = option(
+    held_out: tuple[str, ...] = Field(
         ("Choose {options}:", "{options}? Give me"),
-        "kept for validation and for crossing",
+        description="Templates kept for validation and for measuring transfer.",
     )
 
 
-@dataclass(frozen=True)
-class PretrainingOptions:
+class PretrainingOptions(Options):
     """Cross-entropy on a balanced corpus, so that every named word is as likely as the others."""
 
-    steps: int = option(800, "optimiser steps; 0 takes the model as it is", within="[0, inf)")
-    batch_size: int = option(12, "windows a step", within="[1, inf)")
-    window: int = option(24, "tokens of a sliding window", within="[2, inf)")
-    learning_rate: float = option(4e-4, "of AdamW", within="[0, inf)")
-    weight_decay: float = option(0.01, "of AdamW", within="[0, inf)")
-    clip_norm: float = option(1.0, "global gradient norm", within="(0, inf]", hint=".inf clips nothing")
-    pairs: Literal["all", "own"] = option("all", "which words stand together: any two, or those of one bandit")
-    validate_every: int = option(100, "steps between validations on the held-out templates", within="[1, inf)")
+    steps: int = Field(800, ge=0, description="Number of optimizer steps; 0 takes the model as it is.")
+    batch_size: int = Field(12, ge=1, description="Number of windows per step.")
+    window: int = Field(24, ge=2, description="Length of a sliding window in tokens.")
+    learning_rate: float = Field(4e-4, ge=0, description="Learning rate of AdamW.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
+    clip_norm: float = Field(
+        1.0, gt=0, allow_inf_nan=True, description="Maximum global gradient norm; .inf clips nothing."
+    )
+    pairs: Literal["all", "own"] = Field(
+        "all", description="Which words appear together in a text: any two, or only those of one bandit."
+    )
+    validate_every: int = Field(100, ge=1, description="Number of steps between validations on held-out templates.")
 
 
-@dataclass(frozen=True)
-class UpdateOptions:
+class UpdateOptions(Options):
     """How REINFORCE moves the model."""
 
-    epochs: int = option(100, "passes over the prompts of every bandit (mode: prompt)", within="[0, inf)")
-    batch_size: int = option(0, "prompts of one bandit a step; 0 is all of them (mode: prompt)", within="[0, inf)")
-    baseline: Literal["none", "running_mean", "bandit_mean", "leave_one_out"] = option(
-        "leave_one_out", "subtracted from a reward before it teaches"
+    epochs: int = Field(100, ge=0, description="Number of passes over the prompts of every bandit (mode: prompt).")
+    batch_size: int = Field(
+        0, ge=0, description="Number of prompts of one bandit per step; 0 uses all of them (mode: prompt)."
     )
-    learning_rate: float = option(1e-4, "of AdamW, which starts fresh", within="[0, inf)")
-    weight_decay: float = option(0.0, "of AdamW", within="[0, inf)")
-    clip_norm: float = option(1.0, "global gradient norm", within="(0, inf]", hint=".inf clips nothing")
-    entropy_coefficient: float = option(0.0, "bonus on the entropy over the words", within="[0, inf)")
-    kl_coefficient: float = option(0.0, "KL to the pre-trained model over the words, exact", within="[0, inf)")
-    dropout: bool = option(False, "whether dropout is on while acting and scoring, which are one forward pass")
+    baseline: Literal["none", "running_mean", "bandit_mean", "leave_one_out"] = Field(
+        "leave_one_out", description="What is subtracted from a reward to reduce variance."
+    )
+    learning_rate: float = Field(1e-4, ge=0, description="Learning rate of AdamW, which starts afresh here.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
+    clip_norm: float = Field(
+        1.0, gt=0, allow_inf_nan=True, description="Maximum global gradient norm; .inf clips nothing."
+    )
+    entropy_coefficient: float = Field(0.0, ge=0, description="Weight of the entropy bonus over the words.")
+    kl_coefficient: float = Field(
+        0.0, ge=0, description="Weight of the exact KL to the pretrained model over the words, in nats."
+    )
+    dropout: bool = Field(False, description="Keep dropout on while acting and scoring, which are one forward pass.")
 
 
-@dataclass(frozen=True)
-class HistoryOptions:
-    """Acting on past rewards in the context, with the weights at rest (mode: history)."""
+class HistoryOptions(Options):
+    """Acting on past rewards in the context, with fixed weights (mode: history)."""
 
-    rounds: int = option(12, "choices an episode", within="[1, inf)")
-    batch_size: int = option(32, "episodes a step", within="[2, inf)")
-    steps: int = option(150, "updates", within="[0, inf)")
-    discount: float = option(1.0, "of later rewards in a choice's return", within="[0, 1]")
-    evaluation_episodes: int = option(200, "episodes of every arm at the end", within="[2, inf)")
+    rounds: int = Field(12, ge=1, description="Number of choices per episode.")
+    batch_size: int = Field(32, ge=2, description="Number of episodes per step.")
+    steps: int = Field(150, ge=0, description="Number of updates.")
+    discount: float = Field(1.0, ge=0, le=1, description="Discount of later rewards in a choice's return.")
+    evaluation_episodes: int = Field(200, ge=2, description="Number of episodes of every baseline at the end.")
 
 
-@dataclass(frozen=True)
-class BanditConfig:
+class BanditConfig(Options):
     """Configuration of ``preceptor run bandit``."""
 
-    seed: int = option(0, "of every random stream")
-    mode: Literal["prompt", "history"] = option("prompt", "what tells the words apart: the weights, or the context")
-    bandits: tuple[BanditOptions, ...] = option(
+    seed: int = Field(0, description="Seed of every random stream.")
+    mode: Literal["prompt", "history"] = Field(
+        "prompt", description="Learn which words pay in the weights, or find it out from rewards in the context."
+    )
+    bandits: tuple[BanditOptions, ...] = Field(
         (
             BanditOptions(words=("bean", "chickpea"), base_reward=10.0, success=(0.75, 0.25)),
             BanditOptions(words=("lentil", "rice"), base_reward=1.0, success=(0.75, 0.25)),
         ),
-        "what is played",
+        description="The bandits that are played.",
     )
-    model: ModelOptions = field(default_factory=ModelOptions)
-    prompts: PromptOptions = field(default_factory=PromptOptions)
-    pretraining: PretrainingOptions = field(default_factory=PretrainingOptions)
-    update: UpdateOptions = field(default_factory=UpdateOptions)
-    history: HistoryOptions = field(default_factory=HistoryOptions)
-    save_every: int = option(50, "steps between checkpoints", within="[1, inf)")
+    model: ModelOptions = ModelOptions()
+    prompts: PromptOptions = PromptOptions()
+    pretraining: PretrainingOptions = PretrainingOptions()
+    update: UpdateOptions = UpdateOptions()
+    history: HistoryOptions = HistoryOptions()
+    save_every: int = Field(50, ge=1, description="Number of steps between checkpoints.")
 
-    def faults(self) -> list[str]:
-        """What is at odds in this configuration, besides numbers out of their range."""
-        found = []
-        if self.model.num_heads > 0 and self.model.width % self.model.num_heads:
-            found.append(
+    def conflicts(self) -> Iterator[str]:
+        """Values that do not go together."""
+        if self.model.width % self.model.num_heads:
+            yield (
                 f"`model.width` must be a multiple of `model.num_heads`, got {self.model.width} and "
                 f"{self.model.num_heads}"
             )
         if self.pretraining.window > self.model.context_length and not self.model.name:
-            found.append(
+            yield (
                 f"`pretraining.window` must be at most `model.context_length` {self.model.context_length}, got "
                 f"{self.pretraining.window}"
             )
         if self.update.batch_size == 1 and self.update.baseline == "leave_one_out":
-            found.append("`update.baseline` leave_one_out needs `update.batch_size` of at least 2 (or 0), got 1")
-        return found + self._faults_in_words()
+            yield "`update.baseline` leave_one_out needs `update.batch_size` of at least 2 (or 0), got 1"
+        yield from self._conflicts_in_words()
 
-    def _faults_in_words(self) -> list[str]:
-        found = []
+    def _conflicts_in_words(self) -> Iterator[str]:
         if not self.bandits:
-            found.append("`bandits` is empty; name at least one")
+            yield "`bandits` is empty; name at least one"
         owners = Counter(word for bandit in self.bandits for word in set(bandit.words))
         for word, count in owners.items():
             if count > 1:
-                found.append(f"`bandits` must not share words, got '{word}' in {count} of them")
+                yield f"`bandits` must not share words, got '{word}' in {count} of them"
         if len({bandit.label for bandit in self.bandits}) < len(self.bandits):
-            found.append("`bandits` must differ in their names")
+            yield "`bandits` must differ in their names"
         if not self.prompts.templates:
-            found.append("`prompts.templates` is empty; give at least one with {options}")
+            yield "`prompts.templates` is empty; give at least one with {options}"
         for template in (*self.prompts.templates, *self.prompts.held_out):
             if template.count(OPTIONS) != 1:
-                found.append(
+                yield (
                     f"a prompt must name its options: '{template}' holds {OPTIONS} {template.count(OPTIONS)} times; "
                     "put it in once"
                 )
             elif template != template.rstrip():
-                found.append(f"`prompts` must not end with a space, since the word brings its own: '{template}'")
+                yield f"`prompts` must not end with a space, since the word brings its own: '{template}'"
         if both := sorted(set(self.prompts.templates) & set(self.prompts.held_out)):
-            found.append(f"`prompts.held_out` must not repeat a training template, got '{both[0]}'")
-        return found
+            yield f"`prompts.held_out` must not repeat a training template, got '{both[0]}'"
 
 
 def names(prompt: str, word: str) -> bool:

@@ -1,4 +1,4 @@
-"""Choices put into words, and the balanced corpus from which a model learns to answer with a word that was named."""
+"""Prompts that name the words to choose from, and the balanced corpus on which the model is pretrained."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Prompt:
     """A question and the words that may answer it.
 
     Attributes:
-        text: as the model reads it; the answer follows with a space of its own.
+        text: as the model reads it; the answer brings its own leading space.
         words: the options, in the order of their bandit's arms.
         order: the order in which ``text`` names them, as indices into ``words``.
-        template: what ``text`` was made from; a literal prompt is its own.
-        held_out: the template was never trained on.
+        template: what ``text`` was made from; a literal prompt is its own template.
+        held_out: whether the template is kept out of training.
     """
 
     text: str
@@ -29,21 +29,21 @@ class Prompt:
     held_out: bool = False
 
 
-def listed(words: Sequence[str]) -> str:
+def choice_text(words: Sequence[str]) -> str:
     """The words as a choice.
 
-    >>> listed(["rice", "bean"]), listed(["a", "b", "c"])
+    >>> choice_text(["rice", "bean"]), choice_text(["a", "b", "c"])
     ('rice or bean', 'a, b or c')
     """
     return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def prompts_for(words: Sequence[str], templates: Sequence[str], *, held_out: bool = False) -> list[Prompt]:
-    """Every template with every rotation of ``words``, so that each word stands once at each place."""
+    """Each template with each rotation of ``words``, so that each word stands once at each place."""
     rotations = [tuple((start + place) % len(words) for place in range(len(words))) for start in range(len(words))]
     return [
         Prompt(
-            text=template.replace(OPTIONS, listed([words[index] for index in order])),
+            text=template.replace(OPTIONS, choice_text([words[index] for index in order])),
             words=tuple(words),
             order=order,
             template=template,
@@ -55,7 +55,7 @@ def prompts_for(words: Sequence[str], templates: Sequence[str], *, held_out: boo
 
 
 def literal_prompts(words: Sequence[str], texts: Sequence[str]) -> list[Prompt]:
-    """Prompts that were given whole; their order is that in which the words first stand in the text."""
+    """Prompts that are given whole; their order is that in which the words first appear in the text."""
     return [
         Prompt(
             text=text,
@@ -68,7 +68,7 @@ def literal_prompts(words: Sequence[str], texts: Sequence[str]) -> list[Prompt]:
 
 
 def corpus(prompts: Iterable[Prompt]) -> list[str]:
-    """A line for every prompt and every answer to it, so that no answer is more likely than another.
+    """One line for each prompt and each answer to it, so that no answer is more frequent than another.
 
     >>> corpus(prompts_for(["a", "b"], ["Pick {options}:"]))[:2]
     ['Pick a or b: a.', 'Pick a or b: b.']
@@ -77,13 +77,13 @@ def corpus(prompts: Iterable[Prompt]) -> list[str]:
 
 
 def crossed_pairs(bandits: Sequence[Bandit]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """All pairings of a word with a word of a later bandit, as ((bandit, arm), (bandit, arm))."""
+    """All pairs of a word with a word of a later bandit, as ((bandit, arm), (bandit, arm))."""
     arms = [(number, arm) for number, bandit in enumerate(bandits) for arm in range(len(bandit.words))]
     return [(first, second) for first, second in combinations(arms, 2) if first[0] != second[0]]
 
 
 def training_word_sets(bandits: Sequence[Bandit], *, pairs: str) -> list[tuple[str, ...]]:
-    """The sets of words that stand together in the corpus: every bandit's own and, with ``"all"``, any two words."""
+    """The sets of words that share a prompt in the corpus: each bandit's own and, with ``"all"``, any two words."""
     own = [bandit.words for bandit in bandits]
     if pairs == "own":
         return own

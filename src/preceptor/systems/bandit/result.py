@@ -1,4 +1,4 @@
-"""``result.json``: arms × metrics with intervals, what crossed between contexts, and a verdict in words."""
+"""``result.json``: methods × metrics with intervals, what transfers between contexts, and a verdict in words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from preceptor.evaluation.summary import SPLITS, Comparison, Estimate, compare, summarise
 from preceptor.evaluation.verdict import verdict
-from preceptor.systems.bandit.crossing import PREFERS, UNITS
+from preceptor.systems.bandit.evaluate import PREFERS, UNITS
 
 TABLE = ("best_word", "reward", "regret", "value", "winner", "prompt")
 """Metrics that the terminal shows; the page shows all."""
@@ -25,44 +25,42 @@ COMPARED = (
     ("optimal_share", "uniform"),
     ("optimal_share", "pretrained"),
 )
-"""(metric, arm that the learned one is compared with), where both were measured."""
+"""(metric, method that the learned policy is compared with), where both were measured."""
 
 
-def bandit_result(
-    records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], seeds: Sequence[int]
-) -> dict[str, Any]:
+def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
     """The result of one run, or of several over the same bandits, from their records.
 
     Args:
-        records: of every arm, bandit or pair of words, split and seed.
+        records: one for each method, bandit or pair of words, split and seed.
         config: the resolved configuration.
         seeds: of the runs.
     """
     splits = [split for split in SPLITS if any(record["split"] == split for record in records)]
     averaged = _over_items(records)
-    arms: dict[str, dict[str, Any]] = {}
+    methods: dict[str, dict[str, Any]] = {}
     for split in splits:
         prefix = "held_out_" if split == "held_out" else ""
-        for arm, metrics in summarise(averaged, units=UNITS, split=split).items():
-            arms.setdefault(arm, {}).update({prefix + metric: estimate for metric, estimate in metrics.items()})
+        for method, metrics in summarise(averaged, units=UNITS, split=split).items():
+            methods.setdefault(method, {}).update({prefix + metric: estimate for metric, estimate in metrics.items()})
     comparisons: list[Comparison] = [
         compare(averaged, metric=metric, arm="learned", baseline=baseline, unit=UNITS[metric], split=split)
         for split in splits
         for metric, baseline in COMPARED
         if {"learned", baseline} <= {r["arm"] for r in averaged if r["split"] == split and metric in r}
     ]
-    crossing = _crossing(records, splits)
+    crossing = _crossed_pairs(records, splits)
     scores = word_scores(records)
     text = verdict(comparisons)
     if crossing:
-        text += " " + _explained(arms["learned"], num_pairs=len({row["pair"] for row in crossing}))
-        text += " " + _scored(scores["learned"])
+        text += " " + _explanations_sentence(methods["learned"], num_pairs=len({row["pair"] for row in crossing}))
+        text += " " + _scores_sentence(scores["learned"])
     return {
         "system": "bandit",
         "status": "finished",
         "config": config,
         "seeds": list(seeds),
-        "arms": arms,
+        "arms": methods,
         "table": list(TABLE),
         "oracles": ["optimum"],
         "baseline": "uniform",
@@ -77,9 +75,9 @@ def bandit_result(
 
 
 def _over_items(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One record for every arm, split and seed: each metric's mean over the bandits, or the pairs, that have it.
+    """One record for each method, split and seed: each metric's mean over the bandits, or the pairs, that have it.
 
-    Bandits and pairs are given, not drawn from a population, so the intervals are over seeds alone.
+    Bandits and pairs are fixed, not drawn from a population, so the intervals are over seeds alone.
     """
     cells: dict[tuple[Any, ...], dict[str, list[float]]] = {}
     for record in records:
@@ -88,48 +86,48 @@ def _over_items(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if metric in record:
                 cell.setdefault(metric, []).append(record[metric])
     return [
-        {"arm": arm, "item": "all", "split": split, "seed": seed}
+        {"arm": method, "item": "all", "split": split, "seed": seed}
         | {metric: sum(values) / len(values) for metric, values in metrics.items()}
-        for (arm, split, seed), metrics in cells.items()
+        for (method, split, seed), metrics in cells.items()
     ]
 
 
-def _crossing(records: Sequence[Mapping[str, Any]], splits: Sequence[str]) -> list[dict[str, Any]]:
-    """Every crossed pair under every model and split, with intervals over seeds alone."""
+def _crossed_pairs(records: Sequence[Mapping[str, Any]], splits: Sequence[str]) -> list[dict[str, Any]]:
+    """Each crossed pair under each model and split, with intervals over seeds alone."""
     rows = []
     for pair in dict.fromkeys(record["item"] for record in records if "first_word" in record):
         of_pair = [record for record in records if record["item"] == pair]
         for split in splits:
-            for arm, metrics in summarise(of_pair, units=UNITS, split=split).items():
-                kept: dict[str, Estimate] = {name: metrics[name] for name in (*CROSSING, *EXPLANATIONS)}
-                rows.append({"pair": pair, "split": split, "arm": arm, **kept})
+            for method, metrics in summarise(of_pair, units=UNITS, split=split).items():
+                estimates: dict[str, Estimate] = {name: metrics[name] for name in (*CROSSING, *EXPLANATIONS)}
+                rows.append({"pair": pair, "split": split, "arm": method, **estimates})
     return rows
 
 
 def word_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """A score for every word, such that the log-odds of a crossed pair are the difference of its words' scores.
+    """A score for each word such that the log-odds of a crossed pair are the difference of its words' scores.
 
-    Least squares over the pairs of each seed, on seen templates; the scores of a seed sum to 0. A word that carried
-    one score into every context would make the fit exact: ``explained`` is the share of the log-odds' sum of squares.
-    Each entry has its mean and interval over seeds, in nats and as a share.
+    Least squares over the pairs of each seed, on training templates; the scores of a seed sum to 0. If each word had
+    the same score in every context, the fit would be exact: ``explained`` is the share of the log-odds' sum of squares
+    that it accounts for. Each entry has its mean and interval over seeds, in nats and as a share.
     """
-    found: dict[str, dict[str, Any]] = {}
+    scores_of: dict[str, dict[str, Any]] = {}
     crossed = [record for record in records if "first_word" in record and record["split"] == "train"]
     words = list(dict.fromkeys(word for record in crossed for word in record["item"].split(" / ")))
-    for arm in dict.fromkeys(record["arm"] for record in crossed):
+    for method in dict.fromkeys(record["arm"] for record in crossed):
         fitted: list[dict[str, Any]] = []
-        for seed in dict.fromkeys(record["seed"] for record in crossed if record["arm"] == arm):
-            own = [record for record in crossed if record["arm"] == arm and record["seed"] == seed]
+        for seed in dict.fromkeys(record["seed"] for record in crossed if record["arm"] == method):
+            own = [record for record in crossed if record["arm"] == method and record["seed"] == seed]
             design = np.array([[_side(word, record["item"]) for word in words] for record in own], dtype=float)
             odds = np.array([_log_odds(record["first_word"]) for record in own])
             scores = np.linalg.lstsq(design, odds, rcond=None)[0]  # the shortest solution, whose sum is 0
             left = float(((odds - design @ scores) ** 2).sum())
             total = float((odds**2).sum())
             cells = {**dict(zip(words, scores.tolist(), strict=True)), "explained": 1 - left / total if total else 1.0}
-            fitted.append({"arm": arm, "item": "all", "split": "train", "seed": seed, **cells})
+            fitted.append({"arm": method, "item": "all", "split": "train", "seed": seed, **cells})
         units = {**dict.fromkeys(words, "nats"), "explained": "share"}
-        found[arm] = summarise(fitted, units=units)[arm]
-    return found
+        scores_of[method] = summarise(fitted, units=units)[method]
+    return scores_of
 
 
 def _side(word: str, pair: str) -> int:
@@ -138,12 +136,12 @@ def _side(word: str, pair: str) -> int:
 
 
 def _log_odds(probability: float) -> float:
-    """In nats; a probability is taken to lie at least 1e-12 from its ends."""
-    kept = min(max(probability, 1e-12), 1 - 1e-12)
-    return math.log(kept / (1 - kept))
+    """In nats; a probability is kept at least 1e-12 away from 0 and 1."""
+    clipped = min(max(probability, 1e-12), 1 - 1e-12)
+    return math.log(clipped / (1 - clipped))
 
 
-def _scored(scores: Mapping[str, Estimate]) -> str:
+def _scores_sentence(scores: Mapping[str, Estimate]) -> str:
     words = sorted((word for word in scores if word != "explained"), key=lambda word: -scores[word]["mean"])
     listed = ", ".join(f"{word} {scores[word]['mean']:+.1f}" for word in words)
     return (
@@ -152,8 +150,8 @@ def _scored(scores: Mapping[str, Estimate]) -> str:
     )
 
 
-def _explained(learned: Mapping[str, Estimate], *, num_pairs: int) -> str:
-    """The sentence about the three explanations, on the templates that were trained on."""
+def _explanations_sentence(learned: Mapping[str, Estimate], *, num_pairs: int) -> str:
+    """The sentence about the three explanations, on training templates."""
     shares = []
     for name in EXPLANATIONS:
         estimate = learned[name]

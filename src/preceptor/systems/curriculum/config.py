@@ -1,14 +1,62 @@
-"""Configuration of the curriculum system. It stops at ``train.py``; everything below takes plain arguments."""
+"""Configuration of the curriculum system, and the names that it may use with a line on each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Literal
 
-from preceptor.config import option
-from preceptor.data.datasets import Source, source_faults
-from preceptor.systems.curriculum.choices import ADVANTAGES, BUILTIN, KL_PLACES, LOSSES, REWARDS, RULES
+from pydantic import Field
+
+from preceptor.config import Options
+from preceptor.data.corpora.datasets import Source, source_faults
+
+RULES = {
+    "second_order": "weights move along the smoothed fall over time of mean + variance of the losses",
+    "learning_progress": "slow minus fast average of the loss: what is being learned now",
+    "difficulty": "the loss itself",
+    "exp3": "Exp3 with the loss as reward (ODM)",
+    "ado": "the slope of a power law fitted to each loss (ADO)",
+    "proportional": "in proportion to the sizes of the datasets, fixed",
+    "uniform": "equal weights, fixed",
+    "static": "given weights, fixed",
+}
+FIXED_RULES = ("proportional", "uniform", "static")
+"""Rules that no measurement moves."""
+
+REWARDS = {
+    "repetition": "minus the fraction of tokens that repeat the token before them (the method's text)",
+    "repeated_bigrams": "minus the fraction of tokens that complete a bigram seen before",
+    "log_likelihood": "log-probability under the rolling frozen model, nats per token",
+    "overlap": "F1 of the tokens with those of the document's own continuation",
+    "distinct": "distinct bigrams over all bigrams",
+    "length": "tokens up to the end token over the tokens allowed",
+}
+ADVANTAGES = {
+    "gae": "generalized advantage estimation with a value network (PPO)",
+    "rloo": "total reward minus the mean of the prompt's other continuations",
+    "grpo": "total reward minus the group's mean, over its standard deviation",
+    "dr_grpo": "total reward minus the group's mean",
+    "reinforce_plus_plus": "the reward to go, whitened over the batch",
+}
+LOSSES = {
+    "clip": "PPO's clipped ratio; the two bounds may differ",
+    "cispo": "REINFORCE with a truncated importance weight",
+    "gspo": "PPO's clip on one ratio per sequence",
+    "reinforce": "no importance ratio",
+}
+KL_PLACES = {
+    "none": "no KL to the reference",
+    "reward_k1": "k1 of each token subtracted from its reward",
+    "loss_k2": "k2 in the loss",
+    "loss_k3": "k3 in the loss (GRPO's)",
+    "loss_exact": "over the whole vocabulary, in the loss",
+}
+BUILTIN = {
+    "code": "source files of Python's standard library, as installed",
+    "manual": "Python's own reference manual, as installed (pydoc topics)",
+    "dialogue": "short dialogues and sums from a small grammar",
+    "noise": "random letters, which nothing can be learned from",
+}
 
 FLAGS = {"model": "model.name", "seed": "seed", "rule": "mixture.rule"}
 """Command-line flags that stand for configuration keys."""
@@ -24,31 +72,35 @@ CHOICES: dict[str, dict[str, str]] = {
 """What ``preceptor list`` shows."""
 
 
-@dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(Options):
     """The policy."""
 
-    name: str = option("starter", "'starter', a local folder or a hub name; gives the tokenizer too")
-    dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights")
-    adapter_rank: int = option(0, "rank of a LoRA adapter; 0 trains every weight", within="[0, inf)")
-    adapter_alpha: float = option(16.0, "scale of the LoRA adapter (alpha / rank multiplies its update)")
-    from_scratch: bool = option(False, "start from random weights (drawn from the seed) instead of the named model's")
-    width: int = option(0, "hidden size of a model from scratch; 0 is the named model's shape", within="[0, inf)")
-    num_layers: int = option(0, "layers of a model from scratch; 0 is the named model's shape", within="[0, inf)")
+    name: str = Field("starter", description="'starter', a local folder or a hub name; gives the tokenizer too.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the weights.")
+    adapter_rank: int = Field(0, ge=0, description="Rank of a LoRA adapter; 0 trains every weight.")
+    adapter_alpha: float = Field(16.0, description="Scale of the LoRA adapter: alpha / rank multiplies its update.")
+    from_scratch: bool = Field(
+        False, description="Start from random weights (drawn from the seed) instead of those of the named model."
+    )
+    width: int = Field(0, ge=0, description="Hidden size of a model from scratch; 0 keeps that of the named model.")
+    num_layers: int = Field(
+        0, ge=0, description="Number of layers of a model from scratch; 0 keeps that of the named model."
+    )
 
 
-@dataclass(frozen=True)
-class DatasetOptions:
+class DatasetOptions(Options):
     """One dataset of the mixture."""
 
-    name: str = option("", "what it is called everywhere")
-    location: str = option("", "a file or folder, a hub name, or 'builtin:NAME'")
-    adapter: str = option("text", "how a row becomes a document, or 'field:NAME'")
-    split: str = option("train", "of a hub dataset")
-    subset: str = option("", "configuration of a hub dataset, such as wikitext-103-raw-v1")
-    join: int = option(1, "consecutive rows that make one document")
-    max_documents: int = option(0, "at most; 0 takes all (a hub dataset needs a limit)")
-    target: bool = option(True, "counts in the macro mean of the validation loss; a noise dataset should not")
+    name: str = Field("", description="Name of the dataset in tables and logs.")
+    location: str = Field("", description="A file or folder, a hub name, or 'builtin:NAME'.")
+    adapter: str = Field("text", description="How a row becomes a document, or 'field:NAME'.")
+    split: str = Field("train", description="Split of a hub dataset.")
+    subset: str = Field("", description="Configuration of a hub dataset, such as wikitext-103-raw-v1.")
+    join: int = Field(1, description="Number of consecutive rows that make one document.")
+    max_documents: int = Field(0, description="Maximum number of documents; 0 takes all (a hub dataset needs a limit).")
+    target: bool = Field(
+        True, description="Count it in the macro mean of the validation loss; a noise dataset should not count."
+    )
 
     @property
     def builtin(self) -> str | None:
@@ -70,189 +122,209 @@ class DatasetOptions:
 
 
 DEFAULT_DATASETS = (
-    DatasetOptions("code", "builtin:code"),
-    DatasetOptions("manual", "builtin:manual"),
-    DatasetOptions("dialogue", "builtin:dialogue"),
-    DatasetOptions("noise", "builtin:noise", target=False),
+    DatasetOptions(name="code", location="builtin:code"),
+    DatasetOptions(name="manual", location="builtin:manual"),
+    DatasetOptions(name="dialogue", location="builtin:dialogue"),
+    DatasetOptions(name="noise", location="builtin:noise", target=False),
 )
 
 
-@dataclass(frozen=True)
-class DataOptions:
+class DataOptions(Options):
     """What is learned from."""
 
-    root: str = option("", "folder that locations are relative to; empty is the current one")
-    datasets: tuple[DatasetOptions, ...] = option(DEFAULT_DATASETS, "the mixture")
-    block_tokens: int = option(128, "tokens of a row, the begin token included", within="[8, inf)")
-    cross_documents: bool = option(False, "pack several documents into one row")
-    validation_fraction: float = option(0.1, "of each dataset's documents, held out for validation", within="(0, 0.5)")
-    difficulty_fraction: float = option(
-        0.1, "of each dataset's documents, held out for measuring difficulty", within="(0, 0.5)"
+    root: str = Field("", description="Folder that locations are relative to; empty is the current one.")
+    datasets: tuple[DatasetOptions, ...] = Field(DEFAULT_DATASETS, description="The mixture.")
+    block_tokens: int = Field(128, ge=8, description="Length of a row in tokens, including the begin token.")
+    cross_documents: bool = Field(False, description="Pack several documents into one row.")
+    validation_fraction: float = Field(
+        0.1, gt=0, lt=0.5, description="Fraction of each dataset's documents held out for validation."
+    )
+    difficulty_fraction: float = Field(
+        0.1, gt=0, lt=0.5, description="Fraction of each dataset's documents held out for measuring difficulty."
     )
 
 
-@dataclass(frozen=True)
-class DifficultyOptions:
+class DifficultyOptions(Options):
     """How the rolling frozen model measures the datasets."""
 
-    every: int = option(10, "M: steps between measurements and updates of the mixture", within="[1, inf)")
-    refresh_every: int = option(10, "K: steps between refreshes of the frozen model", within="[1, inf)")
-    sample_size: int = option(100, "rows of each dataset that are scored, at most", within="[1, inf)")
-    resample: bool = option(False, "draw a new sample at each measurement instead of keeping the first")
+    every: int = Field(10, ge=1, description="M: number of steps between measurements and updates of the mixture.")
+    refresh_every: int = Field(10, ge=1, description="K: number of steps between refreshes of the frozen model.")
+    sample_size: int = Field(100, ge=1, description="Maximum number of rows of each dataset that are scored.")
+    resample: bool = Field(
+        False, description="Draw a new sample for each measurement instead of keeping the first one."
+    )
 
 
-@dataclass(frozen=True)
-class MixtureOptions:
+class MixtureOptions(Options):
     """How the weights of the datasets move."""
 
-    rule: str = option("learning_progress", "mixture rule; see preceptor list")
-    exploration: float = option(0.1, "share of the weight that is spread evenly", within="[0, 1]")
-    settings: dict[str, float] = option({}, "the rule's own hyperparameters, by name")  # noqa: RUF009 - it is copied
-    weights: tuple[float, ...] = option((), "of the datasets, for the rule static")
+    rule: str = Field("learning_progress", description="Mixture rule; see preceptor list.")
+    exploration: float = Field(0.1, ge=0, le=1, description="Fraction of the weight that is spread evenly.")
+    settings: dict[str, float] = Field({}, description="The rule's own hyperparameters, by name.")
+    weights: tuple[float, ...] = Field((), description="Weights of the datasets (rule: static).")
 
 
-@dataclass(frozen=True)
-class RewardOptions:
+class RewardOptions(Options):
     """One term of the reward."""
 
-    name: str = option("", "a built-in term or module:function")
-    weight: float = option(1.0, "factor of the term", within="(-inf, inf)")
+    name: str = Field("", description="A built-in term or module:function.")
+    weight: float = Field(1.0, description="Factor of the term.")
 
 
-@dataclass(frozen=True)
-class PPOOptions:
+class PPOOptions(Options):
     """Policy gradient on continuations of the documents' first tokens."""
 
-    weight: float = option(1.0, "of the policy-gradient loss; 0 writes no rollouts at all", within="[0, inf)")
-    prompts: int = option(16, "prompts a step", within="[1, inf)")
-    group_size: int = option(
-        1, "continuations of each prompt; at least 2 for rloo, grpo and dr_grpo", within="[1, inf)"
+    weight: float = Field(1.0, ge=0, description="Weight of the policy-gradient loss; 0 writes no rollouts.")
+    prompts: int = Field(16, ge=1, description="Number of prompts per step.")
+    group_size: int = Field(
+        1, ge=1, description="Number of continuations per prompt; at least 2 for rloo, grpo and dr_grpo."
     )
-    prompt_tokens: int = option(
-        16, "first tokens of a document that make a prompt, at most half of it", within="[1, inf)"
+    prompt_tokens: int = Field(
+        16, ge=1, description="Number of a document's first tokens that make a prompt, at most half of it."
     )
-    continuation_tokens: int = option(24, "tokens of a continuation, at most", within="[1, inf)")
-    temperature: float = option(0.7, "of the rollouts' sampling", within="(0, inf)")
-    rewards: tuple[RewardOptions, ...] = option(
-        (RewardOptions("repetition", 5.0), RewardOptions("repeated_bigrams", 5.0), RewardOptions("overlap", 1.0)),
-        "weighted terms of the reward",
+    continuation_tokens: int = Field(24, ge=1, description="Maximum length of a continuation in tokens.")
+    temperature: float = Field(0.7, gt=0, description="Sampling temperature of the rollouts.")
+    rewards: tuple[RewardOptions, ...] = Field(
+        (
+            RewardOptions(name="repetition", weight=5.0),
+            RewardOptions(name="repeated_bigrams", weight=5.0),
+            RewardOptions(name="overlap", weight=1.0),
+        ),
+        description="Weighted terms of the reward.",
     )
-    advantage: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce_plus_plus"] = option(
-        "gae", "what a token is credited with; gae uses a value network"
+    advantage: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce_plus_plus"] = Field(
+        "gae", description="Advantage estimator; gae uses a value network."
     )
-    discount: float = option(1.0, "gamma, per token", within="[0, 1]")
-    gae_lambda: float = option(0.95, "lambda of gae", within="[0, 1]")
-    whiten_advantages: bool = option(True, "of gae, over the tokens of the batch")
-    loss: Literal["clip", "cispo", "gspo", "reinforce"] = option("clip", "policy loss")
-    aggregation: Literal["token_mean", "sequence_mean", "constant"] = option("token_mean", "of the policy loss")
-    clip_epsilon_low: float = option(0.2, "how far the ratio may fall", within="(0, 1)")
-    clip_epsilon_high: float = option(0.2, "how far the ratio may rise; 0.28 is clip-higher", within="(0, inf]")
-    dual_clip: float = option(
-        0.0, "bound of the loss where the advantage is negative, above 1; 0 for none (loss: clip)"
+    discount: float = Field(1.0, ge=0, le=1, description="Discount (gamma) per token.")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="Lambda of gae.")
+    whiten_advantages: bool = Field(True, description="Whiten the advantages of gae over the tokens of the batch.")
+    loss: Literal["clip", "cispo", "gspo", "reinforce"] = Field("clip", description="Policy loss.")
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = Field(
+        "token_mean", description="How the policy loss is averaged."
     )
-    value_clip_epsilon: float = option(
-        0.2, "how far a value may move before its loss is cut, in reward units; 0 off", within="[0, inf)"
+    clip_epsilon_low: float = Field(0.2, gt=0, lt=1, description="How far the ratio may fall below 1.")
+    clip_epsilon_high: float = Field(
+        0.2, gt=0, allow_inf_nan=True, description="How far the ratio may rise above 1; 0.28 is clip-higher."
     )
-    max_ratio: float = option(5.0, "largest importance weight (loss: cispo)", within="(0, inf]")
-    epochs: int = option(2, "passes over a batch of rollouts", within="[1, inf)")
-    minibatches: int = option(2, "optimiser steps a pass", within="[1, inf)")
-    kl_place: Literal["none", "reward_k1", "loss_k2", "loss_k3", "loss_exact"] = option(
-        "reward_k1", "where the KL to the reference enters, and how it is estimated"
+    dual_clip: float = Field(
+        0.0, description="Bound of the loss where the advantage is negative, above 1; 0 for none (loss: clip)."
     )
-    kl_reference: Literal["frozen", "untrained"] = option(
-        "frozen", "the rolling frozen model, or the untrained one; cross-entropy leads away from the latter"
+    value_clip_epsilon: float = Field(
+        0.2, ge=0, description="How far a value may move before its loss is clipped, in reward units; 0 never clips."
     )
-    kl_coefficient: float = option(0.1, "beta, in reward per nat; where an adaptive one starts", within="[0, inf)")
-    kl_target: float = option(0.1, "nats per token that beta is moved to hold; 0 keeps beta fixed", within="[0, inf)")
-    kl_horizon: float = option(
-        200.0, "continuations over which beta moves by 20 % (Ziegler et al. 2019)", within="(0, inf]"
+    max_ratio: float = Field(5.0, gt=0, allow_inf_nan=True, description="Largest importance weight (loss: cispo).")
+    epochs: int = Field(2, ge=1, description="Number of passes over a batch of rollouts.")
+    minibatches: int = Field(2, ge=1, description="Number of optimizer steps per pass.")
+    kl_place: Literal["none", "reward_k1", "loss_k2", "loss_k3", "loss_exact"] = Field(
+        "reward_k1", description="Where the KL to the reference enters, and how it is estimated."
     )
-    kl_early_stop: float = option(
-        0.0, "nats per token from the policy that sampled after which a step's PPO ends; 0 off", within="[0, inf)"
+    kl_reference: Literal["frozen", "untrained"] = Field(
+        "frozen", description="The rolling frozen model, or the untrained one, which cross-entropy leads away from."
+    )
+    kl_coefficient: float = Field(
+        0.1, ge=0, description="Weight of the KL (beta) in reward per nat; initial value of an adaptive one."
+    )
+    kl_target: float = Field(
+        0.1, ge=0, description="KL in nats per token that an adaptive beta aims at; 0 keeps beta fixed."
+    )
+    kl_horizon: float = Field(
+        200.0,
+        gt=0,
+        allow_inf_nan=True,
+        description="Number of continuations over which beta moves by 20 % (Ziegler et al. 2019).",
+    )
+    kl_early_stop: float = Field(
+        0.0, ge=0, description="KL to the sampling policy in nats per token at which a step's PPO ends; 0 never stops."
     )
 
 
-@dataclass(frozen=True)
-class ValueOptions:
+class ValueOptions(Options):
     """The value network of gae."""
 
-    kind: Literal["small", "copy"] = option("small", "a small transformer of its own, or a copy of the policy")
-    width: int = option(128, "hidden size of a small one", within="[1, inf)")
-    num_layers: int = option(2, "layers of a small one", within="[1, inf)")
-    learning_rate: float = option(1e-3, "of the value network", within="[0, inf)")
+    kind: Literal["small", "copy"] = Field(
+        "small", description="A small transformer of its own, or a copy of the policy."
+    )
+    width: int = Field(128, ge=1, description="Hidden size of a small network.")
+    num_layers: int = Field(2, ge=1, description="Number of layers of a small network.")
+    learning_rate: float = Field(1e-3, ge=0, description="Learning rate of the value network.")
 
 
-@dataclass(frozen=True)
-class UpdateOptions:
+class UpdateOptions(Options):
     """How the policy learns."""
 
-    steps: int = option(60, "steps of each arm", within="[1, inf)")
-    batch_tokens: int = option(1024, "tokens of documents a step", within="[1, inf)")
-    cross_entropy_weight: float = option(
-        1.0, "of the loss on the documents; 0 is pure PPO, large is pretraining", within="[0, inf)"
+    steps: int = Field(60, ge=1, description="Number of steps of each method.")
+    batch_tokens: int = Field(1024, ge=1, description="Number of document tokens per step.")
+    cross_entropy_weight: float = Field(
+        1.0, ge=0, description="Weight of the loss on the documents; 0 is pure PPO, a large one is pretraining."
     )
-    learning_rate: float = option(1e-4, "of the policy (AdamW)", within="[0, inf)")
-    weight_decay: float = option(0.0, "decoupled", within="[0, inf)")
-    clip_norm: float = option(
-        1.0, "gradient norm of the policy, and of the value network", within="(0, inf]", hint=".inf clips nothing"
+    learning_rate: float = Field(1e-4, ge=0, description="Learning rate of the policy (AdamW).")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    clip_norm: float = Field(
+        1.0,
+        gt=0,
+        allow_inf_nan=True,
+        description="Maximum gradient norm, of policy and value network each; .inf clips nothing.",
     )
-    warm_up_steps: int = option(5, "linear warm-up of the learning rates", within="[0, inf)")
-    decay: Literal["none", "linear", "cosine"] = option("linear", "of the learning rates after the warm-up, to 0")
-    micro_batch_size: int = option(
-        0, "rows per backward pass, for less memory (gradient accumulation); 0 is all", within="[0, inf)"
+    warm_up_steps: int = Field(5, ge=0, description="Number of steps of linear warm-up of the learning rates.")
+    decay: Literal["none", "linear", "cosine"] = Field(
+        "linear", description="Decay of the learning rates to 0 after the warm-up."
     )
-    bf16: bool = option(False, "mixed precision: matrix products in bfloat16")
+    micro_batch_size: int = Field(
+        0, ge=0, description="Number of rows per backward pass, to save memory (gradient accumulation); 0 is all."
+    )
+    bf16: bool = Field(False, description="Mixed precision: compute matrix products in bfloat16.")
 
 
-@dataclass(frozen=True)
-class ValidationOptions:
+class ValidationOptions(Options):
     """What is measured on the way."""
 
-    every: int = option(10, "steps between validations", within="[1, inf)")
-    rows: int = option(32, "rows of each dataset, at most", within="[1, inf)")
-    prompts: tuple[str, ...] = option((), "test prompts; empty is the built-in list, in several styles and languages")
-    prompt_tokens: int = option(24, "tokens written after each test prompt; 0 writes none", within="[0, inf)")
+    every: int = Field(10, ge=1, description="Number of steps between validations.")
+    rows: int = Field(32, ge=1, description="Maximum number of validation rows of each dataset.")
+    prompts: tuple[str, ...] = Field(
+        (), description="Test prompts; empty is the built-in list, in several styles and languages."
+    )
+    prompt_tokens: int = Field(24, ge=0, description="Number of tokens written after each test prompt; 0 writes none.")
 
 
-@dataclass(frozen=True)
-class ControlOptions:
+class ControlOptions(Options):
     """Arms beside the configured one, each from the same weights, on the same streams, for the same steps."""
 
-    rules: tuple[str, ...] = option(
-        ("uniform", "proportional", "second_order"), "further mixture rules, learned by cross-entropy alone"
+    rules: tuple[str, ...] = Field(
+        ("uniform", "proportional", "second_order"),
+        description="Further mixture rules, trained by cross-entropy alone.",
     )
-    static_grid: Literal["none", "omit", "omit_and_double"] = option(
-        "omit", "static mixtures: each dataset left out, and each doubled"
+    static_grid: Literal["none", "omit", "omit_and_double"] = Field(
+        "omit", description="Static mixtures: each dataset left out, and each doubled."
     )
-    frozen_policy: bool = option(True, "the configured arm at learning rate 0, where it writes rollouts")
+    frozen_policy: bool = Field(True, description="Add the configured method at learning rate 0, if it has rollouts.")
 
 
-@dataclass(frozen=True)
-class CurriculumConfig:
+class CurriculumConfig(Options):
     """Configuration of ``preceptor run curriculum``."""
 
-    seed: int = option(0, "of every random stream")
-    model: ModelOptions = field(default_factory=ModelOptions)
-    data: DataOptions = field(default_factory=DataOptions)
-    difficulty: DifficultyOptions = field(default_factory=DifficultyOptions)
-    mixture: MixtureOptions = field(default_factory=MixtureOptions)
-    ppo: PPOOptions = field(default_factory=PPOOptions)
-    value: ValueOptions = field(default_factory=ValueOptions)
-    update: UpdateOptions = field(default_factory=UpdateOptions)
-    validation: ValidationOptions = field(default_factory=ValidationOptions)
-    controls: ControlOptions = field(default_factory=ControlOptions)
-    save_every: int = option(20, "steps between checkpoints (an epoch)", within="[1, inf)")
-    record_every: int = option(1, "steps between recorded rollouts in decisions.jsonl", within="[1, inf)")
+    seed: int = Field(0, description="Seed of every random stream.")
+    model: ModelOptions = ModelOptions()
+    data: DataOptions = DataOptions()
+    difficulty: DifficultyOptions = DifficultyOptions()
+    mixture: MixtureOptions = MixtureOptions()
+    ppo: PPOOptions = PPOOptions()
+    value: ValueOptions = ValueOptions()
+    update: UpdateOptions = UpdateOptions()
+    validation: ValidationOptions = ValidationOptions()
+    controls: ControlOptions = ControlOptions()
+    save_every: int = Field(20, ge=1, description="Number of steps between checkpoints (an epoch).")
+    record_every: int = Field(1, ge=1, description="Number of steps between rollouts recorded in decisions.jsonl.")
 
-    def faults(self) -> list[str]:
-        """What is at odds in this configuration, besides numbers out of their range."""
-        return [*_mixture_faults(self), *_ppo_faults(self)]
+    def conflicts(self) -> Iterator[str]:
+        """Values that do not go together."""
+        yield from _mixture_conflicts(self)
+        yield from _ppo_conflicts(self)
 
 
 Config = CurriculumConfig
 
 
-def _mixture_faults(config: CurriculumConfig) -> Iterator[str]:
+def _mixture_conflicts(config: CurriculumConfig) -> Iterator[str]:
     datasets = config.data.datasets
     names = [dataset.name for dataset in datasets]
     if not datasets:
@@ -279,7 +351,7 @@ def _mixture_faults(config: CurriculumConfig) -> Iterator[str]:
         yield f"`mixture.weights` go with the rule static alone, got them with {config.mixture.rule}"
 
 
-def _ppo_faults(config: CurriculumConfig) -> Iterator[str]:
+def _ppo_conflicts(config: CurriculumConfig) -> Iterator[str]:
     ppo = config.ppo
     if not ppo.weight and not config.update.cross_entropy_weight:
         yield "`ppo.weight` and `update.cross_entropy_weight` are both 0; then nothing is learned"

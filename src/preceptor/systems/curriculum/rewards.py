@@ -1,7 +1,7 @@
-"""What a continuation is worth: a weighted list of terms, each a number for every token that it can be blamed on.
+"""Rewards of continuations and the advantages that follow from them.
 
-All terms are scaled to a whole continuation: the sum over its tokens is a share in [−1, 1], or nats per token, so that
-weights mean the same for short and long continuations.
+The reward is a weighted sum of terms. A term gives a number to every token it can be attributed to; its sum over the
+continuation is a fraction in [−1, 1] or in nats per token, so a weight means the same at every length.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from preceptor.errors import ConfigError, DataError
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.score import token_log_probs
+from preceptor.objectives.advantages import gae, group_normalised, leave_one_out, reinforce_plus_plus
+from preceptor.objectives.statistics import whiten
 from preceptor.systems.curriculum.config import RewardOptions
-from preceptor.systems.curriculum.rollout import Rollouts
+from preceptor.systems.curriculum.policy import Rollouts
 
 RewardFunction = Callable[[Rollouts], Float[Tensor, "batch token"]]
 
 
 @dataclass(frozen=True)
 class RewardTerm:
-    """One term: ``weight`` times what ``function`` says."""
+    """One term of the reward: ``weight`` times the values of ``function``."""
 
     name: str
     weight: float
@@ -40,10 +42,10 @@ class RewardTerm:
 
 @dataclass(frozen=True)
 class Rewards:
-    """What the terms said.
+    """Rewards of a batch of continuations, on the CPU.
 
     Attributes:
-        tokens: the weighted sum of all terms at each token.
+        tokens: the weighted sum of all terms at each token; 0 where a token does not count.
         terms: each term's sum over the continuation, before its weight.
     """
 
@@ -55,29 +57,37 @@ class Rewards:
         """The reward of each continuation."""
         return self.tokens.sum(1)
 
+    @property
+    def finite_rows(self) -> Bool[Tensor, " batch"]:
+        """True where every reward of the row is finite."""
+        return self.tokens.isfinite().all(1)
+
 
 def reward_terms(options: Sequence[RewardOptions], lm: LanguageModel, *, likelihood: LanguageModel) -> list[RewardTerm]:
     """The terms of the reward that ``options`` name.
 
     Args:
-        options: of the configuration.
-        lm: spells tokens for the user's own terms.
+        options: ``ppo.rewards`` of the configuration.
+        lm: decodes tokens for user-defined terms.
         likelihood: the frozen model of ``log_likelihood``.
+
+    Raises:
+        ConfigError: a user-defined term cannot be found.
     """
     terms = []
     for reward in options:
         if reward.name == "log_likelihood":
             function = log_likelihood(likelihood)
         else:
-            function = TOKEN_TERMS.get(reward.name) or own_reward(reward.name, lm)
+            function = TOKEN_TERMS.get(reward.name) or user_reward(reward.name, lm)
         terms.append(RewardTerm(reward.name, reward.weight, function))
     return terms
 
 
-def score(rollouts: Rollouts, terms: Sequence[RewardTerm]) -> Rewards:
-    """The rewards of ``rollouts``, on the CPU; tokens that do not count get 0. May hold what is not finite."""
+def score_rollouts(rollouts: Rollouts, terms: Sequence[RewardTerm]) -> Rewards:
+    """The rewards of ``rollouts``. They may be NaN or infinite: see ``Rewards.finite_rows``."""
     mask = rollouts.mask.cpu()
-    tokens = torch.zeros(mask.shape)
+    tokens = torch.zeros(mask.shape)  # [batch, token]
     sums: dict[str, Tensor] = {}
     for term in terms:
         values = term.function(rollouts).cpu().masked_fill(~mask, 0.0)
@@ -90,14 +100,15 @@ def score(rollouts: Rollouts, terms: Sequence[RewardTerm]) -> Rewards:
 
 
 def repetition(rollouts: Rollouts) -> Float[Tensor, "batch token"]:
-    """Minus the share of tokens that are the token just before them (the method's text), at those tokens."""
+    """Minus the fraction of tokens that equal the token before them (the method's text), at those tokens."""
+    # [batch, token]: the token before each sampled one; before the first it is the last of the prompt.
     previous = torch.tensor([prompt.tokens[-1] for prompt in rollouts.prompts], device=rollouts.tokens.device)
     shifted = torch.cat([previous[:, None], rollouts.tokens[:, :-1]], dim=1)
     return -((rollouts.tokens == shifted) & rollouts.mask).float() / rollouts.num_tokens
 
 
 def repeated_bigrams(rollouts: Rollouts) -> Float[Tensor, "batch token"]:
-    """Minus the share of tokens that complete a pair of tokens which the continuation had already, at those tokens."""
+    """Minus the fraction of tokens that complete a bigram the continuation already contains, at those tokens."""
     values = torch.zeros(rollouts.tokens.shape)
     for row in range(len(rollouts)):
         tokens = rollouts.continuation(row)
@@ -109,28 +120,28 @@ def repeated_bigrams(rollouts: Rollouts) -> Float[Tensor, "batch token"]:
 
 
 def distinct(rollouts: Rollouts) -> Float[Tensor, "batch token"]:
-    """Distinct pairs of tokens over all pairs (distinct-2, Li et al. 2016, arXiv 1510.03055), at the last token."""
+    """Distinct bigrams over all bigrams (distinct-2, Li et al. 2016, arXiv 1510.03055), at the last token."""
 
     def ratio(tokens: list[int]) -> float:
         bigrams = list(pairwise(tokens))
         return len(set(bigrams)) / len(bigrams) if bigrams else 1.0
 
-    return _at_the_end(rollouts, [ratio(rollouts.continuation(row)) for row in range(len(rollouts))])
+    return _at_last_token(rollouts, [ratio(rollouts.continuation(row)) for row in range(len(rollouts))])
 
 
 def overlap(rollouts: Rollouts) -> Float[Tensor, "batch token"]:
-    """F1 between the tokens of the continuation and those of the true one, with multiplicity, at the last token."""
+    """F1 of the continuation's tokens with those of the document, counted with multiplicity, at the last token."""
 
     def f1(ours: list[int], theirs: Sequence[int]) -> float:
         shared = (Counter(ours) & Counter(theirs)).total()
         return 2 * shared / (len(ours) + len(theirs)) if ours or theirs else 1.0
 
     values = [f1(rollouts.continuation(row), rollouts.prompts[row].reference) for row in range(len(rollouts))]
-    return _at_the_end(rollouts, values)
+    return _at_last_token(rollouts, values)
 
 
 def length(rollouts: Rollouts) -> Float[Tensor, "batch token"]:
-    """The share of the allowed tokens that were written before an end, at each of them."""
+    """Tokens up to the end token over the tokens allowed, spread over those tokens."""
     return rollouts.mask.float() / rollouts.num_tokens
 
 
@@ -145,7 +156,7 @@ def log_likelihood(lm: LanguageModel) -> RewardFunction:
             rows.append(tokens)
             spans.append([(len(prompt.tokens), len(tokens))])
         for row, log_probs in enumerate(token_log_probs(lm, rows, spans=spans)):
-            values[row, : len(log_probs)] = log_probs / max(len(log_probs), 1)
+            values[row, : len(log_probs)] = log_probs / max(len(log_probs), 1)  # a row may count no token
         return values
 
     return reward
@@ -161,18 +172,29 @@ TOKEN_TERMS: dict[str, RewardFunction] = {
 """The terms that need nothing but the rollouts."""
 
 
-# ---- the user's own -------------------------------------------------------------------------------------------------
+def _at_last_token(rollouts: Rollouts, values: Sequence[float]) -> Float[Tensor, "batch token"]:
+    """``values`` at the last token of each row that counts; a row without one gets nothing."""
+    mask = rollouts.mask.cpu()
+    placed = torch.zeros(mask.shape)
+    for row, value in enumerate(values):
+        if mask[row].any():
+            placed[row, int(mask[row].sum()) - 1] = value
+    return placed
 
 
-def own_reward(name: str, lm: LanguageModel) -> RewardFunction:
-    """The reward that a function of the user's gives, at the last token.
+# ---- user-defined terms ---------------------------------------------------------------------------------------------
 
-    It is called with three lists of texts, one entry a continuation: prompts, continuations and true continuations. It
-    gives one number each; a continuation whose number is not finite teaches nothing.
+
+def user_reward(name: str, lm: LanguageModel) -> RewardFunction:
+    """A user-defined reward, at the last token.
+
+    The function is called with three lists of texts, one entry per continuation: prompts, continuations, and how the
+    documents really continue. It returns one number per continuation; a continuation whose number is not finite is left
+    out of the update.
 
     Args:
         name: ``package.module:function`` or ``path/to/file.py:function``.
-        lm: spells the tokens.
+        lm: decodes the tokens.
 
     Raises:
         ConfigError: there is no such module or function.
@@ -180,15 +202,13 @@ def own_reward(name: str, lm: LanguageModel) -> RewardFunction:
     function = load_function(name)
 
     def reward(rollouts: Rollouts) -> Float[Tensor, "batch token"]:
-        given = function(
-            [lm.decode(prompt.tokens) for prompt in rollouts.prompts],
-            [lm.decode(rollouts.continuation(row)) for row in range(len(rollouts))],
-            [lm.decode(prompt.reference) for prompt in rollouts.prompts],
-        )
-        values = [float(value) for value in given]
+        prompts = [lm.decode(prompt.tokens) for prompt in rollouts.prompts]
+        continuations = [lm.decode(rollouts.continuation(row)) for row in range(len(rollouts))]
+        references = [lm.decode(prompt.reference) for prompt in rollouts.prompts]
+        values = [float(value) for value in function(prompts, continuations, references)]
         if len(values) != len(rollouts):
-            raise DataError(f"the reward {name} gave {len(values)} numbers for {len(rollouts)} continuations")
-        return _at_the_end(rollouts, values)
+            raise DataError(f"the reward {name} returned {len(values)} numbers for {len(rollouts)} continuations")
+        return _at_last_token(rollouts, values)
 
     return reward
 
@@ -227,16 +247,51 @@ def _module_of_file(path: Path, name: str) -> ModuleType:
     return module
 
 
-def _at_the_end(rollouts: Rollouts, values: Sequence[float]) -> Float[Tensor, "batch token"]:
-    """``values`` at the last counted token of each row; a row without one earns nothing."""
-    mask = rollouts.mask.cpu()
-    placed = torch.zeros(mask.shape)
-    for row, value in enumerate(values):
-        if mask[row].any():
-            placed[row, int(mask[row].sum()) - 1] = value
-    return placed
+# ---- advantages -----------------------------------------------------------------------------------------------------
 
 
-def usable_rows(rewards: Rewards) -> Bool[Tensor, " batch"]:
-    """True where every reward of the row is finite."""
-    return rewards.tokens.isfinite().all(1)
+def token_advantages(
+    rewards: Float[Tensor, "batch token"],
+    mask: Bool[Tensor, "batch token"],
+    *,
+    kind: str,
+    values: Float[Tensor, "batch token"] | None = None,
+    group_size: int = 1,
+    discount: float = 1.0,
+    gae_lambda: float = 0.95,
+    whiten_advantages: bool = True,
+) -> tuple[Float[Tensor, "batch token"], Float[Tensor, "batch token"] | None]:
+    """Advantages of ``kind``, 0 where the mask is False, and for ``gae`` the value network's targets; no gradient.
+
+    An advantage depends on its own sequence or its own group alone, up to whitening.
+
+    - ``gae``: generalized advantage estimation against ``values``, whitened over the batch if ``whiten_advantages``;
+    - ``rloo``: a continuation's total reward minus the mean of the others of its prompt, at all of its tokens;
+    - ``grpo``: total reward minus the mean of its group, over the group's standard deviation; ``dr_grpo``: not divided;
+    - ``reinforce_plus_plus``: the reward to go, whitened over the batch.
+
+    Args:
+        rewards: of each token, minus the KL penalty if there is one in the reward; ignored where the mask is False.
+        mask: True = counts.
+        kind: as above.
+        values: of the value network before the update, for ``gae``; in units of the reward.
+        group_size: adjacent rows that continue one prompt; at least 2 for ``rloo``, ``grpo`` and ``dr_grpo``.
+        discount: per token, in [0, 1].
+        gae_lambda: in [0, 1].
+        whiten_advantages: for ``gae``.
+    """
+    rewards = rewards.masked_fill(~mask, 0.0)  # also where they are NaN: 0 · NaN would still be NaN
+    if kind == "gae":
+        assert values is not None, "gae needs values"
+        advantages = gae(rewards, values, mask=mask, discount=discount, gae_lambda=gae_lambda)
+        # Before whitening: the value network learns returns in units of the reward.
+        returns = advantages + values.masked_fill(~mask, 0.0)
+        return whiten(advantages, mask) if whiten_advantages else advantages, returns
+    if kind == "reinforce_plus_plus":
+        return reinforce_plus_plus(rewards, mask, discount=discount), None
+    totals = rewards.sum(1).view(-1, group_size)  # [prompts, group]
+    if kind == "rloo":
+        relative = leave_one_out(totals, dim=1)
+    else:
+        relative = group_normalised(totals, dim=1, with_standard_deviation=kind == "grpo")
+    return relative.flatten()[:, None] * mask, None  # one number per row, at each of its tokens

@@ -3,7 +3,8 @@
     loss = w_ce · mean −ln π(document token) + w_ppo · [ policy loss + β · KL(π ‖ reference) ]      (policy)
     loss = value loss                                                                               (value network)
 
-The documents of a step are spread evenly over its minibatches, so that each is learned from once.
+A step's documents are spread evenly over its minibatches, so each document is used once. Every function here adds to
+gradients; only :func:`optimizer_step` changes weights.
 """
 
 from __future__ import annotations
@@ -11,20 +12,28 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from preceptor.lm.language_model import LanguageModel
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.objectives.kl import kl_exact, kl_k2, kl_k3
 from preceptor.objectives.policy_gradient import cispo_loss, clip_fraction, gspo_loss, ppo_clip_loss, reinforce_loss
 from preceptor.objectives.statistics import masked_mean
 from preceptor.objectives.value import value_loss
+from preceptor.runs.guard import first_nonfinite
 from preceptor.systems.curriculum.config import PPOOptions
-from preceptor.systems.curriculum.credit import Credit
-from preceptor.systems.curriculum.rollout import Rollouts, rollout_distributions, rollout_log_probs
+from preceptor.systems.curriculum.policy import (
+    Rollouts,
+    rollout_distributions,
+    rollout_log_probs,
+    rollout_sampling,
+)
+from preceptor.systems.curriculum.setup import Setup
+from preceptor.systems.curriculum.state import State
 from preceptor.systems.curriculum.value_network import ValueNetwork
 
 
@@ -35,7 +44,7 @@ class Documents:
     Attributes:
         tokens: token ids.
         token_mask: True = a token of a document.
-        datasets: which dataset each row is of.
+        datasets: the index of each row's dataset.
     """
 
     tokens: Int[Tensor, "batch time"]
@@ -46,32 +55,34 @@ class Documents:
         return len(self.tokens)
 
     def at(self, rows: Int[Tensor, " kept"]) -> Documents:
-        """Some of the rows."""
+        """The rows at ``rows``."""
         return Documents(self.tokens[rows], self.token_mask[rows], self.datasets[rows])
 
 
 @dataclass(frozen=True)
 class Experience:
-    """Rollouts with everything that was fixed when they were written; tensors on the policy's device.
+    """Rollouts and everything that was computed when they were sampled; tensors on the policy's device.
 
     Attributes:
-        rollouts: what was written.
-        credit: advantages and value targets.
-        values: of the value network before the update, None without one.
-        reference_log_probs: of the drawn tokens under the reference, nats.
+        rollouts: the continuations.
+        advantages: of each token.
+        returns: targets of the value network; None without one.
+        values: of the value network before the update; None without one.
+        reference_log_probs: of the sampled tokens under the reference model, nats.
     """
 
     rollouts: Rollouts
-    credit: Credit
+    advantages: Float[Tensor, "batch token"]
+    returns: Float[Tensor, "batch token"] | None
     values: Float[Tensor, "batch token"] | None
     reference_log_probs: Float[Tensor, "batch token"]
 
     def at(self, indices: Int[Tensor, " kept"]) -> Experience:
         """The rows at ``indices``."""
-        returns = self.credit.returns
         return Experience(
             rollouts=self.rollouts.at(indices),
-            credit=Credit(self.credit.advantages[indices], None if returns is None else returns[indices]),
+            advantages=self.advantages[indices],
+            returns=None if self.returns is None else self.returns[indices],
             values=None if self.values is None else self.values[indices],
             reference_log_probs=self.reference_log_probs[indices],
         )
@@ -79,41 +90,132 @@ class Experience:
 
 @dataclass
 class Sums:
-    """Sums of a step's quantities with their weights, for means at its end."""
+    """Weighted sums of a step's metrics, for their means at its end."""
 
     totals: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     weights: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, name: str, value: Tensor | float, weight: float = 1.0) -> None:
-        """Count ``value`` with ``weight``."""
+        """Adds ``value`` with ``weight``."""
         self.totals[name] += float(value) * weight
         self.weights[name] += weight
 
     def means(self) -> Mapping[str, float]:
-        """The weighted mean of every quantity."""
+        """The weighted mean of every metric."""
         return {name: total / self.weights[name] for name, total in self.totals.items() if self.weights[name]}
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """Metrics of an update; ``nonfinite`` names what kept optimizer steps from being taken."""
+
+    metrics: dict[str, Any]
+    nonfinite: list[str]
+
+
+def update(setup: Setup, state: State, documents: Documents, experience: Experience | None) -> UpdateResult:
+    """Epochs of minibatches over the rollouts, each with its part of the documents; one optimizer step for each.
+
+    Without rollouts the documents are cut into as many parts as with them, so that methods differ in what they learn
+    from and not in how many optimizer steps they take. Once the KL from the policy that sampled exceeds the early
+    stop, the rest of the update is cross-entropy alone.
+    """
+    ppo, options = setup.config.ppo, setup.config.update
+    sums = Sums()
+    num_minibatches = ppo.epochs * ppo.minibatches if ppo.weight else 1
+    document_parts = torch.arange(len(documents)).tensor_split(num_minibatches)
+    loss_sums = torch.zeros(state.mixture.num_datasets, 2, dtype=torch.float64)  # per dataset: sum, number of tokens
+    minibatches: list[Tensor] = []
+    nonfinite: list[str] = []
+    num_used, stopped_early = 0, False
+    for rows in document_parts:
+        if options.cross_entropy_weight and len(rows):
+            loss_sums += accumulate_cross_entropy(
+                state.lm,
+                documents.at(rows),
+                weight=options.cross_entropy_weight,
+                num_datasets=len(loss_sums),
+                micro_batch_size=options.micro_batch_size or len(documents),
+                bf16=options.bf16,
+            )
+        if experience is not None and not stopped_early:
+            if not minibatches:  # a new epoch
+                order = torch.randperm(len(experience.rollouts), generator=setup.run.streams["minibatch"])
+                minibatches = list(order.tensor_split(ppo.minibatches))
+            kl_from_old_policy = accumulate_ppo(
+                state.lm,
+                experience.at(minibatches.pop(0).to(state.lm.device)),
+                sampling=rollout_sampling(state.lm, ppo.temperature),
+                options=ppo,
+                kl_coefficient=state.kl_coefficient,
+                value_network=state.value_network,
+                reference_model=kl_reference_model(setup, state),
+                micro_batch_size=options.micro_batch_size or len(experience.rollouts),
+                bf16=options.bf16,
+                sums=sums,
+            )
+            num_used += 1
+            stopped_early = ppo.kl_early_stop > 0 and kl_from_old_policy > ppo.kl_early_stop
+        if (reason := optimizer_step(state, clip_norm=options.clip_norm, sums=sums)) is not None:
+            nonfinite.append(reason)
+    if not nonfinite:  # ends the guard's count of skipped steps in a row
+        state.guard.ok()
+    metrics: dict[str, Any] = dict(sums.means())
+    if loss_sums[:, 1].sum():
+        metrics["cross_entropy"] = float(loss_sums[:, 0].sum() / loss_sums[:, 1].sum())
+    if experience is not None:
+        metrics["minibatches_used"] = num_used
+    return UpdateResult(metrics, nonfinite)
+
+
+def kl_reference_model(setup: Setup, state: State) -> LanguageModel:
+    """The model that the KL keeps the policy close to."""
+    return state.frozen_model if setup.config.ppo.kl_reference == "frozen" else setup.initial_model
+
+
+def optimizer_step(state: State, *, clip_norm: float, sums: Sums) -> str | None:
+    """One step of the optimizer, with the gradients of policy and value network clipped separately; clears them.
+
+    Returns:
+        which gradient is not finite, and then no step was taken; else None.
+    """
+    named = list(state.lm.trainable_parameters().items())
+    if state.value_network is not None:
+        named += [(f"value {name}", parameter) for name, parameter in state.value_network.named_parameters()]
+    reason = first_nonfinite((f"gradient of {name}", parameter.grad) for name, parameter in named)
+    if reason is None:
+        names = ("gradient_norm", "value_gradient_norm")
+        for name, group in zip(names, state.optimizer.param_groups, strict=False):  # one group or both
+            sums.add(name, nn.utils.clip_grad_norm_(group["params"], clip_norm))
+        state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    return reason
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------
 
 
 def accumulate_cross_entropy(
     lm: LanguageModel, documents: Documents, *, weight: float, num_datasets: int, micro_batch_size: int, bf16: bool
 ) -> Float[Tensor, "choices 2"]:
-    """Add ``weight`` × the mean cross-entropy of ``documents`` to the policy's gradient.
+    """Adds ``weight`` × the mean cross-entropy of ``documents`` to the policy's gradient.
 
-    The mean runs over every token of a text but the first of its row, so it does not depend on ``micro_batch_size``
-    beyond rounding.
+    The mean is over every token but the first of its row, so ``micro_batch_size`` changes rounding alone.
 
     Returns:
         for each dataset the sum of the losses of its tokens, in nats, and their number.
     """
-    counted = documents.token_mask.clone()
-    counted[:, 0] = False
-    num_targets = int(counted.sum())
+    target_mask = documents.token_mask.clone()
+    target_mask[:, 0] = False  # nothing predicts the first token of a row
+    num_targets = int(target_mask.sum())
     sums = torch.zeros(num_datasets, 2, dtype=torch.float64)
     for rows in torch.arange(len(documents)).split(micro_batch_size):
-        tokens, targets = documents.tokens[rows].to(lm.device), counted[rows].to(lm.device)
+        tokens, targets = documents.tokens[rows].to(lm.device), target_mask[rows].to(lm.device)
         with autocast(lm, bf16):
+            # Position t predicts token t + 1: the kept positions are the targets shifted to the left. [targets]
             losses = -lm.chosen_log_probs(tokens, keep=targets.roll(-1, dims=1), chosen=tokens[targets])
         (weight * losses.sum() / num_targets).backward()
+        # [rows] → [rows, time] → [targets]: the dataset of each loss
         datasets = documents.datasets[rows][:, None].expand_as(targets.cpu())[targets.cpu()]
         sums[:, 0].index_add_(0, datasets, losses.detach().double().cpu())
         sums[:, 1].index_add_(0, datasets, torch.ones(len(datasets), dtype=torch.float64))
@@ -128,33 +230,33 @@ def accumulate_ppo(
     options: PPOOptions,
     kl_coefficient: float,
     value_network: ValueNetwork | None,
-    reference: LanguageModel,
+    reference_model: LanguageModel,
     micro_batch_size: int,
     bf16: bool,
     sums: Sums,
 ) -> float:
-    """Add the gradient of one minibatch to the policy and the value network, a few rows at a time.
+    """Adds the gradient of one minibatch to the policy and the value network, a few rows at a time.
 
     Args:
         lm: the policy.
         experience: the minibatch.
-        sampling: the distribution that the tokens were drawn from.
+        sampling: the distribution that the tokens were sampled from.
         options: of the loss.
         kl_coefficient: β of a KL in the loss; unused where the KL is in the reward.
         value_network: None where the advantage needs none.
-        reference: for the exact KL, which needs its whole distribution.
-        micro_batch_size: rows per pass.
+        reference_model: for the exact KL, which needs its whole distribution.
+        micro_batch_size: rows per forward and backward pass.
         bf16: compute in bfloat16.
-        sums: where the metrics go, each weighted by its number of tokens.
+        sums: receives the metrics, each weighted by its number of tokens.
 
     Returns:
-        KL from the policy that sampled to the present one on this minibatch, estimated by k3, nats per token.
+        KL(old policy ‖ present policy) on this minibatch, estimated by k3, nats per token.
     """
     mask = experience.rollouts.mask
     num_tokens, num_rows = int(mask.sum()), int(mask.any(1).sum())
     if num_tokens == 0:
         return 0.0
-    drift = 0.0
+    kl_from_old_policy = 0.0
     for rows in torch.arange(len(experience.rollouts), device=mask.device).split(micro_batch_size):
         part = experience.at(rows)
         part_mask = part.rollouts.mask
@@ -162,20 +264,22 @@ def accumulate_ppo(
         if part_tokens == 0:
             continue
         with autocast(lm, bf16):
-            if options.kl_place == "loss_exact":  # the one that needs the whole vocabulary
+            if options.kl_place == "loss_exact":
+                # The only loss that needs the whole vocabulary: [rows, token, vocab], then the sampled [rows, token].
                 distributions = rollout_distributions(lm, part.rollouts, sampling)
                 log_probs = distributions.gather(-1, part.rollouts.tokens[..., None])[..., 0]
                 with torch.no_grad():
-                    reference_distributions = rollout_distributions(reference, part.rollouts, sampling)
+                    reference_distributions = rollout_distributions(reference_model, part.rollouts, sampling)
             else:
                 log_probs = rollout_log_probs(lm, part.rollouts, sampling)
-        # What this part is of the minibatch's mean: over tokens, over rows that count, or over all rows.
+        # The weight of this part's mean in the minibatch's: a mean over tokens, over rows that count, or over all rows.
         share = len(rows) / len(experience.rollouts)
         if options.loss == "gspo" or options.aggregation == "sequence_mean":
             share = int(part_mask.any(1).sum()) / num_rows
         elif options.aggregation == "token_mean":
             share = part_tokens / num_tokens
         loss = share * policy_loss(log_probs, part, options=options)
+        # The KL is a mean over tokens whatever the aggregation of the policy loss, so β means the same for all.
         if options.kl_place in ("loss_k2", "loss_k3", "loss_exact"):
             if options.kl_place == "loss_exact":
                 kl = kl_exact(distributions, reference_distributions, mask=part_mask)
@@ -183,34 +287,34 @@ def accumulate_ppo(
                 estimate = kl_k2 if options.kl_place == "loss_k2" else kl_k3
                 kl = estimate(log_probs, part.reference_log_probs)
             loss = loss + kl_coefficient * masked_mean(kl, part_mask) * part_tokens / num_tokens
-        (options.weight * loss).backward()
+        (options.weight * loss).backward()  # per part, so that one part's activations are held at a time
         sums.add("policy_loss", loss.detach() / share, share)
         if value_network is not None:
             _accumulate_value(value_network, part, options, share=part_tokens / num_tokens, bf16=bf16, sums=sums)
         with torch.no_grad():
-            part_drift = masked_mean(kl_k3(part.rollouts.log_probs, log_probs), part_mask)
-            drift += float(part_drift) * part_tokens / num_tokens
-            sums.add("old_policy_kl", part_drift, part_tokens)
+            part_kl = masked_mean(kl_k3(part.rollouts.log_probs, log_probs), part_mask)
+            kl_from_old_policy += float(part_kl) * part_tokens / num_tokens
+            sums.add("old_policy_kl", part_kl, part_tokens)
             sums.add(
                 "clip_fraction",
                 clip_fraction(
                     log_probs,
                     part.rollouts.log_probs,
-                    part.credit.advantages,
+                    part.advantages,
                     mask=part_mask,
                     clip_epsilon_low=options.clip_epsilon_low,
                     clip_epsilon_high=options.clip_epsilon_high,
                 ),
                 part_tokens,
             )
-    return drift
+    return kl_from_old_policy
 
 
 def policy_loss(log_probs: Float[Tensor, "batch token"], part: Experience, *, options: PPOOptions) -> Float[Tensor, ""]:
     """The policy-gradient loss that ``options`` names, over the rows of ``part``."""
-    rollouts, advantages = part.rollouts, part.credit.advantages
+    rollouts, advantages = part.rollouts, part.advantages
     if options.loss == "gspo":
-        # One advantage a sequence: all of a row's tokens have the same, the first always counts.
+        # One advantage per sequence, [rows]: all tokens of a row have the same, and the first always counts.
         return gspo_loss(
             log_probs,
             rollouts.log_probs,
@@ -249,14 +353,14 @@ def policy_loss(log_probs: Float[Tensor, "batch token"], part: Experience, *, op
 def _accumulate_value(
     network: ValueNetwork, part: Experience, options: PPOOptions, *, share: float, bf16: bool, sums: Sums
 ) -> None:
-    assert part.values is not None, "a value network was asked before the update"
-    assert part.credit.returns is not None, "and its targets follow from what it said"
+    assert part.values is not None, "rollouts have values where there is a value network"
+    assert part.returns is not None, "and returns with them"
     with torch.autocast(part.values.device.type, torch.bfloat16, enabled=bf16):
         values = network(part.rollouts)
     clip = options.value_clip_epsilon or None
     loss = value_loss(
         values,
-        part.credit.returns,
+        part.returns,
         mask=part.rollouts.mask,
         old_values=part.values if clip else None,
         clip_epsilon=clip,
@@ -266,5 +370,5 @@ def _accumulate_value(
 
 
 def autocast(lm: LanguageModel, bf16: bool) -> torch.autocast:
-    """Matrix products in bfloat16 where asked; weights and sums stay in float32."""
+    """Matrix products in bfloat16 if ``bf16``; weights and sums stay in float32."""
     return torch.autocast(lm.device.type, torch.bfloat16, enabled=bf16)

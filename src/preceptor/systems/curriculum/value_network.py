@@ -1,4 +1,4 @@
-"""The value network: what a continuation will still earn, judged at each of its tokens by a model of its own."""
+"""The value network of ``gae``: predicts, at each token of a continuation, the return from that token on."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-from preceptor.lm.attention import CpuAttention
-from preceptor.lm.language_model import LanguageModel
-from preceptor.systems.curriculum.rollout import Rollouts
+from preceptor.lm.cpu.attention import CpuAttention
+from preceptor.lm.model import LanguageModel
+from preceptor.systems.curriculum.policy import Rollouts
 
 
 class ValueNetwork(nn.Module):
-    """A trunk of its own under a linear head that starts at zero, so that the first values are all 0.
+    """A transformer trunk with a linear head that starts at zero, so the first values are all 0.
 
-    It shares no weight with the policy: the value loss cannot disturb what the policy says, nor the reverse.
+    It shares no weight with the policy, so neither loss can disturb the other's network.
     """
 
     def __init__(self, trunk: Trunk, *, filler: int) -> None:
@@ -27,24 +27,25 @@ class ValueNetwork(nn.Module):
         self._filler = filler
 
     def forward(self, rollouts: Rollouts) -> Float[Tensor, "batch token"]:
-        """V of the state in which each token was drawn, in the unit of the rewards; float32."""
+        """V of the state in which each token was sampled, in units of the reward; float32."""
         tokens, keep = rollouts.padded(self._filler)
+        # [batch, time, dimension] → the predicting positions [batch · token, dimension] → [batch · token]
         values: Tensor = self.head(self.trunk(tokens)[keep])[:, 0]
         return values.float().view(len(rollouts), rollouts.num_tokens)
 
 
 class Trunk(nn.Module):
-    """What gives the value head one vector a token; causal, rows padded on the right."""
+    """Gives the value head one vector per token; causal, rows padded on the right."""
 
     width: int
 
     def forward(self, tokens: Tensor) -> Float[Tensor, "batch time dimension"]:
-        """Vectors of every position."""
+        """The vectors of all positions."""
         raise NotImplementedError
 
 
 class SmallTrunk(Trunk):
-    """A small transformer from random weights, drawn from torch's global generator, over the policy's vocabulary."""
+    """A small transformer over the policy's vocabulary, with random weights from torch's global generator."""
 
     def __init__(self, *, vocab_size: int, width: int, num_layers: int, context_length: int) -> None:
         super().__init__()
@@ -63,19 +64,19 @@ class SmallTrunk(Trunk):
         )
 
     def forward(self, tokens: Tensor) -> Float[Tensor, "batch time dimension"]:
-        """The last hidden state of every position."""
+        """The last hidden state of each position."""
         with CpuAttention():
             hidden: Tensor = self.model(input_ids=tokens, use_cache=False).last_hidden_state
         return hidden
 
 
 class CopiedTrunk(Trunk):
-    """A copy of the policy as it is now, which then learns on its own; the head reads its last layer."""
+    """A copy of the policy as it is now, which is then trained on its own; the head reads its last layer."""
 
     def __init__(self, lm: LanguageModel) -> None:
         super().__init__()
         trained = lm.trainable_parameters().keys()
-        # Held in a tuple: its model is registered below, once.
+        # In a tuple, so that torch does not register the model here too: it is registered as `self.model`.
         self._copy = (lm.frozen_copy(),)
         self.model = self._copy[0].model
         for name, parameter in self.model.named_parameters():
@@ -83,10 +84,10 @@ class CopiedTrunk(Trunk):
         self.width = int(lm.model.config.get_text_config().hidden_size)
 
     def forward(self, tokens: Tensor) -> Float[Tensor, "batch time dimension"]:
-        """The output of the last layer at every position."""
+        """The output of the last layer at each position."""
         lm = self._copy[0]
-        nothing = torch.zeros_like(tokens, dtype=torch.bool)
-        captured = lm.forward(tokens, keep=nothing, capture=lm.layers[-1]).captured
+        keep_none = torch.zeros_like(tokens, dtype=torch.bool)  # no logits, only the hidden states
+        captured = lm.forward(tokens, keep=keep_none, capture=lm.layers[-1]).captured
         assert captured is not None, "a captured module always gives its output"
         return captured
 
@@ -96,10 +97,10 @@ def build_value_network(lm: LanguageModel, *, kind: str, width: int, num_layers:
 
     Args:
         lm: the policy.
-        kind: ``small`` (a transformer of its own) or ``copy`` (a copy of the policy).
-        width: of a small trunk, dimensions.
+        kind: ``small`` (a small transformer) or ``copy`` (a copy of the policy).
+        width: hidden size of a small trunk.
         num_layers: of a small trunk.
-        seed: of the random weights.
+        seed: of the random weights; torch's global generator is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator
+from typing import ClassVar, Literal
 
-from preceptor.config import option
+from pydantic import Field
+
+from preceptor.config import Options
 
 FLAGS = {
     "model": "model.name",
@@ -62,169 +64,217 @@ INPUTS = {"articles": "data.article"}
 """Options of ``preceptor compare`` whose every value makes a run, and the key that it sets."""
 
 
-@dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(Options):
     """The policy."""
 
-    name: str = option("starter", "'starter', a local folder or a hub name")
-    dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights")
-    adapter_rank: int = option(0, "rank of a LoRA adapter; 0 trains every weight", within="[0, inf)")
-    adapter_alpha: float = option(16.0, "scale of the LoRA adapter (alpha / rank multiplies its update)")
-    prompt: str = option("{title}\n", "what the policy reads first; {title} is the article's")
-    use_chat_template: bool = option(True, "wrap queries and values in turns where the tokenizer has a chat template")
+    name: str = Field("starter", description="Language model: 'starter', a local folder or a hub name.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the weights.")
+    adapter_rank: int = Field(0, ge=0, description="Rank of a LoRA adapter; 0 trains every weight.")
+    adapter_alpha: float = Field(16.0, description="Scale of the LoRA adapter: alpha / rank multiplies its update.")
+    prompt: str = Field("{title}\n", description="What the policy reads first; {title} is the article's title.")
+    use_chat_template: bool = Field(
+        True, description="Mark queries and values as chat turns where the tokenizer has a chat template."
+    )
 
 
-@dataclass(frozen=True)
-class DataOptions:
+class DataOptions(Options):
     """What is read."""
 
-    article: str = option("", "file, URL or Wikipedia title; empty is the bundled article")
-    train_articles: str = option("", "folder of articles to train on instead; each update reads one")
-    eval_articles: str = option("", "folder of held-out articles, evaluated only")
-    language: str = option("en", "Wikipedia language of titles")
-    pairing: Literal["sentences", "chunks"] = option("sentences", "pairs of sentences, or of fixed-length token chunks")
-    key_tokens: int = option(24, "tokens of a chunk's key (pairing: chunks)", within="[1, inf)")
-    value_tokens: int = option(40, "tokens of a chunk's value (pairing: chunks)", within="[1, inf)")
-    num_pairs: int = option(
-        8, "pairs of an article that can be read, at most, spread evenly over it; 0 takes all", within="[0, inf)"
+    article: str = Field("", description="File, URL or Wikipedia title; empty is the bundled article.")
+    train_articles: str = Field("", description="Folder of articles to train on instead; each update reads one.")
+    eval_articles: str = Field("", description="Folder of held-out articles, which are only evaluated.")
+    language: str = Field("en", description="Wikipedia's language for titles.")
+    pairing: Literal["sentences", "chunks"] = Field(
+        "sentences", description="Whether pairs are sentences or token chunks of fixed length."
     )
-    max_value_tokens: int = option(48, "pairs with a longer value are passed over (tokens)", within="[1, inf)")
-    num_probes: int = option(4, "values of further pairs held out as probe sentences, at most", within="[0, inf)")
+    key_tokens: int = Field(24, ge=1, description="Length of a chunk's key in tokens (pairing: chunks).")
+    value_tokens: int = Field(40, ge=1, description="Length of a chunk's value in tokens (pairing: chunks).")
+    num_pairs: int = Field(
+        8, ge=0, description="Maximum number of pairs per article, spread evenly over it; 0 takes all."
+    )
+    max_value_tokens: int = Field(
+        48, ge=1, description="Maximum length of a value in tokens; longer pairs are skipped."
+    )
+    num_probes: int = Field(
+        4, ge=0, description="Maximum number of values from further pairs that are held out as probe sentences."
+    )
 
 
-@dataclass(frozen=True)
-class EpisodeOptions:
+class EpisodeOptions(Options):
     """One reading of an article."""
 
-    budget: int = option(0, "pairs read in an episode; 0 reads all", within="[0, inf)")
-    query_tokens: int = option(4, "tokens of a query", within="[1, inf)")
-    temperature: float = option(1.0, "of query sampling", within="(0, inf)", hint="a greedy policy cannot learn")
-    top_k: int = option(0, "query tokens are drawn from the k likeliest; 0 is all", within="[0, inf)")
-    top_p: float = option(1.0, "query tokens are drawn from the smallest set with this probability", within="(0, 1]")
-    batch_size: int = option(24, "episodes of one article that run together", within="[1, inf)")
+    budget: int = Field(0, ge=0, description="Number of pairs read per episode; 0 reads all.")
+    query_tokens: int = Field(4, ge=1, description="Length of a query in tokens.")
+    temperature: float = Field(
+        1.0, gt=0, description="Sampling temperature of the query tokens; a greedy policy could not learn."
+    )
+    top_k: int = Field(0, ge=0, description="Sample query tokens from the k most likely; 0 samples from all.")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Sample query tokens from the smallest set that has this probability."
+    )
+    batch_size: int = Field(24, ge=1, description="Number of episodes of one article that run together.")
 
 
-@dataclass(frozen=True)
-class SelectionOptions:
+class SelectionOptions(Options):
     """How a query chooses a key."""
 
-    embedder: Literal["hidden_states", "attention", "openai", "sentence_transformers"] = option(
-        "hidden_states", "what makes vectors of queries and keys; the first two carry gradient into the policy"
+    embedder: Literal["hidden_states", "attention", "openai", "sentence_transformers"] = Field(
+        "hidden_states", description="Embeds queries and keys; the first two pass gradient to the policy."
     )
-    layer: int = option(-2, "layer of hidden_states or attention (negative counts from the end)")
-    text_model: str = option("", "model of the openai or sentence_transformers embedder; empty is its default")
-    max_usd: float = option(1.0, "spend cap of the openai embedder (US dollars)", within="[0, inf)")
-    centre: bool = option(True, "subtract the mean key from queries and keys")
-    projection: bool = option(True, "a learned linear map on the query's vector, started at the identity")
-    temperature: float = option(
-        0.0, "of the softmax over keys (units of the inner product); 0 calibrates at the start", within="[0, inf)"
+    layer: int = Field(-2, description="Layer for hidden_states or attention; negative numbers count from the end.")
+    text_model: str = Field(
+        "", description="Model of the openai or sentence_transformers embedder; empty is its default."
     )
-    entropy_fraction: float = option(0.9, "calibration target: mean selection entropy / ln(remaining)", within="(0, 1)")
+    text_dimension: int = Field(
+        0, ge=0, description="Components of its vectors; 0 is OpenAI's own choice, other models must say it."
+    )
+    base_url: str = Field(
+        "", description="Address of the openai embedder's service; empty is OPENAI_BASE_URL or OpenAI's own."
+    )
+    max_usd: float = Field(1.0, ge=0, description="Spending cap of the openai embedder in US dollars.")
+    centre: bool = Field(True, description="Subtract the mean key from queries and keys.")
+    projection: bool = Field(
+        True, description="Apply a learned linear map to the query's vector, initialised to the identity."
+    )
+    temperature: float = Field(
+        0.0, ge=0, description="Temperature of the softmax over inner products with keys; 0 calibrates it at the start."
+    )
+    entropy_fraction: float = Field(
+        0.9, gt=0, lt=1, description="Calibration target: mean selection entropy over ln(number of remaining pairs)."
+    )
 
 
-@dataclass(frozen=True)
-class RewardOptions:
+class RewardOptions(Options):
     """What a reading is worth."""
 
-    kind: Literal["values", "probe"] = option("values", "log-probability of the values read, or of the probe sentences")
-    reader: str = option("", "model that scores; empty is the untrained policy, 'policy' the policy as it learns")
-    context: Literal["values", "queries"] = option("values", "what the reader sees: values alone, or the queries too")
-    normalisation: Literal["none", "untrained_query", "untrained_reader"] = option(
-        "none", "subtract what a value gets after the untrained model's query, or from the untrained reader"
+    kind: Literal["values", "probe"] = Field(
+        "values", description="Reward the log-probability of the values read, or of the probe sentences."
     )
-    credit: Literal["following", "trajectory"] = option(
-        "following", "a step is credited with what follows it, or with all"
+    reader: str = Field(
+        "", description="Model that scores; empty is the untrained policy, 'policy' the policy as it learns."
     )
-    pair_baseline: bool = option(True, "subtract each value's running mean log-prob from its reward before crediting")
+    context: Literal["values", "queries"] = Field(
+        "values", description="What the reader sees: the values alone, or the queries too."
+    )
+    normalisation: Literal["none", "untrained_query", "untrained_reader"] = Field(
+        "none", description="Subtract the reward of the untrained model's query, or under the untrained reader."
+    )
+    credit: Literal["following", "trajectory"] = Field(
+        "following", description="Credit a step with the rewards that follow it, or with those of the whole episode."
+    )
+    pair_baseline: bool = Field(
+        True, description="Subtract each value's running mean log-probability from its reward before crediting."
+    )
 
 
-@dataclass(frozen=True)
-class UpdateOptions:
+class UpdateOptions(Options):
     """How the policy learns."""
 
-    steps: int = option(30, "updates; each is one batch of episodes", within="[0, inf)")
-    optimiser: Literal["adamw", "adam"] = option("adamw", "Adam with or without decoupled weight decay")
-    learning_rate: float = option(1e-4, "of the language model", within="[0, inf)")
-    projection_learning_rate: float = option(1e-3, "of the query projection", within="[0, inf)")
-    weight_decay: float = option(0.0, "of adamw", within="[0, inf)")
-    clip_norm: float = option(1.0, "global gradient norm", within="(0, inf]", hint=".inf clips nothing")
-    micro_batch_size: int = option(
-        0, "episodes per backward pass, for less memory; 0 is the whole batch", within="[0, inf)"
+    steps: int = Field(30, ge=0, description="Number of updates; each uses one batch of episodes.")
+    optimizer: Literal["adamw", "adam"] = Field("adamw", description="Adam with or without decoupled weight decay.")
+    learning_rate: float = Field(1e-4, ge=0, description="Learning rate of the language model.")
+    projection_learning_rate: float = Field(1e-3, ge=0, description="Learning rate of the query projection.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of adamw.")
+    clip_norm: float = Field(
+        1.0, gt=0, allow_inf_nan=True, description="Maximum global gradient norm; .inf clips nothing."
     )
-    reward_filter: Literal["none", "standard_deviations", "best_fraction"] = option("none", "which trajectories teach")
-    filter_standard_deviations: float = option(1.0, "above the running mean (reward_filter: standard_deviations)")
-    filter_warm_up: int = option(
-        15, "trajectories before any passes (reward_filter: standard_deviations)", within="[0, inf)"
+    micro_batch_size: int = Field(
+        0, ge=0, description="Number of episodes per backward pass, to save memory; 0 is the whole batch."
     )
-    filter_fraction: float = option(0.25, "of a batch that passes (reward_filter: best_fraction)", within="(0, 1]")
-    advantage: Literal["leave_one_out", "group_normalised", "running_mean"] = option(
-        "group_normalised", "against the rest of the batch, the same over its standard deviation, or the running mean"
+    reward_filter: Literal["none", "standard_deviations", "best_fraction"] = Field(
+        "none", description="Which trajectories are learned from."
     )
-    query_coefficient: float = option(1.0, "weight of the query tokens' policy gradient")
-    selection_coefficient: float = option(1.0, "weight of the selection's policy gradient (embedders with gradient)")
-    kl_reference: Literal["untrained", "snapshot"] = option("untrained", "the old model of both KL terms")
-    snapshot_every: int = option(
-        10, "updates between refreshes of the snapshot (kl_reference: snapshot)", within="[1, inf)"
+    filter_standard_deviations: float = Field(
+        1.0, description="Standard deviations above the running mean (reward_filter: standard_deviations)."
     )
-    value_kl_coefficient: float = option(
-        0.0, "KL on value tokens, exact over the vocabulary (the text's); 0 skips it", within="[0, inf)"
+    filter_warm_up: int = Field(
+        15, ge=0, description="Number of trajectories before any is kept (reward_filter: standard_deviations)."
     )
-    query_kl_coefficient: float = option(
-        0.02, "KL on query tokens, exact over the vocabulary; 0 lets queries collapse", within="[0, inf)"
+    filter_fraction: float = Field(
+        0.25, gt=0, le=1, description="Fraction of a batch that is kept (reward_filter: best_fraction)."
     )
-    query_entropy_coefficient: float = option(0.0, "entropy bonus on query tokens")
-    selection_entropy_coefficient: float = option(0.0, "entropy bonus on the selection (embedders with gradient)")
+    advantage: Literal["leave_one_out", "group_normalised", "running_mean"] = Field(
+        "group_normalised",
+        description="Reward minus the others' mean, the same over the standard deviation, or minus the running mean.",
+    )
+    query_coefficient: float = Field(1.0, description="Weight of the policy gradient on query tokens.")
+    selection_coefficient: float = Field(
+        1.0, description="Weight of the policy gradient on selections (embedders with gradient)."
+    )
+    kl_reference: Literal["untrained", "snapshot"] = Field(
+        "untrained", description="Reference model of both KL terms: the untrained one, or a recent snapshot."
+    )
+    snapshot_every: int = Field(
+        10, ge=1, description="Number of updates between refreshes of the snapshot (kl_reference: snapshot)."
+    )
+    value_kl_coefficient: float = Field(
+        0.0, ge=0, description="Weight of the exact KL on value tokens in nats; 0 skips it."
+    )
+    query_kl_coefficient: float = Field(
+        0.02, ge=0, description="Weight of the exact KL on query tokens in nats; 0 lets queries collapse."
+    )
+    query_entropy_coefficient: float = Field(0.0, description="Weight of the entropy bonus on query tokens.")
+    selection_entropy_coefficient: float = Field(
+        0.0, description="Weight of the entropy bonus on selections (embedders with gradient)."
+    )
 
 
-@dataclass(frozen=True)
-class EvaluationOptions:
+class EvaluationOptions(Options):
     """What is measured at the end (and on the way)."""
 
-    every: int = option(
-        5, "updates between measurements of the learned arm on the training article; 0 never", within="[0, inf)"
+    every: int = Field(
+        5,
+        ge=0,
+        description="Number of updates between measurements on the training article; 0 measures at the end only.",
     )
-    num_episodes: int = option(32, "episodes of each sampled arm an article", within="[1, inf)")
-    num_orders: int = option(200, "random orders an article, at least 200 for a percentile", within="[2, inf)")
-    selection_budget: int = option(0, "pairs read for the selection gain; 0 is half of them", within="[0, inf)")
-    beam_width: int = option(8, "of the beam oracle", within="[1, inf)")
-    best_of: int = option(
+    num_episodes: int = Field(32, ge=1, description="Number of episodes of each sampled baseline per article.")
+    num_orders: int = Field(200, ge=2, description="Number of random orders per article; percentiles need 200.")
+    selection_budget: int = Field(
+        0, ge=0, description="Number of pairs read for the selection gain; 0 is half of them."
+    )
+    beam_width: int = Field(8, ge=1, description="Width of the beam search.")
+    best_of: int = Field(
         0,
-        "random orders of the best-of-N arm; 0 matches the learned arm's model calls, capped at 2,000",
-        within="[0, inf)",
+        ge=0,
+        description="Number of orders that best_of_n tries; 0 matches the training's model calls, at most 2,000.",
     )
-    max_train_articles: int = option(12, "training articles evaluated at the end", within="[1, inf)")
+    max_train_articles: int = Field(12, ge=1, description="Maximum number of training articles evaluated at the end.")
 
 
-@dataclass(frozen=True)
-class ReadingConfig:
+class ReadingConfig(Options):
     """Configuration of ``preceptor run reading``."""
 
-    seed: int = option(0, "of every random stream")
-    model: ModelOptions = field(default_factory=ModelOptions)
-    data: DataOptions = field(default_factory=DataOptions)
-    episode: EpisodeOptions = field(default_factory=EpisodeOptions)
-    selection: SelectionOptions = field(default_factory=SelectionOptions)
-    reward: RewardOptions = field(default_factory=RewardOptions)
-    update: UpdateOptions = field(default_factory=UpdateOptions)
-    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
-    save_every: int = option(10, "updates between checkpoints", within="[1, inf)")
-    record_every: int = option(1, "updates between recorded training episodes in decisions.jsonl", within="[1, inf)")
-    shuffle_rewards: bool = option(False, "control: shuffle the rewards within each batch, which must teach nothing")
+    renamed: ClassVar = {"update.optimiser": "update.optimizer"}
 
-    def faults(self) -> list[str]:
-        """What is at odds in this configuration, besides numbers out of their range."""
-        found = []
+    seed: int = Field(0, description="Seed of every random stream.")
+    model: ModelOptions = ModelOptions()
+    data: DataOptions = DataOptions()
+    episode: EpisodeOptions = EpisodeOptions()
+    selection: SelectionOptions = SelectionOptions()
+    reward: RewardOptions = RewardOptions()
+    update: UpdateOptions = UpdateOptions()
+    evaluation: EvaluationOptions = EvaluationOptions()
+    save_every: int = Field(10, ge=1, description="Number of updates between checkpoints.")
+    record_every: int = Field(
+        1, ge=1, description="Number of updates between training episodes recorded in decisions.jsonl."
+    )
+    shuffle_rewards: bool = Field(
+        False, description="Control: shuffle the rewards within each batch, so that nothing can be learned."
+    )
+
+    def conflicts(self) -> Iterator[str]:
+        """Values that do not go together."""
         if self.data.num_pairs == 1 or self.episode.budget > self.data.num_pairs > 0:
-            found.append(
+            yield (
                 f"`episode.budget` must be at most `data.num_pairs`, which must be at least 2 (or 0 for all), got "
                 f"{self.episode.budget} of {self.data.num_pairs}"
             )
         if self.data.article and self.data.train_articles:
-            found.append("`data.article` and `data.train_articles` exclude each other; give one of them")
+            yield "`data.article` and `data.train_articles` exclude each other; give one of them"
         if self.reward.kind == "probe" and self.data.num_probes == 0:
-            found.append("`reward.kind` probe needs `data.num_probes` of at least 1, got 0")
+            yield "`reward.kind` probe needs `data.num_probes` of at least 1, got 0"
         if self.reward.normalisation == "untrained_reader" and self.reward.reader != "policy":
-            found.append(
+            yield (
                 "`reward.normalisation` untrained_reader is identically zero under a frozen reader, which is its own "
                 "untrained self; set `reward.reader` to 'policy', or choose untrained_query or none"
             )
@@ -232,18 +282,17 @@ class ReadingConfig:
             "queries",
             "values",
         ):
-            found.append(
+            yield (
                 "`reward.normalisation` untrained_query compares queries in the reader's context, so it needs "
                 "`reward.context` queries and `reward.kind` values"
             )
         if "{title}" in self.model.prompt and self.model.prompt.replace("{title}", "").count("{"):
-            found.append("`model.prompt` may hold {title} and no other braces")
+            yield "`model.prompt` may hold {title} and no other braces"
         if self.update.advantage != "running_mean" and self.episode.batch_size == 1:
-            found.append(
+            yield (
                 f"`update.advantage` {self.update.advantage} compares episodes of a batch, so `episode.batch_size` "
                 f"must be at least 2, got {self.episode.batch_size}; or use running_mean"
             )
-        return found
 
 
 Config = ReadingConfig

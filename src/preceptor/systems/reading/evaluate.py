@@ -1,30 +1,38 @@
-"""What reading is worth on one article: every arm, with and without the policy's queries in the reader's context."""
+"""How good a reading order is: the learned policy and every baseline on one article, and the result of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from preceptor.evaluation.summary import percentile_among
-from preceptor.systems.reading.classroom import Classroom
-from preceptor.systems.reading.config import ReadingConfig
-from preceptor.systems.reading.credit import value_rewards
-from preceptor.systems.reading.decisions import decision_rows
-from preceptor.systems.reading.episode import run_episodes
-from preceptor.systems.reading.orders import (
-    Control,
+from preceptor.evaluation.summary import (
+    SPLITS,
+    Comparison,
+    Gap,
+    compare,
+    gap_closed,
+    percentile_among,
+    query_text,
+    summarise,
+)
+from preceptor.evaluation.verdict import verdict
+from preceptor.systems.reading.baselines import (
+    Baseline,
     OrderScores,
+    baseline_orders,
     beam_search,
-    control_orders,
     local_search,
-    probe_greedy,
     random_orders,
 )
-from preceptor.systems.reading.policy import Policy, Trajectories
-from preceptor.systems.reading.reader import reader_rows
+from preceptor.systems.reading.decisions import decision_rows
+from preceptor.systems.reading.environment import Trajectories, run_episodes
+from preceptor.systems.reading.policy import Policy
+from preceptor.systems.reading.rewards import reader_sequences, value_rewards
+from preceptor.systems.reading.setup import Setup
 
 UNITS = {
     "order_gain": "nats/value token",
@@ -35,202 +43,208 @@ UNITS = {
     "random_percentile": "percent",
     "model_calls": "value scorings",
 }
-"""Metrics of an arm and their units; see ``docs/systems/reading.md`` for each definition."""
+"""Metrics of a method and their units; see ``docs/systems/reading.md`` for each definition."""
+
+TABLE = ("order_gain", "order_gain_with_queries", "selection_gain", "progress_auc", "random_percentile", "model_calls")
+"""Metrics that the terminal shows; the page shows all."""
 
 ORACLES = ("exhaustive", "local_search", "beam", "greedy")
+NOT_MEASURED = {"mean": None, "low": None, "high": None, "n": 0, "reason": "no such articles were given"}
+
 MAX_BEST_OF = 2_000
-"""Random orders of the best-of-N arm, at most."""
+"""Random orders of the best-of-N baseline, at most."""
 
 RECORDED_EPISODES = 8
-"""Episodes of each sampled arm and article that go to decisions.jsonl."""
+"""Episodes of each method and article that go to decisions.jsonl."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measurements of one article: a record an arm, and rows for decisions.jsonl."""
+    """Measurements of one article: one record per method, and rows for decisions.jsonl."""
 
     records: tuple[dict[str, Any], ...]
     decisions: tuple[dict[str, Any], ...]
 
 
-class GapMeter:
-    """The share of the random-to-oracle gap that the policy closes now, on the first training articles.
-
-    Random orders and oracle are found once, from a generator of the meter's own, so that a resumed run measures the
-    same. Under a reader that learns there is no fixed gap, and the meter gives None.
-    """
-
-    def __init__(self, classroom: Classroom, config: ReadingConfig, *, seed: int, max_articles: int = 3) -> None:
-        self._classroom = classroom
-        self._config = config
-        self._names = classroom.train[:max_articles] if config.reward.reader != "policy" else ()
-        self._seed = seed
-        self._references: dict[str, tuple[OrderScores, float, float]] = {}
-
-    def measure(self, generators: dict[str, torch.Generator]) -> float | None:
-        """Ratio of sums over articles; None without a gap."""
-        gains, gaps = 0.0, 0.0
-        for name in self._names:
-            scores, random_value, oracle_value = self._reference(name)
-            trajectories = run_episodes(
-                self._classroom.policy,
-                self._classroom.materials[name],
-                self._classroom.keys[name],
-                num_episodes=self._config.evaluation.num_episodes,
-                budget=self._classroom.materials[name].reading.num_pairs,
-                query_tokens=self._config.episode.query_tokens,
-                generators=generators,
-            )
-            gains += _mean(scores.values(trajectories.order.tolist())) - random_value
-            gaps += oracle_value - random_value
-        return gains / gaps if gaps > 0 else None
-
-    def _reference(self, name: str) -> tuple[OrderScores, float, float]:
-        if name not in self._references:
-            material = self._classroom.materials[name]
-            scores = OrderScores(self._classroom.reader, self._classroom.reader.material(material))
-            generator = torch.Generator().manual_seed(self._seed)
-            orders = random_orders(material.reading.num_pairs, self._config.evaluation.num_orders, generator=generator)
-            beam = beam_search(scores, width=self._config.evaluation.beam_width)
-            oracle = local_search(scores, beam)
-            self._references[name] = (scores, _mean(scores.values(orders)), scores.values([oracle])[0])
-        return self._references[name]
-
-
 def evaluate_article(
-    classroom: Classroom,
-    config: ReadingConfig,
-    name: str,
-    *,
-    learned_calls: int,
-    generators: dict[str, torch.Generator],
-    first_episode: int,
+    setup: Setup, name: str, *, learned_calls: int, generators: Mapping[str, torch.Generator], first_episode: int
 ) -> Evaluation:
-    """Every arm on the article ``name``, all of whose pairs are read.
+    """Every method on the article ``name``, all of whose pairs are read.
 
-    The learned and the untrained policy read ``evaluation.num_episodes`` times by sampling; the controls have their own
-    orders, in which the untrained policy writes the queries, so that "with queries" means the same for all.
+    The learned and the initial policy read ``evaluation.num_episodes`` times by sampling. The baselines have their own
+    orders, in which the initial policy writes the queries, so that "with queries" means the same for all.
 
     Args:
-        classroom: teacher, student and article.
-        config: of the run; its ``evaluation`` says how much is measured.
+        setup: policies, reader and article; its ``config.evaluation`` says how much is measured.
         name: of the article.
-        learned_calls: value scorings that the learned arm's training cost.
+        learned_calls: value scorings that training the learned policy took.
         generators: the streams ``query``, ``selection`` and ``orders``.
         first_episode: number of the first recorded episode.
     """
-    options = config.evaluation
-    policy, untrained, reader = classroom.policy, classroom.untrained, classroom.reader
-    material, keys = classroom.materials[name], classroom.keys[name]
-    num_pairs, num_episodes = material.reading.num_pairs, options.num_episodes
-    scores = OrderScores(reader, reader.material(material))
-    controls = control_orders(
+    options, reader, article = setup.config.evaluation, setup.reader, setup.articles[name]
+    scores = OrderScores(reader, reader.article(article))
+    # By default best-of-N may ask the reader as often as training the policy did.
+    baselines = baseline_orders(
         scores,
-        keys.vectors,
+        setup.keys[name].vectors,
         num_orders=options.num_orders,
-        best_of=options.best_of or min(max(learned_calls // num_pairs, 1), MAX_BEST_OF),
+        best_of=options.best_of or min(max(learned_calls // article.num_pairs, 1), MAX_BEST_OF),
         beam_width=options.beam_width,
         generator=generators["orders"],
     )
-    if material.probe:
-        before = scores.num_calls
-        order = probe_greedy(scores)
-        controls["probe_greedy"] = Control((order,), scores.num_calls - before)
 
-    def episodes(acting: Policy, count: int, orders: Sequence[Sequence[int]] | None = None) -> Trajectories:
+    def episodes(policy: Policy, count: int, orders: Sequence[Sequence[int]] | None = None) -> Trajectories:
         return run_episodes(
-            acting,
-            material,
-            keys,
+            policy,
+            article,
+            setup.keys[name],
             num_episodes=count,
-            budget=num_pairs,
-            query_tokens=config.episode.query_tokens,
+            budget=article.num_pairs,
+            query_tokens=setup.config.episode.query_tokens,
             generators=generators,
             orders=orders,
         )
 
-    learned, before_training = episodes(policy, num_episodes), episodes(untrained, num_episodes)
-    imposed = [(arm, order) for arm, control in controls.items() for order in control.orders[:num_episodes]]
-    walked = episodes(untrained, len(imposed), [order for _, order in imposed])
+    # Episodes of the learned policy, of the initial one, and of the initial one made to read the baselines' orders.
+    num_episodes = options.num_episodes
+    imposed = [(method, order) for method, each in baselines.items() for order in each.orders[:num_episodes]]
+    groups: list[tuple[Sequence[str], Policy, Trajectories]] = [
+        (["learned"] * num_episodes, setup.policy, episodes(setup.policy, num_episodes)),
+        (["untrained"] * num_episodes, setup.initial_policy, episodes(setup.initial_policy, num_episodes)),
+        (
+            [method for method, _ in imposed],
+            setup.initial_policy,
+            episodes(setup.initial_policy, len(imposed), [order for _, order in imposed]),
+        ),
+    ]
+    learned, initial = (tuple(map(tuple, trajectories.order.tolist())) for _, _, trajectories in groups[:2])
+    methods = {"learned": Baseline(learned, learned_calls), "untrained": Baseline(initial, 0), **baselines}
 
-    arms: dict[str, Control] = {
-        "learned": Control(tuple(map(tuple, learned.order.tolist())), learned_calls),
-        "untrained": Control(tuple(map(tuple, before_training.order.tolist())), 0),
-        **controls,
-    }
-    with_queries = {
-        "learned": value_rewards(reader.score(reader_rows(reader, learned, context="queries"))).total.tolist(),
-        "untrained": value_rewards(
-            reader.score(reader_rows(reader, before_training, context="queries"))
-        ).total.tolist(),
-    }
-    for (arm, _), value in zip(
-        imposed, value_rewards(reader.score(reader_rows(reader, walked, context="queries"))).total.tolist(), strict=True
-    ):
-        with_queries.setdefault(arm, []).append(value)
+    # What the orders are worth in a context that holds the queries, by method and episode.
+    with_queries: dict[str, list[float]] = {}
+    for names, _, trajectories in groups:
+        rewards = value_rewards(reader.score(reader_sequences(reader, trajectories, context="queries"))).total
+        for method, reward in zip(names, rewards.tolist(), strict=True):
+            with_queries.setdefault(method, []).append(reward)
+    records = _records(setup, scores, methods, with_queries)
 
-    budget = min(options.selection_budget or num_pairs // 2, num_pairs)
-    random_values = scores.values(arms["random"].orders)
-    values = {arm: _mean(scores.values(control.orders)) for arm, control in arms.items()}
-    curves = {}
-    if material.probe:
-        for arm, control in arms.items():
-            curves[arm] = torch.stack([scores.curve(order) for order in control.orders[:num_episodes]]).mean(0)
-    records = []
-    for arm, control in arms.items():
-        record = {
-            "arm": arm,
-            "item": name,
-            "split": "train" if name in classroom.train else "held_out",
-            "seed": config.seed,
-            "reward": values[arm],
-            "order_gain": values[arm] - values["random"],
-            "order_gain_with_queries": _mean(with_queries[arm]) - _mean(with_queries["random"]),
-            "random_percentile": percentile_among(values[arm], random_values),
-            "model_calls": float(control.num_calls),
-        }
-        if curves:
-            record["selection_gain"] = float(curves[arm][budget] - curves["random"][budget])
-            record["progress_auc"] = float(_area(curves[arm]) - _area(curves["random"]))
-        records.append(record)
-
+    # The first episodes of each method, scored as the orders were: the values alone, then the probe.
     decisions: list[dict[str, Any]] = []
-    for arm, acting, trajectories in (("learned", policy, learned), ("untrained", untrained, before_training)):
-        scored = reader.score(reader_rows(reader, trajectories, context="values", with_probe=bool(material.probe)))
-        rewards = value_rewards(scored).total
-        decisions += decision_rows(
+    num_recorded: Counter[str] = Counter()
+    for names, policy, trajectories in groups:
+        sequences = reader_sequences(reader, trajectories, context="values", with_probe=bool(article.probe))
+        sequence_scores = reader.score(sequences)
+        rows = decision_rows(
+            policy,
             trajectories,
-            scored,
-            lm=acting.lm,
-            step=config.update.steps,
-            arm=arm,
-            first_episode=first_episode + len(decisions),
-            temperature=acting.temperature,
-            rewards=rewards,
-            normalised_rewards=rewards,
-            passed=torch.ones(len(trajectories), dtype=torch.bool),
-        )[:RECORDED_EPISODES]
-    scored = reader.score(reader_rows(reader, walked, context="values", with_probe=bool(material.probe)))
-    rewards = value_rewards(scored).total
-    rows = decision_rows(
-        walked,
-        scored,
-        lm=untrained.lm,
-        step=config.update.steps,
-        arm="",
-        first_episode=first_episode + len(decisions),
-        temperature=untrained.temperature,
-        rewards=rewards,
-        normalised_rewards=rewards,
-        passed=torch.ones(len(walked), dtype=torch.bool),
-        orders_imposed=True,
-    )
-    seen: dict[str, int] = {}
-    for (arm, _), row in zip(imposed, rows, strict=True):
-        seen[arm] = seen.get(arm, 0) + 1
-        if seen[arm] <= RECORDED_EPISODES:
-            decisions.append({**row, "arm": arm, "episode": first_episode + len(decisions)})
+            sequence_scores,
+            value_rewards(sequence_scores).total,
+            step=setup.config.update.steps,
+            methods=names,
+            order_imposed=trajectories is groups[-1][2],
+        )
+        for row in rows:
+            num_recorded[row["arm"]] += 1
+            if num_recorded[row["arm"]] <= RECORDED_EPISODES:
+                decisions.append({**row, "episode": first_episode + len(decisions)})
     return Evaluation(tuple(records), tuple(decisions))
+
+
+def _records(
+    setup: Setup, scores: OrderScores, methods: Mapping[str, Baseline], with_queries: Mapping[str, Sequence[float]]
+) -> list[dict[str, Any]]:
+    """The metrics of each method on the article of ``scores``; gains are over the mean of the random orders."""
+    options, article = setup.config.evaluation, scores.article
+    # Exact repetitions cost nothing: each order is scored once.
+    random_values = scores.values(methods["random"].orders)
+    values = {method: _mean(scores.values(each.orders)) for method, each in methods.items()}
+    curves = {}
+    if article.probe:
+        for method, each in methods.items():
+            some = each.orders[: options.num_episodes]
+            curves[method] = torch.stack([scores.curve(order) for order in some]).mean(0)  # after 0, 1, … pairs
+    # The selection gain compares the probe after a part of the pairs: later all methods have read the same.
+    budget = min(options.selection_budget or article.num_pairs // 2, article.num_pairs)
+    records = []
+    for method, each in methods.items():
+        record = {
+            "arm": method,
+            "item": article.name,
+            "split": "train" if article.name in setup.train else "held_out",
+            "seed": setup.config.seed,
+            "reward": values[method],
+            "order_gain": values[method] - values["random"],
+            "order_gain_with_queries": _mean(with_queries[method]) - _mean(with_queries["random"]),
+            "random_percentile": percentile_among(values[method], random_values),
+            "model_calls": float(each.num_calls),
+        }
+        if curves:  # an article without a probe has neither metric
+            record["selection_gain"] = float(curves[method][budget] - curves["random"][budget])
+            record["progress_auc"] = float(_area(curves[method]) - _area(curves["random"]))
+        records.append(record)
+    return records
+
+
+def greedy_order(setup: Setup, name: str) -> list[int]:
+    """The order in which the policy reads ``name`` when it takes the likeliest token and pair at every step."""
+    unused = torch.Generator()  # nothing is drawn, and the run's own streams stay where they are
+    article = setup.articles[name]
+    trajectories = run_episodes(
+        setup.policy,
+        article,
+        setup.keys[name],
+        num_episodes=1,
+        budget=article.num_pairs,
+        query_tokens=setup.config.episode.query_tokens,
+        generators={"query": unused},
+        greedy=True,
+    )
+    order: list[int] = trajectories.order[0].tolist()
+    return order
+
+
+class GapMeter:
+    """The share of the gap from random orders to the oracle that the policy closes now, on the first training articles.
+
+    Random orders and oracle are computed once, from a generator of the meter's own, so that a resumed run measures the
+    same. Under a reader that learns there is no fixed gap, and the meter gives None.
+    """
+
+    def __init__(self, setup: Setup, *, seed: int, max_articles: int = 3) -> None:
+        self._setup = setup
+        self._names = setup.train[:max_articles] if setup.config.reward.reader != "policy" else ()
+        self._seed = seed
+        self._references: dict[str, tuple[OrderScores, float, float]] = {}
+
+    def measure(self, generators: Mapping[str, torch.Generator]) -> float | None:
+        """Ratio of sums over articles; None without a gap."""
+        setup, gains, gaps = self._setup, 0.0, 0.0
+        for name in self._names:
+            scores, random_value, oracle_value = self._reference(name)
+            trajectories = run_episodes(
+                setup.policy,
+                setup.articles[name],
+                setup.keys[name],
+                num_episodes=setup.config.evaluation.num_episodes,
+                budget=setup.articles[name].num_pairs,
+                query_tokens=setup.config.episode.query_tokens,
+                generators=generators,
+            )
+            gains += _mean(scores.values(trajectories.order.tolist())) - random_value
+            gaps += oracle_value - random_value
+        # A ratio of sums: an article whose orders hardly differ weighs as little as its gap.
+        return gains / gaps if gaps > 0 else None
+
+    def _reference(self, name: str) -> tuple[OrderScores, float, float]:
+        """Scores of the article's orders, the mean of random ones, and the value of the oracle's."""
+        if name not in self._references:
+            article, options = self._setup.articles[name], self._setup.config.evaluation
+            scores = OrderScores(self._setup.reader, self._setup.reader.article(article))
+            generator = torch.Generator().manual_seed(self._seed)
+            orders = random_orders(article.num_pairs, options.num_orders, generator=generator)
+            oracle = local_search(scores, beam_search(scores, options.beam_width))
+            self._references[name] = (scores, _mean(scores.values(orders)), scores.values([oracle])[0])
+        return self._references[name]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -238,5 +252,56 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _area(curve: torch.Tensor) -> float:
-    """Mean height of the curve by the trapezoid rule, so that its unit is that of the curve."""
+    """Mean height of the curve by the trapezoid rule, in the curve's own unit."""
     return float(torch.trapezoid(curve) / (len(curve) - 1))
+
+
+# ---- result.json -----------------------------------------------------------------------------------------------------
+
+
+def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
+    """The result of one run, or of several: metrics of each method with intervals, the gap closed, a verdict in words.
+
+    Args:
+        records: of every method, article and seed (:class:`Evaluation`).
+        config: the resolved configuration.
+        seeds: of the runs.
+    """
+    splits = [split for split in SPLITS if any(record["split"] == split for record in records)]
+    unit = UNITS["order_gain"]
+    comparisons: list[Comparison] = []
+    gaps: dict[str, Gap] = {}
+    methods: dict[str, dict[str, Any]] = {}
+    for split in splits:
+        for baseline in ("random", "untrained"):
+            comparisons.append(
+                compare(records, metric="reward", arm="learned", baseline=baseline, unit=unit, split=split)
+            )
+        gaps[split] = gap_closed(records, metric="reward", upper=ORACLES, split=split)
+        prefix = "held_out_" if split == "held_out" else ""
+        for method, metrics in summarise(records, units=UNITS, split=split).items():
+            methods.setdefault(method, {}).update({prefix + metric: value for metric, value in metrics.items()})
+    text = query_text(
+        records,
+        with_queries="order_gain_with_queries",
+        without_queries="order_gain",
+        arm="learned",
+        baseline="untrained",
+        unit=unit,
+        split=splits[0],
+    )
+    return {
+        "system": "reading",
+        "status": "finished",
+        "config": config,
+        "seeds": list(seeds),
+        "arms": methods,
+        "table": list(TABLE),
+        "oracles": [method for method in methods if method.startswith((*ORACLES, "probe_greedy"))],
+        "baseline": "random",
+        "comparisons": comparisons,
+        "gap_closed": {split: gaps.get(split) or NOT_MEASURED for split in SPLITS},
+        "query_text": text,
+        "verdict": verdict(comparisons, gaps=gaps, query_text=text, noun="article"),
+        "records": list(records),
+    }

@@ -1,102 +1,40 @@
-"""The teacher: a language model that writes queries, and the attention by which a query chooses a key."""
+"""The policy: a language model that writes queries, and the attention by which a query chooses a key."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from preceptor.data.embedders import TextEmbedder
-from preceptor.errors import ModelError, ShapeError
-from preceptor.lm.embedding import ModelEmbedding, key_vectors
-from preceptor.lm.language_model import LanguageModel
+from preceptor.data.embedders.base import TextEmbedder
+from preceptor.errors import ModelError
+from preceptor.lm.embedding import MODEL_EMBEDDINGS, ModelEmbedding, key_vectors
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
-from preceptor.lm.score import pad_rows, span_mask
-from preceptor.objectives.entropy import entropy
-from preceptor.objectives.selection import selection_entropy, selection_log_probs
-from preceptor.systems.reading.material import Material
+from preceptor.systems.reading.articles import TokenizedArticle
+from preceptor.systems.reading.config import SelectionOptions
 
 
 @dataclass(frozen=True)
 class Keys:
-    """Vectors of one article's keys, made once.
+    """Vectors of one article's keys, computed once before training.
 
     Attributes:
-        vectors: one a pair, less ``centre``; float32, no gradient.
-        centre: what is subtracted from queries too (the mean key, or zero).
-        version: which embedder made them.
+        vectors: one per pair, less ``centre``; float32, no gradient.
+        centre: subtracted from queries too (the mean key, or zero).
+        version: of the embedder that computed them.
     """
 
     vectors: Float[Tensor, "pairs dimension"]
     centre: Float[Tensor, " dimension"]
     version: str
-
-
-@dataclass(frozen=True)
-class Trajectories:
-    """A batch of episodes over one article, on the CPU.
-
-    Attributes:
-        material: what was read.
-        queries: tokens that the policy wrote at each step.
-        query_log_probs: of those tokens under the distribution that they were drawn from, nats.
-        query_entropy: of that distribution at each token, nats.
-        query_vectors: what was compared with the keys.
-        order: pair chosen at each step.
-        available_mask: True = the pair could still be chosen at that step.
-        selection_log_probs: over pairs, at each step, nats; −inf for what is gone.
-        reference_queries: what the untrained model wrote in the same place, or None.
-    """
-
-    material: Material
-    queries: Int[Tensor, "batch step token"]
-    query_log_probs: Float[Tensor, "batch step token"]
-    query_entropy: Float[Tensor, "batch step token"]
-    query_vectors: Float[Tensor, "batch step dimension"]
-    order: Int[Tensor, "batch step"]
-    available_mask: Bool[Tensor, "batch step pairs"]
-    selection_log_probs: Float[Tensor, "batch step pairs"]
-    reference_queries: Int[Tensor, "batch step token"] | None = None
-
-    def __post_init__(self) -> None:
-        batch, step, token = self.queries.shape
-        pairs = self.material.reading.num_pairs
-        for name, shape in (
-            ("query_log_probs", (batch, step, token)),
-            ("query_entropy", (batch, step, token)),
-            ("order", (batch, step)),
-            ("available_mask", (batch, step, pairs)),
-            ("selection_log_probs", (batch, step, pairs)),
-        ):
-            if tuple(getattr(self, name).shape) != shape:
-                raise ShapeError(f"`{name}` must have shape {shape}, got {tuple(getattr(self, name).shape)}")
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-
-@dataclass(frozen=True)
-class ActionScores:
-    """What the policy, as it is now, says of recorded trajectories; carries gradient.
-
-    Attributes:
-        query_log_probs: of the recorded query tokens under the sampling distribution, nats.
-        query_entropy: of the sampling distribution at each query token, nats.
-        selection_log_probs: of the recorded choices, nats.
-        selection_entropy: of the selection at each step, nats.
-        query_logits: at query tokens, row-major over batch, step, token.
-        value_logits: at value tokens, row-major over batch and position; none unless asked for.
-    """
-
-    query_log_probs: Float[Tensor, "batch step token"]
-    query_entropy: Float[Tensor, "batch step token"]
-    selection_log_probs: Float[Tensor, "batch step"]
-    selection_entropy: Float[Tensor, "batch step"]
-    query_logits: Float[Tensor, "query vocab"]
-    value_logits: Float[Tensor, "value vocab"]
 
 
 class Policy:
@@ -110,6 +48,9 @@ class Policy:
         projection: linear map on the query's vector, or None.
         centre: subtract the mean key from keys and queries.
         temperature: of the softmax over keys, in units of the inner product.
+
+    Raises:
+        ModelError: both embedders are given, or neither.
     """
 
     def __init__(
@@ -135,88 +76,138 @@ class Policy:
 
     @property
     def selection_has_gradient(self) -> bool:
-        """Whether the choice of a key teaches anything beyond its query's tokens."""
+        """Whether the choice of a key depends on a trainable parameter other than through the query's tokens."""
         return self.embedding is not None or self.projection is not None
 
-    def embed_keys(self, material: Material) -> Keys:
-        """Vectors of the article's keys under the policy's weights as they are now."""
+    @property
+    def captured_module(self) -> nn.Module | None:
+        """The module of ``lm`` whose output at query tokens :meth:`query_vectors` needs."""
+        return None if self.embedding is None else self.embedding.query_module
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter that an update may move, by name: ``model.…`` and ``projection.…``."""
+        # An adapter's frozen base and a frozen model have none.
+        named = {f"model.{name}": parameter for name, parameter in self.lm.trainable_parameters().items()}
+        if self.projection is not None:
+            named |= {f"projection.{name}": parameter for name, parameter in self.projection.named_parameters()}
+        return named
+
+    def embed_keys(self, article: TokenizedArticle) -> Keys:
+        """Vectors of the article's keys under the policy's present weights."""
         if self.embedding is not None:
-            vectors, version = key_vectors(self.lm, self.embedding, material.keys), self.embedding.version
+            vectors, version = key_vectors(self.lm, self.embedding, article.keys), self.embedding.version
         else:
             assert self.text_embedder is not None
-            vectors = self.text_embedder.embed(material.reading.keys).to(self.lm.device)
+            vectors = self.text_embedder.embed(article.pairs.keys).to(self.lm.device)
             version = self.text_embedder.version
+        # States crowd around their mean (cosines of 0.95 to 0.98); without it their differences remain.
         centre = vectors.mean(0) if self.centre else torch.zeros_like(vectors[0])
         return Keys(vectors=vectors - centre, centre=centre, version=version)
 
     def query_vectors(
         self, keys: Keys, *, captured: Tensor | None, queries: Int[Tensor, "*batch token"]
     ) -> Float[Tensor, "*batch dimension"]:
-        """One vector a query: mean over its tokens (or the text's embedding), less the centre, projected."""
+        """One vector per query: mean over its tokens (or the text's embedding), less the centre, projected.
+
+        Args:
+            keys: of the article; their centre is subtracted.
+            captured: output of :attr:`captured_module` at the query tokens (``*batch token features``), or None.
+            queries: token ids.
+        """
         if self.embedding is not None:
             assert captured is not None
-            vectors = self.embedding.queries(captured).mean(-2)
+            vectors = self.embedding.queries(captured).mean(-2)  # *batch dimension
         else:
             assert self.text_embedder is not None
-            texts = [self.lm.decode(query) or " " for query in queries.flatten(0, -2).tolist()]
+            # No gradient: a text embedder sees what the query says, not how it was computed.
+            texts = [self.lm.decode(query) for query in queries.flatten(0, -2).tolist()]
+            # No embedder takes an empty text; a full stop stands for a query of spaces.
             vectors = self.text_embedder.embed([text if text.strip() else "." for text in texts])
             vectors = vectors.to(self.lm.device).unflatten(0, queries.shape[:-1])
+        # Centred before the projection, so that the identity gives the selection of the untrained policy.
         vectors = vectors - keys.centre
         return vectors if self.projection is None else self.projection(vectors)
 
-    def select(
-        self, keys: Keys, query_vectors: Float[Tensor, "*batch dimension"], available_mask: Bool[Tensor, "*batch pairs"]
-    ) -> Float[Tensor, "*batch pairs"]:
-        """Log-probabilities over pairs: log-softmax of inner products over temperature, over what is available."""
-        return selection_log_probs(
-            query_vectors, keys.vectors, available_mask=available_mask, temperature=self.temperature
-        )
 
-    def score(self, trajectories: Trajectories, keys: Keys, *, with_values: bool) -> ActionScores:
-        """One packed pass over the trajectories, with gradient; equals what was recorded under equal weights."""
-        lm, material = self.lm, trajectories.material
-        rows = [
-            material.query_row(order, queries)
-            for order, queries in zip(trajectories.order.tolist(), trajectories.queries.tolist(), strict=True)
-        ]
-        tokens = pad_rows([row.tokens for row in rows], filler=lm.begin_token, device=lm.device)
-        width = tokens.shape[1]
-        at_query = span_mask([row.stretches("query") for row in rows], width=width, device=lm.device)
-        at_value = span_mask([row.stretches("value") for row in rows], width=width, device=lm.device)
-        predicts_query, predicts_value = _before(at_query), _before(at_value) & with_values
-        output = lm.forward(
-            tokens,
-            keep=predicts_query | predicts_value,
-            capture=self.embedding.query_module if self.embedding is not None else None,
-        )
-        is_query = predicts_query[predicts_query | predicts_value]
-        query_logits, value_logits = output.logits[is_query], output.logits[~is_query]
-        shape = trajectories.queries.shape
-        queries = trajectories.queries.to(lm.device)
-        log_probs = self.sampling.log_probs(query_logits, drawn=queries.flatten())
-        captured = None if output.captured is None else output.captured[at_query].unflatten(0, shape)
-        available = trajectories.available_mask.to(lm.device)
-        selections = self.select(keys, self.query_vectors(keys, captured=captured, queries=queries), available)
-        return ActionScores(
-            query_log_probs=log_probs.gather(-1, queries.flatten()[:, None])[:, 0].unflatten(0, shape),
-            query_entropy=entropy(log_probs).unflatten(0, shape),
-            selection_log_probs=selections.gather(-1, trajectories.order.to(lm.device)[..., None])[..., 0],
-            selection_entropy=selection_entropy(selections, available),
-            query_logits=query_logits,
-            value_logits=value_logits,
-        )
+def identity_projection(dimension: int, *, device: torch.device) -> nn.Linear:
+    """A linear map without bias, initialised to the identity so that training starts from the initial selection."""
+    projection = nn.Linear(dimension, dimension, bias=False, device=device)
+    nn.init.eye_(projection.weight)
+    return projection
 
 
-def reference_logits(
-    lm: LanguageModel, rows: Sequence[Sequence[int]], at: Bool[Tensor, "batch time"]
-) -> Float[Tensor, "kept vocab"]:
-    """Logits of a frozen model that predict the tokens marked in ``at``; no gradient."""
-    with torch.no_grad():
-        return lm.forward(pad_rows(rows, filler=lm.begin_token, device=lm.device), keep=_before(at)).logits
+# ---- what was learned, on disk ---------------------------------------------------------------------------------------
 
 
-def _before(at: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch time"]:
-    """The positions whose logits predict the marked tokens."""
-    keep = torch.zeros_like(at)
-    keep[:, :-1] = at[:, 1:]
-    return keep
+def save_selection(folder: Path, policy: Policy, keys: Mapping[str, Keys], options: SelectionOptions) -> None:
+    """Write all of the policy that is not its language model, for :func:`load_policy`.
+
+    ``selection.json`` holds the embedder, the temperature and how queries are sampled; ``selection.safetensors`` the
+    projection and, for each article, the key vectors and their centre. The keys are saved because they were computed
+    by the initial model, whose weights may be gone.
+
+    Args:
+        folder: an existing folder, usually that of the language model.
+        policy: after training.
+        keys: of each article by name.
+        options: which embedder ``policy`` uses, and at which layer.
+    """
+    tensors = {} if policy.projection is None else {"projection": policy.projection.weight.detach()}
+    # Numbered: an article's title may hold anything, a tensor's name should not.
+    for index, each in enumerate(keys.values()):
+        tensors |= {f"keys.{index}": each.vectors, f"centre.{index}": each.centre}
+    description = {
+        "embedder": options.embedder,
+        "layer": options.layer,
+        "temperature": policy.temperature,
+        "centre": policy.centre,
+        "sampling": asdict(policy.sampling),
+        "articles": {name: each.version for name, each in keys.items()},
+    }
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / "selection.safetensors")
+    (folder / "selection.json").write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def load_policy(
+    folder: Path, lm: LanguageModel, *, text_embedder: TextEmbedder | None = None
+) -> tuple[Policy, dict[str, Keys]]:
+    """The policy whose selection :func:`save_selection` wrote, and the keys of its articles by name.
+
+    Args:
+        folder: holds ``selection.json`` and ``selection.safetensors``.
+        lm: the trained language model.
+        text_embedder: needed where the selection used an embedder outside the model.
+
+    Raises:
+        ModelError: a file is missing or damaged, or a text embedder is needed and not given.
+    """
+    try:
+        description = json.loads((folder / "selection.json").read_text("utf-8"))
+        tensors = load_file(folder / "selection.safetensors", device=str(lm.device))
+        keys = {
+            name: Keys(tensors[f"keys.{index}"], tensors[f"centre.{index}"], version)
+            for index, (name, version) in enumerate(description["articles"].items())
+        }
+        embedder, layer = description["embedder"], description["layer"]
+        sampling = Sampling(**description["sampling"])
+        settings = {name: description[name] for name in ("centre", "temperature")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise ModelError(
+            f"the selection in {folder} cannot be loaded ({error}); give the folder `model` of a finished reading run"
+        ) from error
+    # The model's own embedding is built anew on the loaded model; an outside embedder has to be given.
+    is_own = embedder in MODEL_EMBEDDINGS
+    if not is_own and text_embedder is None:
+        raise ModelError(f"the selection in {folder} used the embedder '{embedder}'; give it as `text_embedder`")
+    policy = Policy(
+        lm,
+        sampling=sampling,
+        embedding=MODEL_EMBEDDINGS[embedder](lm, layer=layer) if is_own else None,
+        text_embedder=None if is_own else text_embedder,
+        **settings,
+    )
+    if (weight := tensors.get("projection")) is not None:
+        policy.projection = identity_projection(len(weight), device=lm.device)
+        with torch.no_grad():
+            policy.projection.weight.copy_(weight)
+    return policy, keys

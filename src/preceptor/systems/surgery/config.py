@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, get_args
 
-from preceptor.config import option
+from pydantic import Field
+
+from preceptor.config import Options
 
 FLAGS = {"seed": "seed", "text": "data.text"}
 """Command-line flags that stand for configuration keys."""
@@ -40,207 +42,218 @@ CHOICES = {
 }
 
 
-@dataclass(frozen=True)
-class DataOptions:
+Objective = Literal["sampled", "expected", "avatarl", "cross_entropy", "distil"]
+Arm = Literal["no_edit", "learned", "shuffled", "evolution", "random", "best_of_n", "gradient", "joint", "training"]
+
+
+class DataOptions(Options):
     """What is learned from."""
 
-    text: str = option("", "UTF-8 text file; empty is the reference documentation that comes with Python")
-    tokens: Literal["characters", "bpe", "referee"] = option("characters", "unit; referee: the referee model's own")
-    vocab_size: int = option(512, "entries of the byte-pair encoding (tokens: bpe)", within="[2, inf)")
-    train_share: float = option(0.9, "leading share of the text that teaches; the rest only judges", within="(0, 1)")
+    text: str = Field("", description="UTF-8 text file; empty is the reference documentation that comes with Python.")
+    tokens: Literal["characters", "bpe", "referee"] = Field(
+        "characters", description="Unit of the text; referee is the referee model's own vocabulary."
+    )
+    vocab_size: int = Field(512, ge=2, description="Number of entries of the byte-pair encoding (tokens: bpe).")
+    train_share: float = Field(
+        0.9, gt=0, lt=1, description="First fraction of the text, for training; the rest is for evaluation."
+    )
 
 
-@dataclass(frozen=True)
-class StudentOptions:
+class StudentOptions(Options):
     """The model that learns to speak, from random weights."""
 
-    architecture: Literal["gpt2", "llama"] = option("gpt2", "of the transformer")
-    num_layers: int = option(2, "layers", within="[1, inf)")
-    num_heads: int = option(4, "attention heads", within="[1, inf)")
-    width: int = option(64, "hidden size", within="[1, inf)")
-    block_size: int = option(48, "tokens of context", within="[2, inf)")
+    architecture: Literal["gpt2", "llama"] = Field("gpt2", description="Architecture of the transformer.")
+    num_layers: int = Field(2, ge=1, description="Number of layers.")
+    num_heads: int = Field(4, ge=1, description="Number of attention heads.")
+    width: int = Field(64, ge=1, description="Hidden size.")
+    block_size: int = Field(48, ge=2, description="Context length in tokens.")
 
 
-@dataclass(frozen=True)
-class RefereeOptions:
-    """Whose opinion gives partial rewards and judges what the student writes."""
+class RefereeOptions(Options):
+    """The reference model that gives partial rewards and scores what the student writes."""
 
-    kind: Literal["ngram", "model"] = option("ngram", "counts on the training text, or a pretrained model")
-    order: int = option(5, "n of the n-gram", within="[1, inf)")
-    model: str = option("", "folder that `preceptor pretrain` wrote (kind: model)")
-    training_tokens: int = option(
-        0, "that the model cost; 0 reads them from result.json beside its folder", within="[0, inf)"
+    kind: Literal["ngram", "model"] = Field(
+        "ngram", description="Counts of n-grams in the training text, or a pretrained model."
+    )
+    order: int = Field(5, ge=1, description="Order n of the n-gram model.")
+    model: str = Field("", description="Folder that `preceptor pretrain` wrote (kind: model).")
+    training_tokens: int = Field(
+        0, ge=0, description="Tokens that the model was trained on; 0 reads them from result.json beside its folder."
     )
 
 
-@dataclass(frozen=True)
-class LearningOptions:
+class LearningOptions(Options):
     """How the student learns the next token."""
 
-    objective: Literal["sampled", "expected", "avatarl", "cross_entropy", "distil"] = option(
-        "expected", "what is optimised at every position of every sequence"
+    objective: Objective = Field(
+        "expected", description="Objective that is optimised at every position of every sequence."
     )
-    partial_reward: float = option(
-        1.0, "c: what a token earns that the referee is sure of (sampled, expected)", within="[0, inf)"
+    partial_reward: float = Field(
+        1.0, ge=0, description="c: reward of a token that the referee is certain of (sampled, expected)."
     )
-    confidence_penalty: float = option(
-        1.0, "share of its own probability that an action is taxed; 1 is proper", within="[0, inf)"
+    confidence_penalty: float = Field(
+        1.0, ge=0, description="Fraction of its own probability subtracted from an action's reward; 1 makes it proper."
     )
-    group_size: int = option(32, "tokens drawn at a position (sampled)", within="[2, inf)")
-    advantage: Literal["leave_one_out", "group_normalised"] = option("leave_one_out", "within a group (sampled)")
-    batch_size: int = option(16, "sequences a step", within="[1, inf)")
-    learning_rate: float = option(3e-3, "AdamW, the highest", within="[0, inf)")
-    final_learning_rate: float = option(
-        3e-4, "AdamW, where the cosine ends; also in the joint phase", within="[0, inf)"
+    group_size: int = Field(32, ge=2, description="Number of tokens drawn at a position (sampled).")
+    advantage: Literal["leave_one_out", "group_normalised"] = Field(
+        "leave_one_out", description="Advantage within a group of drawn tokens (sampled)."
     )
-    warm_up_steps: int = option(50, "of linear warm-up", within="[0, inf)")
-    beta2: float = option(0.99, "AdamW's second", within="(0, 1)")
-    weight_decay: float = option(0.1, "of matrices", within="[0, inf)")
-    clip_norm: float = option(1.0, "global gradient norm", within="(0, inf]", hint=".inf clips nothing")
+    batch_size: int = Field(16, ge=1, description="Number of sequences per step.")
+    learning_rate: float = Field(3e-3, ge=0, description="Highest learning rate of AdamW.")
+    final_learning_rate: float = Field(
+        3e-4, ge=0, description="Learning rate of AdamW at the end of the cosine, and in the joint phase."
+    )
+    warm_up_steps: int = Field(50, ge=0, description="Number of steps of linear warm-up.")
+    beta2: float = Field(0.99, gt=0, lt=1, description="AdamW's decay of the second moment.")
+    weight_decay: float = Field(0.1, ge=0, description="Weight decay of matrices.")
+    clip_norm: float = Field(
+        1.0, gt=0, allow_inf_nan=True, description="Maximum global gradient norm; .inf clips nothing."
+    )
 
 
-@dataclass(frozen=True)
-class PhaseOptions:
+class PhaseOptions(Options):
     """How long each phase lasts."""
 
-    bootstrap_steps: int = option(800, "updates of the objective alone", within="[1, inf)")
-    surgery_edits: int = option(150, "edits tried on the frozen student, by each arm that edits", within="[0, inf)")
-    joint_edits: int = option(30, "edits tried while the student goes on learning", within="[0, inf)")
-    updates_per_edit: int = option(5, "of the objective before each edit of the joint phase", within="[0, inf)")
-    plateau_window: int = option(5, "measurements over which a plateau is judged", within="[2, inf)")
-    plateau_slope: float = option(0.01, "nats per 100 steps; a plateau falls more slowly", within="[0, inf)")
+    bootstrap_steps: int = Field(800, ge=1, description="Number of updates of the objective alone.")
+    surgery_edits: int = Field(
+        150, ge=0, description="Number of edits that each editing arm tries on the frozen student."
+    )
+    joint_edits: int = Field(30, ge=0, description="Number of edits tried while the student goes on learning.")
+    updates_per_edit: int = Field(
+        5, ge=0, description="Number of updates of the objective before each edit of the joint phase."
+    )
+    plateau_window: int = Field(5, ge=2, description="Number of measurements over which a plateau is judged.")
+    plateau_slope: float = Field(
+        0.01, ge=0, description="Nats per 100 steps; a loss that falls more slowly is on a plateau."
+    )
 
 
-@dataclass(frozen=True)
-class EditOptions:
+class EditOptions(Options):
     """What a surgeon can do."""
 
-    kind: Literal["singular_values", "head_scale", "low_rank"] = option("singular_values", "action space")
-    roles: tuple[str, ...] = option(("query", "key", "value", "output"), "attention matrices that are edited")
-    layers: tuple[int, ...] = option((), "numbers of their layers; empty is all")
-    rank: int = option(2, "leading singular values or vectors of each matrix", within="[1, inf)")
-    max_relative_norm: float = option(0.1, "of an edit to one matrix", within="(0, 1)")
-    moments: Literal["keep", "zero", "scale"] = option("keep", "Adam's moments of a matrix after a committed edit")
-
-
-@dataclass(frozen=True)
-class QualityOptions:
-    """What an edit is paid for, and what it must pass to stay."""
-
-    num_prompts: int = option(16, "continuations that are judged, drawn anew for each edit", within="[1, inf)")
-    prompt_tokens: int = option(12, "of each", within="[1, inf)")
-    continuation_tokens: int = option(32, "drawn after each prompt; both must fit the block", within="[1, inf)")
-    num_windows: int = option(32, "sequences of the fixed batch whose loss counts", within="[1, inf)")
-    loss_weight: float = option(1.0, "reward per nat of that batch's loss", within="[0, inf)")
-    referee_weight: float = option(
-        0.02, "reward per nat of the referee's log-likelihood of the continuations", within="[0, inf)"
+    kind: Literal["singular_values", "head_scale", "low_rank"] = Field("singular_values", description="Action space.")
+    roles: tuple[Literal["query", "key", "value", "output"], ...] = Field(
+        ("query", "key", "value", "output"), description="Attention matrices that are edited."
     )
-    repetition_weight: float = option(
-        0.02, "reward lost where every 4-gram was written before in the continuation", within="[0, inf)"
+    layers: tuple[int, ...] = Field((), description="Numbers of the layers that are edited; empty is all.")
+    rank: int = Field(2, ge=1, description="Number of leading singular values or vectors of each matrix.")
+    max_relative_norm: float = Field(
+        0.1, gt=0, lt=1, description="Largest norm of an edit, relative to the norm of its matrix."
     )
-    distinct_weight: float = option(0.02, "reward where all pairs of tokens are different", within="[0, inf)")
-    acceptance_windows: int = option(192, "sequences drawn afresh for the test of one edit", within="[2, inf)")
-    acceptance_z: float = option(1.64, "standard errors by which their paired loss must fall", within="[0, inf)")
+    moments: Literal["keep", "zero", "scale"] = Field(
+        "keep", description="What becomes of Adam's moments of a matrix after a committed edit."
+    )
 
 
-@dataclass(frozen=True)
-class AgentOptions:
+class QualityOptions(Options):
+    """What an edit is rewarded for, and the test that it must pass to stay."""
+
+    num_prompts: int = Field(
+        16, ge=1, description="Number of continuations that are scored, from prompts drawn afresh for each edit."
+    )
+    prompt_tokens: int = Field(12, ge=1, description="Length of a prompt in tokens.")
+    continuation_tokens: int = Field(
+        32, ge=1, description="Length of a continuation in tokens; prompt and continuation must fit the block."
+    )
+    num_windows: int = Field(32, ge=1, description="Number of sequences of the fixed batch whose loss counts.")
+    loss_weight: float = Field(1.0, ge=0, description="Reward per nat of that batch's loss.")
+    referee_weight: float = Field(
+        0.02, ge=0, description="Reward per nat of the referee's log-likelihood of the continuations."
+    )
+    repetition_weight: float = Field(
+        0.02, ge=0, description="Reward lost if every 4-gram of a continuation occurred in it before."
+    )
+    distinct_weight: float = Field(0.02, ge=0, description="Reward if all pairs of tokens are different.")
+    acceptance_windows: int = Field(
+        192, ge=2, description="Number of sequences drawn afresh for the acceptance test of one edit."
+    )
+    acceptance_z: float = Field(
+        1.64, ge=0, description="Standard errors by which their paired loss must fall for an edit to be accepted."
+    )
+
+
+class AgentOptions(Options):
     """The SAC surgeon."""
 
-    hidden_dim: int = option(64, "of every network", within="[1, inf)")
-    learning_rate: float = option(2e-3, "of every network and the temperature", within="[0, inf)")
-    discount: float = option(0.5, "of rewards, per edit", within="[0, 1)")
-    target_step: float = option(0.01, "of the target critics, per update", within="(0, 1]")
-    batch_size: int = option(64, "transitions an update", within="[1, inf)")
-    updates_per_edit: int = option(8, "of the agent", within="[0, inf)")
-    initial_temperature: float = option(
-        0.05, "entropy weight; rewards are divided by their running deviation", within="(0, inf)"
+    hidden_dim: int = Field(64, ge=1, description="Hidden size of every network.")
+    learning_rate: float = Field(2e-3, ge=0, description="Learning rate of every network and of the temperature.")
+    discount: float = Field(0.5, ge=0, lt=1, description="Discount of rewards per edit.")
+    target_step: float = Field(0.01, gt=0, le=1, description="Step of the target critics per update (Polyak).")
+    batch_size: int = Field(64, ge=1, description="Number of transitions per update.")
+    updates_per_edit: int = Field(8, ge=0, description="Number of the agent's updates per edit.")
+    initial_temperature: float = Field(
+        0.05, gt=0, description="Initial entropy weight; rewards are divided by their running standard deviation."
     )
-    random_edits: int = option(30, "drawn uniformly before the policy acts", within="[0, inf)")
-    capacity: int = option(10_000, "transitions kept", within="[1, inf)")
+    random_edits: int = Field(30, ge=0, description="Number of edits drawn uniformly before the policy acts.")
+    capacity: int = Field(10_000, ge=1, description="Number of transitions in the replay buffer.")
 
 
-@dataclass(frozen=True)
-class ControlOptions:
+class ControlOptions(Options):
     """What the surgeon and the objective are compared with."""
 
-    arms: tuple[str, ...] = option(tuple(ARMS), "which; no_edit is always there")
-    best_of: int = option(10, "N of best_of_n", within="[1, inf)")
-    objectives: tuple[str, ...] = option(("cross_entropy",), "further bootstraps at equal tokens and at equal FLOPs")
+    arms: tuple[Arm, ...] = Field(get_args(Arm), description="Arms that are run; no_edit always is.")
+    best_of: int = Field(10, ge=1, description="N of best_of_n.")
+    objectives: tuple[Objective, ...] = Field(
+        ("cross_entropy",), description="Further objectives, bootstrapped at equal tokens and at equal FLOPs."
+    )
 
 
-@dataclass(frozen=True)
-class EvaluationOptions:
+class EvaluationOptions(Options):
     """What is measured."""
 
-    every: int = option(100, "updates between measurements on the held-out text", within="[1, inf)")
-    num_windows: int = option(64, "sequences of it, on the way; the end uses all", within="[1, inf)")
-    ladder_order: int = option(7, "highest n of the n-gram ladder", within="[1, inf)")
-    num_prompts: int = option(128, "held-out prompts whose continuations are judged at the end", within="[1, inf)")
+    every: int = Field(100, ge=1, description="Number of updates between measurements on the held-out text.")
+    num_windows: int = Field(
+        64, ge=1, description="Number of held-out sequences measured during the run; the end uses all."
+    )
+    ladder_order: int = Field(7, ge=1, description="Highest order n of the n-gram ladder.")
+    num_prompts: int = Field(
+        128, ge=1, description="Number of held-out prompts whose continuations are scored at the end."
+    )
 
 
-@dataclass(frozen=True)
-class SurgeryConfig:
+class SurgeryConfig(Options):
     """Configuration of ``preceptor run surgery``."""
 
-    seed: int = option(0, "of everything that is drawn")
-    data: DataOptions = field(default_factory=DataOptions)
-    student: StudentOptions = field(default_factory=StudentOptions)
-    referee: RefereeOptions = field(default_factory=RefereeOptions)
-    learning: LearningOptions = field(default_factory=LearningOptions)
-    phases: PhaseOptions = field(default_factory=PhaseOptions)
-    edit: EditOptions = field(default_factory=EditOptions)
-    quality: QualityOptions = field(default_factory=QualityOptions)
-    agent: AgentOptions = field(default_factory=AgentOptions)
-    controls: ControlOptions = field(default_factory=ControlOptions)
-    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
-    save_every: int = option(200, "steps between checkpoints", within="[1, inf)")
+    seed: int = Field(0, description="Seed of every random stream.")
+    data: DataOptions = DataOptions()
+    student: StudentOptions = StudentOptions()
+    referee: RefereeOptions = RefereeOptions()
+    learning: LearningOptions = LearningOptions()
+    phases: PhaseOptions = PhaseOptions()
+    edit: EditOptions = EditOptions()
+    quality: QualityOptions = QualityOptions()
+    agent: AgentOptions = AgentOptions()
+    controls: ControlOptions = ControlOptions()
+    evaluation: EvaluationOptions = EvaluationOptions()
+    save_every: int = Field(200, ge=1, description="Number of steps between checkpoints.")
 
-    def faults(self) -> list[str]:
-        """What is at odds in this configuration, besides numbers out of their range."""
-        return [*self._unknown(), *self._at_odds()]
-
-    def _unknown(self) -> list[str]:
-        roles = ("query", "key", "value", "output")
-        return [
-            f"`{key}` may hold {', '.join(allowed)}, got {name}"
-            for key, names, allowed in (
-                ("controls.arms", self.controls.arms, tuple(ARMS)),
-                ("controls.objectives", self.controls.objectives, tuple(OBJECTIVES)),
-                ("edit.roles", self.edit.roles, roles),
-            )
-            for name in names
-            if name not in allowed
-        ]
-
-    def _at_odds(self) -> list[str]:
-        found = []
-        heads = max(self.student.num_heads, 1)  # fewer are told above
+    def conflicts(self) -> Iterator[str]:
+        """Values that do not go together."""
+        heads = self.student.num_heads
         if self.student.width % heads or (self.student.architecture == "llama" and self.student.width // heads % 2):
-            found.append(
+            yield (
                 f"`student.width` must be a multiple of `student.num_heads` (an even one for llama), got "
                 f"{self.student.width} and {self.student.num_heads}"
             )
         if self.quality.prompt_tokens + self.quality.continuation_tokens > self.student.block_size:
-            found.append(
+            yield (
                 f"`quality.prompt_tokens` + `quality.continuation_tokens` must fit `student.block_size` "
                 f"{self.student.block_size}, got {self.quality.prompt_tokens} + {self.quality.continuation_tokens}"
             )
         if (self.referee.kind == "model") != bool(self.referee.model):
-            found.append("`referee.model` names a folder exactly where `referee.kind` is model")
+            yield "`referee.model` names a folder exactly where `referee.kind` is model"
         if (self.data.tokens == "referee") != (self.referee.kind == "model"):
-            found.append("`data.tokens` must be referee exactly where `referee.kind` is model: they share a vocabulary")
+            yield "`data.tokens` must be referee exactly where `referee.kind` is model: they share a vocabulary"
         if not self.edit.roles:
-            found.append("`edit.roles` is empty; name at least one of query, key, value, output")
+            yield "`edit.roles` is empty; name at least one of query, key, value, output"
         if self.edit.kind == "head_scale" and self.edit.roles != ("output",):
-            found.append("`edit.kind` head_scale scales heads' outputs, so `edit.roles` must be (output)")
+            yield "`edit.kind` head_scale scales heads' outputs, so `edit.roles` must be (output)"
         if "learned" not in self.controls.arms:
             for arm in ("random", "gradient", "joint"):
                 if arm in self.controls.arms:
-                    found.append(f"`controls.arms` {arm} is matched to learned; add learned or leave {arm} out")
+                    yield f"`controls.arms` {arm} is matched to learned; add learned or leave {arm} out"
         if self.learning.objective in self.controls.objectives:
-            found.append(f"`controls.objectives` holds `learning.objective` {self.learning.objective} itself")
-        return found
+            yield f"`controls.objectives` holds `learning.objective` {self.learning.objective} itself"
 
 
 Config = SurgeryConfig

@@ -1,0 +1,201 @@
+"""Running, resuming and comparing from Python; the command line calls the same functions."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from preceptor.config import from_dict, to_dict
+from preceptor.errors import ConfigError, Interrupted, PreceptorError
+from preceptor.result import Result, write_page
+from preceptor.systems import find_system
+from preceptor.systems.base import Services, System
+from preceptor.systems.configuration import extended_configuration
+
+if TYPE_CHECKING:
+    from preceptor.comparison.runs import FinishedRun
+    from preceptor.runs.folder import Run
+
+
+def services(environ: Mapping[str, str]) -> Services:
+    """What systems take from the environment."""
+    return Services(
+        cache_dir=cache_dir(environ),
+        openai_api_key=environ.get("OPENAI_API_KEY"),
+        openai_base_url=environ.get("OPENAI_BASE_URL"),
+    )
+
+
+def cache_dir(environ: Mapping[str, str]) -> Path:
+    """Where downloads and bought embeddings are kept: PRECEPTOR_CACHE_DIR, else the XDG cache folder."""
+    if own := environ.get("PRECEPTOR_CACHE_DIR"):
+        return Path(own)
+    shared = environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification says that a relative path is invalid and to be ignored.
+    return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "preceptor"
+
+
+def start(
+    system: System,
+    config: Any,
+    services: Services,
+    *,
+    preset: str = "default",
+    out: Path | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    trackers: Sequence[str] = (),
+    name: str | None = None,
+    tags: Sequence[str] = (),
+    project: str = "preceptor",
+    report: bool = True,
+    quiet: bool = False,
+) -> Result:
+    """Trains ``system`` with ``config`` in a new run folder and measures what the training was worth.
+
+    A folder in which nothing happened, since an article or a model was refused, is removed again.
+
+    Raises:
+        PreceptorError: of the kind that says what is wrong; ``Interrupted`` after Ctrl-C, when the run can be resumed.
+    """
+    from preceptor.runs.folder import create_run, default_run_path, discard_unbegun
+
+    path = out or default_run_path(Path("runs"), system.name, date.today())
+    try:
+        run = create_run(
+            path,
+            system=system.name,
+            config=to_dict(config),
+            seed=config.seed,
+            save_every=config.save_every,
+            streams=system.streams,
+            device=device,
+            threads=threads,
+            trackers=trackers,
+            preset=preset,
+            name=name,
+            tags=tags,
+            project=project,
+            quiet=quiet,
+        )
+    except PreceptorError:
+        if out is None:
+            with contextlib.suppress(OSError):  # no longer empty: then it holds something to look at
+                path.rmdir()
+        raise
+    try:
+        with run:
+            _record(run, system.train(config, run, services))
+    except Interrupted:
+        raise
+    except PreceptorError:
+        discard_unbegun(path)  # what was refused must not block the next try
+        raise
+    if report:
+        write_page(path)
+    return Result(path)
+
+
+def go_on(
+    folder: Path,
+    services: Services,
+    *,
+    overrides: Iterable[str] | Mapping[str, Any] = (),
+    device: str | None = None,
+    threads: int | None = None,
+    allow_inexact: bool = False,
+    report: bool = True,
+    quiet: bool = False,
+) -> Result:
+    """Goes on with the run in ``folder`` from its last checkpoint, bit for bit.
+
+    Args:
+        folder: of the run.
+        services: what the system takes from its surroundings.
+        overrides: keys that let the run go on past its planned end (``update.steps=60``).
+        device: another device than before; needs ``allow_inexact``.
+        threads: another number of CPU threads than before; needs ``allow_inexact``.
+        allow_inexact: go on though last bits, or more, will differ.
+        report: write ``report.html`` at the end.
+        quiet: show no progress.
+
+    Raises:
+        ConfigError: no run, another machine or version without ``allow_inexact``, or a key that may not change.
+    """
+    from preceptor.runs.folder import open_run
+    from preceptor.runs.record import read_manifest
+
+    if not (folder / "manifest.json").is_file():
+        raise ConfigError(f"{folder} is not a run folder (no manifest.json); start one with: preceptor run SYSTEM")
+    manifest = read_manifest(folder)
+    system = find_system(manifest["system"])
+    config = from_dict(system.Config, manifest["config"])
+    extended = extended_configuration(system, config, overrides) if overrides else None
+    run = open_run(
+        folder,
+        allow_inexact=allow_inexact,
+        device=device,
+        threads=threads,
+        extended=None if extended is None else to_dict(extended),
+        quiet=quiet,
+    )
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(run.close)
+        config = from_dict(system.Config, run.config)
+        on_failure.pop_all()
+    with run:
+        _record(run, system.train(config, run, services))
+    if report:
+        write_page(folder)
+    return Result(folder)
+
+
+def _record(run: Run, result: Mapping[str, Any]) -> None:
+    """Writes what came of ``run`` beside its model."""
+    from preceptor.runs.export import write_model_card
+
+    run.write_result(result)
+    write_model_card(run.path)
+
+
+def compare(folders: Sequence[Path], *, methods: Sequence[str] = (), out: Path | None = None) -> Result:
+    """Compares the finished runs in ``folders`` (or in sweeps' folders) and writes what may be claimed to ``out``.
+
+    Raises:
+        ConfigError: runs of several systems, runs that have not ended, or an unknown method.
+    """
+    from preceptor.comparison.runs import read_finished, run_folders
+    from preceptor.runs.folder import default_run_path
+
+    runs = [read_finished(path) for path in run_folders(folders)]
+    if not runs:
+        raise ConfigError("nothing to compare; give the folders of finished runs")
+    _, result = compared(runs, methods=methods, out=out or default_run_path(Path("runs"), "comparison", date.today()))
+    assert result is not None, "a comparison with a folder has a result"
+    return result
+
+
+def compared(
+    runs: Sequence[FinishedRun], *, methods: Sequence[str] = (), out: Path | None = None
+) -> tuple[dict[str, Any], Result | None]:
+    """The comparison of finished runs as ``comparison.json`` holds it; written to ``out`` with its page, if given."""
+    from preceptor.comparison.result import comparison_of, merged_result
+    from preceptor.comparison.runs import grouped
+    from preceptor.comparison.write import write_comparison
+
+    system = find_system(runs[0].system)
+    if system.result is None:
+        raise ConfigError(f"runs of {system.name} have no baselines to compare")
+    groups = grouped(runs, inputs=list(system.inputs.values()))
+    merged = merged_result(groups, system.result)
+    noun = next(iter(system.inputs), "").removesuffix("s").replace("_", " ")
+    comparison = comparison_of(groups, merged, arms=list(methods), noun=noun)
+    if out is None:
+        return comparison, None
+    write_comparison(out, comparison, {"verdict": comparison["verdict"], **merged}, runs, sections=system.sections)
+    write_page(out)
+    return comparison, Result(out)

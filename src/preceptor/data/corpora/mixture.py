@@ -1,0 +1,242 @@
+"""Rows drawn from several datasets in the shares of a mixture, endlessly, and resumable at any row.
+
+Which dataset comes next is random under the current weights; within a dataset every row comes once before any comes
+again, in an order that is shuffled anew each epoch. All of it is a function of the seed and of counts, so the whole
+state is a few integers, however much has been drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from preceptor.data.corpora.blocks import TokenBlocks, pad_blocks
+from preceptor.errors import CheckpointError, ConfigError
+
+_REMEMBERED = 16_384
+"""Latest rows that can be taken back, for loaders that read ahead."""
+
+
+class MixtureSampler:
+    """Draws (dataset, row), the dataset by weight, the row by a shuffled order of its own.
+
+    The t-th choice uses the t-th random number of the seed, and the order of a dataset's rows in an epoch is that of
+    the seed, its name and the epoch: another list of datasets, or other weights, leave both as they were.
+
+    Args:
+        sizes: rows of each dataset by name, each at least 1.
+        seed: of all choices and orders, any integer.
+        weights: shares on any scale, in the order of ``sizes``; ``None``: uniform.
+
+    Raises:
+        ConfigError: no dataset, one without rows, or unusable weights.
+
+    >>> sampler = MixtureSampler({"books": 2, "code": 3}, seed=1, weights=[1, 0])
+    >>> [dataset for dataset, _ in (sampler.draw(), sampler.draw(), sampler.draw())]
+    [0, 0, 0]
+    >>> sampler.counts.tolist()
+    [3, 0]
+    """
+
+    def __init__(self, sizes: Mapping[str, int], *, seed: int, weights: Sequence[float] | Tensor | None = None) -> None:
+        if not sizes or min(sizes.values()) < 1:
+            raise ConfigError(f"a mixture needs datasets of at least one row each, got {dict(sizes)}")
+        self.names = tuple(sizes)
+        self.sizes = tuple(sizes.values())
+        self.seed = seed
+        self._counts = [0] * len(sizes)
+        self._recent: deque[int] = deque(maxlen=_REMEMBERED)
+        self._orders: dict[int, tuple[int, Tensor]] = {}  # dataset -> (epoch, order of its rows): a cache
+        self._numbers: tuple[int, Tensor] = (-1, torch.empty(0))  # (page, random numbers): a cache
+        self._schedule: list[tuple[int, Tensor]] = []  # (row from which they hold, weights), ascending
+        self.weights = torch.ones(len(sizes)) if weights is None else torch.as_tensor(weights)
+
+    @property
+    def weights(self) -> Float[Tensor, " choices"]:
+        """Shares of the datasets, float64, as set last; they may be set at any time, for what is drawn from then on."""
+        return self._schedule[-1][1].clone()
+
+    @weights.setter
+    def weights(self, weights: Sequence[float] | Tensor) -> None:
+        checked = torch.as_tensor(weights).detach().to("cpu", torch.float64)
+        if checked.shape != (len(self.names),):
+            raise ConfigError(f"{len(self.names)} datasets need as many weights, got shape {tuple(checked.shape)}")
+        if not (torch.isfinite(checked).all() and (checked >= 0).all() and checked.sum() > 0):
+            raise ConfigError(f"weights must be finite, at least 0 and not all 0, got {checked.tolist()}")
+        held = [entry for entry in self._schedule if entry[0] < self.num_drawn]
+        self._schedule = [*held[self._in_force(held, self.num_drawn - len(self._recent)) :]]
+        self._schedule.append((self.num_drawn, checked / checked.sum()))
+
+    @staticmethod
+    def _in_force(schedule: Sequence[tuple[int, Tensor]], row: int) -> int:
+        """Which entry of ``schedule`` holds for ``row``: the last that begins at it or before."""
+        return max(bisect_right(schedule, row, key=lambda entry: entry[0]) - 1, 0)
+
+    @property
+    def num_drawn(self) -> int:
+        """Rows drawn in all."""
+        return sum(self._counts)
+
+    @property
+    def counts(self) -> Int[Tensor, " choices"]:
+        """Rows drawn from each dataset; over its size, the epochs it has been through."""
+        return torch.tensor(self._counts)
+
+    def draw(self) -> tuple[int, int]:
+        """The next dataset's place in the list, and the place of the next row in it."""
+        boundaries = self._schedule[self._in_force(self._schedule, self.num_drawn)][1].cumsum(dim=0)
+        # Scaled to the sum of the weights, which rounding may leave beside 1; a share of 0 is never drawn.
+        number = self._random_number(self.num_drawn) * boundaries[-1]
+        dataset = int(torch.searchsorted(boundaries, number, right=True))
+        epoch, position = divmod(self._counts[dataset], self.sizes[dataset])
+        self._counts[dataset] += 1
+        self._recent.append(dataset)
+        return dataset, int(self._order(dataset, epoch)[position])
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        while True:
+            yield self.draw()
+
+    def state_dict(self, *, num_consumed: int | None = None) -> dict[str, Any]:
+        """Where the sampler is, as JSON: of a size that does not grow.
+
+        Args:
+            num_consumed: rows that were really used, where a loader has drawn ahead of that (Accelerate's holds one
+                batch back); what was drawn after them is drawn again on resuming. ``None``: all that was drawn.
+
+        Raises:
+            CheckpointError: ``num_consumed`` is more than was drawn, or further back than is remembered.
+        """
+        counts = list(self._counts)
+        num_consumed = self.num_drawn if num_consumed is None else num_consumed
+        ahead = self.num_drawn - num_consumed
+        if not 0 <= ahead <= len(self._recent):
+            raise CheckpointError(
+                f"{num_consumed} rows cannot have been consumed of {self.num_drawn} drawn, of which the last "
+                f"{len(self._recent)} can be taken back; count the rows that were trained on since the start"
+            )
+        for dataset in list(self._recent)[len(self._recent) - ahead :]:
+            counts[dataset] -= 1
+        return {
+            "seed": self.seed,
+            "counts": dict(zip(self.names, counts, strict=True)),
+            # Rows that were read ahead may have been drawn under earlier weights than those that hold now.
+            "weights": [
+                [begin, weights.tolist()]
+                for begin, weights in self._schedule[self._in_force(self._schedule, num_consumed) :]
+            ],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where ``state_dict`` was taken.
+
+        Raises:
+            CheckpointError: the state is of other datasets or another seed; nothing has changed then.
+        """
+        if state.keys() != {"seed", "counts", "weights"}:
+            raise CheckpointError(f"a sampler's state has seed, counts and weights, this one has {sorted(state)}")
+        if state["seed"] != self.seed or list(state["counts"]) != list(self.names):
+            raise CheckpointError(
+                f"the sampler's state is of the datasets {', '.join(state['counts'])} under seed {state['seed']}, this "
+                f"sampler of {', '.join(self.names)} under seed {self.seed}; resume with the same"
+            )
+        self._schedule = [
+            (int(begin), torch.tensor(weights, dtype=torch.float64)) for begin, weights in state["weights"]
+        ]
+        self._counts = [int(count) for count in state["counts"].values()]
+        self._recent.clear()
+
+    def _random_number(self, index: int) -> Float[Tensor, ""]:
+        """The ``index``-th number in [0, 1) of this seed; computed a page at a time."""
+        page, offset = divmod(index, 1024)
+        if self._numbers[0] != page:
+            generator = _generator(f"{self.seed}:choice:{page}")
+            self._numbers = page, torch.rand(1024, generator=generator, dtype=torch.float64)
+        return self._numbers[1][offset]
+
+    def _order(self, dataset: int, epoch: int) -> Tensor:
+        """The dataset's rows in the order of ``epoch``."""
+        cached_epoch, order = self._orders.get(dataset, (-1, torch.empty(0)))
+        if cached_epoch != epoch:
+            generator = _generator(f"{self.seed}:order:{self.names[dataset]}:{epoch}")
+            order = torch.randperm(self.sizes[dataset], generator=generator)
+            self._orders[dataset] = epoch, order
+        return order
+
+
+def _generator(name: str) -> torch.Generator:
+    """A generator that is a function of ``name`` alone."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
+
+
+class MixtureDataset(IterableDataset[dict[str, Any]]):
+    """Blocks of several datasets in the shares of ``sampler``, endlessly, for a ``torch.utils.data.DataLoader``.
+
+    An example is ``{"input_ids": …, "dataset": …}``, the block and the place of its dataset; :func:`collate` makes a
+    batch of them. Iterating goes on where the sampler is, it does not start over.
+
+    It refuses loader workers: each would hold a copy of the sampler, all would give the same rows, and no change of the
+    weights would reach them. Nothing is lost: the blocks are in memory and drawing one is an index. In a distributed
+    run give the sampler of each process its own seed.
+
+    Args:
+        datasets: the tokenised datasets.
+        sampler: over the same datasets in the same order.
+
+    Raises:
+        ConfigError: the sampler is of other datasets.
+
+    >>> blocks = TokenBlocks("books", [[0, 5, 6], [0, 7]])
+    >>> dataset = MixtureDataset([blocks], sampler=MixtureSampler({"books": 2}, seed=0))
+    >>> sorted(len(example["input_ids"]) for example, _ in zip(dataset, range(2)))
+    [2, 3]
+    """
+
+    def __init__(self, datasets: Sequence[TokenBlocks], *, sampler: MixtureSampler) -> None:
+        sizes = {blocks.name: len(blocks) for blocks in datasets}
+        expected = dict(zip(sampler.names, sampler.sizes, strict=True))
+        if list(sizes.items()) != list(expected.items()) or len(datasets) != len(sizes):
+            raise ConfigError(f"the datasets have the rows {sizes}, the sampler {expected}; they must agree, in order")
+        self.datasets = datasets
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if get_worker_info() is not None:
+            raise ConfigError(
+                "a mixture whose weights can change is read in the training process: use DataLoader(num_workers=0)"
+            )
+        for dataset, row in self.sampler:
+            yield {"input_ids": self.datasets[dataset][row], "dataset": dataset}
+
+    def state_dict(self, *, num_consumed: int | None = None) -> dict[str, Any]:
+        """That of the sampler."""
+        return self.sampler.state_dict(num_consumed=num_consumed)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """That of the sampler."""
+        self.sampler.load_state_dict(state)
+
+
+def collate(examples: Sequence[Mapping[str, Any]], *, filler: int) -> dict[str, Tensor]:
+    """What a causal language model of Transformers takes: ``input_ids``, ``attention_mask``, ``labels``.
+
+    Rows are filled on the right with ``filler``; the mask is 0 and the label −100 (not counted) there.
+
+    >>> batch = collate([{"input_ids": [5, 6]}, {"input_ids": [7]}], filler=0)
+    >>> batch["input_ids"].tolist(), batch["labels"].tolist()
+    ([[5, 6], [7, 0]], [[5, 6], [7, -100]])
+    """
+    batch = pad_blocks([torch.as_tensor(example["input_ids"]) for example in examples], filler=filler)
+    return {
+        "input_ids": batch.tokens,
+        "attention_mask": batch.token_mask.long(),
+        "labels": batch.tokens.masked_fill(~batch.token_mask, -100),
+    }

@@ -1,0 +1,1 @@
+"""The forward pass without gradient, compiled for this machine's processor."""

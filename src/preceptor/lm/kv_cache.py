@@ -1,0 +1,97 @@
+"""The KV cache of one layer, in a form that both Transformers and the engine can extend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+_FIRST_SLOTS = 256
+_SLOTS_MULTIPLE = 64  # decode_step.c reads whole blocks of this many slots
+
+
+class KVCacheLayer(CacheLayerMixin):
+    """Keys and values of one layer, in buffers that are written in place and double when they are full.
+
+    Lowering ``length`` forgets the slots beyond it.
+
+    Args:
+        slots_innermost: store keys as [batch, head, width, slot] in memory, the fastest layout for few queries on a
+            CPU. The tensors returned have the same shape either way.
+    """
+
+    is_sliding = False
+
+    def __init__(self, *, slots_innermost: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.length = 0
+        self._slots_innermost = slots_innermost
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate buffers for tensors like these, [batch, head, slot, width]."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = self._buffers(key_states, value_states, _FIRST_SLOTS)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values [batch, head, time, width]; return all of them, [batch, head, length, width]."""
+        if self.keys is None or self.values is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        start = self.length
+        self.extend(key_states.shape[-2])
+        self.keys[..., start : self.length, :] = key_states
+        self.values[..., start : self.length, :] = value_states
+        return self.keys[..., : self.length, :], self.values[..., : self.length, :]
+
+    @property
+    def capacity(self) -> int:
+        """Slots that fit into the buffers."""
+        return 0 if self.keys is None else int(self.keys.shape[-2])
+
+    def extend(self, num_slots: int) -> None:
+        """Add ``num_slots`` slots for the caller to write; keys and values so far are preserved."""
+        start, self.length = self.length, self.length + num_slots
+        if self.length > self.capacity:
+            assert self.keys is not None
+            assert self.values is not None
+            # Doubling copies each slot about once on average, however long the sequence grows.
+            old_keys, old_values = self.keys, self.values
+            self.keys, self.values = self._buffers(old_keys, old_values, _round_up(2 * self.length))
+            self.keys[..., :start, :] = old_keys[..., :start, :]
+            self.values[..., :start, :] = old_values[..., :start, :]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Replace each row by ``repeats`` copies, next to each other."""
+        if self.keys is None or self.values is None:
+            return
+        keys, values = (held[..., : self.length, :].repeat_interleave(repeats, 0) for held in (self.keys, self.values))
+        self.keys, self.values = self._buffers(keys, values, self.capacity)
+        self.keys[..., : self.length, :] = keys
+        self.values[..., : self.length, :] = values
+
+    def _buffers(self, keys: Tensor, values: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """Empty buffers of ``slots`` for tensors like ``keys`` and ``values``."""
+        *outer, _, width = keys.shape
+        new_values = values.new_empty(*values.shape[:-2], slots, values.shape[-1])
+        if self._slots_innermost:
+            return keys.new_empty(*outer, width, slots).transpose(-1, -2), new_values  # same shape, other strides
+        return keys.new_empty(*outer, slots, width), new_values
+
+    def get_seq_length(self) -> int:
+        """Slots in use."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """−1: no limit."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of slots that a block of ``query_length`` tokens may attend to, and the first of them."""
+        return self.length + query_length, 0
+
+
+def _round_up(slots: int) -> int:
+    return -(-slots // _SLOTS_MULTIPLE) * _SLOTS_MULTIPLE

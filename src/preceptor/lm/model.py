@@ -1,0 +1,399 @@
+"""A causal language model behind one forward pass, which computes logits only where they are wanted.
+
+Any ``AutoModelForCausalLM`` that respects an attention mask works. Whether it does is measured when the model is
+wrapped, not looked up in a list of names. The model stays in evaluation mode (dropout off) for sampling and training
+alike, so that the probabilities trained on are those that were sampled from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from preceptor.errors import ModelError
+from preceptor.lm.cpu.attention import CpuAttention, kernel_is_faster
+from preceptor.lm.cpu.engine import Engine, accelerate, probe_logits
+from preceptor.lm.log_probs import chosen_log_probs
+from preceptor.lm.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Output:
+    """The result of a forward pass.
+
+    Attributes:
+        logits: float32 logits at the positions marked by ``keep``, in row-major order.
+        captured: output of the module ``capture`` at every position, or None.
+    """
+
+    logits: Float[Tensor, "kept vocab"]
+    captured: Tensor | None
+
+
+class LanguageModel:
+    """A model and its tokenizer behind one forward pass.
+
+    Args:
+        model: a causal language model of Transformers, or peft's wrapper around one; put into evaluation mode.
+        tokenizer: its tokenizer.
+        name: what the user called it.
+
+    Attributes:
+        adapter_enabled: False in a view of the model with its LoRA adapter switched off (:meth:`initial_model`).
+        context_length: the most tokens a row may hold.
+        has_engine: whether :meth:`engine` returns one: its logits agreed with the model's own.
+        begin_token: starts a row, and pads short rows of a batch.
+        special_tokens: ids of the control tokens that the model has an embedding for, ascending. Text is never encoded
+            as one of them.
+
+    Raises:
+        ModelError: the model ignores attention masks or positions, or it does not fit its tokenizer.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
+        self.tokenizer = tokenizer
+        self.name = name
+        self.adapter_enabled = True
+        self._bind(model)
+        self.context_length = _context_length(self._causal_model.config.get_text_config(), name)
+        control_tokens = _control_tokens(tokenizer)
+        self._check_vocabulary(control_tokens)
+        self.begin_token = self._begin_token()
+        self.special_tokens = tuple(sorted(token for token in control_tokens if token < self.vocab_size))
+        # The unknown token stands for text, unless the tokenizer ends texts with the same token (GPT-2).
+        self._never_text = control_tokens - ({tokenizer.unk_token_id} - {self.begin_token, tokenizer.eos_token_id})
+        first_piece = str(tokenizer.convert_ids_to_tokens(self._tokenize("a")[:1]))
+        self._prepends_space = "▁" in first_piece
+        self._measure()
+
+    def _bind(self, model: Any) -> None:
+        """Find decoder and head of ``model``; typed loosely, since peft's wrapper forwards Transformers' attributes."""
+        self.model: PreTrainedModel = model.eval()
+        self.has_adapter = hasattr(model, "peft_config")
+        self._causal_model = model.get_base_model() if self.has_adapter else model
+        self._decoder = self._causal_model.base_model
+        self._head = self._causal_model.get_output_embeddings()
+        if self._head is None or self._decoder is self._causal_model:
+            raise ModelError(f"{self.name} has no output head over a decoder; use a decoder-only transformer")
+
+    @property
+    def device(self) -> torch.device:
+        """The device that holds the weights."""
+        return torch.device(self._causal_model.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights; with an adapter, of the model underneath."""
+        dtype: torch.dtype = self._causal_model.dtype
+        return dtype
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits; may exceed the number of tokens that the tokenizer has."""
+        return int(self._head.weight.shape[0])
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, first to last."""
+        num_layers = self._causal_model.config.get_text_config().num_hidden_layers
+        for module in self._decoder.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+                return module
+        raise ModelError(f"{self.name} has no list of {num_layers} layers; use a layered transformer")
+
+    @property
+    def skips_hidden_slots(self) -> bool:
+        """Whether masked slots cost no attention time, so that packing several texts into one row saves work."""
+        uses_kernel = self._causal_model.config.get_text_config()._attn_implementation == "sdpa"
+        return self.device.type == "cpu" and self.dtype != torch.float64 and uses_kernel and kernel_is_faster()
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that require a gradient, by name: all of them, the adapter's, or none of a frozen model."""
+        if not self.adapter_enabled:
+            return {}
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, without begin or end token; concatenate them with others freely.
+
+        Text that spells a control token is encoded as plain text, never as that token. Some tokenizers put a space in
+        front of every text (Llama 2); a leading space of ``text`` is then dropped, so that there is only one.
+        """
+        if self._prepends_space and text.startswith(" "):
+            text = text[1:]
+        return self._encode_text(text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of ``tokens``, with control tokens spelled out."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch time"],
+        *,
+        keep: Bool[Tensor, "batch time"],
+        attention_mask: Bool[Tensor, "batch time slots"] | None = None,
+        positions: Int[Tensor, "batch time"] | None = None,
+        cache: Cache | None = None,
+        capture: nn.Module | None = None,
+    ) -> Output:
+        """One pass over ``tokens``, with logits at the positions that ``keep`` marks and nowhere else.
+
+        Gradients flow into the trainable parameters unless the caller disables them.
+
+        Args:
+            tokens: token ids; rows padded on the right need no mask, since attention is causal.
+            keep: True = logits are wanted here. ``logits[i]`` predicts the token after the i-th marked position.
+            attention_mask: True = this token attends to that slot (those of the cache first, then those of ``tokens``);
+                every token must attend to at least one. None is causal attention.
+            positions: position of each token in its row; None counts from 0 (or from the cache's length).
+            cache: KV cache, which this pass extends.
+            capture: a module of the model whose output is returned too.
+        """
+        arguments = self._arguments(tokens, attention_mask, positions, cache)
+        captured: list[Tensor] = []
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._computing())
+            if capture is not None:
+                hook = capture.register_forward_hook(lambda _module, _inputs, output: captured.append(_tensor(output)))
+                stack.callback(hook.remove)
+            if self._head_is_linear:
+                # The head only sees the marked positions: [batch, time, width] -> [kept, width] -> [kept, vocab].
+                logits = self._head(self._decoder(**arguments).last_hidden_state[keep])
+            else:
+                logits = self._causal_model(**arguments).logits[keep]
+        return Output(logits=logits.float(), captured=captured[0] if captured else None)
+
+    def engine(self, *, dtype: torch.dtype | None = None) -> Engine | None:
+        """A faster forward pass without gradient, or None where there is none that agrees with this model.
+
+        It uses the weights as they are at its first call; ask for a new one after an update.
+
+        Args:
+            dtype: dtype of the matrices; None is the model's own.
+        """
+        if not self.has_engine:
+            return None
+        return accelerate(self._causal_model, dtype=dtype, adapter_enabled=self.adapter_enabled)
+
+    def chosen_log_probs(
+        self,
+        tokens: Int[Tensor, "batch time"],
+        *,
+        keep: Bool[Tensor, "batch time"],
+        chosen: Int[Tensor, " kept"],
+        attention_mask: Bool[Tensor, "batch time slots"] | None = None,
+        positions: Int[Tensor, "batch time"] | None = None,
+        sampling: Sampling | None = None,
+    ) -> Float[Tensor, " kept"]:
+        """Log-probability in nats of one token after each marked position, in row-major order; float32.
+
+        Equal to :meth:`forward` and a log-softmax, but the logits of all positions are never held at once
+        (:func:`~preceptor.lm.log_probs.chosen_log_probs`). Gradients flow into the trainable parameters.
+
+        Args:
+            tokens: token ids.
+            keep: True = the token after this position is scored.
+            chosen: the token after each marked position.
+            attention_mask: as for :meth:`forward`.
+            positions: as for :meth:`forward`.
+            sampling: the distribution that the tokens were drawn from; None is the model's own.
+        """
+        is_plain = sampling is None or (sampling.temperature > 0 and not sampling.top_k and sampling.top_p == 1)
+        # In blocks only if the head is a plain matrix (an adapter's is not) and nothing is truncated: top-k and top-p
+        # need all logits of a row.
+        if not (is_plain and self._head_is_linear and isinstance(self._head, nn.Linear)):
+            logits = self.forward(tokens, keep=keep, attention_mask=attention_mask, positions=positions).logits
+            log_probs = (sampling or Sampling()).log_probs(logits, drawn=chosen)
+            return log_probs.gather(-1, chosen[:, None])[:, 0]
+        bias: Tensor | None = self._head.bias
+        with self._computing():
+            states = self._decoder(**self._arguments(tokens, attention_mask, positions, None)).last_hidden_state[keep]
+        if sampling is not None:
+            states = states / sampling.temperature
+            bias = torch.zeros_like(self._head.weight[:, 0]) if bias is None else bias / sampling.temperature  # [vocab]
+            bias = bias.index_fill(
+                0, torch.tensor(sampling.suppressed, dtype=torch.long, device=bias.device), -torch.inf
+            )
+        return chosen_log_probs(states, self._head.weight, chosen, bias=bias)
+
+    def initial_model(self) -> LanguageModel:
+        """The model before training, frozen: a view with the adapter off, or else a copy that shares no storage.
+
+        Call it before the first update.
+        """
+        if not self.has_adapter:
+            return self.frozen_copy()
+        view = copy.copy(self)
+        view.name, view.adapter_enabled = f"{self.name} (untrained)", False
+        return view
+
+    def frozen_copy(self) -> LanguageModel:
+        """A copy of the model as it is now, without gradients and untouched by later updates.
+
+        It shares no storage with trainable parameters. With an adapter, the frozen weights underneath are not copied.
+        """
+        live = list(self.model.parameters())
+        shared = {id(parameter): parameter for parameter in live if self.has_adapter and not parameter.requires_grad}
+        storages = {parameter.data_ptr() for parameter in live if id(parameter) not in shared}
+        model = copy.deepcopy(self.model, dict(shared)).requires_grad_(False)
+        assert storages.isdisjoint(parameter.data_ptr() for parameter in model.parameters()), "storage is shared"
+        frozen = copy.copy(self)
+        frozen.name = f"{self.name} (frozen)"
+        frozen._bind(model)
+        return frozen
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """The context of every pass: the fast attention on a CPU, and the adapter off where this view says so."""
+        with contextlib.ExitStack() as stack:
+            if self.device.type == "cpu":
+                stack.enter_context(CpuAttention())
+            if not self.adapter_enabled:
+                stack.enter_context(cast(Any, self.model).disable_adapter())
+            yield
+
+    def _arguments(
+        self, tokens: Tensor, attention_mask: Tensor | None, positions: Tensor | None, cache: Cache | None
+    ) -> dict[str, Any]:
+        return {
+            "input_ids": tokens,
+            "attention_mask": None if attention_mask is None else _additive(attention_mask, self.dtype),
+            "position_ids": positions,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+        }
+
+    # ---- text -------------------------------------------------------------------------------------------------------
+
+    def _tokenize(self, text: str) -> list[int]:
+        # `verbose` only warns about texts longer than the context.
+        return list(
+            self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        )
+
+    def _encode_text(self, text: str) -> list[int]:
+        tokens = self._tokenize(text)
+        if len(text) < 2 or self._never_text.isdisjoint(tokens):
+            return tokens
+        # A unigram vocabulary lists control tokens among its pieces. Half of such a spelling matches none of them.
+        middle = len(text) // 2
+        return self._encode_text(text[:middle]) + self._encode_text(text[middle:])
+
+    def _begin_token(self) -> int:
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None and int(token) < self.vocab_size:
+                return int(token)
+        raise ModelError(
+            f"the tokenizer of {self.name} has no begin or end token that the model knows; set its bos_token"
+        )
+
+    def _check_vocabulary(self, control_tokens: set[int]) -> None:
+        """Refuse a tokenizer with text tokens beyond the model's embedding; control tokens there are never used."""
+        largest = max(set(self.tokenizer.get_vocab().values()) - control_tokens, default=0)
+        if largest >= self.vocab_size:
+            raise ModelError(
+                f"the tokenizer of {self.name} has {largest + 1} entries and the model {self.vocab_size}; "
+                "use the tokenizer that the model was trained with"
+            )
+
+    # ---- what the model can do --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _measure(self) -> None:
+        """Find out whether the head alone turns the last hidden states into logits, and whether an engine agrees.
+
+        Some families scale or cap their logits. Their logits are computed at every position by the whole model, which
+        costs memory but is exact.
+
+        Raises:
+            ModelError: a token that mask and positions hide changes the logits of the others: the model is not causal,
+                takes positions from elsewhere (ALiBi), or is recurrent.
+        """
+        # The same five tokens twice: plain, and with a sixth in the middle that nothing else attends to.
+        tokens = torch.arange(5, device=self.device)[None] % self.vocab_size
+        with_hole = torch.cat([tokens[:, :2], tokens[:, :1], tokens[:, 2:]], dim=1)
+        keep = torch.tensor([[True, True, False, True, True, True]], device=self.device)
+        # [query, key]: the hidden token attends to itself and to what is before it; no other token attends to it.
+        visible = torch.ones(6, 6, dtype=torch.bool, device=self.device).tril() & (keep | ~keep.T)
+        positions = torch.tensor([[0, 1, 1, 2, 3, 4]], device=self.device)
+        seen: dict[str, Tensor] = {}
+        with contextlib.ExitStack() as stack:
+            for module, note in (
+                (self._decoder, lambda _, __, output: seen.update(states=output[0])),
+                (self._head, lambda _, inputs, output: seen.update(given=inputs[0], projected=output)),
+            ):
+                stack.callback(module.register_forward_hook(note).remove)
+            logits = self._causal_model(input_ids=tokens, use_cache=False).logits
+            self._head_is_linear = (
+                seen.keys() == {"states", "given", "projected"}
+                and torch.equal(seen["states"], seen["given"])
+                and torch.equal(seen["projected"], logits)
+            )
+        try:
+            masked = self.forward(with_hole, keep=keep, attention_mask=visible[None], positions=positions).logits
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ModelError(f"{self.name} {_UNFIT}") from error
+        tolerance = (
+            1e-4 if self.dtype in (torch.float32, torch.float64) else 5e-2
+        )  # rounding; a model that ignores the mask is off by far more
+        largest_difference = tolerance * logits.float().abs().max()
+        if (masked - logits[0].float()).abs().max() > largest_difference:
+            raise ModelError(f"{self.name} {_UNFIT}")
+        self.has_engine = False
+        if self._head_is_linear and (engine := accelerate(self._causal_model)) is not None:
+            difference = probe_logits(engine, tokens, num_layers=len(self.layers)) - logits[0].float()
+            self.has_engine = bool(difference.abs().max() <= largest_difference)
+
+
+_WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size", "local": "window_size"}
+"""Kind of layer, and the key of its attention window in a configuration."""
+
+_UNFIT = (
+    "does not attend as it is told to by mask and positions (ALiBi, recurrent and bidirectional models do not); "
+    "use a decoder-only transformer with rotary or learned positions"
+)
+
+
+def _additive(mask: Bool[Tensor, "batch time slots"], dtype: torch.dtype) -> Float[Tensor, "batch 1 time slots"]:
+    """0 where ``mask`` is True, else the lowest finite number: the form that every attention of Transformers takes."""
+    additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return additive.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
+
+
+def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of the named special tokens and of added tokens marked special, such as those of a chat template."""
+    added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def _context_length(config: PreTrainedConfig, name: str) -> int:
+    """Tokens that a row may hold: the least of its position limit and of the lengths beyond which attention changes.
+
+    Up to its window (or chunk), a layer with windowed attention sees what full attention sees. Rotary positions that
+    are rescaled beyond some length would be rescaled for cached keys too, which cannot be done.
+    """
+    limits = [getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None)]
+    # A configuration that does not list the kinds of its layers means its window for all of them.
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or tuple(_WINDOWS)
+    limits += [getattr(config, window, None) for kind, window in _WINDOWS.items() if kind in kinds]
+    rotary = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rotary, *rotary.values()):
+        if isinstance(parameters, dict) and parameters.get("rope_type") in ("dynamic", "longrope"):
+            limits.append(parameters.get("original_max_position_embeddings"))
+    known = [int(limit) for limit in limits if limit]
+    if not known:
+        raise ModelError(f"the configuration of {name} states no context length; set max_position_embeddings there")
+    return min(known)

@@ -1,0 +1,183 @@
+"""Mixtures of datasets whose weights follow what a model can learn next, for training loops of your own.
+
+A :class:`MixtureDataset` draws rows of several datasets by the weights of a :class:`MixtureSampler`. A mixture from
+:func:`make_mixture` moves these weights after each measurement of the datasets' difficulty. In a loop of your own::
+
+    losses = document_losses(lm, samples)               # of some held-out rows of each dataset
+    for step, batch in enumerate(loader):               # a DataLoader over the MixtureDataset
+        if step % 50 == 0:
+            previous, losses = losses, document_losses(lm, samples)
+            sampler.weights = mixture.update(document_difficulty(losses, previous=previous))
+        ...                                             # one training step on the batch
+
+In a Trainer of Transformers or of TRL, :class:`MixtureCallback` does the same. Complete examples of both are in
+``examples/`` of the repository (``mixture_torch.py``, ``mixture_trainer.py``, ``mixture_trl.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from preceptor.data.corpora.blocks import TokenBlocks, pack_blocks, split_held_out, tokenise
+from preceptor.data.corpora.mixture import MixtureDataset, MixtureSampler, collate
+from preceptor.errors import CheckpointError, ConfigError
+from preceptor.lm.load import load_language_model
+from preceptor.lm.model import LanguageModel
+from preceptor.objectives import MIXTURE_RULES, Mixture, document_difficulty, make_mixture
+from preceptor.systems.curriculum.environment import document_losses
+
+__all__ = [
+    "MIXTURE_RULES",
+    "LanguageModel",
+    "Mixture",
+    "MixtureCallback",
+    "MixtureDataset",
+    "MixtureSampler",
+    "TokenBlocks",
+    "collate",
+    "document_difficulty",
+    "document_losses",
+    "load_language_model",
+    "make_mixture",
+    "pack_blocks",
+    "split_held_out",
+    "tokenise",
+]
+
+
+class MixtureCallback(TrainerCallback, ExportableState):
+    """Every ``every`` steps: measures each dataset with the model, updates ``mixture``, and sets the sampler's weights.
+
+    It measures the same rows each time, so that a change is not due to the choice of rows. Its state is saved in the
+    Trainer's own ``trainer_state.json``. To resume, pass ``ignore_data_skip=True`` to the Trainer: the sampler knows
+    how far it was. It works in a single process only.
+
+    Args:
+        mixture: the weights and the rule that moves them.
+        dataset: what the Trainer trains on, over the same datasets.
+        samples: rows of token ids of each dataset to measure difficulty on, ideally held out from ``dataset``.
+        tokenizer: of the model.
+        every: optimizer steps between measurements.
+
+    Attributes:
+        history: a row for each measurement: ``step``, and ``loss`` and ``weight`` of each dataset by name.
+
+    Raises:
+        ConfigError: at construction, if the arguments disagree; at the start of training, if the Trainer's arguments
+            do not fit.
+        CheckpointError: the checkpoint was made without this callback.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        dataset: MixtureDataset,
+        *,
+        samples: Sequence[Sequence[Sequence[int]]],
+        tokenizer: PreTrainedTokenizerBase,
+        every: int = 50,
+    ) -> None:
+        names = dataset.sampler.names
+        if not len(names) == mixture.num_datasets == len(samples):
+            raise ConfigError(
+                f"{len(names)} datasets, a mixture of {mixture.num_datasets} and samples of {len(samples)}: "
+                "there must be one of each for every dataset"
+            )
+        if every < 1:
+            raise ConfigError(f"`every` must be at least 1 step, got {every}")
+        self.mixture = mixture
+        self.dataset = dataset
+        self.samples = samples
+        self.tokenizer = tokenizer
+        self.every = every
+        self.history: list[dict[str, Any]] = []
+        self._lm: LanguageModel | None = None
+        self._start = (0, 0)  # optimizer step and row at which this training began
+        self._num_consumed = 0
+        self._last: dict[str, Any] = {}  # the last measurement: `losses`, and `rows` drawn of each dataset until then
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Measures for the first time, or goes on where the checkpoint was saved."""
+        if args.world_size > 1:
+            raise ConfigError(f"MixtureCallback works in one process, this run has {args.world_size}")
+        model: nn.Module = objects["model"]
+        training = model.training
+        self._lm = LanguageModel(model, self.tokenizer, name="the trainer's model")
+        model.train(training)  # a LanguageModel is in evaluation mode
+        if state.global_step == 0:
+            # Rows may have been drawn before training begins (TRL inspects the first ones).
+            self._start = 0, self.dataset.sampler.num_drawn
+            self._num_consumed = self.dataset.sampler.num_drawn
+            self._measure(step=0)
+            return
+        if not args.ignore_data_skip:
+            raise ConfigError("set `ignore_data_skip=True` to resume: the mixture knows how far it is in the data")
+        callbacks: Any = state.stateful_callbacks  # by name, each as `state` gave it
+        saved = callbacks.get(type(self).__name__)
+        if not isinstance(saved, dict):
+            raise CheckpointError("the checkpoint has no state of a MixtureCallback; resume from one that has")
+        attributes = saved["attributes"]
+        self.mixture.load_state_dict(attributes["mixture"])
+        self.dataset.load_state_dict(attributes["sampler"])
+        self._last = attributes["measured"]
+        self.history = attributes["history"]
+        self._num_consumed = self.dataset.sampler.num_drawn
+        self._start = state.global_step, self._num_consumed
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Counts the rows that were trained on, and measures every ``every`` steps."""
+        # The loader reads a batch ahead, so more rows were drawn than trained on.
+        first_step, first_row = self._start
+        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps
+        self._num_consumed = first_row + (state.global_step - first_step) * rows_per_step
+        if state.global_step % self.every == 0:
+            self._measure(step=state.global_step)
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer saves beside its own state."""
+        return {
+            "args": {},
+            "attributes": {
+                "mixture": self.mixture.state_dict(),
+                "sampler": self.dataset.state_dict(num_consumed=self._num_consumed),
+                "measured": self._last,
+                "history": self.history,
+            },
+        }
+
+    def _measure(self, *, step: int) -> None:
+        assert self._lm is not None, "on_train_begin comes first"
+        model: Any = self._lm.model
+        training = model.training
+        model.eval()
+        losses = document_losses(self._lm, self.samples)
+        model.train(training)
+        previous = [torch.tensor(values) for values in self._last["losses"]] if self._last else losses
+        rows = self.dataset.state_dict(num_consumed=self._num_consumed)["counts"]
+        before = self._last["rows"] if self._last else rows
+        tokens = [
+            (rows[blocks.name] - before[blocks.name]) * blocks.num_tokens / len(blocks)
+            for blocks in self.dataset.datasets
+        ]
+        difficulty = document_difficulty(losses, previous=previous)
+        weights = self.mixture.update(difficulty, tokens=torch.tensor(tokens))
+        self.dataset.sampler.weights = weights
+        self._last = {"losses": [values.tolist() for values in losses], "rows": rows}
+        names = self.dataset.sampler.names
+        self.history.append(
+            {
+                "step": step,
+                "loss": dict(zip(names, difficulty.mean.tolist(), strict=True)),
+                "weight": dict(zip(names, weights.tolist(), strict=True)),
+            }
+        )

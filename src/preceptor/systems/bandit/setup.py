@@ -1,0 +1,148 @@
+"""What a run has before its first step: the model, words, bandits and prompts, and what every pull would pay."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from preceptor.errors import ConfigError
+from preceptor.lm.model import LanguageModel
+from preceptor.runs.random import derived_seed
+from preceptor.systems.bandit.config import BanditConfig, BanditOptions
+from preceptor.systems.bandit.environment import Bandit
+from preceptor.systems.bandit.policy import Context, Vocabulary
+from preceptor.systems.bandit.pretraining import build_language_model
+from preceptor.systems.bandit.prompts import Prompt, corpus, literal_prompts, prompts_for, training_word_sets
+
+if TYPE_CHECKING:
+    from preceptor.runs.folder import Run
+    from preceptor.systems.base import Services
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that stays the same during a run, except for the weights of ``lm``.
+
+    Attributes:
+        config: the whole configuration.
+        run: folder, random streams and logs.
+        lm: the model that decides; training moves its weights in place.
+        vocabulary: the tokens of each word.
+        bandits: the bandits to play.
+        prompts: prompts of each bandit, by its name: those to train on, then those held out.
+        contexts: tokenized training prompts of each bandit, by its name.
+        training_lines, validation_lines: the pretraining corpus, from training and from held-out templates.
+        tables: what each word pays at each pull, by the bandit's name (mode: prompt).
+    """
+
+    config: BanditConfig
+    run: Run
+    lm: LanguageModel
+    vocabulary: Vocabulary
+    bandits: tuple[Bandit, ...]
+    prompts: dict[str, list[Prompt]]
+    contexts: dict[str, list[Context]]
+    training_lines: list[str]
+    validation_lines: list[str]
+    tables: dict[str, Float[Tensor, "pulls arms"]]
+
+    def training_prompts(self, bandit: str) -> list[Prompt]:
+        """The prompts of ``bandit`` that REINFORCE trains on."""
+        return [prompt for prompt in self.prompts[bandit] if not prompt.held_out]
+
+
+def prepare(config: BanditConfig, run: Run, services: Services) -> Setup:
+    """The setup of ``run``; a model built from random weights draws them from torch's global generator.
+
+    Raises:
+        ConfigError: words whose tokens cannot be told apart, or prompts that do not fit into the model's context.
+        ModelError: no such model or tokenizer.
+    """
+    lm = build_language_model(config.model, device=run.device)
+    bandits = tuple(build_bandit(options) for options in config.bandits)
+    vocabulary = Vocabulary(lm, (word for bandit in bandits for word in bandit.words))
+    prompts = build_prompts(config)
+    training_lines, validation_lines = _corpus_lines(config, bandits, prompts)
+    contexts = {
+        name: [vocabulary.context(lm, prompt) for prompt in of_bandit if not prompt.held_out]
+        for name, of_bandit in prompts.items()
+    }
+    num_tokens = max(
+        len(context.tokens) + max(map(len, options))
+        for of_bandit in contexts.values()
+        for context in of_bandit
+        for _, options in context.choices
+    )
+    if num_tokens > lm.context_length:
+        raise ConfigError(
+            f"the longest prompt takes {num_tokens} tokens with its answer and the context of {lm.name} holds "
+            f"{lm.context_length}; shorten `prompts.templates`"
+        )
+    return Setup(
+        config=config,
+        run=run,
+        lm=lm,
+        vocabulary=vocabulary,
+        bandits=bandits,
+        prompts=prompts,
+        contexts=contexts,
+        training_lines=training_lines,
+        validation_lines=validation_lines,
+        tables=reward_tables(config),
+    )
+
+
+def build_bandit(options: BanditOptions) -> Bandit:
+    """The bandit that the configuration describes."""
+    pays = options.success if options.kind == "bernoulli" else options.mean
+    return Bandit(options.label, options.words, options.kind, options.base_reward, pays, options.deviation)
+
+
+def build_prompts(config: BanditConfig) -> dict[str, list[Prompt]]:
+    """The prompts of each bandit by name: those to train on, then those held out."""
+    prompts = {}
+    for options in config.bandits:
+        if options.prompts:
+            training = literal_prompts(options.words, options.prompts)
+        else:
+            training = prompts_for(options.words, config.prompts.templates)
+        prompts[options.label] = training + prompts_for(options.words, config.prompts.held_out, held_out=True)
+    return prompts
+
+
+def reward_tables(config: BanditConfig) -> dict[str, Float[Tensor, "pulls arms"]]:
+    """What each word of each bandit pays at each pull: a function of the configuration and its seed alone."""
+    tables = {}
+    prompts = build_prompts(config)
+    for options in config.bandits:
+        # Every epoch pulls once under every training prompt.
+        num_pulls = config.update.epochs * sum(not prompt.held_out for prompt in prompts[options.label])
+        generator = torch.Generator().manual_seed(derived_seed(config.seed, f"rewards of {options.label}"))
+        # torch draws normal numbers in blocks of 16 and the rest differently. Whole blocks make the table of a run
+        # that goes on for more epochs begin with the table that it had.
+        num_drawn = math.ceil(num_pulls / 16) * 16
+        tables[options.label] = build_bandit(options).rewards(num_drawn, generator)[:num_pulls]
+    return tables
+
+
+def _corpus_lines(
+    config: BanditConfig, bandits: tuple[Bandit, ...], prompts: dict[str, list[Prompt]]
+) -> tuple[list[str], list[str]]:
+    """Training and validation lines of the pretraining corpus."""
+    own = [prompt for bandit in bandits for prompt in prompts[bandit.name]]
+    # The bandits' own word sets come first and have their prompts already.
+    crossed = [
+        prompt
+        for words in training_word_sets(bandits, pairs=config.pretraining.pairs)[len(bandits) :]
+        for held_out, templates in ((False, config.prompts.templates), (True, config.prompts.held_out))
+        for prompt in prompts_for(words, templates, held_out=held_out)
+    ]
+    training, validation = (
+        [prompt for prompt in own + crossed if prompt.held_out == held_out] for held_out in (False, True)
+    )
+    return corpus(training), corpus(validation)

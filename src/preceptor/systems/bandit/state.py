@@ -1,0 +1,112 @@
+"""Everything that training changes and a checkpoint holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from preceptor.lm.model import LanguageModel
+from preceptor.runs.guard import NonFiniteGuard, guarded_step
+from preceptor.runs.state import copy_tensors, load_optimizer, optimizer_state
+from preceptor.systems.bandit.config import PretrainingOptions, UpdateOptions
+from preceptor.systems.bandit.environment import Bandit
+from preceptor.systems.bandit.rewards import RewardBaseline
+from preceptor.systems.bandit.setup import Setup
+
+
+class State:
+    """The state of training, through both phases: pretraining, then REINFORCE.
+
+    Attributes:
+        parameters: what moves, by name.
+        optimizer: of the present phase.
+        initial_model: the model before the first reward, frozen: a control, and the reference of the KL. None during
+            pretraining.
+        baseline: the reward baseline.
+        queue: batches left in this epoch, the next one last: number of the bandit, indices of its prompts.
+        regret: cumulative regret of each bandit after each of its steps, in expected reward.
+        num_pulls, num_best, reward_sum: pulls, pulls of the best word, and sum of rewards of each bandit.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        names = [bandit.name for bandit in setup.bandits]
+        self.parameters = setup.lm.trainable_parameters()
+        self.optimizer = self._fresh_optimizer(setup.config.pretraining)
+        self.initial_model: LanguageModel | None = None
+        self.baseline = RewardBaseline(setup.config.update.baseline, names)
+        self.guard = NonFiniteGuard()
+        self.queue: list[tuple[int, list[int]]] = []
+        self.regret: dict[str, list[float]] = {name: [] for name in names}
+        self.num_pulls = dict.fromkeys(names, 0)
+        self.num_best = dict.fromkeys(names, 0)
+        self.reward_sum = dict.fromkeys(names, 0.0)
+
+    def begin_rewards(self) -> None:
+        """Passes from pretraining to REINFORCE: keeps the model as it is now, and starts a fresh optimizer."""
+        self.initial_model = self.setup.lm.frozen_copy()
+        self.optimizer = self._fresh_optimizer(self.setup.config.update)
+
+    def _fresh_optimizer(self, options: PretrainingOptions | UpdateOptions) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters.values(), lr=options.learning_rate, weight_decay=options.weight_decay)
+
+    def descend(self, loss: Tensor, step: int, *, clip_norm: float) -> float:
+        """One optimizer step down ``loss``; the gradient's norm before clipping, NaN for a step that was skipped."""
+        loss.backward()
+        return guarded_step(
+            self.guard,
+            self.optimizer,
+            self.parameters,
+            step=step,
+            clip_norm=clip_norm,
+            notice=self.setup.run.notice,
+        )
+
+    def count(self, bandit: Bandit, actions: Int[Tensor, " batch"], rewards: Float[Tensor, " batch"]) -> None:
+        """Adds a batch of pulls to the totals; regret is against the best word's expected reward."""
+        name, expected = bandit.name, bandit.expected
+        before = self.regret[name][-1] if self.regret[name] else 0.0
+        self.regret[name].append(before + float((expected.max() - expected[actions]).sum()))
+        self.num_pulls[name] += len(actions)
+        self.num_best[name] += int((expected[actions] == expected.max()).sum())
+        self.reward_sum[name] += float(rewards.sum())
+
+    def mean_rewards(self) -> dict[str, float]:
+        """Mean reward so far of each bandit that was played."""
+        return {name: self.reward_sum[name] / pulls for name, pulls in self.num_pulls.items() if pulls}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights of both models, the optimizer, and everything counted."""
+        state = {
+            "model": {name: parameter.detach() for name, parameter in self.parameters.items()},
+            "optimizer": optimizer_state(self.optimizer),
+            "baseline": self.baseline.state_dict(),
+            "guard": self.guard.state_dict(),
+            "queue": self.queue,
+            "regret": self.regret,
+            "num_pulls": self.num_pulls,
+            "num_best": self.num_best,
+            "reward_sum": self.reward_sum,
+        }
+        if self.initial_model is not None:
+            state["initial_model"] = dict(self.initial_model.model.named_parameters())
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over :meth:`state_dict`; raises ``CheckpointError`` for another model's."""
+        copy_tensors(state["model"], self.parameters)
+        # Both phases use AdamW over the same parameters, and the phase's settings come from the saved state.
+        load_optimizer(self.optimizer, state["optimizer"])
+        if "initial_model" in state:
+            self.initial_model = self.setup.lm.frozen_copy()
+            copy_tensors(state["initial_model"], dict(self.initial_model.model.named_parameters()))
+        self.baseline.load_state_dict(state["baseline"])
+        self.guard.load_state_dict(state["guard"])
+        self.queue = state["queue"]
+        self.regret = state["regret"]
+        self.num_pulls, self.num_best, self.reward_sum = (
+            state[name] for name in ("num_pulls", "num_best", "reward_sum")
+        )

@@ -1,0 +1,206 @@
+"""The loss of one update: policy gradient over query tokens and selections, with exact KL to a reference model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from preceptor.lm.model import LanguageModel
+from preceptor.lm.score import pad_rows, span_mask
+from preceptor.objectives.entropy import entropy
+from preceptor.objectives.kl import kl_exact
+from preceptor.objectives.policy_gradient import reinforce_loss
+from preceptor.objectives.selection import selection_entropy, selection_log_probs
+from preceptor.systems.reading.environment import Trajectories
+from preceptor.systems.reading.policy import Keys, Policy
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Weights of the terms of the loss (dimensionless); 0 leaves a term out."""
+
+    query: float
+    selection: float
+    value_kl: float
+    query_kl: float
+    query_entropy: float
+    selection_entropy: float
+
+
+@dataclass(frozen=True)
+class UpdateMetrics:
+    """Means before the optimizer's step; KLs and entropy in nats per token, None where not computed."""
+
+    policy_loss: float
+    value_kl: float | None
+    query_kl: float | None
+    query_entropy: float
+
+
+@dataclass(frozen=True)
+class ActionScores:
+    """Recorded trajectories under the policy's present weights; carries gradient.
+
+    Attributes:
+        query_log_probs: of the recorded query tokens under the sampling distribution, nats.
+        query_entropy: of the sampling distribution at each query token, nats.
+        selection_log_probs: of the recorded choices, nats.
+        selection_entropy: of the selection at each step, nats.
+        query_kl: KL(policy ‖ reference model) at each query token, nats; None without a reference model.
+        value_kl: the same at each value token; empty unless asked for.
+    """
+
+    query_log_probs: Float[Tensor, "batch step token"]
+    query_entropy: Float[Tensor, "batch step token"]
+    selection_log_probs: Float[Tensor, "batch step"]
+    selection_entropy: Float[Tensor, "batch step"]
+    query_kl: Float[Tensor, " query"] | None
+    value_kl: Float[Tensor, " value"] | None
+
+
+def accumulate_gradient(
+    policy: Policy,
+    trajectories: Trajectories,
+    keys: Keys,
+    *,
+    advantages: Float[Tensor, "batch step"],
+    kept_mask: Bool[Tensor, " batch"],
+    reference_model: LanguageModel | None,
+    coefficients: Coefficients,
+    micro_batch_size: int,
+) -> UpdateMetrics:
+    """Add the loss's gradient to the policy's parameters, a few trajectories at a time.
+
+    loss = − query · mean A ln π(query token) − selection · mean A ln π(choice)
+           + value_kl · mean KL(π ‖ reference) at value tokens + query_kl · mean KL(π ‖ reference) at query tokens
+           − query_entropy · mean H(π) at query tokens − selection_entropy · mean H(π) of the choices
+
+    Means run over the tokens (or choices) of the trajectories that the filter kept, so the result does not depend on
+    ``micro_batch_size`` beyond rounding. No gradient into ``advantages`` or the reference model.
+
+    Args:
+        policy: whose parameters receive gradient.
+        trajectories: its recorded actions.
+        keys: the article's key vectors.
+        advantages: of each step.
+        kept_mask: True = the trajectory is kept by the filter.
+        reference_model: of the KL terms; None when both are off.
+        coefficients: weights of the terms.
+        micro_batch_size: trajectories per pass.
+    """
+    kept = kept_mask.nonzero()[:, 0]
+    if len(kept) == 0:
+        return UpdateMetrics(0.0, None, None, float(trajectories.query_entropy.mean()))
+    # Every mean is a sum over a count of the whole batch, so that micro-batches add up to it.
+    _, num_steps, tokens_per_query = trajectories.queries.shape
+    num_choices = len(kept) * num_steps
+    num_query_tokens = num_choices * tokens_per_query
+    num_value_tokens = sum(
+        len(trajectories.article.values[pair]) for pair in trajectories.order[kept].flatten().tolist()
+    )
+    with_values = reference_model is not None and coefficients.value_kl > 0
+    selection_weight = coefficients.selection * policy.selection_has_gradient
+    totals = {"policy_loss": 0.0, "value_kl": 0.0, "query_kl": 0.0, "query_entropy": 0.0}
+    for indices in kept.split(micro_batch_size):
+        scores = score_actions(
+            policy, trajectories.at(indices), keys, reference_model=reference_model, with_values=with_values
+        )
+        advantage = advantages[indices].to(policy.lm.device)  # batch step
+
+        policy_loss = advantage.new_zeros(())
+        if coefficients.query:
+            log_probs = scores.query_log_probs.flatten(1)  # batch step·token
+            policy_loss = policy_loss + coefficients.query * reinforce_loss(
+                log_probs,
+                advantage.repeat_interleave(tokens_per_query, dim=1),  # every token of a query has its step's advantage
+                mask=torch.ones_like(log_probs, dtype=torch.bool),
+                aggregation="constant",
+                divisor=float(num_query_tokens),
+            )
+        if selection_weight:
+            policy_loss = policy_loss + selection_weight * reinforce_loss(
+                scores.selection_log_probs,
+                advantage,
+                mask=torch.ones_like(scores.selection_log_probs, dtype=torch.bool),
+                aggregation="constant",
+                divisor=float(num_choices),
+            )
+
+        query_entropy = scores.query_entropy.sum() / num_query_tokens
+        choice_entropy = scores.selection_entropy.sum() / num_choices
+        loss = (
+            policy_loss
+            - coefficients.query_entropy * query_entropy
+            - coefficients.selection_entropy * policy.selection_has_gradient * choice_entropy
+        )
+        if scores.query_kl is not None and scores.value_kl is not None:
+            query_kl, value_kl = scores.query_kl.sum() / num_query_tokens, scores.value_kl.sum() / num_value_tokens
+            loss = loss + coefficients.query_kl * query_kl + coefficients.value_kl * value_kl
+            totals["query_kl"] += float(query_kl.detach())
+            totals["value_kl"] += float(value_kl.detach())
+        loss.backward()
+        totals["policy_loss"] += float(policy_loss.detach())
+        totals["query_entropy"] += float(query_entropy.detach())
+    return UpdateMetrics(
+        policy_loss=totals["policy_loss"],
+        value_kl=totals["value_kl"] if with_values else None,
+        query_kl=None if reference_model is None else totals["query_kl"],
+        query_entropy=totals["query_entropy"],
+    )
+
+
+def score_actions(
+    policy: Policy,
+    trajectories: Trajectories,
+    keys: Keys,
+    *,
+    reference_model: LanguageModel | None = None,
+    with_values: bool = False,
+) -> ActionScores:
+    """One pass over the trajectories, with gradient; equals what was recorded while the weights are the same.
+
+    Args:
+        policy: whose present weights are used.
+        trajectories: its recorded actions.
+        keys: the article's key vectors.
+        reference_model: of the KL, or None; no gradient.
+        with_values: compute the KL at value tokens too.
+    """
+    lm, shape = policy.lm, trajectories.queries.shape
+    sequences = trajectories.policy_sequences()
+    tokens = pad_rows([each.tokens for each in sequences], filler=lm.begin_token, device=lm.device)  # batch time
+    width = tokens.shape[1]
+    at_query = span_mask([each.ranges("query") for each in sequences], width=width, device=lm.device)
+    at_value = span_mask([each.ranges("value") for each in sequences], width=width, device=lm.device) & with_values
+    is_kept = at_query | at_value
+    # The logits at t predict the token at t + 1. No sequence begins with a query, so nothing wraps around.
+    keep = is_kept.roll(-1, dims=1)
+    is_query = at_query[is_kept]  # of the kept positions, row by row
+    output = lm.forward(tokens, keep=keep, capture=policy.captured_module)
+    query_logits, value_logits = output.logits[is_query], output.logits[~is_query]  # query vocab, value vocab
+
+    queries = trajectories.queries.to(lm.device)
+    log_probs = policy.sampling.log_probs(query_logits, drawn=queries.flatten())  # query vocab
+    available = trajectories.available_mask.to(lm.device)
+    captured = None if output.captured is None else output.captured[at_query].unflatten(0, shape)
+    vectors = policy.query_vectors(keys, captured=captured, queries=queries)  # batch step dimension
+    selections = selection_log_probs(  # batch step pairs
+        vectors, keys.vectors, available_mask=available, temperature=policy.temperature
+    )
+    query_kl = value_kl = None
+    if reference_model is not None:
+        with torch.no_grad():
+            reference_logits = reference_model.forward(tokens, keep=keep).logits
+        query_kl = kl_exact(query_logits, reference_logits[is_query])
+        value_kl = kl_exact(value_logits, reference_logits[~is_query])
+    return ActionScores(
+        query_log_probs=log_probs.gather(-1, queries.flatten()[:, None])[:, 0].unflatten(0, shape),
+        query_entropy=entropy(log_probs).unflatten(0, shape),
+        selection_log_probs=selections.gather(-1, trajectories.order.to(lm.device)[..., None])[..., 0],
+        selection_entropy=selection_entropy(selections, available),
+        query_kl=query_kl,
+        value_kl=value_kl,
+    )
