@@ -52,6 +52,7 @@ def start(
     name: str | None = None,
     tags: Sequence[str] = (),
     project: str = "preceptor",
+    group: str | None = None,
     report: bool = True,
     quiet: bool = False,
 ) -> Result:
@@ -80,6 +81,7 @@ def start(
             name=name,
             tags=tags,
             project=project,
+            group=group,
             quiet=quiet,
         )
     except PreceptorError:
@@ -89,14 +91,12 @@ def start(
         raise
     try:
         with run:
-            _record(run, system.train(config, run, services))
+            _record(run, system.train(config, run, services), report=report)
     except Interrupted:
         raise
     except PreceptorError:
         discard_unbegun(path)  # what was refused must not block the next try
         raise
-    if report:
-        write_page(path)
     return Result(path)
 
 
@@ -148,18 +148,19 @@ def go_on(
         config = from_dict(system.Config, run.config)
         on_failure.pop_all()
     with run:
-        _record(run, system.train(config, run, services))
-    if report:
-        write_page(folder)
+        _record(run, system.train(config, run, services), report=report)
     return Result(folder)
 
 
-def _record(run: Run, result: Mapping[str, Any]) -> None:
-    """Writes what came of ``run`` beside its model."""
+def _record(run: Run, result: Mapping[str, Any], *, report: bool) -> None:
+    """Writes what came of ``run`` beside its model, and shows it to the trackers."""
     from preceptor.runs.export import write_model_card
 
     run.write_result(result)
     write_model_card(run.path)
+    if report:
+        write_page(run.path)
+    run.conclude_trackers(result)
 
 
 def compare(folders: Sequence[Path], *, methods: Sequence[str] = (), out: Path | None = None) -> Result:

@@ -143,6 +143,12 @@ class Run:
         text = json.dumps(json.loads(row_json({"format": FORMAT, **result})), indent=2, ensure_ascii=False)
         replace_file(self.path / "result.json", text + "\n")
 
+    def conclude_trackers(self, result: Mapping[str, Any]) -> None:
+        """Shows the trackers what came of the run, with ``report.html`` where it has been written."""
+        page = self.path / "report.html"
+        for tracker in self._open_trackers(self.step + 1):
+            tracker.conclude(result, page if page.is_file() else None)
+
     # The loop: stopping and going on
 
     def loop(self, num_steps: int, state: Stateful, *, columns: Mapping[str, str] = COLUMNS) -> Iterator[int]:
@@ -231,7 +237,7 @@ class Run:
         if self._trackers is None:
             self._trackers = []
             for name in self.manifest["trackers"]:
-                self._trackers.append(open_tracker(name, self.path, first_step=first_step, config=self.config))
+                self._trackers.append(open_tracker(name, self.path, first_step=first_step, manifest=self.manifest))
         return self._trackers
 
 
@@ -252,14 +258,15 @@ def create_run(
     name: str | None = None,
     tags: Sequence[str] = (),
     project: str = "preceptor",
+    group: str | None = None,
     quiet: bool = False,
 ) -> Run:
     """A new run in ``path``, which must be absent or empty; locks it, writes ``config.yaml`` and ``manifest.json``.
 
     Sets torch's threads (``None``: see ``set_threads``), its float32 matmul precision (``None``: see
-    ``exact_matmul_precision``) and the
-    seed of its own generators, and records them. ``config`` holds plain values; ``save_every`` counts steps. ``name``,
-    ``tags`` and ``project`` are what trackers and the page call the run; by default its name is the folder's.
+    ``exact_matmul_precision``) and the seed of its own generators, and records them. ``config`` holds plain values;
+    ``save_every`` counts steps. ``name``, ``tags``, ``project`` and ``group`` are what trackers and the page call the
+    run; by default its name is the folder's.
 
     Raises ``ConfigError`` for a folder that is in use for something else or already a run, and for bad arguments;
     ``MissingExtraError`` for a tracker that is not installed; ``LockedError``; ``StorageError``.
@@ -280,6 +287,7 @@ def create_run(
         "name": name or path.name,
         "tags": list(tags),
         "project": project,
+        "group": group,
         "device": str(choose_device(device)),
         "code": env.code_version(),
         "config": plain_config(config),
