@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from preceptor.errors import LockedError
 from preceptor.runs.files import storage_errors, write_all
 
 LOCK_NAME = "run.lock"
+
+_PAUSES = (0.001, 0.01, 0.05)
+"""Seconds between attempts."""
 
 
 class FolderLock:
@@ -27,12 +31,10 @@ class FolderLock:
         self.folder = folder
         with storage_errors(f"lock {folder}"):
             descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _taken(descriptor):
             holder = _holder(os.read(descriptor, 4096))
             os.close(descriptor)
-            raise LockedError(f"run folder {folder} is in use by {holder}; wait for it or stop it") from None
+            raise LockedError(f"run folder {folder} is in use by {holder}; wait for it or stop it")
         with storage_errors(f"lock {folder}"):
             now = datetime.now().astimezone().isoformat(timespec="seconds")
             note = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
@@ -45,6 +47,34 @@ class FolderLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the lock of ``folder``; tried by taking it for an instant, with other onlookers."""
+    try:
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDONLY)
+    except OSError:  # none was ever taken, or it is not ours to look at
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _taken(descriptor: int) -> bool:
+    """Takes the lock; tries again for a moment, since an onlooker may hold it just then."""
+    for pause in (*_PAUSES, None):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if pause is not None:
+                time.sleep(pause)
+        else:
+            return True
+    return False
 
 
 def _holder(note: bytes) -> str:
