@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from preceptor.cache import cache_dir
 from preceptor.config import from_dict, to_dict
 from preceptor.errors import ConfigError, Interrupted, PreceptorError
 from preceptor.result import Result, write_page
@@ -28,15 +28,6 @@ def services(environ: Mapping[str, str]) -> Services:
         openai_api_key=environ.get("OPENAI_API_KEY"),
         openai_base_url=environ.get("OPENAI_BASE_URL"),
     )
-
-
-def cache_dir(environ: Mapping[str, str]) -> Path:
-    """Where downloads and bought embeddings are kept: PRECEPTOR_CACHE_DIR, else the XDG cache folder."""
-    if own := environ.get("PRECEPTOR_CACHE_DIR"):
-        return Path(own)
-    shared = environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification says that a relative path is invalid and to be ignored.
-    return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "preceptor"
 
 
 def start(
@@ -158,6 +149,7 @@ def _record(run: Run, result: Mapping[str, Any], *, report: bool) -> None:
 
     run.write_result(result)
     write_model_card(run.path)
+    run.seal()
     if report:
         write_page(run.path)
     run.conclude_trackers(result)

@@ -14,6 +14,7 @@ from preceptor.runs.environment import flattened
 from preceptor.runs.files import storage_errors
 from preceptor.runs.metrics import read_jsonl
 from preceptor.runs.record import read_manifest
+from preceptor.runs.seal import require_unchanged
 from preceptor.systems import find_system
 
 TIMES = ("seconds",)
@@ -51,14 +52,15 @@ class Group(NamedTuple):
 def read_finished(path: Path) -> FinishedRun:
     """The finished run in ``path``.
 
-    Raises :class:`ConfigError` for a folder that is no run or a run that has not ended, :class:`StorageError` for a
-    damaged one, :class:`DataError` for a result without records.
+    Raises :class:`ConfigError` for a folder that is no run or a run that has not ended, :class:`StorageError` for one
+    that is damaged or has changed since it ended, :class:`DataError` for a result without records.
     """
     if not (path / "manifest.json").is_file():
         raise ConfigError(f"{path} is not a run folder (no manifest.json); give the folders of finished runs")
     manifest = read_manifest(path)
     if not (path / "result.json").is_file():
         raise ConfigError(f"{path} has not ended (no result.json); go on with: preceptor resume {path}")
+    require_unchanged(path)
     with storage_errors(f"read {path / 'result.json'}"):
         text = (path / "result.json").read_bytes()
     try:

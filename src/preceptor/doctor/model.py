@@ -63,6 +63,9 @@ def _tokenizer(lm: LanguageModel) -> Iterator[Check]:
     else:
         shared = ", pad is the end token (rows are masked, so that nothing depends on it)" if pad == end else ""
         yield Check("ok", "tokens", named + shared)
+    if nameless := len(lm.nameless_tokens):
+        figure = f"{nameless:,} of {lm.vocab_size:,} ids have no token in the tokenizer; they are never drawn"
+        yield Check("ok", "ids without a token", figure)
     text = "Reading and writing: 1 + 1 = 2, “é”."
     back = lm.decode(lm.encode(text))
     remedy = "what is decoded is not what was encoded; queries and texts in reports will look different"

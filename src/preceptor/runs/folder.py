@@ -9,6 +9,7 @@ decisions.jsonl   every action of the teacher
 checkpoints/      step-NNNNNN/
 notices.log       what was worth telling, with the time
 result.json       at the end
+seal.json         what all of these were at the end
 run.lock          who is at work here
 """
 
@@ -36,6 +37,7 @@ from preceptor.runs.metrics import JsonlLog
 from preceptor.runs.progress import COLUMNS, PLAN_NAME, Progress
 from preceptor.runs.random import RandomStreams, derived_seed, global_random_state, load_global_random_state
 from preceptor.runs.record import RECORD, plain_config, read_config, read_manifest, require_free, write_record
+from preceptor.runs.seal import SEAL_NAME, seal
 from preceptor.runs.signals import StopSignals
 from preceptor.runs.state import Stateful
 from preceptor.runs.strict_json import row_json
@@ -148,6 +150,12 @@ class Run:
         page = self.path / "report.html"
         for tracker in self._open_trackers(self.step + 1):
             tracker.conclude(result, page if page.is_file() else None)
+
+    def seal(self) -> None:
+        """Notes sizes, rows and hashes of what the run leaves behind, as its last act."""
+        self.metrics.sync()
+        self.decisions.sync()
+        seal(self.path)
 
     # The loop: stopping and going on
 
@@ -337,6 +345,8 @@ def open_run(
         if differing and not allow_inexact:
             raise ConfigError(f"not bit-exact: {', '.join(differing)}; pass --allow-inexact to resume all the same")
         check_trackers(manifest["trackers"])
+        with storage_errors(f"unseal {path}"):
+            (path / SEAL_NAME).unlink(missing_ok=True)  # from here on its files change
         if extended is not None:
             config = _extend(path, manifest, extended)
         run = Run(path, manifest | {"environment": here, "config": config}, lock, quiet=quiet)

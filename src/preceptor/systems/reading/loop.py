@@ -75,7 +75,7 @@ def train(config: ReadingConfig, run: Run, services: Services, *, setup: Setup |
         if every and (number % every == 0 or number == num_steps):
             row["gap_closed_train"] = meter.measure(setup.generators("evaluation_"))
         run.log(number, row)
-        for warning in state.collapse.warnings(number, row):
+        for warning in (*setup.policy.lm.take_notices(), *state.collapse.warnings(number, row)):
             run.notice(warning)
     records = evaluate(setup, state)
     save_model(setup.policy.lm.model, setup.policy.lm.tokenizer, run.path / MODEL)
@@ -178,7 +178,7 @@ def step(setup: Setup, state: State, number: int) -> dict[str, Any]:
             )
         )
     state.num_episodes += len(trajectories)
-    num_value_tokens = sum(len(article.values[pair]) for pair in trajectories.order.flatten().tolist())
+    num_value_tokens = sum(len(article.turns[pair]) for pair in trajectories.order.flatten().tolist())
     return {
         "article": name,
         "reward": _finite_mean(batch.raw.total),
