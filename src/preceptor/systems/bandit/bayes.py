@@ -52,8 +52,10 @@ class OptimalPlayer:
         self.regret = horizon * expected_best_of_two(a, b) - self.value
 
     def _action_values(self, t: int, following: np.ndarray) -> np.ndarray:
-        """What each arm is worth after ``t`` pulls, [2, t + 1, t + 1, t + 1]; ``following`` holds the values of the
-        states after one more, [t + 2, t + 2, t + 2]."""
+        """What each arm is worth after ``t`` pulls, [2, t + 1, t + 1, t + 1].
+
+        ``following`` holds the values of the states after one more pull, [t + 2, t + 2, t + 2].
+        """
         s0, f0, s1 = np.ogrid[: t + 1, : t + 1, : t + 1]
         f1 = np.maximum(t - s0 - f0 - s1, 0)  # where the counts exceed t there is no such state, and nobody looks
         p0 = (s0 + self.a) / (s0 + f0 + self.a + self.b)

@@ -252,8 +252,8 @@ class BanditConfig(Options):
     seed: int = Field(0, description="Seed of every random stream.")
     mode: Literal["prompt", "history", "in-context"] = Field(
         "prompt",
-        description="Learn which words pay in the weights, find it out from rewards in the context, or learn to explore "
-        "bandits never seen.",
+        description="Learn which words pay in the weights, find it out from rewards in the context, or learn to "
+        "explore bandits never seen.",
     )
     bandits: tuple[BanditOptions, ...] = Field(
         (

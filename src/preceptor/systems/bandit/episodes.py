@@ -71,7 +71,7 @@ class Layout:
     markers: tuple[int, ...]
     end: tuple[int, ...]
     words: Int[Tensor, " words"]
-    levels: Int[Tensor, "..."]
+    levels: Int[Tensor, "*arms levels"]
     joint: bool
 
     def deal(self, num_episodes: int, num_arms: int, generator: torch.Generator) -> Int[Tensor, "episodes arms"]:
@@ -127,6 +127,8 @@ def build_language_model(config: BanditConfig, *, device: torch.device) -> Langu
             eos_token_id=None,
         )
     )
+    # Small logits: before the first update every arm is about as likely as the others.
+    nn.init.constant_(model.model.norm.weight, 0.1)
     nn.Module.to(model, device)
     return LanguageModel(model, tokenizer, name=f"decoder {options.num_layers} x {options.width}")
 
@@ -291,7 +293,7 @@ class Scored:
     Attributes:
         log_probs: of every arm before each round, in nats.
         states: what the last layer gives before each round, for the value head.
-        reward_log_probs: of the reward token that came, among all levels, in nats; None where it is no token of its own.
+        reward_log_probs: of the reward token that came, among all levels, in nats; None where a round is one token.
     """
 
     log_probs: Float[Tensor, "episodes rounds arms"]

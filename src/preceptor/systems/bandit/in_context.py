@@ -137,10 +137,11 @@ class State:
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
-        width = setup.lm.model.get_input_embeddings().weight.shape[1]
-        self.value_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1)).to(setup.lm.device)
-        nn.init.zeros_(self.value_head[1].weight)
-        nn.init.zeros_(self.value_head[1].bias)
+        width = int(setup.lm.model.config.get_text_config().hidden_size)
+        value = nn.Linear(width, 1)
+        nn.init.zeros_(value.weight)
+        nn.init.zeros_(value.bias)
+        self.value_head = nn.Sequential(nn.LayerNorm(width), value).to(setup.lm.device)
         self.parameters: dict[str, nn.Parameter] = {
             **setup.lm.trainable_parameters(),
             **{f"value_head.{name}": parameter for name, parameter in self.value_head.named_parameters()},
