@@ -92,7 +92,9 @@ def posterior_draws(
     assert family.dealt is not None
     # One arm is good. Its log-odds are linear in its successes and failures; draw which one it is.
     good, bad = family.dealt
-    log_odds = sums * math.log(good / bad) + (counts - sums) * math.log((1 - good) / (1 - bad))
+    floor = 1e-9  # what certain rewards rule out is all but impossible, so that no log-odds are infinite
+    of_success, of_failure = (math.log(max(p, floor) / max(q, floor)) for p, q in ((good, bad), (1 - good, 1 - bad)))
+    log_odds = sums * of_success + (counts - sums) * of_failure
     best = draw(log_odds.log_softmax(-1), generator)[..., None]
     return torch.full_like(sums, bad).scatter(-1, best, good)
 

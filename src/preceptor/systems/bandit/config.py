@@ -186,10 +186,10 @@ class InContextOptions(Options):
     )
     num_arms: int = Field(2, ge=2, le=5, description="Number of arms of every bandit.")
     kind: Literal["bernoulli", "gaussian"] = Field("bernoulli", description="Distribution of an arm's reward.")
-    prior: Literal["uniform", "low", "three_in_four", "close", "normal"] = Field(
+    prior: Literal["uniform", "low", "three_in_four", "close", "certain", "normal"] = Field(
         "uniform",
-        description="Prior of the means: uniform, Beta(2, 8), dealt 3/4 and 1/4, dealt 0.6 and 0.4; normal is for "
-        "gaussian rewards.",
+        description="Prior of the means: uniform, Beta(2, 8), dealt 3/4 and 1/4, dealt 0.6 and 0.4, dealt 1 and 0; "
+        "normal is for gaussian rewards.",
     )
     rounds: int = Field(100, ge=2, description="Number of rounds of an episode.")
     words: tuple[str, ...] = Field(_pool("bdfg")[:64], description="Words that are dealt in training (text: words).")
@@ -225,7 +225,7 @@ class InContextOptions(Options):
     shuffle_rewards: bool = Field(
         False, description="A control: each episode shows the rewards of another bandit, which say nothing."
     )
-    evaluation_bandits: int = Field(2000, ge=20, description="Number of unseen bandits, in twenty blocks.")
+    evaluation_bandits: int = Field(2000, ge=40, description="Number of unseen bandits, in twenty blocks.")
     horizons: tuple[int, ...] = Field((1, 2, 6), description="Horizons of the evaluation, in multiples of `rounds`.")
 
     def conflicts(self) -> Iterator[str]:

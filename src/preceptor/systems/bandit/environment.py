@@ -86,7 +86,8 @@ class BanditFamily:
         num_arms: of each bandit.
         kind: ``"bernoulli"`` or ``"gaussian"`` (of standard deviation 1).
         prior: of the means. ``"uniform"`` on [0, 1], ``"low"`` is Beta(2, 8), ``"three_in_four"`` deals 3/4 to one arm
-            and 1/4 to the others, ``"close"`` likewise 0.6 and 0.4; ``"normal"`` (gaussian alone) is N(0, 1).
+            and 1/4 to the others, ``"close"`` likewise 0.6 and 0.4, ``"certain"`` 1 and 0; ``"normal"`` (gaussian
+            alone) is N(0, 1).
     """
 
     num_arms: int = 2
@@ -101,7 +102,7 @@ class BanditFamily:
     @property
     def dealt(self) -> tuple[float, float] | None:
         """Mean of the one good arm and of the others, where the prior deals them."""
-        return {"three_in_four": (0.75, 0.25), "close": (0.6, 0.4)}.get(self.prior)
+        return {"three_in_four": (0.75, 0.25), "close": (0.6, 0.4), "certain": (1.0, 0.0)}.get(self.prior)
 
     def sample_means(self, num_bandits: int, generator: torch.Generator) -> Float[Tensor, "bandits arms"]:
         """The means of ``num_bandits`` bandits."""

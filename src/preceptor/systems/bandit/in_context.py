@@ -15,46 +15,28 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from preceptor.errors import ConfigError
-from preceptor.lm.model import LanguageModel
 from preceptor.objectives.advantages import gae, leave_one_out, reward_to_go
 from preceptor.objectives.entropy import entropy
 from preceptor.objectives.policy_gradient import ppo_clip_loss, reinforce_loss
 from preceptor.objectives.statistics import whiten
 from preceptor.objectives.value import explained_variance, value_loss
 from preceptor.run.device import peak_memory_mib
-from preceptor.run.guard import NonFiniteGuard, guarded_step
 from preceptor.run.random import derived_seed
-from preceptor.run.state import copy_tensors, load_optimizer, optimizer_state
 from preceptor.systems.bandit import baselines
 from preceptor.systems.bandit.config import BanditConfig
 from preceptor.systems.bandit.environment import BanditFamily, EpisodeTables
-from preceptor.systems.bandit.episodes import (
-    Batch,
-    Layout,
-    Scored,
-    build_language_model,
-    build_layout,
-    play,
-    score,
-    written,
-)
-
-if TYPE_CHECKING:
-    from preceptor.run.folder import Run
+from preceptor.systems.bandit.episodes import Batch, Scored, play, score, written
+from preceptor.systems.bandit.setup import InContextSetup
+from preceptor.systems.bandit.state import VALUE_SCALE, InContextState
 
 PROGRESS_COLUMNS = {"loss": "loss", "regret": "regret", "rounds": "rounds", "entropy": "entropy"}
-
-VALUE_SCALE = 5.0
-"""Regrets are divided by this, so that the values of a first state are of the order of 1."""
 
 NUM_RECORDED = 4
 """Episodes of a batch that go into ``decisions.jsonl``."""
@@ -72,141 +54,7 @@ MAX_TOKENS = 8192
 """Tokens of a warm-start batch of short episodes, about."""
 
 
-@dataclass(frozen=True)
-class Setup:
-    """Everything that stays the same during a run, except for the weights of ``lm``.
-
-    Attributes:
-        config: the whole configuration.
-        run: folder, random streams and logs.
-        lm: the model that plays; training moves its weights in place.
-        layout, held_out_layout: how episodes are written, with the words of training and with those held out.
-        family: the bandits that are sampled.
-        initial_model: ``lm`` before any update, frozen.
-    """
-
-    config: BanditConfig
-    run: Run
-    lm: LanguageModel
-    layout: Layout
-    held_out_layout: Layout | None
-    family: BanditFamily
-    initial_model: LanguageModel
-
-
-def prepare(config: BanditConfig, run: Run) -> Setup:
-    """The setup of ``run``; a model built from random weights draws them from torch's global generator.
-
-    Raises:
-        ConfigError: a word or a reward is not one token, or the longest episode does not fit into the context.
-        ModelError: no such model.
-    """
-    options = config.in_context
-    lm = build_language_model(config, device=run.device)
-    layout = build_layout(lm, config, options.words)
-    per_round = 1 if layout.joint else 2
-    num_tokens = layout.prompt(layout.words[None, : options.num_arms]).shape[1]
-    num_tokens += per_round * options.rounds * max(options.horizons)
-    if num_tokens > lm.context_length:
-        raise ConfigError(
-            f"the longest episode takes {num_tokens} tokens and the context of {lm.name} holds {lm.context_length}; "
-            "lower `in_context.rounds` or `in_context.horizons`, or raise `model.context_length`"
-        )
-    return Setup(
-        config=config,
-        run=run,
-        lm=lm,
-        layout=layout,
-        held_out_layout=None if layout.joint else build_layout(lm, config, options.held_out_words),
-        family=BanditFamily(options.num_arms, options.kind, options.prior),
-        initial_model=lm.frozen_copy(),
-    )
-
-
-class State:
-    """What training changes and a checkpoint holds.
-
-    Attributes:
-        parameters: of model and value head, by name.
-        value_head: from a layer's output to the expected sum of later rewards, in ``VALUE_SCALE``.
-        warm_model: the model when its warm start ended, frozen; None before, and without one.
-        difficulty: of the warm start, from 0 (nearly certain rewards) to 1 (the prior).
-        agreement: running mean of how often the model's favorite was the better arm by the rewards so far.
-        num_pulls, num_teacher_pulls: rounds that the model played, and that were played or labeled by others.
-    """
-
-    def __init__(self, setup: Setup) -> None:
-        self.setup = setup
-        width = int(setup.lm.model.config.get_text_config().hidden_size)
-        value = nn.Linear(width, 1)
-        nn.init.zeros_(value.weight)
-        nn.init.zeros_(value.bias)
-        self.value_head = nn.Sequential(nn.LayerNorm(width), value).to(setup.lm.device)
-        self.parameters: dict[str, nn.Parameter] = {
-            **setup.lm.trainable_parameters(),
-            **{f"value_head.{name}": parameter for name, parameter in self.value_head.named_parameters()},
-        }
-        self.optimizer = self._fresh_optimizer()
-        self.guard = NonFiniteGuard()
-        self.warm_model: LanguageModel | None = None
-        self.difficulty = self.agreement = 0.0
-        self.num_pulls = self.num_teacher_pulls = 0
-
-    def _fresh_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters.values(), lr=0.0, weight_decay=0.0, betas=(0.9, 0.98))
-
-    def begin_rewards(self) -> None:
-        """Passes from the warm start to rewards: keeps the model as it is now, and starts a fresh optimizer."""
-        self.warm_model = self.setup.lm.frozen_copy()
-        self.optimizer = self._fresh_optimizer()
-
-    def descend(self, loss: Tensor, step: int, *, learning_rate: float) -> float:
-        """One optimizer step down ``loss``; the gradient's norm before clipping, NaN for a step that was skipped."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        loss.backward()
-        return guarded_step(
-            self.guard,
-            self.optimizer,
-            self.parameters,
-            step=step,
-            clip_norm=self.setup.config.in_context.clip_norm,
-            notice=self.setup.run.notice,
-        )
-
-    def values(self, scored: Scored) -> Float[Tensor, "episodes rounds"]:
-        """Expected sum of the rewards from each round on, in ``VALUE_SCALE``."""
-        values: Tensor = self.value_head(scored.states.float())[..., 0]
-        return values
-
-    def state_dict(self) -> dict[str, Any]:
-        """Weights, optimizer, and everything counted."""
-        state = {
-            "parameters": {name: parameter.detach() for name, parameter in self.parameters.items()},
-            "optimizer": optimizer_state(self.optimizer),
-            "guard": self.guard.state_dict(),
-            "difficulty": self.difficulty,
-            "agreement": self.agreement,
-            "num_pulls": self.num_pulls,
-            "num_teacher_pulls": self.num_teacher_pulls,
-        }
-        if self.warm_model is not None:
-            state["warm_model"] = dict(self.warm_model.model.named_parameters())
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over :meth:`state_dict`; raises ``CheckpointError`` for another model's."""
-        copy_tensors(state["parameters"], self.parameters)
-        load_optimizer(self.optimizer, state["optimizer"])
-        if "warm_model" in state:
-            self.warm_model = self.setup.lm.frozen_copy()
-            copy_tensors(state["warm_model"], dict(self.warm_model.model.named_parameters()))
-        self.guard.load_state_dict(state["guard"])
-        self.difficulty, self.agreement = state["difficulty"], state["agreement"]
-        self.num_pulls, self.num_teacher_pulls = state["num_pulls"], state["num_teacher_pulls"]
-
-
-def learn(setup: Setup, state: State) -> None:
+def learn(setup: InContextSetup, state: InContextState) -> None:
     """The warm start and the updates on rewards that are still to do."""
     options, run = setup.config.in_context, setup.run
     run.restore(state)
@@ -236,7 +84,7 @@ def shown_tables(config: BanditConfig, tables: EpisodeTables) -> EpisodeTables:
     return EpisodeTables(rewards=tables.rewards.roll(1, 0), expected=tables.expected)
 
 
-def warm_step(setup: Setup, state: State, n: int) -> dict[str, Any]:
+def warm_step(setup: InContextSetup, state: InContextState, n: int) -> dict[str, Any]:
     """One supervised update on histories that others played; gives step ``n``'s metrics."""
     began = time.perf_counter()
     options, run, family = setup.config.in_context, setup.run, setup.family
@@ -325,7 +173,7 @@ def statistics_before(
     return paid.cumsum(1) - paid, chosen.cumsum(1) - chosen
 
 
-def num_rounds_at(setup: Setup, progress: float) -> int:
+def num_rounds_at(setup: InContextSetup, progress: float) -> int:
     """Rounds of an episode after this share of the steps on rewards."""
     options = setup.config.in_context
     if progress >= options.ramp:
@@ -333,7 +181,7 @@ def num_rounds_at(setup: Setup, progress: float) -> int:
     return round(options.first_rounds + (options.rounds - options.first_rounds) * progress / options.ramp)
 
 
-def step(setup: Setup, state: State, n: int) -> dict[str, Any]:
+def step(setup: InContextSetup, state: InContextState, n: int) -> dict[str, Any]:
     """Plays a batch of unseen bandits and learns from what the choices forwent; gives step ``n``'s metrics."""
     began = time.perf_counter()
     options, run, family = setup.config.in_context, setup.run, setup.family
@@ -414,7 +262,7 @@ def step(setup: Setup, state: State, n: int) -> dict[str, Any]:
     }
 
 
-def minibatches(setup: Setup, num_episodes: int) -> Iterator[Int[Tensor, " rows"]]:
+def minibatches(setup: InContextSetup, num_episodes: int) -> Iterator[Int[Tensor, " rows"]]:
     """Rows of each update on a batch; REINFORCE passes over it once."""
     options = setup.config.in_context
     for _ in range(options.epochs if options.algorithm == "ppo" else 1):
@@ -423,7 +271,7 @@ def minibatches(setup: Setup, num_episodes: int) -> Iterator[Int[Tensor, " rows"
 
 
 def policy_loss(
-    setup: Setup, batch: Batch, scored: Scored, advantages: Float[Tensor, "episodes rounds"]
+    setup: InContextSetup, batch: Batch, scored: Scored, advantages: Float[Tensor, "episodes rounds"]
 ) -> Float[Tensor, ""]:
     """PPO's clipped loss or REINFORCE's, a mean over all rounds."""
     options = setup.config.in_context

@@ -40,8 +40,8 @@ from preceptor.systems.bandit.pretraining import (
 )
 from preceptor.systems.bandit.result import result
 from preceptor.systems.bandit.rewards import LossMetrics, policy_gradient_loss
-from preceptor.systems.bandit.setup import Setup, prepare
-from preceptor.systems.bandit.state import State
+from preceptor.systems.bandit.setup import Setup, prepare, prepare_in_context
+from preceptor.systems.bandit.state import InContextState, State
 
 if TYPE_CHECKING:
     from preceptor.run.folder import Run
@@ -85,8 +85,8 @@ def train(config: BanditConfig, run: Run, services: Services) -> dict[str, Any]:
 
 def train_in_context(config: BanditConfig, run: Run) -> dict[str, Any]:
     """The same for mode ``in-context``: learns to explore sampled bandits and is judged on unseen ones."""
-    setup = in_context.prepare(config, run)
-    state = in_context.State(setup)
+    setup = prepare_in_context(config, run)
+    state = InContextState(setup)
     in_context.learn(setup, state)
     records, episode = unseen.evaluate(setup, state)
     save_model(setup.lm.model, setup.lm.tokenizer, run.path / MODEL)

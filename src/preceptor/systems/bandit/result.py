@@ -98,7 +98,7 @@ def _in_context_result(
                 regret.setdefault(method, {})[found[1]] = ends
         if method in regret:  # in the order of the rounds
             regret[method] = dict(sorted(regret[method].items(), key=lambda pair: int(pair[0])))
-    baselines = [method for method in ("thompson", "greedy", "uniform", "optimal") if method in methods]
+    baselines = [name for name in ("thompson", "greedy", "uniform", "optimal") if "regret" in methods.get(name, {})]
     comparisons = [
         compare(records, metric="regret", arm="learned", baseline=baseline, unit="reward") for baseline in baselines
     ]

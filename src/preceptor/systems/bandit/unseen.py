@@ -15,7 +15,9 @@ from preceptor.systems.bandit import baselines
 from preceptor.systems.bandit.bayes import MAX_HORIZON, best_arm_probabilities, optimal_player
 from preceptor.systems.bandit.environment import BanditFamily, EpisodeTables
 from preceptor.systems.bandit.episodes import Layout, play, score
-from preceptor.systems.bandit.in_context import Setup, State, statistics_before
+from preceptor.systems.bandit.in_context import statistics_before
+from preceptor.systems.bandit.setup import InContextSetup
+from preceptor.systems.bandit.state import InContextState
 
 Records = list[dict[str, Any]]
 Players = Iterator[tuple[str, str, Int[Tensor, "bandits rounds"]]]
@@ -67,7 +69,7 @@ def kept_rounds(num_rounds: int) -> list[int]:
     return [*(round_ for round_ in ROUNDS if round_ < num_rounds), num_rounds]
 
 
-def evaluate(setup: Setup, state: State) -> tuple[Records, dict[str, Any]]:
+def evaluate(setup: InContextSetup, state: InContextState) -> tuple[Records, dict[str, Any]]:
     """Records of every player on blocks of unseen bandits, and one episode to be looked at."""
     options, family = setup.config.in_context, setup.family
     tables = unseen_tables(family, options.evaluation_bandits, options.rounds)
@@ -120,7 +122,7 @@ def unseen_tables(family: BanditFamily, num_bandits: int, num_rounds: int) -> Ep
 
 
 def play_unseen(
-    setup: Setup, lm: LanguageModel, layout: Layout, tables: EpisodeTables, *, name: str
+    setup: InContextSetup, lm: LanguageModel, layout: Layout, tables: EpisodeTables, *, name: str
 ) -> Int[Tensor, "bandits rounds"]:
     """What ``lm`` pulls; ``name`` says which random numbers it draws from."""
     generator = torch.Generator().manual_seed(derived_seed(setup.config.seed, f"evaluation {name}"))
@@ -135,7 +137,7 @@ def play_unseen(
     return torch.cat(chunks)
 
 
-def _model_players(setup: Setup, state: State, tables: EpisodeTables) -> Players:
+def _model_players(setup: InContextSetup, state: InContextState, tables: EpisodeTables) -> Players:
     """The model as it is, before, and with words that were kept from it."""
     yield "learned", "train", play_unseen(setup, setup.lm, setup.layout, tables, name="learned")
     if setup.held_out_layout is not None:
@@ -146,7 +148,7 @@ def _model_players(setup: Setup, state: State, tables: EpisodeTables) -> Players
     yield "untrained", "train", play_unseen(setup, setup.initial_model, setup.layout, tables, name="untrained")
 
 
-def _baseline_players(setup: Setup, family: BanditFamily, tables: EpisodeTables, name: str) -> Players:
+def _baseline_players(setup: InContextSetup, family: BanditFamily, tables: EpisodeTables, name: str) -> Players:
     """The algorithms without a model; ``thompson`` and ``optimal`` know the prior."""
     generator = torch.Generator().manual_seed(derived_seed(setup.config.seed, f"baselines {name}"))
     rewards, num_rounds = tables.rewards, tables.rewards.shape[1]
@@ -163,7 +165,7 @@ def _baseline_players(setup: Setup, family: BanditFamily, tables: EpisodeTables,
 
 
 def _add_regret(
-    setup: Setup,
+    setup: InContextSetup,
     family: BanditFamily,
     tables: EpisodeTables,
     metric: str,
@@ -173,7 +175,7 @@ def _add_regret(
     learned = ("learned", "train", play_unseen(setup, setup.lm, setup.layout, tables, name=metric))
     for player, split, actions in (learned, *_baseline_players(setup, family, tables, metric)):
         total = regret_of(actions, tables.expected).sum(1)
-        add(player, split, [{metric: float(part.mean())} for part in total.chunk(NUM_BLOCKS)])
+        add(player, split, [{metric: float(part.mean())} for part in total.tensor_split(NUM_BLOCKS)])
 
 
 def full_metrics(actions: Int[Tensor, "bandits rounds"], tables: EpisodeTables) -> list[dict[str, float]]:
@@ -184,7 +186,7 @@ def full_metrics(actions: Int[Tensor, "bandits rounds"], tables: EpisodeTables) 
     rewards = tables.rewards.gather(2, actions[..., None])[..., 0]
     greedy, counted = is_greedy(actions, rewards, tables.rewards.shape[2])
     blocks = []
-    for rows in torch.arange(len(actions)).chunk(NUM_BLOCKS):
+    for rows in torch.arange(len(actions)).tensor_split(NUM_BLOCKS):
         metrics = {
             "regret": float(regret[rows, -1].mean()),
             # The best arm is never drawn again in the second half (Krishnamurthy et al. 2024, arXiv 2403.15371).
@@ -218,7 +220,7 @@ def is_greedy(
     return counted & (actions == top.indices[..., 0]), counted
 
 
-def carry_over(setup: Setup, tables: EpisodeTables) -> list[dict[str, float]]:
+def carry_over(setup: InContextSetup, tables: EpisodeTables) -> list[dict[str, float]]:
     """Two bandits of other words in one context: does the first change what the model does in the second?
 
     ``regret_second`` is the regret in the second bandit and ``regret_alone`` in the same bandit without the first.
@@ -248,10 +250,10 @@ def carry_over(setup: Setup, tables: EpisodeTables) -> list[dict[str, float]]:
         ]
     )  # [metrics, bandits]
     names = ("regret_second", "regret_alone", "carried_place")
-    return [dict(zip(names, part.mean(1).tolist(), strict=True)) for part in measured.chunk(NUM_BLOCKS, dim=1)]
+    return [dict(zip(names, part.mean(1).tolist(), strict=True)) for part in measured.tensor_split(NUM_BLOCKS, dim=1)]
 
 
-def episode_to_show(setup: Setup, tables: EpisodeTables) -> dict[str, Any]:
+def episode_to_show(setup: InContextSetup, tables: EpisodeTables) -> dict[str, Any]:
     """One episode step by step, beside what a player who knows the prior would have believed and done."""
     generator = torch.Generator().manual_seed(derived_seed(setup.config.seed, "evaluation of one episode"))
     one = EpisodeTables(tables.rewards[:1], tables.expected[:1])
