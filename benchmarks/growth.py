@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from benchmarks import episode
 from benchmarks.measurement import OURS, Comparison, measured_precision
 from benchmarks.models import starter
+from preceptor.report.page import build_report
+from preceptor.report.svg import write_figures
 
 PAIRS = (10, 20, 40, 60, 100, 200)
 QUERY_TOKENS, VALUE_TOKENS = 4, 8
@@ -56,19 +58,20 @@ def attention_dominates_from(a: float, b: float) -> float:
 
 
 def draw(pairs: Sequence[int], seconds: Sequence[float], path: Path) -> None:
-    """The points and the fit as an SVG at ``path``, the same bytes every time."""
+    """The points and the fit as an SVG at ``path``, drawn as a run's page draws: the same bytes every time."""
     a, b = fit(pairs, seconds)
-    line = np.linspace(0, max(pairs), 100)
-    with rc_context(
-        {"svg.hashsalt": "growth", "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
-    ):
-        figure = Figure(figsize=(5.2, 3.0), layout="constrained")
-        axes = figure.add_subplot()
-        axes.plot(line, a * line + b * line**2, label="fit a·n + b·n²")
-        axes.plot(line, a * line, ":", color="grey", label="its linear part a·n")
-        axes.plot(pairs, seconds, "o", color="black", label="measured")
-        axes.set_xlabel("pairs read")
-        axes.set_ylabel("seconds, two episodes")
-        axes.legend(frameon=False)
+    measured = dict(zip(pairs, seconds, strict=True))
+    x = sorted({0, *pairs, *range(0, max(pairs), max(1, max(pairs) // 40))})
+    lines = {
+        "measured": [measured.get(n) for n in x],  # a line leaves out what is null
+        "fit a·n + b·n²": [a * n + b * n**2 for n in x],
+        "its linear part a·n": [a * n for n in x],
+    }
+    chart = {"kind": "series", "title": "growth", "unit": "seconds, two episodes", "x_label": "pairs read"}
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder)
+        (run / "result.json").write_text(json.dumps({"charts": [{**chart, "x": x, "lines": lines}]}))
+        build_report(run)
+        (drawing,) = write_figures(run, run)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None})
+        path.write_bytes(drawing.read_bytes())

@@ -1,4 +1,4 @@
-"""Small parts of the systems: SAC step, GAE, surgical theatre, mixture sampler."""
+"""Small parts of the systems: SAC step, GAE, surgical theater, mixture sampler."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from benchmarks.limits import arithmetic_seconds, bandwidth_seconds
 from benchmarks.measurement import OURS, Bar, Comparison, require_equal
 from benchmarks.models import starter
 from preceptor.data.corpora.mixture import MixtureSampler
+from preceptor.lm.edit_targets import attention_targets
 from preceptor.objectives.advantages import gae
-from preceptor.systems.surgery.agent import SacAgent
-from preceptor.systems.surgery.replay_buffer import ReplayBuffer
-from preceptor.systems.surgery.targets import attention_targets
-from preceptor.systems.surgery.theatre import SurgicalTheater
+from preceptor.systems.surgery.policy import ReplayBuffer, SacAgent
+from preceptor.systems.surgery.theater import SurgicalTheater
 
 STATE, ACTION = 32, 8
 
@@ -29,7 +28,7 @@ def comparisons(*, quick: bool = False) -> Iterator[Comparison]:
     yield gae_comparison(steps=64 if quick else 1_024)
     for batch_size, width in ((8, 16),) if quick else ((64, 64), (256, 256)):
         yield sac_comparison(batch_size, width, updates=2 if quick else 20)
-    yield theatre_comparison()
+    yield theater_comparison()
     yield sampler_comparison(rows=200 if quick else 20_000)
 
 
@@ -115,7 +114,7 @@ class PlainSac:
         self.critics = nn.ModuleList(mlp(STATE + ACTION, width, 1) for _ in range(2))
         self.averages = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_temperature = nn.Parameter(torch.zeros(()))
-        self.optimisers = [
+        self.optimizers = [
             torch.optim.Adam(parameters, lr=3e-4)
             for parameters in (self.actor.parameters(), self.critics.parameters(), [self.log_temperature])
         ]
@@ -130,7 +129,7 @@ class PlainSac:
     def update(self) -> None:
         batch = self.buffer.sample(self.batch_size, generator=self.generator)
         temperature = self.log_temperature.exp().detach()
-        actor, critics, tuner = self.optimisers
+        actor, critics, tuner = self.optimizers
         with torch.no_grad():
             actions, log_probs = self.sample(batch.next_states)
             pair = torch.cat([batch.next_states, actions], -1)
@@ -221,7 +220,7 @@ def torchrl_sac(buffer: ReplayBuffer, batch_size: int, width: int, generator: to
     return update
 
 
-def theatre_comparison() -> Comparison:
+def theater_comparison() -> Comparison:
     """An edit that is taken back, against a deep copy of the model that is edited instead."""
     model = starter().model
     targets = attention_targets(model)
@@ -229,7 +228,7 @@ def theatre_comparison() -> Comparison:
     edited = sum(target.matrix().nbytes for target in targets)
     copied = sum(parameter.nbytes for parameter in model.parameters())
 
-    def theatre() -> None:
+    def theater() -> None:
         with SurgicalTheater(model, targets):
             for target in targets:
                 target.write(target.matrix() + 1)
@@ -239,12 +238,12 @@ def theatre_comparison() -> Comparison:
         for target in attention_targets(edited):
             target.write(target.matrix() + 1)
 
-    theatre()
+    theater()
     difference = float((targets[0].matrix() - before).abs().max())
     return Comparison(
         benchmark="theatre",
         case="starter, all attention projections",
-        ways={OURS: theatre, "copy.deepcopy": deep_copy},
+        ways={OURS: theater, "copy.deepcopy": deep_copy},
         agreement={"weights after": require_equal("weights", difference, at_most=0.0)},
         # Saved, edited and put back; a copy is made and edited.
         ideal_seconds=bandwidth_seconds(6 * edited, (OURS,))

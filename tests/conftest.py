@@ -15,7 +15,6 @@ import pytest
 # Read before any library looks: nothing may phone home, and no figure needs a display.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
-os.environ.setdefault("MPLBACKEND", "Agg")
 if os.environ.get("PRECEPTOR_TEST_DATA"):
     # Tests change directory and start processes elsewhere, so a relative path would come to mean something else.
     os.environ["PRECEPTOR_TEST_DATA"] = str(Path(os.environ["PRECEPTOR_TEST_DATA"]).resolve())

@@ -17,7 +17,6 @@ from pydantic import Field, ValidationError
 from preceptor.config import (
     MAX_BYTES,
     Options,
-    differences,
     dump_yaml,
     from_dict,
     load_config,
@@ -211,6 +210,7 @@ def test_one_fault_one_line(override: str, message: str) -> None:
         ("\nseed: 1e4", ":2: `seed` must be a whole number, got 10000.0; write 10000"),
         ("data:\n  article: 1984", ":2: `data.article` must be text, got 1984; put it in quotes"),
         ("data:\n  layers:\n  - 1\n  - x", ":2: `data.layers[1]` must be a whole number, got 'x'"),
+        ('data: {article: "a\\0b"}', ":1: `data.article` must be text, got 'a\\x00b'; it has a NUL character"),
         ("data: 3", ":1: `data` must be a section with keys such as `article`, got 3"),
         ("- 1", ":1: a configuration must be a section with keys, got [1]"),
         ("data.article: x", ":1: unknown key 'data.article'; in a file, nest it: 'data:' and the rest below"),
@@ -359,7 +359,7 @@ def test_dump_carries_the_help_and_reads_like_this() -> None:
     )
 
 
-_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.sampled_from(
+_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30) | st.sampled_from(
     ["", "null", "true", "1e-5", "no", "# x", "- a", "a: b", "\u2028", "\x85", "\ufeff", "😀", "\x7f", "'", '"', "\\"]
 )
 _float = st.floats(allow_nan=False, allow_infinity=False)
@@ -367,10 +367,10 @@ _configs = st.builds(
     Whole,
     seed=st.integers(min_value=0),
     verbose=st.booleans(),
-    note=st.none() | _text.filter(lambda text: text != "" and "\0" not in text),
+    note=st.none() | _text.filter(bool),
     data=st.builds(
         Data,
-        article=_text.filter(lambda text: "\0" not in text),
+        article=_text,
         layers=st.lists(st.integers()).map(tuple),
         span=st.tuples(st.just(-10), st.floats(0, allow_infinity=False)),
         weights=st.dictionaries(_text, _float, max_size=3),
@@ -392,14 +392,9 @@ _configs = st.builds(
 @given(config=_configs)
 def test_what_is_written_reads_back_exactly(tmp_path_factory: pytest.TempPathFactory, config: Whole) -> None:
     file = written(tmp_path_factory.getbasetemp() / "round.yaml", dump_yaml(config))
-    texts = [source.path for source in config.data.sources]
-    if any("\0" in text for text in texts):
-        assert "NUL" in faults_of(Whole, file=file)[0]
-        return
     back = load_config(Whole, file=file)
     assert back == config
     assert repr(back) == repr(config)  # 0.0 and -0.0, 1 and 1.0 are told apart here
-    assert differences(back, config) == []
 
 
 def test_to_dict_is_plain() -> None:
@@ -407,12 +402,6 @@ def test_to_dict_is_plain() -> None:
     assert plain["data"]["layers"] == [1, 2]
     assert plain["data"]["sources"] == [{"path": "x", "share": 1.0}]
     assert list(plain) == ["seed", "verbose", "note", "data", "update"]
-
-
-def test_differences_are_dotted_and_in_order() -> None:
-    new = Whole(seed=1, data=Data(layers=(1,)), update=Update(learning_rate=0.5, credit="step"))
-    assert differences(Whole(), new) == ["seed", "data.layers", "update.credit"]
-    assert differences(Whole(), Source(path="b"))[-2:] == ["path", "share"]
 
 
 def test_schema_lists_every_key_with_its_help() -> None:

@@ -115,12 +115,6 @@ def dump_yaml(config: Options) -> str:
     return "".join(f"{line}\n" for line in _lines(config, indent=""))
 
 
-def differences(old: Options, new: Options) -> list[str]:
-    """The dotted keys whose values differ between two configurations, in the order of the fields."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
-    return [key for key in before | after if key not in before or key not in after or before[key] != after[key]]
-
-
 # ---- reading ----
 
 
@@ -380,14 +374,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-def _leaves(config: Options, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in config:
-        if isinstance(value, Options):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _lines(config: Options, *, indent: str) -> Iterator[str]:

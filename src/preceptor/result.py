@@ -130,13 +130,13 @@ class Result:
 
     def model(self) -> Any:
         """The trained model, loaded with Transformers (a PEFT model where the run trained an adapter)."""
-        from preceptor.run.export import MODEL, load_model
+        from preceptor.runs.export import MODEL, load_model
 
         return load_model(self.folder / MODEL)[0]
 
     def tokenizer(self) -> Any:
         """The trained model's tokenizer."""
-        from preceptor.run.export import MODEL, load_model
+        from preceptor.runs.export import MODEL, load_model
 
         return load_model(self.folder / MODEL)[1]
 
@@ -148,8 +148,8 @@ class Result:
             write_page(self.folder)
         return page
 
-    def renderables(self) -> Iterator[RenderableType]:
-        """The tables for a terminal, for ``rich.print``."""
+    def renderables(self, *, width: int = 80) -> Iterator[RenderableType]:
+        """The tables for a terminal of ``width`` characters, for ``rich.print``."""
         comparison = self.folder / "comparison.json"
         if comparison.is_file():
             from preceptor.comparison.table import comparison_tables
@@ -157,9 +157,9 @@ class Result:
             yield from comparison_tables(json.loads(comparison.read_bytes()))
         elif "arms" in self.data:
             from preceptor.report.arms import Arms
-            from preceptor.report.table import arms_table
+            from preceptor.report.table import arms_tables
 
-            yield arms_table(Arms.of(self.data), title=f"{self.system}: every method")
+            yield from arms_tables(Arms.of(self.data), title=f"{self.system}: every method", width=width)
 
     def __repr__(self) -> str:
         from rich.console import Console

@@ -596,3 +596,11 @@ def test_a_thousand_fuzzed_command_lines_leave_no_traceback(
     assert {path for path in tmp_path.rglob("*") if "work" not in path.parts} - before <= set(
         (tmp_path / "source").rglob("*")
     )
+
+
+def test_the_charts_of_a_page_are_written_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    estimate = {"mean": 1.0, "low": None, "high": None, "unit": "nats", "n": 1}
+    (tmp_path / "result.json").write_text(json.dumps({"arms": {name: {"gain": estimate} for name in ("a", "b")}}))
+    assert main(["report", str(tmp_path), "--figures", str(tmp_path / "figures")]) == 0
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["gain.svg"]
+    assert f"figures: 1 in {tmp_path / 'figures'}" in capsys.readouterr().out

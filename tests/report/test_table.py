@@ -8,13 +8,14 @@ from typing import Any
 
 from rich.console import Console
 
-from preceptor.report import arms_table
 from preceptor.report.arms import Arms
+from preceptor.report.table import arms_tables
 
 
 def rendered(result: dict[str, Any], width: int) -> str:
     console = Console(width=width, record=True, file=StringIO())
-    console.print(arms_table(Arms.of(result)))
+    for table in arms_tables(Arms.of(result), width=width):
+        console.print(table)
     return console.export_text()
 
 
@@ -60,3 +61,12 @@ def test_of_a_loss_less_is_more_and_the_short_table_chooses_columns() -> None:
     assert [line.split()[0] for line in text.splitlines() if ".000" in line] == ["b", "a"]
     assert "held out" not in text
     assert Arms.of({"arms": arms, "lower_is_better": ["loss"]}).ordered("held_out_loss") == ["a", "b"]
+
+
+def test_words_stay_whole_in_eighty_columns_and_the_rest_goes_to_another_table() -> None:
+    metrics = {f"metric_{k}": {"mean": k, "low": -1.0, "high": 1.0, "unit": "nats/value token"} for k in range(7)}
+    text = rendered({"arms": {"farthest_first": metrics, "learned": metrics}}, 80)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert sum(line.split()[:1] == ["arm"] for line in text.splitlines()) == 3
+    assert [f"{k}.000" in text for k in range(7)] == [True] * 7

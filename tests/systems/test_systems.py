@@ -88,13 +88,28 @@ def test_own_systems_are_all_there_and_import_no_torch() -> None:
     assert done.stdout.split() == list(OWN)
 
 
-def test_a_lazy_function_imports_its_module_when_it_is_called(install: Install) -> None:
+def test_a_lazy_function_is_imported_when_it_is_asked_for(install: Install) -> None:
     install("chess")
-    count = lazy("made_chess:len")  # a builtin, which the module has not
-    system = lazy("made_chess:System")
+    system = System(
+        name="x",
+        summary="",
+        Config=object,
+        streams=(),
+        train=lazy("made_chess:System"),
+        result=lazy("made_chess:missing"),
+        verify=print,
+    )
     assert "made_chess" not in sys.modules
-    made = system(name="x", summary="", Config=object, streams=(), train=print)
-    assert isinstance(made, System)
-    assert (system.__name__, system.__doc__) == ("System", "See :func:`made_chess.System`.")
-    with pytest.raises(AttributeError, match="no attribute 'len'"):
-        count([])
+    assert system.train is System
+    assert "made_chess" in sys.modules
+    assert system.verify is print, "a function that is given stays as it is"
+    with pytest.raises(AttributeError, match="no attribute 'missing'"):
+        _ = system.result
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_function_of_an_own_system_is_there(name: str) -> None:
+    system = find_system(name)
+    for part in ("train", "result", "sections", "verify"):
+        function = getattr(system, part)
+        assert callable(function) or (name == "pretrain" and function is None), part

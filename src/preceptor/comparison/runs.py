@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from preceptor.config import from_dict, to_dict
 from preceptor.errors import ConfigError, DataError, StorageError
-from preceptor.run.environment import flattened
-from preceptor.run.files import storage_errors
-from preceptor.run.metrics import read_jsonl
-from preceptor.run.record import read_manifest
+from preceptor.runs.environment import flattened
+from preceptor.runs.files import storage_errors
+from preceptor.runs.metrics import read_jsonl
+from preceptor.runs.record import read_manifest
+from preceptor.systems import find_system
 
 TIMES = ("seconds",)
 """Metrics that no two runs share: they are told, and stay out of what is compared."""
@@ -68,13 +71,23 @@ def read_finished(path: Path) -> FinishedRun:
     return FinishedRun(
         path=path,
         system=str(manifest["system"]),
-        config=manifest["config"],
+        config=current_config(str(manifest["system"]), manifest["config"]),
         seed=int(manifest["seed"]),
         code=str(manifest["code"].get("commit")),
         result=result,
         records=[{key: value for key, value in record.items() if key not in TIMES} for record in records],
         seconds=_seconds(path / "metrics.jsonl"),
     )
+
+
+def current_config(name: str, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's ``recorded`` configuration with the keys of today: old names renamed, later keys at their defaults.
+
+    It stays as it is where the system called ``name`` is not installed or no longer accepts it.
+    """
+    with contextlib.suppress(ConfigError):
+        return to_dict(from_dict(find_system(name).Config, recorded))
+    return dict(recorded)
 
 
 def _seconds(metrics: Path) -> float | None:

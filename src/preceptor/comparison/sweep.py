@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from preceptor.comparison.runs import current_config
 from preceptor.errors import ConfigError, Interrupted, LockedError, PreceptorError
-from preceptor.run.environment import changes, flattened
-from preceptor.run.files import storage_errors
-from preceptor.run.record import plain_config, read_manifest
+from preceptor.runs.environment import changes, flattened
+from preceptor.runs.files import storage_errors
+from preceptor.runs.record import plain_config, read_manifest
 
 LOGS = "logs"
 """Folder of a sweep with what each cell said."""
@@ -133,7 +134,8 @@ def _check(folder: Path, cell: Cell) -> None:
     if not _is_begun(folder):
         return
     wanted = flattened(plain_config(cell.config))
-    if differing := changes(flattened(read_manifest(folder)["config"]), wanted):
+    manifest = read_manifest(folder)
+    if differing := changes(flattened(current_config(manifest["system"], manifest["config"])), wanted):
         raise ConfigError(
             f"{folder} was run with another configuration ({', '.join(differing[:3])}); choose another --out"
         )

@@ -1,7 +1,8 @@
-"""A loopback web server for the tests of articles: it answers as the MediaWiki API does, or misbehaves."""
+"""A loopback web server that answers as the MediaWiki API does, or misbehaves, and an internet without wires."""
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 import time
@@ -12,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import httpcore
 import pytest
 
 
@@ -28,7 +30,8 @@ class Page:
 class FakeSite:
     """``script`` holds misbehaviour for the next requests, one entry each; without one the answer is right.
 
-    Entries: an HTTP status, ``(status, headers)``, "hang", "drip", "disconnect", "cut" (half of the JSON), "maxlag".
+    Entries: ``None`` (a right answer), an HTTP status, ``(status, headers)``, "hang", "drip" and "drip_head" (byte by
+    byte), "disconnect", "cut" (half of the JSON), "maxlag".
     """
 
     def __init__(self) -> None:
@@ -90,6 +93,15 @@ class FakeSite:
         elif fault == "hang":
             self._released.wait(20)
             return
+        elif fault == "drip_head":
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+            while not self._released.wait(0.05):
+                try:
+                    handler.wfile.write(b"x")
+                except OSError:  # the client gave up, as it should
+                    break
+            handler.close_connection = True
+            return
         elif fault == "disconnect":
             handler.close_connection = True
             return
@@ -130,6 +142,59 @@ class FakeSite:
         else:
             page["missing"] = True
         return {"batchcomplete": True, "query": {"pages": [page]}}
+
+
+class FakeInternet:
+    """Hosts by name with their addresses, each of which answers any request with ``answer``.
+
+    ``connected`` lists the addresses and ports that were connected to, ``certified`` the names that TLS asked for,
+    ``sent`` what was written.
+    """
+
+    def __init__(self) -> None:
+        self.hosts: dict[str, list[str]] = {}
+        self.answer = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 4\r\n\r\ntext"
+        self.connected: list[tuple[str, int]] = []
+        self.certified: list[str] = []
+        self.sent = b""
+        self.lookups: list[str] = []
+
+    def resolve(self, host: str, port: int, **_: Any) -> list[Any]:
+        """A stand-in for ``socket.getaddrinfo``."""
+        self.lookups.append(host)
+        return [(2, 1, 6, "", (address, port)) for address in self.hosts[host]]
+
+    def connect_tcp(self, backend: Any, host: str, port: int, **_: Any) -> Any:
+        internet = self
+        internet.connected.append((host, port))
+        body = io.BytesIO(internet.answer)
+
+        class Stream(httpcore.NetworkStream):
+            def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+                return body.read(max_bytes)
+
+            def write(self, buffer: bytes, timeout: float | None = None) -> None:
+                internet.sent += buffer
+
+            def start_tls(self, context: Any, server_hostname: str | None = None, timeout: float | None = None) -> Any:
+                internet.certified.append(str(server_hostname))
+                return self
+
+            def close(self) -> None:
+                pass
+
+        return Stream()
+
+
+@pytest.fixture
+def internet(monkeypatch: pytest.MonkeyPatch) -> FakeInternet:
+    internet = FakeInternet()
+    monkeypatch.setattr(
+        httpcore.SyncBackend,
+        "connect_tcp",
+        lambda backend, *args, **options: internet.connect_tcp(backend, *args, **options),
+    )
+    return internet
 
 
 @pytest.fixture

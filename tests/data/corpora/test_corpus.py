@@ -62,7 +62,7 @@ def test_rows_that_are_not_json_objects_are_named(tmp_path):
     path.write_text('{"text": "a"}\n\n{"text"\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"line 3: not JSON"):
         list(read_documents(path))
-    with pytest.raises(DataError, match=r"line 1: a list; a .jsonl file has one JSON object a line"):
+    with pytest.raises(DataError, match=r"line 1: a list; such a file has one JSON object a line"):
         list(read_documents(jsonl(tmp_path / "lists.jsonl", [["a"]])))
 
 
@@ -104,3 +104,75 @@ def test_faults_are_named(tmp_path):
     (tmp_path / "latin.txt").write_bytes("né".encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8 at byte 1"):
         list(read_documents(tmp_path / "latin.txt"))
+
+
+def test_json_and_tables_give_their_rows(tmp_path):
+    rows = [{"body": "Gulls cry,"}, {"body": 'and "sing".\nLoudly.'}]
+    array, lines, table, tabs = (tmp_path / f"rows.{suffix}" for suffix in ("json", "ndjson", "csv", "tsv"))
+    array.write_text(json.dumps(rows, indent=1))
+    table.write_text('id,body\n1,"Gulls cry,"\n2,"and ""sing"".\nLoudly."\n')
+    tabs.write_text('id\tbody\n1\tGulls cry,\n2\t"and ""sing"".\nLoudly."\n')
+    for path in (array, jsonl(lines, rows), jsonl(tmp_path / "lines.JSON", rows), table, tabs):
+        assert list(read_documents(path, adapter="field:body")) == [row["body"] for row in rows]
+    table.write_text("body\n" + "x" * 200_000 + "\n")  # longer than the csv module takes unasked
+    assert list(map(len, read_documents(table, adapter="field:body"))) == [200_000]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "[1]", "row 1: a int; such a file is an array of objects"),
+        ("a.json", "[", "a.json: not JSON"),
+        ("a.json", '{"a":\n 1}', "line 1: not JSON"),
+        ("a.csv", "text\na,b\n", "line 2: more cells than the 1 fields"),
+        ("a.csv", 'text\n"a', "line 1: unexpected end of data"),
+        ("a.csv", "body\na\n", "line 2: no such row .*its fields are body"),
+        ("a.docx", "x", "'.docx' files are not understood; rows come as .jsonl"),
+        ("a.jsonl.gz", "x", "'.gz' files are not understood"),
+        ("a.jsonl", '{"text": "a \\ud83d b"}', r"line 1: '\\ud83d' at character 2 is half a character"),
+        ("a.jsonl", '{"n": ' + "7" * 6_000 + "}", "line 1: not JSON .*digits"),
+        ("a.jsonl", "[" * 100_000, "line 1: not JSON"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        list(read_documents(tmp_path / name))
+
+
+def test_an_adapter_is_for_rows(tmp_path):
+    (tmp_path / "a.txt").write_text("It rains.")
+    with pytest.raises(DataError, match=r"a\.txt is plain text, which has no rows for the adapter 'field:body'"):
+        list(read_documents(tmp_path / "a.txt", adapter="field:body"))
+
+
+@pytest.mark.parametrize(
+    ("dialog", "message"),
+    [
+        ("Hi. Hello.", "holds str, not a list"),
+        (["Hi.", None], "a turn of NoneType"),
+        ([{"a": "Hi."}], "a turn of dict"),
+    ],
+)
+def test_a_dialogue_is_a_list_of_texts(tmp_path, dialog, message):
+    with pytest.raises(DataError, match=rf"rows\.jsonl, line 1: .*{message}"):
+        list(read_documents(jsonl(tmp_path / "rows.jsonl", [{"dialog": dialog}]), adapter="dialog"))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name, content in [("a.txt", "== Title ==\nIt rains."), ("b.jsonl", '{"text": "It rains."}\n')]:
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+        assert list(read_documents(tmp_path / name)) == ["It rains."]
+    (tmp_path / "c.csv").write_bytes(b"\xef\xbb\xbftext\nIt rains.\n")
+    assert list(read_documents(tmp_path / "c.csv")) == ["It rains."]
+
+
+def test_a_cloned_dataset_gives_its_rows_and_not_its_card(tmp_path):
+    (tmp_path / "README.md").write_text("# A card")
+    (tmp_path / "LICENSE").write_text("As you like.")
+    (tmp_path / "data").mkdir()
+    jsonl(tmp_path / "data" / "train-1.jsonl", [{"text": "second"}])
+    jsonl(tmp_path / "data" / "train-0.jsonl", [{"text": "first"}])
+    (tmp_path / ".git").mkdir()
+    jsonl(tmp_path / ".git" / "x.jsonl", [{"text": "no"}])
+    assert list(read_documents(tmp_path)) == ["first", "second"]

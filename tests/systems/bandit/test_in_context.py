@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from preceptor.cli import main
-from preceptor.run.folder import Run
+from preceptor.runs.folder import Run
 from preceptor.systems.bandit import in_context
 from preceptor.systems.bandit.config import BanditConfig, InContextOptions
 from preceptor.systems.bandit.environment import BanditFamily

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preceptor.cli import main
-from preceptor.run.folder import Run
+from preceptor.runs.folder import Run
 from preceptor.systems.bandit import evaluate, history
 
 TINY = (
@@ -269,7 +269,7 @@ def softmax_of(model: Any, tokenizer: Any, prompt: str, words: tuple[str, ...]) 
     ("setting", "told"),
     [
         ("bandits=[{words: [bean, beanstalk], success: [1, 0]}]", "cannot be told apart"),
-        ("bandits=[{words: [bean, rice], success: [1, 2]}]", "must lie in [0, 1], got 2"),
+        ("bandits=[{words: [bean, rice], success: [1, 2]}]", "`bandits[0].success[1]` must lie in [0, 1], got 2"),
         ("model.context_length=16", "shorten `prompts.templates`"),
         ("model.tokenizer=nowhere/at/all", "does not exist"),
     ],

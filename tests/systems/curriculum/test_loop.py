@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM
 from preceptor.cli import main
 from preceptor.config import from_dict
 from preceptor.lm.model import LanguageModel
+from preceptor.runs.export import load_model
 from preceptor.systems.curriculum.baselines import Method
 from preceptor.systems.curriculum.config import CurriculumConfig, DataOptions, DatasetOptions, DifficultyOptions
 from preceptor.systems.curriculum.environment import Corpus, read_corpora
+from preceptor.systems.curriculum.evaluate import validation_losses
 from preceptor.systems.curriculum.loop import draw_documents, measure_difficulty
 from preceptor.systems.curriculum.verify import verify
 from tests.systems.curriculum.made import CONFIG, setup_and_state
@@ -67,6 +69,18 @@ def test_the_models_load(finished: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(finished / name)
         assert model(torch.tensor([[0, 5, 6]])).logits.isfinite().all()
     assert not list(finished.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("adapter_rank", [0, 2])
+def test_the_saved_model_reproduces_the_recorded_losses(tiny_folder: Path, tmp_path: Path, adapter_rank: int) -> None:
+    changes = [f"model.adapter_rank={adapter_rank}", "controls.rules=[]", "controls.frozen_policy=false"]
+    assert main(arguments(tiny_folder, tmp_path / "run", changes)) == 0
+    recorded = rows(tmp_path / "run" / "metrics.jsonl")[STEPS - 1]["validation_losses"]  # the first method's last
+    model, tokenizer = load_model(tmp_path / "run" / "model")
+    lm = LanguageModel(model, tokenizer, name="saved")
+    config = from_dict(CurriculumConfig, result_of(tmp_path / "run")["config"])
+    losses = validation_losses(lm, read_corpora(config.data, lm), num_rows=config.validation.rows)
+    assert losses == pytest.approx(recorded, abs=1e-5)  # float32, other order of sums
 
 
 def test_the_page_can_be_drawn(finished: Path) -> None:

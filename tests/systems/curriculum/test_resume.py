@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from preceptor.cli import main
-from preceptor.run.folder import Run
-from preceptor.run.state import Stateful, copy_tensors
-from preceptor.run.tensors import split_state
+from preceptor.runs.folder import Run
+from preceptor.runs.state import Stateful, copy_tensors
+from preceptor.runs.tensors import split_state
 from preceptor.systems.curriculum.state import State
 from tests.systems.curriculum.small import METHODS, STEPS, arguments, rows
 
@@ -106,6 +106,18 @@ def test_two_parts_are_the_whole_bit_for_bit(
         assert main(["resume", str(folder), "--no-report"]) == 0
     assert difference(whole[1], saves, after=stop) is None
     same_files(whole[0], folder)
+
+
+def test_a_checkpoint_of_another_method_is_refused(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    with stopped_at(STEPS + 1):
+        assert main(arguments(tiny_folder, folder)) == 128 + signal.SIGTERM
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace(f"steps: {STEPS}\n", "steps: 20\n"))
+    assert main(["resume", str(folder), "--no-report", "--allow-inexact"]) == 5
+    assert "belongs to learning_progress+ppo and the checkpoint to frozen_policy" in capsys.readouterr().err
 
 
 # ---- the negative control: each piece of state is needed -------------------------------------------------------------

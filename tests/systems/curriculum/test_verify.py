@@ -42,5 +42,5 @@ def test_a_decision_of_an_unknown_method_is_refused(finished: Path, tmp_path: Pa
     line = (finished / "decisions.jsonl").read_text().splitlines()[0]
     (tmp_path / "decisions.jsonl").write_text(json.dumps(json.loads(line) | {"arm": "other"}) + "\n")
     config = from_dict(CurriculumConfig, result_of(finished)["config"])
-    with pytest.raises(DataError, match="has the arm other, which the configuration does not plan"):
+    with pytest.raises(DataError, match="has the method other, which is not in the configuration"):
         list(verify(config, tmp_path, SERVICES))

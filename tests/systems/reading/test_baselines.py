@@ -132,7 +132,7 @@ def test_greedy_and_beam_are_those_of_a_slow_search(lm: LanguageModel, seed: int
     scores, article, cost = planted_scores(lm, 6, seed)
     lengths = [len(value) for value in article.values]
     for width in (1, 2, 8):
-        assert beam_search(scores, width=width) == slow_beam(cost, lengths, width)
+        assert beam_search(scores, width) == slow_beam(cost, lengths, width)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -148,7 +148,7 @@ def test_the_oracles_stand_in_the_order_that_they_must(lm: LanguageModel, seed: 
     for arm in controls:
         assert value[arm] <= value["exhaustive"] + 1e-9, arm
     assert value["local_search"] >= value["beam"] - 1e-9  # it starts there
-    everything = beam_search(scores, width=120)
+    everything = beam_search(scores, 120)
     assert order_value(article, cost, everything) == pytest.approx(optimum)  # a beam that drops nothing
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from preceptor.cli import main
 from preceptor.lm.model import LanguageModel
-from preceptor.run.folder import open_run
+from preceptor.runs.export import load_model
+from preceptor.runs.folder import open_run
 from preceptor.systems.reading.articles import bundled_article, select_pairs, tokenize_article
 from preceptor.systems.reading.config import DataOptions
 from preceptor.systems.reading.environment import run_episodes
@@ -434,9 +434,7 @@ def test_what_was_learned_comes_out(
                 found = [float(log_probs[span["start"] + at - 1, token]) for at, token in enumerate(tokens)]
                 assert found == pytest.approx(span["sampled_log_probs"], abs=1e-5)
 
-    if adapter_rank:  # the wrapper, as Preceptor trains an adapter
-        model = AutoPeftModelForCausalLM.from_pretrained(folder / "model")
-    lm = LanguageModel(model, AutoTokenizer.from_pretrained(folder / "model"), name="learned")
+    lm = LanguageModel(*load_model(folder / "model"), name="learned")
     policy, keys = load_policy(folder / "model", lm)
     assert policy.temperature == learned[0]["temperature"]
     ((name, order),) = json.loads((folder / "result.json").read_text())["order"].items()

@@ -26,10 +26,10 @@ import torch
 
 from preceptor.cli import main
 from preceptor.objectives.statistics import RunningMoments
-from preceptor.run.folder import Run
-from preceptor.run.guard import NonFiniteGuard
-from preceptor.run.state import copy_tensors
-from preceptor.run.tensors import split_state
+from preceptor.runs.folder import Run
+from preceptor.runs.guard import NonFiniteGuard
+from preceptor.runs.state import copy_tensors
+from preceptor.runs.tensors import split_state
 from preceptor.systems.reading import loop
 from preceptor.systems.reading.articles import bundled_article
 from preceptor.systems.reading.config import UpdateOptions

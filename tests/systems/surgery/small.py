@@ -9,10 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from preceptor.config import load_config
-from preceptor.systems.surgery.config import LearningOptions, SurgeryConfig
-from preceptor.systems.surgery.patient import Patient
-from preceptor.systems.surgery.referee import NGramReferee
-from preceptor.systems.surgery.student import build_student
+from preceptor.systems.surgery.config import LearningOptions, StudentOptions, SurgeryConfig
+from preceptor.systems.surgery.environment import Student, build_student
+from preceptor.systems.surgery.reference_lm import NGramReference
+from preceptor.systems.surgery.setup import Phase, prepare
+from preceptor.systems.surgery.state import State
 
 CPU = torch.device("cpu")
 
@@ -42,14 +43,25 @@ def small_config(text: Path, *overrides: str) -> SurgeryConfig:
     return load_config(SurgeryConfig, overrides=[*SETTINGS, f"data.text={text}", *overrides])
 
 
-def small_student(*, vocab_size: int = 7, architecture: str = "gpt2", seed: int = 0, **size: Any) -> PreTrainedModel:
+def small_model(*, vocab_size: int = 7, architecture: str = "gpt2", seed: int = 0, **size: Any) -> PreTrainedModel:
     """Two layers of two heads, a context of 16 tokens."""
     settings = {"num_layers": 2, "num_heads": 2, "width": 16, "block_size": 16} | size
-    return build_student(architecture=architecture, vocab_size=vocab_size, seed=seed, device=CPU, **settings)
+    options = StudentOptions(architecture=architecture, **settings)  # type: ignore[arg-type]
+    return build_student(options, vocab_size=vocab_size, seed=seed, device=CPU)
 
 
-def small_patient(learning: LearningOptions | None = None, **student: Any) -> Patient:
-    """A student of seven tokens with a bigram referee."""
+def small_student(learning: LearningOptions | None = None, **size: Any) -> Student:
+    """A student of seven tokens with a bigram reference model."""
     tokens = torch.randint(7, (200,), generator=torch.Generator().manual_seed(1))
-    referee = NGramReferee(tokens, order=2, vocab_size=7)
-    return Patient(small_student(**student), learning or LearningOptions(warm_up_steps=0), referee)
+    reference_lm = NGramReference(tokens, order=2, vocab_size=7)
+    return Student(small_model(**size), learning or LearningOptions(warm_up_steps=0), reference_lm)
+
+
+def small_state(folder: Path, *overrides: str) -> State:
+    """The state at the beginning of a run in ``folder`` over the text above."""
+    return State(prepare(small_config(write_text(folder), *overrides), device=CPU, folder=folder))
+
+
+def phase_of(state: State, method: str) -> Phase:
+    """The phase of ``method``."""
+    return next(phase for phase in state.phases if phase.method == method)

@@ -86,8 +86,8 @@ def test_the_names_are_those_of_the_surgeons_own_targets() -> None:
     pytest.importorskip("transformers")
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from preceptor.systems.surgery.edits import Edit
-    from preceptor.systems.surgery.targets import attention_targets
+    from preceptor.lm.edit_targets import attention_targets
+    from preceptor.systems.surgery.trial import Edit
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=2, n_head=2))
     targets = attention_targets(model, roles=("value", "output", "query"))

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from preceptor.errors import Interrupted, PreceptorError
-from preceptor.run.folder import Run, open_run
+from preceptor.runs.folder import Run, open_run
 from preceptor.systems.surgery.config import SurgeryConfig
-from preceptor.systems.surgery.plan import find
-from preceptor.systems.surgery.session import Session
-from preceptor.systems.surgery.train import train
-from tests.systems.surgery.small import small_config, write_text
-from tests.systems.surgery.test_train import start
+from preceptor.systems.surgery.loop import train
+from preceptor.systems.surgery.setup import prepare
+from preceptor.systems.surgery.state import State
+from tests.systems.surgery.small import CPU, small_config, write_text
+from tests.systems.surgery.test_loop import SERVICES, start
 
 TIMING = {"evaluation_seconds", "peak_memory_mib"}
 
@@ -37,7 +37,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SurgeryConfig
     folder = tmp_path_factory.mktemp("surgery")
     config = small_config(write_text(folder))
     with start(config, folder / "run") as run:
-        return folder / "run", config, train(config, run)
+        return folder / "run", config, train(config, run, SERVICES)
 
 
 def steps_of(config: SurgeryConfig, folder: Path) -> dict[tuple[str, int], int]:
@@ -68,7 +68,7 @@ def stopped(config: SurgeryConfig, folder: Path, step: int, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(Run, "log", logging)
         with start(config, folder) as run, pytest.raises(Interrupted):
-            train(config, run)
+            train(config, run, SERVICES)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_stop_leaves_no_trace(
     step = steps_of(config, folder)[stop]
     stopped(config, tmp_path / "run", step, monkeypatch)
     with open_run(tmp_path / "run", quiet=True, threads=1) as run:
-        assert train(config, run) == result
+        assert train(config, run, SERVICES) == result
     assert metrics(tmp_path / "run") == metrics(folder)
     assert (tmp_path / "run" / "decisions.jsonl").read_bytes() == (folder / "decisions.jsonl").read_bytes()
     last = sorted((folder / "checkpoints").iterdir())[-1].name
@@ -95,14 +95,14 @@ def test_a_stop_leaves_no_trace(
 
 
 PIECES = {
-    "optimiser": lambda session: session.patient.optimiser.state.clear(),
-    "surgeon": lambda session: vars(session).update(surgeon=session.new_surgeon(session.plan[1])),
-    "features": lambda session: vars(session).update(features=session._new_features()),
-    "bootstrapped": lambda session: vars(session).update(bootstrapped=session.patient.snapshot()),
-    "records": lambda session: session.records.clear(),
-    "learned_actions": lambda session: session.learned_actions.clear(),
-    "counts": lambda session: vars(session).update(num_edits=0, num_committed=1),
-    "costs": lambda session: vars(session.patient.costs).update(flops=0),
+    "optimizer": lambda state: state.student.optimizer.state.clear(),
+    "surgeon": lambda state: vars(state).update(surgeon=state.new_surgeon(state.phases[1])),
+    "features": lambda state: vars(state).update(features=state._new_features()),
+    "bootstrapped": lambda state: vars(state).update(bootstrapped=state.student.snapshot()),
+    "records": lambda state: state.records.clear(),
+    "learned_actions": lambda state: state.learned_actions.clear(),
+    "counts": lambda state: vars(state).update(num_edits=0, num_committed=1),
+    "costs": lambda state: vars(state.student.costs).update(flops=0),
 }
 
 
@@ -129,28 +129,28 @@ def test_a_resume_that_forgets_a_piece_is_found_out(
 ) -> None:
     folder, config, result = whole
     shutil.copytree(half[0], tmp_path / "run")
-    load = Session.load
+    load = State.load_state_dict
 
-    def forgetting(session: Session, *arguments: Any) -> None:
-        load(session, *arguments)
+    def forgetting(state: State, saved: dict[str, Any]) -> None:
+        load(state, saved)
         if piece in PIECES:
-            PIECES[piece](session)
+            PIECES[piece](state)
 
-    monkeypatch.setattr(Session, "load", forgetting)
+    monkeypatch.setattr(State, "load_state_dict", forgetting)
     try:
         with open_run(tmp_path / "run", quiet=True, threads=1) as run:
-            same = train(config, run) == result and metrics(tmp_path / "run") == metrics(folder)
+            same = train(config, run, SERVICES) == result and metrics(tmp_path / "run") == metrics(folder)
     except (IndexError, PreceptorError):
         same = False  # what was forgotten is missed
     assert same == (piece == "nothing")
 
 
-def test_the_stops_lie_in_every_stretch(whole: tuple[Path, SurgeryConfig, dict[str, Any]]) -> None:
+def test_the_stops_lie_in_every_phase(whole: tuple[Path, SurgeryConfig, dict[str, Any]]) -> None:
     folder, config, _ = whole
-    with open_run(folder, quiet=True, threads=1) as run:
-        from preceptor.systems.surgery.materials import prepare
-
-        plan = Session(config, prepare(config, device=run.device), device=run.device, folder=run.path).plan
-    assert {arm for arm, _ in STOPS + SLOW_STOPS} == {stretch.arm for stretch in plan}
+    phases = State(prepare(config, device=CPU, folder=folder)).phases
+    assert {method for method, _ in STOPS + SLOW_STOPS} == {phase.method for phase in phases}
     steps = steps_of(config, folder)
-    assert all(plan[find(plan, steps[stop])[0]].arm == stop[0] for stop in STOPS + SLOW_STOPS)
+    assert {stop for stop in STOPS + SLOW_STOPS if steps[stop] == steps[stop[0], 1] + stop[1] - 1} == {
+        *STOPS,
+        *SLOW_STOPS,
+    }

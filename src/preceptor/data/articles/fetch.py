@@ -1,9 +1,4 @@
-"""One polite HTTP GET: public hosts only, every hop checked and pinned, bounded in bytes and time, retried with jitter.
-
-A URL comes from a user or from a redirect of a stranger's server, so it must not become a way to read what only this
-machine can reach (server-side request forgery). Each hop's host is resolved once, refused if any of its addresses is
-not public, and the connection goes to the very address that was checked: DNS rebinding changes nothing.
-"""
+"""One bounded HTTP GET: public hosts only, one deadline for everything, bounded in bytes, retried with jitter."""
 
 from __future__ import annotations
 
@@ -13,9 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from preceptor.data.articles.network import LONGEST_SILENCE_SECONDS, Network
 from preceptor.errors import ConfigError, DataError, MissingExtraError, ServiceError
 from preceptor.version import __version__
 
@@ -28,7 +23,6 @@ CONTACT_URL = "https://github.com/preceptor-rl/preceptor"
 USER_AGENT = f"Preceptor/{__version__} ({CONTACT_URL}) python-httpx"
 
 _TRANSIENT_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
-_NAT64 = IPv6Network("64:ff9b::/96")
 _MAX_REDIRECTS = 5
 
 
@@ -59,20 +53,19 @@ class Fetcher:
 
     Args:
         user_agent: names the client and a way to reach its makers.
-        timeout_seconds: limit of one attempt as a whole, redirects included, and of each wait within it.
+        timeout_seconds: limit of everything together: all tries, their redirects and the waits between them.
         num_attempts: tries in all, at least 1; only what may pass (429, 5xx, timeouts, lost connections) is retried.
-        backoff_seconds: after try ``k`` (from 0) comes a wait drawn from U(0, min(2^k · this, ``max_wait_seconds``)).
-        max_wait_seconds: longest wait; a server that asks for more ends the fetch at once.
+        backoff_seconds: after try ``k`` (from 0) comes a wait drawn from U(0, 2^k · this). A wait that the time left
+            does not allow, or a longer one that the server asks for, ends the fetch at once.
         max_bytes: limit of the decompressed body.
         allow_private_hosts: also reach loopback, private and link-local addresses (for a wiki of one's own).
         sleep, resolve: the clock and the resolver, parameters so that tests need neither time nor DNS.
     """
 
     user_agent: str = USER_AGENT
-    timeout_seconds: float = 20.0
+    timeout_seconds: float = 60.0
     num_attempts: int = 5
     backoff_seconds: float = 1.0
-    max_wait_seconds: float = 60.0
     max_bytes: int = 10_000_000
     allow_private_hosts: bool = False
     sleep: Callable[[float], None] = time.sleep
@@ -87,85 +80,74 @@ class Fetcher:
 
         Raises:
             DataError: a host that is not public, no such page, too many redirects, a body over ``max_bytes``.
-            ServiceError: no network, no such host, access refused, or still failing after ``num_attempts`` tries.
+            ServiceError: no network, no such host, access refused, or no answer in ``num_attempts`` tries or
+                ``timeout_seconds``.
         """
-        return self.retry(url, lambda: self.attempt(url, params=params))
+        return self.retry(url, lambda deadline: self.attempt(url, deadline=deadline, params=params))
 
-    def retry(self, url: str, attempt: Callable[[], T]) -> T:
-        """The result of ``attempt``, tried again with full-jitter exponential back-off on `TransientError`."""
+    def retry(self, url: str, attempt: Callable[[float], T]) -> T:
+        """The result of ``attempt(deadline)``, tried again after full-jitter exponential back-off on `TransientError`.
+
+        Source: M. Brooker, "Exponential Backoff and Jitter", AWS Architecture Blog, 2015.
+        """
         # Not the module's global generator: the wait must not shift the random numbers of a run.
         uniform = random.SystemRandom().uniform
+        deadline = time.monotonic() + self.timeout_seconds
         for attempt_index in range(self.num_attempts):
             try:
-                return attempt()
+                return attempt(deadline)
             except TransientError as error:
                 failure = error
-            if failure.retry_after > self.max_wait_seconds:
-                raise ServiceError(
-                    f"{url}: {failure}, and asks to wait {failure.retry_after:.0f} s; try again later or pass a file"
-                ) from failure
-            if attempt_index + 1 < self.num_attempts:
-                wait = uniform(0.0, min(self.max_wait_seconds, self.backoff_seconds * 2.0**attempt_index))
-                self.sleep(max(wait, failure.retry_after))
+            wait = max(uniform(0.0, self.backoff_seconds * 2.0**attempt_index), failure.retry_after)
+            is_last = attempt_index + 1 == self.num_attempts or time.monotonic() + wait >= deadline
+            if is_last:
+                break
+            self.sleep(wait)
+        asks = f", and asks to wait {failure.retry_after:.0f} s" if failure.retry_after else ""
         raise ServiceError(
-            f"{url}: {failure} (tried {self.num_attempts} times); check the network, try again later or pass a file"
+            f"{url}: {failure}{asks} (tried {attempt_index + 1} times); check the network, try again later or pass a "
+            "file"
         ) from failure
 
-    def attempt(self, url: str, *, params: dict[str, str] | None = None) -> Fetched:
-        """One try of `get`; raises `TransientError` for what is worth another."""
+    def attempt(self, url: str, *, deadline: float, params: dict[str, str] | None = None) -> Fetched:
+        """One try of `get`, over by ``deadline`` (`time.monotonic`); `TransientError` for what is worth another."""
         try:
+            import httpcore
             import httpx
         except ImportError as error:
             raise MissingExtraError("fetching over the network", package="httpx", extra="web") from error
 
-        deadline = time.monotonic() + self.timeout_seconds
-        # trust_env off: proxies and certificates from the environment would undo the pinning, and only the command line
-        # reads the environment.
-        with httpx.Client(trust_env=False, follow_redirects=False) as client:
-            hop = _parse_url(url)
-            if params:
-                hop = hop.copy_merge_params(params)
-            for _ in range(_MAX_REDIRECTS + 1):
-                answer = self._one_hop(client, hop, deadline)
-                if isinstance(answer, Fetched):
-                    return answer
-                if hop.scheme == "https" and answer.scheme != "https":
-                    raise DataError(f"{hop} redirects to the unencrypted {answer}; pass that URL if you trust it")
-                hop = answer
-        raise DataError(f"{url} redirects more than {_MAX_REDIRECTS} times; pass the final URL")
-
-    def _one_hop(self, client: httpx.Client, url: httpx.URL, deadline: float) -> Fetched | httpx.URL:
-        """The answer of one server, or the URL that it redirects to."""
-        import httpx
-
-        failure: Exception | None = None
-        for address in self._addresses(url):
-            request = client.build_request(
-                "GET",
-                url.copy_with(host=address),
-                headers={"Host": url.netloc.decode("ascii"), "User-Agent": self.user_agent, "Accept-Encoding": "gzip"},
-                # TLS still asks for, and verifies, the name and not the address.
-                extensions={"sni_hostname": url.raw_host.decode("ascii")},
-                timeout=max(0.001, deadline - time.monotonic()),
-            )
+        address = _checked_url(url)
+        # trust_env off: proxies and certificates from the environment would undo the check of addresses, and only the
+        # command line reads the environment.
+        transport = httpx.HTTPTransport(trust_env=False)
+        # httpx has no public way to hand its transport a network backend; httpcore's pool has.
+        transport._pool = httpcore.ConnectionPool(
+            ssl_context=httpx.create_ssl_context(trust_env=False),
+            network_backend=Network(deadline, self.allow_private_hosts, self.resolve),  # type: ignore[arg-type]
+        )
+        with httpx.Client(
+            transport=transport,
+            follow_redirects=True,
+            max_redirects=_MAX_REDIRECTS,
+            event_hooks={"response": [_check_redirect]},
+            headers={"User-Agent": self.user_agent, "Accept-Encoding": "gzip"},
+        ) as client:
             try:
-                response = client.send(request, stream=True)
-                try:
-                    return self._read(response, url, deadline)
-                finally:
-                    response.close()
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                failure = error  # the host's next address may work
+                with client.stream("GET", address, params=params) as response:
+                    return self._read(response)
+            except httpx.TooManyRedirects:
+                raise DataError(f"{url} redirects more than {_MAX_REDIRECTS} times; pass the final URL") from None
             except httpx.TimeoutException as error:
-                raise TransientError(f"no answer within {self.timeout_seconds:g} s") from error
+                seconds = min(self.timeout_seconds, LONGEST_SILENCE_SECONDS)
+                raise TransientError(f"no answer within {seconds:g} s") from error
+            except httpx.ConnectError as error:
+                raise TransientError(f"cannot connect ({error})") from error
             except httpx.HTTPError as error:
                 raise TransientError(f"connection lost ({str(error) or type(error).__name__})") from error
-        raise TransientError(f"cannot connect ({failure})") from failure
 
-    def _read(self, response: httpx.Response, url: httpx.URL, deadline: float) -> Fetched | httpx.URL:
-        status = response.status_code
-        if response.has_redirect_location:
-            return _parse_url(str(url.join(response.headers["Location"])))
+    def _read(self, response: httpx.Response) -> Fetched:
+        status, url = response.status_code, response.url
         phrase = f"{status} {response.reason_phrase}".strip()
         if status in _TRANSIENT_STATUSES:
             raise TransientError(f"the server answered {phrase}", retry_after=_retry_after(response))
@@ -178,53 +160,12 @@ class Fetcher:
             body += part
             if len(body) > self.max_bytes:
                 raise DataError(f"{url} is over {self.max_bytes:,} bytes; save the part you want and pass it as a file")
-            if time.monotonic() > deadline:  # each wait has its limit, but drip by drip they would add up
-                raise TransientError(f"no complete answer within {self.timeout_seconds:g} s")
         media_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         return Fetched(str(url), media_type, response.charset_encoding, bytes(body))
 
-    def _addresses(self, url: httpx.URL) -> list[str]:
-        """The addresses of the URL's host, all of them checked to be public.
 
-        Raises:
-            DataError: one of them is not, and ``allow_private_hosts`` is off.
-            TransientError: the name does not resolve (no network looks the same).
-        """
-        try:
-            port = url.port or (443 if url.scheme == "https" else 80)
-            answers = self.resolve(url.raw_host.decode("ascii"), port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            raise TransientError(f"the host '{url.host}' cannot be resolved ({error})") from error
-        addresses = list(dict.fromkeys(str(answer[4][0]) for answer in answers))
-        if not addresses:
-            raise TransientError(f"the host '{url.host}' has no address")
-        for address in addresses:
-            if not self.allow_private_hosts and not is_public(address):
-                raise DataError(
-                    f"{url} is at {address}, which is not a public address; save the page and pass it as a file"
-                )
-        return addresses
-
-
-def is_public(address: str) -> bool:
-    """Whether the IP ``address`` is one that anybody on the internet can reach.
-
-    An IPv6 address that only wraps an IPv4 one (mapped, 6to4, Teredo, NAT64) counts as the address that it wraps.
-
-    >>> is_public("192.168.0.1"), is_public("::ffff:127.0.0.1"), is_public("1.1.1.1")
-    (False, False, True)
-    """
-    ip: IPv4Address | IPv6Address = ip_address(address.partition("%")[0])
-    if isinstance(ip, IPv6Address):
-        wrapped = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if ip in _NAT64:
-            wrapped = IPv4Address(int(ip) & 0xFFFFFFFF)
-        if wrapped is not None:
-            ip = wrapped
-    return ip.is_global and not ip.is_multicast
-
-
-def _parse_url(url: str) -> httpx.URL:
+def _checked_url(url: str) -> httpx.URL:
+    """``url`` parsed; `DataError` unless it is http(s) with a host, without a user name."""
     import httpx
 
     try:
@@ -238,6 +179,13 @@ def _parse_url(url: str) -> httpx.URL:
     if parsed.userinfo:
         raise DataError(f"the URL of {parsed.host} carries a user name or password; remove it")
     return parsed
+
+
+def _check_redirect(response: httpx.Response) -> None:
+    if response.has_redirect_location:
+        target = _checked_url(str(response.url.join(response.headers["Location"])))
+        if response.url.scheme == "https" and target.scheme != "https":
+            raise DataError(f"{response.url} redirects to the unencrypted {target}; pass that URL if you trust it")
 
 
 def _retry_after(response: httpx.Response) -> float:

@@ -13,6 +13,8 @@ from preceptor.errors import ConfigError, DataError
 if TYPE_CHECKING:
     import torch
 
+_CJK = re.compile("[\u3040-\u30ff\u3400-\u9fff]")  # kana and unified ideographs
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -41,7 +43,7 @@ def sentence_pairs(
     Args:
         text: plain text as in `preceptor.data.articles.article.Article.text`.
         language: ISO 639-1 code for the sentence splitter.
-        min_characters: shortest sentence that counts.
+        min_characters: shortest sentence that counts; a Chinese or Japanese character counts as three.
         max_characters: longest sentence that counts.
 
     Raises:
@@ -58,7 +60,9 @@ def sentence_pairs(
             sentences = [
                 sentence
                 for sentence in split_sentences(paragraph, language=language)
-                if min_characters <= len(sentence) <= max_characters and _has_two_words(sentence)
+                if _latin_length(sentence) >= min_characters
+                and len(sentence) <= max_characters
+                and _has_two_words(sentence)
             ]
             num_sentences += len(sentences)
             if pending is not None and len(sentences) % 2:
@@ -136,6 +140,11 @@ def hold_out_probes(
     return [replace(pair, index=index) for index, pair in enumerate(readable)], probes
 
 
+def _latin_length(sentence: str) -> int:
+    """Characters of ``sentence``, each of Chinese or Japanese as the three letters that say about as much."""
+    return len(sentence) + 2 * len(_CJK.findall(sentence))
+
+
 def _has_two_words(sentence: str) -> bool:
     """Whether ``sentence`` has two words of letters; text without spaces (Chinese, Japanese) counts each letter."""
-    return len(re.findall(r"[^\W\d_]+", sentence)) >= 2 or bool(re.search(r"[\u3040-\u30ff\u3400-\u9fff]{2}", sentence))
+    return len(re.findall(r"[^\W\d_]+", sentence)) >= 2 or len(_CJK.findall(sentence)) >= 2

@@ -79,7 +79,7 @@ def extract_blocks(extract: str) -> list[Block]:
     r"""Blocks of a plain-text extract of the API, where every line is a paragraph and ``== X ==`` a heading.
 
     A formula comes as indented lines, the last with its TeX as ``{\displaystyle …}``, in the middle of a sentence that
-    goes on with a space or a comma; it is put back where it reads as text (``n``) and left out where it does not.
+    goes on with a space or a comma; it is put back where it reads as text (``n``), else a `markup.HOLE` stands for it.
     """
     lines: list[str] = []
     indented: list[str] = []
@@ -97,9 +97,9 @@ def extract_blocks(extract: str) -> list[Block]:
 
 def _put_back(indented: list[str], lines: list[str]) -> bool:
     """Empty ``indented`` into ``lines``; whether it was a formula, which then ends the last line."""
-    formulas = [readable_formula(text.partition(_TEX)[2][:-1]) for text in indented if _TEX in text]
+    formulas = [readable_formula(text) for text in indented if text.startswith(_TEX)]
     if formulas and lines:
-        lines[-1] = " ".join([lines[-1].rstrip(), *filter(None, formulas)])
+        lines[-1] = " ".join([lines[-1].rstrip(), *formulas])
     elif not formulas:
         lines.extend(indented)
     indented.clear()
@@ -110,8 +110,8 @@ def _query(endpoint: str, fetcher: Fetcher, **parameters: str) -> dict[str, Any]
     """The decoded answer to one ``action=query``; lag and cut answers are retried like other transient failures."""
     params = {"action": "query", "format": "json", "formatversion": "2", "maxlag": "5", **parameters}
 
-    def attempt() -> dict[str, Any]:
-        fetched = fetcher.attempt(endpoint, params=params)
+    def attempt(deadline: float) -> dict[str, Any]:
+        fetched = fetcher.attempt(endpoint, deadline=deadline, params=params)
         try:
             answer = json.loads(fetched.body)
         except ValueError as bad_json:

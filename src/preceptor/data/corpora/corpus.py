@@ -5,9 +5,10 @@ It refuses to guess: a file that yields no document is a :class:`~preceptor.erro
 
 from __future__ import annotations
 
+import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ _WIKITEXT_JOINERS = re.compile(r" @([-,.])@ ")
 _SPACE_BEFORE = re.compile(r" ([,.;:!?%)\]}'])")
 _SPACE_AFTER = re.compile(r"([(\[{$]) ")
 _QUOTED = re.compile(r'" ([^"]*?) "')
-
-
 _WRAP = re.compile(r"(?<!\n)\n(?!\n)")
 _FIELD_PREFIX = "field:"
 _CODE_FIELDS = ("content", "code", "text", "func_code_string", "whole_func_string")
 _ROWS_AT_ONCE = 1_024
+_LONGEST_CELL = 1 << 30  # of a table, in characters; Python's own limit is 131,072
+_PLAIN_SUFFIXES = frozenset({"", ".md", ".markdown", ".raw", ".rst", ".tex", ".text", ".tokens", ".txt"})
 
 
 def _text(row: Row, name: str) -> str:
@@ -45,7 +46,13 @@ def _arxiv(row: Row) -> str:
 
 
 def _dialog(row: Row) -> str:
-    return "\n".join(str(turn).strip() for turn in row["dialog"])
+    turns = row["dialog"]
+    if not isinstance(turns, list):
+        raise TypeError(f"field 'dialog' holds {type(turns).__name__}, not a list of texts")
+    for turn in turns:
+        if not isinstance(turn, str):
+            raise TypeError(f"field 'dialog' has a turn of {type(turn).__name__}, not text")
+    return "\n".join(turn.strip() for turn in turns)
 
 
 def _translation(language: str) -> Callable[[Row], str]:
@@ -107,9 +114,10 @@ def adapter_named(name: str) -> Callable[[Row], str]:
 def read_documents(path: Path, *, adapter: str = "text", join: int = 1) -> Iterator[str]:
     """Documents of ``path``, stripped and non-empty.
 
-    A ``.jsonl`` or ``.parquet`` file gives a document per ``join`` rows (pieces are joined by a blank line); any other
-    file is one plain text document in UTF-8, without its ``== heading ==`` lines; a folder gives its files' documents
-    by name.
+    A file of rows (``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``) gives a document per ``join``
+    rows (pieces are joined by a blank line). A file of plain text in UTF-8 (``.txt``, ``.md``, no suffix, …) is one
+    document, without its ``== heading ==`` lines. A folder gives the documents of the files of rows in it and in its
+    folders, by path; only where there is none, those of the files of plain text.
 
     Args:
         path: a file or a folder of files.
@@ -117,23 +125,28 @@ def read_documents(path: Path, *, adapter: str = "text", join: int = 1) -> Itera
         join: number of consecutive rows that make one document, at least 1.
 
     Raises:
-        DataError: unknown adapter, missing path, a row without the adapter's field, text that is not UTF-8.
+        DataError: unknown adapter, missing path, a suffix that is none of these, an adapter for plain text, a row
+            without the adapter's field, text that is not UTF-8.
         MissingExtraError: a Parquet file without the extra ``datasets``.
     """
     adapt = adapter_named(adapter)
     if path.is_dir():
-        for file in sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith(".")):
+        for file in _files(path):
             yield from read_documents(file, adapter=adapter, join=join)
         return
     if not path.is_file():
         raise DataError(f"corpus file {path} does not exist; check the path or the corpus folder")
     try:
-        if path.suffix == ".jsonl":
-            yield from joined(adapted(_jsonl_rows(path), adapt), join)
-        elif path.suffix == ".parquet":
-            yield from joined(adapted(_parquet_rows(path), adapt), join)
+        if rows := _ROWS.get(path.suffix.lower()):
+            yield from joined(adapted(rows(path), adapt), join)
+        elif path.suffix.lower() not in _PLAIN_SUFFIXES:
+            raise DataError(
+                f"{path}: '{path.suffix}' files are not understood; rows come as {', '.join(_ROWS)}, plain text as .txt"
+            )
+        elif adapter != "text":
+            raise DataError(f"{path} is plain text, which has no rows for the adapter '{adapter}'; leave it out")
         else:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
             text = "\n".join(line for line in lines if not _HEADING.match(line)).strip()
             if text:
                 yield re.sub(r"\n{3,}", "\n\n", text)
@@ -141,15 +154,35 @@ def read_documents(path: Path, *, adapter: str = "text", join: int = 1) -> Itera
         raise DataError(f"{path} is not UTF-8 at byte {error.start}; convert it to UTF-8") from error
 
 
+def _files(folder: Path) -> list[Path]:
+    """The files of rows in ``folder`` and its folders, or else those of plain text; nothing hidden.
+
+    A clone of a hub dataset holds a card and a licence beside its rows.
+    """
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    rows = [path for path in files if path.suffix.lower() in _ROWS]
+    return rows or [path for path in files if path.suffix.lower() in _PLAIN_SUFFIXES]
+
+
 def adapted(rows: Iterator[tuple[str, Row]], adapt: Callable[[Row], str]) -> Iterator[str]:
     """What ``adapt`` makes of each row, stripped; ``rows`` come with the place that an error names."""
     for place, row in rows:
         try:
-            yield adapt(row).strip()
+            text = adapt(row).strip()
+            text.encode()
         except (KeyError, TypeError) as error:
             raise DataError(
                 f"{place}: no such row for this adapter ({error!r}); its fields are {', '.join(row)}"
             ) from error
+        except UnicodeEncodeError as error:  # no tokenizer takes half a surrogate pair
+            raise DataError(
+                f"{place}: {error.object[error.start]!r} at character {error.start} is half a character; repair the row"
+            ) from error
+        yield text
 
 
 def joined(pieces: Iterator[str], join: int) -> Iterator[str]:
@@ -166,18 +199,54 @@ def joined(pieces: Iterator[str], join: int) -> Iterator[str]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+    with path.open(encoding="utf-8-sig") as lines:
+        yield from _json_lines(path, lines)
+
+
+def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Row]]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
             place = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{place}: not JSON ({error}); a .jsonl file has one JSON object a line") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{place}: a {type(row).__name__}; a .jsonl file has one JSON object a line")
-            yield place, row
+            yield place, _object(place, _json(place, line), "has one JSON object a line")
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Rows of a ``.json`` file: an array of objects, or an object a line as in ``.jsonl``."""
+    text = path.read_text(encoding="utf-8-sig")
+    if not text.lstrip().startswith("["):
+        yield from _json_lines(path, text.splitlines())
+        return
+    for number, row in enumerate(_json(str(path), text), start=1):
+        place = f"{path}, row {number}"
+        yield place, _object(place, row, "is an array of objects")
+
+
+def _json(place: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError also for an integer beyond Python's limit of digits
+        raise DataError(f"{place}: not JSON ({error}); repair it") from error
+
+
+def _object(place: str, row: Any, form: str) -> Row:
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: a {type(row).__name__}; such a file {form}")
+    return row
+
+
+def _table_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Rows of a ``.csv`` or ``.tsv`` file, whose first line names the fields."""
+    csv.field_size_limit(_LONGEST_CELL)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        try:
+            for row in reader:
+                place = f"{path}, line {reader.line_num}"
+                if None in row:
+                    raise DataError(f"{place}: more cells than the {len(reader.fieldnames or ())} fields; repair it")
+                yield place, row
+        except csv.Error as error:
+            raise DataError(f"{path}, line {reader.line_num}: {error}; repair it") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -194,3 +263,13 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
                     yield f"{path}, row {number}", row
     except ArrowException as error:
         raise DataError(f"{path} is no readable Parquet file ({error}); write it anew") from error
+
+
+_ROWS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
+    ".jsonl": _jsonl_rows,
+    ".ndjson": _jsonl_rows,
+    ".json": _json_rows,
+    ".csv": _table_rows,
+    ".tsv": _table_rows,
+    ".parquet": _parquet_rows,
+}

@@ -42,12 +42,13 @@ def epsilon_greedy(rewards: Rewards, *, generator: torch.Generator, epsilon: flo
     return _by_index(rewards, index, generator=generator)
 
 
-def ucb1(rewards: Rewards, *, generator: torch.Generator, constant: float = math.sqrt(2)) -> Pulls:
-    """Each arm once, then the largest mean + c √(ln t / n) (Auer et al. 2002); its bound needs rewards in [0, 1]."""
+def ucb1(rewards: Rewards, *, generator: torch.Generator, width: float = 2.0) -> Pulls:
+    """Each arm once, then the largest mean + √(c ln t / n), c = ``width`` (Auer et al. 2002, where it is 2).
+
+    Its bound needs rewards in [0, 1].
+    """
     return _by_index(
-        rewards,
-        lambda means, counts, pull: means + (constant**2 * math.log(pull) / counts).sqrt(),
-        generator=generator,
+        rewards, lambda means, counts, pull: means + (width * math.log(pull) / counts).sqrt(), generator=generator
     )
 
 
@@ -59,7 +60,7 @@ def thompson(rewards: Rewards, *, generator: torch.Generator, kind: str = "berno
 
     def index(means: Tensor, counts: Tensor, pull: int) -> Tensor:
         if kind == "bernoulli":
-            successes = means * counts
+            successes = means * counts  # [runs, arms], as are all statistics here
             return sample_beta(1 + successes, 1 + counts - successes, generator)
         noise = torch.randn(means.shape, dtype=means.dtype, generator=generator)
         return means + deviation * noise / counts.sqrt()
@@ -111,7 +112,7 @@ def gradient_bandit(
     chosen = torch.empty(runs, pulls, dtype=torch.long)
     for pull in range(pulls):
         probabilities = preferences.softmax(-1)
-        arm = torch.multinomial(probabilities, 1, generator=generator)
+        arm = torch.multinomial(probabilities, 1, generator=generator)  # [runs, 1]
         reward = rewards[:, pull].gather(1, arm)[:, 0]
         mean += (reward - mean) / (pull + 1)
         advantage = reward - mean if baseline else reward
@@ -147,7 +148,7 @@ def _by_index(
 
 def _largest(values: Tensor, generator: torch.Generator) -> Tensor:
     """Index of the largest value of each row, [rows, 1]; where several are equal, one of them at random."""
-    is_largest = values == values.amax(-1, keepdim=True)
+    is_largest = values == values.amax(-1, keepdim=True)  # exact: equal statistics come from equal counts and sums
     return torch.multinomial(is_largest.double(), 1, generator=generator)
 
 

@@ -43,6 +43,7 @@ class Bandit:
         """What each arm pays at each pull. All arms are drawn, so that every policy meets the same luck."""
         shape = (num_pulls, len(self.words))
         pays = torch.tensor(self.pays, dtype=torch.float64)
+        # float64, so that a replay compares equal to what JSON holds.
         if self.kind == "bernoulli":
             draws = (torch.rand(shape, dtype=torch.float64, generator=generator) < pays).double()
         else:

@@ -69,6 +69,7 @@ def balance_notice(setup: Setup, state: State) -> str:
             f"{record['item']} ({split} templates): P({bandit.words[bandit.best]}) {record['best_word']:.2f}, "
             f"mass on the named words {record['named_mass']:.2f}"
         )
+    # A model that prefers a word before the first reward would be credited with learning it.
     advice = "" if is_balanced else "; not balanced: more `pretraining.steps` would help"
     return f"before the first reward: {'; '.join(parts)}{advice}"
 
@@ -129,7 +130,7 @@ def _while_learning(setup: Setup, state: State, bandit: Bandit, records: Records
     )
     for method, runs in pulls_of.items():
         pulls = runs[0]  # one run, [pulls]
-        regret = (expected.max() - expected[pulls]).cumsum(0)
+        regret = (expected.max() - expected[pulls]).cumsum(0)  # [pulls], of expected rewards, so free of their luck
         curves[method] = regret[at - 1].tolist()
         baseline_records.append(
             {
@@ -276,6 +277,7 @@ def _transfer_chart(records: Records) -> dict[str, Any]:
     ]
     pairs = list(dict.fromkeys(record["item"] for record in records if "first_word" in record))
     cells = {(r["arm"], r["split"], r["item"]): r for r in records}
+    # Without held-out templates, or with one bandit, there is nothing in some column.
     columns = [column for column in columns if any(column[:2] == key[:2] for key in cells)]
     rows, values = [], []
     for pair in pairs:

@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from preceptor.objectives.advantages import gae, leave_one_out, reward_to_go
-from preceptor.objectives.entropy import entropy
+from preceptor.objectives.kl import entropy
 from preceptor.objectives.policy_gradient import ppo_clip_loss, reinforce_loss
 from preceptor.objectives.statistics import whiten
 from preceptor.objectives.value import explained_variance, value_loss
-from preceptor.run.device import peak_memory_mib
-from preceptor.run.random import derived_seed
+from preceptor.runs.device import peak_memory_mib
+from preceptor.runs.random import derived_seed
 from preceptor.systems.bandit import baselines
 from preceptor.systems.bandit.config import BanditConfig
 from preceptor.systems.bandit.environment import BanditFamily, EpisodeTables

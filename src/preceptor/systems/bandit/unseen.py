@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from preceptor.lm.model import LanguageModel
-from preceptor.run.random import derived_seed
+from preceptor.runs.random import derived_seed
 from preceptor.systems.bandit import baselines
 from preceptor.systems.bandit.bayes import MAX_HORIZON, best_arm_probabilities, optimal_player
 from preceptor.systems.bandit.environment import BanditFamily, EpisodeTables
@@ -37,7 +37,7 @@ OTHER_PRIORS = ("uniform", "low", "three_in_four", "close")
 """Of Bernoulli bandits."""
 
 TUNED = 0.3
-"""The constant of UCB that does best on two Bernoulli arms with uniform means and 100 rounds."""
+"""c in mean + c √(ln t / n) that does best on two Bernoulli arms with uniform means and 100 rounds; UCB1 has √2."""
 
 UNITS = {
     "regret": "reward",
@@ -156,7 +156,7 @@ def _baseline_players(setup: InContextSetup, family: BanditFamily, tables: Episo
     yield "greedy", "train", baselines.greedy(rewards, generator=generator)
     yield "epsilon_greedy", "train", baselines.epsilon_greedy(rewards, generator=generator)
     yield "ucb1", "train", baselines.ucb1(rewards, generator=generator)
-    yield "ucb1_tuned", "train", baselines.ucb1(rewards, generator=generator, constant=TUNED)
+    yield "ucb1_tuned", "train", baselines.ucb1(rewards, generator=generator, width=TUNED**2)
     yield "uniform", "train", baselines.uniform(rewards, generator=generator)
     is_solvable = family.num_arms == 2 and family.kind == "bernoulli" and num_rounds <= MAX_HORIZON
     if is_solvable and family.beta is not None:

@@ -11,38 +11,38 @@ from preceptor.config import Options
 from preceptor.data.corpora.datasets import Source, source_faults
 
 RULES = {
-    "second_order": "weights move along the change over time of mean + variance of the losses, with a velocity",
-    "learning_progress": "fast minus slow average of the loss: what is being learned now",
+    "second_order": "weights move along the smoothed fall over time of mean + variance of the losses",
+    "learning_progress": "slow minus fast average of the loss: what is being learned now",
     "difficulty": "the loss itself",
     "exp3": "Exp3 with the loss as reward (ODM)",
     "ado": "the slope of a power law fitted to each loss (ADO)",
-    "proportional": "the sizes of the datasets, fixed",
-    "uniform": "all alike, fixed",
+    "proportional": "in proportion to the sizes of the datasets, fixed",
+    "uniform": "equal weights, fixed",
     "static": "given weights, fixed",
 }
 FIXED_RULES = ("proportional", "uniform", "static")
 """Rules that no measurement moves."""
 
 REWARDS = {
-    "repetition": "minus the share of tokens that repeat the token before them (the method's text)",
-    "repeated_bigrams": "minus the share of tokens that complete a pair of tokens seen before",
+    "repetition": "minus the fraction of tokens that repeat the token before them (the method's text)",
+    "repeated_bigrams": "minus the fraction of tokens that complete a bigram seen before",
     "log_likelihood": "log-probability under the rolling frozen model, nats per token",
-    "overlap": "F1 of the tokens with those of the true continuation",
-    "distinct": "distinct pairs of tokens over all pairs",
-    "length": "share of the allowed tokens written before an end",
+    "overlap": "F1 of the tokens with those of the document's own continuation",
+    "distinct": "distinct bigrams over all bigrams",
+    "length": "tokens up to the end token over the tokens allowed",
 }
 ADVANTAGES = {
-    "gae": "generalised advantage estimation with a value network (PPO)",
-    "rloo": "against the other continuations of the prompt",
-    "grpo": "against the group's mean, over its standard deviation",
-    "dr_grpo": "against the group's mean",
+    "gae": "generalized advantage estimation with a value network (PPO)",
+    "rloo": "total reward minus the mean of the prompt's other continuations",
+    "grpo": "total reward minus the group's mean, over its standard deviation",
+    "dr_grpo": "total reward minus the group's mean",
     "reinforce_plus_plus": "the reward to go, whitened over the batch",
 }
 LOSSES = {
-    "clip": "PPO's clipped ratio, asymmetric if asked",
+    "clip": "PPO's clipped ratio; the two bounds may differ",
     "cispo": "REINFORCE with a truncated importance weight",
-    "gspo": "PPO's clip on one ratio a sequence",
-    "reinforce": "no ratio at all",
+    "gspo": "PPO's clip on one ratio per sequence",
+    "reinforce": "no importance ratio",
 }
 KL_PLACES = {
     "none": "no KL to the reference",
@@ -252,7 +252,7 @@ class ValueOptions(Options):
 class UpdateOptions(Options):
     """How the policy learns."""
 
-    steps: int = Field(60, ge=1, description="Number of steps of each arm.")
+    steps: int = Field(60, ge=1, description="Number of steps of each method.")
     batch_tokens: int = Field(1024, ge=1, description="Number of document tokens per step.")
     cross_entropy_weight: float = Field(
         1.0, ge=0, description="Weight of the loss on the documents; 0 is pure PPO, a large one is pretraining."
@@ -296,7 +296,7 @@ class ControlOptions(Options):
     static_grid: Literal["none", "omit", "omit_and_double"] = Field(
         "omit", description="Static mixtures: each dataset left out, and each doubled."
     )
-    frozen_policy: bool = Field(True, description="Add the configured arm at learning rate 0, if it writes rollouts.")
+    frozen_policy: bool = Field(True, description="Add the configured method at learning rate 0, if it has rollouts.")
 
 
 class CurriculumConfig(Options):

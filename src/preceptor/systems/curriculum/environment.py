@@ -131,7 +131,7 @@ def document_losses(
     # One span per row: every token but the first, which nothing predicts.
     log_probs = token_log_probs(lm, rows, spans=[[(1, len(row))] for row in rows], max_tokens=max_tokens)
     losses = iter([-values.mean() for values in log_probs])
-    return [torch.stack([next(losses) for _ in sample]) for sample in samples]
+    return [torch.stack([next(losses) for _ in sample]) for sample in samples]  # per dataset: [rows]
 
 
 # ---- prompts --------------------------------------------------------------------------------------------------------
@@ -154,6 +154,7 @@ def draw_prompts(
 ) -> list[Prompt]:
     """The beginnings of training documents: the dataset is drawn by ``weights``, the document within it uniformly."""
     prompts = []
+    # Here a weight is a fraction of the prompts; for documents it is one of the tokens.
     for dataset in torch.multinomial(weights, num_prompts, replacement=True, generator=generator).tolist():
         corpus = corpora[dataset]
         document = corpus.documents[int(torch.randint(len(corpus.documents), (), generator=generator))]

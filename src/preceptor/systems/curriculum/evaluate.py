@@ -14,7 +14,7 @@ from preceptor.lm.sampling import Sampling
 from preceptor.lm.score import token_log_probs
 from preceptor.objectives.kl import kl_k3
 from preceptor.objectives.statistics import masked_mean
-from preceptor.run.random import derived_seed
+from preceptor.runs.random import derived_seed
 from preceptor.systems.curriculum.environment import Corpus, evenly_spaced_rows
 from preceptor.systems.curriculum.policy import (
     end_token,
@@ -71,6 +71,7 @@ def measure(setup: Setup, state: State, method_step: int) -> None:
 def validation_losses(lm: LanguageModel, corpora: Sequence[Corpus], *, num_rows: int) -> dict[str, float]:
     """Cross-entropy on at most ``num_rows`` held-out rows of each dataset, mean over tokens in nats; no gradient."""
     rows = {corpus.name: evenly_spaced_rows(corpus.validation, num_rows) for corpus in corpora}
+    # All datasets in one call, which batches rows of similar length whatever dataset they come from.
     all_rows = [row for dataset_rows in rows.values() for row in dataset_rows]
     log_probs = iter(token_log_probs(lm, all_rows, spans=[[(1, len(row))] for row in all_rows]))
     losses = {}
@@ -103,6 +104,7 @@ def held_out_rewards(setup: Setup) -> dict[str, float]:
     finite = rewards.finite_rows
     if not finite.any():
         raise NumericError("every reward on held-out prompts is NaN or infinite; look at `ppo.rewards`")
+    # The KL is to the initial model, not to the rolling one: it says how far training has led in all.
     initial_log_probs = rollout_log_probs(setup.initial_model, rollouts, sampling)
     return {
         "reward": float(rewards.total[finite].double().mean()),

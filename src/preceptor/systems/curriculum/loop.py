@@ -26,13 +26,14 @@ from torch import Tensor
 
 from preceptor.config import to_dict
 from preceptor.data.corpora.blocks import pad_blocks
+from preceptor.errors import CheckpointError
 from preceptor.objectives.kl import kl_k1, kl_k3
 from preceptor.objectives.mixture import document_difficulty
 from preceptor.objectives.statistics import masked_mean
 from preceptor.objectives.value import explained_variance
-from preceptor.run.device import peak_memory_mib
-from preceptor.run.export import save_model
-from preceptor.run.random import derived_seed
+from preceptor.runs.device import peak_memory_mib
+from preceptor.runs.export import save_model
+from preceptor.runs.random import derived_seed
 from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.environment import document_losses, draw_prompts
 from preceptor.systems.curriculum.evaluate import evaluate, measure
@@ -50,11 +51,11 @@ from preceptor.systems.curriculum.update import Documents, Experience, autocast,
 from preceptor.systems.curriculum.verify import mixture_row, rollout_rows
 
 if TYPE_CHECKING:
-    from preceptor.run.folder import Run
+    from preceptor.runs.folder import Run
     from preceptor.systems.base import Services
 
 PROGRESS_COLUMNS = {
-    "arm_number": "arm",
+    "arm_number": "method",
     "validation_loss": "validation loss",
     "cross_entropy": "loss",
     "reward": "reward",
@@ -76,8 +77,16 @@ def train(config: CurriculumConfig, run: Run, services: Services) -> dict[str, A
     run.show_progress(len(setup.methods) * steps, PROGRESS_COLUMNS)
     for number, method in enumerate(setup.methods, start=1):
         last_step = number * steps
-        if run.step == last_step - steps:  # neither finished nor resumed halfway
+        if run.step >= last_step:
+            continue
+        # A checkpoint at a method's last step is of that method; the next one begins here, after a resume as well.
+        if run.step == last_step - steps:
             begin_method(setup, state, number)
+        elif state.method != method:
+            raise CheckpointError(
+                f"step {run.step} belongs to {method.name} and the checkpoint to {state.method.name}; "
+                "resume with the `update.steps` that the run was started with"
+            )
         for n in run.loop(last_step, state):
             row = step(setup, state, n)
             if (n - state.steps_before) % config.validation.every == 0 or n == last_step:
@@ -101,7 +110,7 @@ def begin_method(setup: Setup, state: State, number: int) -> None:
     for name, generator in setup.run.streams.items():
         generator.manual_seed(derived_seed(setup.config.seed, name))
     measure(setup, state, 0)
-    setup.run.notice(f"arm {number} of {len(setup.methods)}: {method.name}")
+    setup.run.notice(f"method {number} of {len(setup.methods)}: {method.name}")
 
 
 def step(setup: Setup, state: State, n: int) -> dict[str, Any]:
@@ -117,6 +126,7 @@ def step(setup: Setup, state: State, n: int) -> dict[str, Any]:
     if method.measures_difficulty and (method_step - 1) % config.difficulty.every == 0:
         decision = measure_difficulty(setup, state, n)
         run.record([decision])
+        # Metrics are named after the datasets; the decision has them as lists.
         row["difficulty"] = dict(zip(setup.dataset_names, decision["difficulty"]["mean"], strict=True))
         row["difficulty_variance"] = dict(zip(setup.dataset_names, decision["difficulty"]["variance"], strict=True))
         if decision["fell_back"]:
@@ -145,7 +155,7 @@ def step(setup: Setup, state: State, n: int) -> dict[str, Any]:
     for reason in updated.nonfinite:
         run.notice(state.guard.skip(n, reason))
     row |= updated.metrics
-    if state.kl is not None and experience is not None:
+    if state.kl is not None and experience is not None:  # moves β for the next step
         state.kl.update(row["kl"], num_samples=len(experience.rollouts))
 
     seconds = time.perf_counter() - started

@@ -153,7 +153,7 @@ def _against_uniform(
 def _reward_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     if not rows:
         return {}
-    first, last = rows[0], rows[-1]
+    first, last = rows[0], rows[-1]  # before training and after the last step
     names = [name for name in last if name != "step"]
     gains = {f"{name}_gain": last[name] - first[name] for name in names if name != "kl"}
     return {**{name: last[name] for name in names}, **gains}

@@ -14,9 +14,9 @@ from preceptor.errors import CheckpointError
 from preceptor.lm.model import LanguageModel
 from preceptor.objectives.kl import AdaptiveKLController
 from preceptor.objectives.mixture import make_mixture
-from preceptor.run.guard import NonFiniteGuard
-from preceptor.run.random import derived_seed
-from preceptor.run.state import copy_tensors, load_optimizer, optimizer_state
+from preceptor.runs.guard import NonFiniteGuard
+from preceptor.runs.random import derived_seed
+from preceptor.runs.state import copy_tensors, load_optimizer, optimizer_state
 from preceptor.systems.curriculum.baselines import Method
 from preceptor.systems.curriculum.config import UpdateOptions
 from preceptor.systems.curriculum.result import Outcome
@@ -99,7 +99,7 @@ class State:
                 coefficient=config.ppo.kl_coefficient, target=config.ppo.kl_target, horizon=config.ppo.kl_horizon
             )
         self.guard = NonFiniteGuard()
-        self.sample: list[list[int]] = []
+        self.sample: list[list[int]] = []  # drawn at the first measurement
         self.sample_losses: list[Tensor] = []
         self.tokens_since = torch.zeros(len(setup.corpora), dtype=torch.float64)
         self.best_loss = math.inf
@@ -153,6 +153,7 @@ class State:
                 f"the checkpoint is of the method {state['method']}, this run has {', '.join(by_name)}; "
                 "resume with the same configuration"
             )
+        # Builds the networks and the optimizer that this method has; then everything is overwritten in place.
         self.begin(by_name[state["method"]])
         for name, tensors in self._live_tensors().items():
             copy_tensors(state[name], tensors)
@@ -194,6 +195,7 @@ def build_optimizer(
     learns: bool,
 ) -> torch.optim.Optimizer:
     """AdamW over the policy and the value network, each with its own learning rate; both are 0 unless ``learns``."""
+    # `initial_lr` is what the schedule multiplies at every step.
     groups: list[dict[str, Any]] = [
         {"params": list(lm.trainable_parameters().values()), "initial_lr": options.learning_rate * learns}
     ]
@@ -214,7 +216,7 @@ def learning_rate_scale(step: int, options: UpdateOptions) -> float:
     warm_up = options.warm_up_steps
     if step <= warm_up:
         return step / warm_up
-    done = (step - warm_up - 1) / max(options.steps - warm_up, 1)
+    done = (step - warm_up - 1) / max(options.steps - warm_up, 1)  # of the decay, in [0, 1): the last rate is above 0
     if options.decay == "linear":
         return 1 - done
     return (1 + math.cos(math.pi * done)) / 2 if options.decay == "cosine" else 1.0

@@ -24,7 +24,7 @@ from preceptor.objectives.kl import kl_exact, kl_k2, kl_k3
 from preceptor.objectives.policy_gradient import cispo_loss, clip_fraction, gspo_loss, ppo_clip_loss, reinforce_loss
 from preceptor.objectives.statistics import masked_mean
 from preceptor.objectives.value import value_loss
-from preceptor.run.guard import first_nonfinite
+from preceptor.runs.guard import first_nonfinite
 from preceptor.systems.curriculum.config import PPOOptions
 from preceptor.systems.curriculum.policy import (
     Rollouts,
@@ -158,7 +158,7 @@ def update(setup: Setup, state: State, documents: Documents, experience: Experie
             stopped_early = ppo.kl_early_stop > 0 and kl_from_old_policy > ppo.kl_early_stop
         if (reason := optimizer_step(state, clip_norm=options.clip_norm, sums=sums)) is not None:
             nonfinite.append(reason)
-    if not nonfinite:
+    if not nonfinite:  # ends the guard's count of skipped steps in a row
         state.guard.ok()
     metrics: dict[str, Any] = dict(sums.means())
     if loss_sums[:, 1].sum():
@@ -279,6 +279,7 @@ def accumulate_ppo(
         elif options.aggregation == "token_mean":
             share = part_tokens / num_tokens
         loss = share * policy_loss(log_probs, part, options=options)
+        # The KL is a mean over tokens whatever the aggregation of the policy loss, so β means the same for all.
         if options.kl_place in ("loss_k2", "loss_k3", "loss_exact"):
             if options.kl_place == "loss_exact":
                 kl = kl_exact(distributions, reference_distributions, mask=part_mask)
@@ -286,7 +287,7 @@ def accumulate_ppo(
                 estimate = kl_k2 if options.kl_place == "loss_k2" else kl_k3
                 kl = estimate(log_probs, part.reference_log_probs)
             loss = loss + kl_coefficient * masked_mean(kl, part_mask) * part_tokens / num_tokens
-        (options.weight * loss).backward()
+        (options.weight * loss).backward()  # per part, so that one part's activations are held at a time
         sums.add("policy_loss", loss.detach() / share, share)
         if value_network is not None:
             _accumulate_value(value_network, part, options, share=part_tokens / num_tokens, bf16=bf16, sums=sums)

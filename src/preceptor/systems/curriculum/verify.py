@@ -23,8 +23,8 @@ from preceptor.errors import DataError
 from preceptor.lm.model import LanguageModel
 from preceptor.objectives.mixture import Mixture, make_mixture
 from preceptor.objectives.mixture_rules import Difficulty
-from preceptor.run.metrics import read_jsonl
-from preceptor.run.random import derived_seed
+from preceptor.runs.metrics import read_jsonl
+from preceptor.runs.random import derived_seed
 from preceptor.systems.base import Replayed, Services
 from preceptor.systems.curriculum.baselines import Method, plan_methods
 from preceptor.systems.curriculum.config import CurriculumConfig
@@ -121,7 +121,9 @@ def verify(config: CurriculumConfig, folder: Path, services: Services) -> Iterat
     rows = read_jsonl(folder / "decisions.jsonl")
     for name, method_rows in groupby(rows, key=lambda row: row["arm"]):
         if name not in methods:
-            raise DataError(f"{folder / 'decisions.jsonl'} has the arm {name}, which the configuration does not plan")
+            raise DataError(
+                f"{folder / 'decisions.jsonl'} has the method {name}, which the configuration does not plan"
+            )
         number, method = methods[name]
         yield from _verify_method(
             list(method_rows), method, config, lm, sizes=sizes, steps_before=number * config.update.steps
@@ -155,6 +157,7 @@ def _verify_method(
                     yield Replayed(f"{method.name}, step {step}, weight of {dataset}", recorded, float(weight))
         elif kind == "rollout":
             rollout_group = list(group)
+            # Steps count from 1: the refresh comes at the beginning of step K + 1 of the method.
             refreshed = step - steps_before > config.difficulty.refresh_every
             known_terms = [term for term in terms if not (refreshed and term.name == "log_likelihood")]
             rewards = score_rollouts(rollouts_of(rollout_group), known_terms)

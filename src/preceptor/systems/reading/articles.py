@@ -67,6 +67,7 @@ def load_articles(options: DataOptions, lm: LanguageModel, *, cache_dir: Path) -
     held_out = (
         [read_file(path) for path in article_folder(Path(options.eval_articles))] if options.eval_articles else []
     )
+    # By content, not by name: the same text under two titles is still one article.
     titles = {article.sha256: article.title for article in train}
     for article in held_out:
         if article.sha256 in titles:
@@ -102,13 +103,15 @@ def select_pairs(article: Article, options: DataOptions, lm: LanguageModel, *, n
         DataError: fewer than two pairs are left to read.
     """
     candidates = _cut(article, options, lm)
+    # Tokens of each value; a key without tokens cannot be embedded.
     lengths = {pair.index: len(lm.encode(" " + pair.value)) for pair in candidates if lm.encode(pair.key)}
-    shortest = sorted((index for index, length in lengths.items() if length), key=lambda index: lengths[index])[:3]
+    shortest = sorted((index for index, length in lengths.items() if length), key=lengths.__getitem__)[:3]
     usable = [
         pair
         for pair in candidates
         if 0 < lengths.get(pair.index, 0) <= options.max_value_tokens or pair.index in shortest
     ]
+    # Too short an article gives up probes first, down to a third of it, and then pairs.
     num_probes = options.num_probes
     if len(usable) < (options.num_pairs or 2) + num_probes:
         num_probes = min(num_probes, len(usable) // 3)
@@ -142,6 +145,7 @@ def evenly_spread(total: int, count: int) -> list[int]:
 def _cut(article: Article, options: DataOptions, lm: LanguageModel) -> list[Pair]:
     if options.pairing == "sentences":
         return sentence_pairs(article.text, language=options.language)
+    # Chunks are cut in tokens and go back to text, since the reader may have another vocabulary.
     chunks = chunk_pairs(lm.encode(article.text), key_tokens=options.key_tokens, value_tokens=options.value_tokens)
     return [Pair(index, lm.decode(key), lm.decode(value).strip()) for index, (key, value) in enumerate(chunks)]
 
@@ -244,7 +248,8 @@ def tokenize_article(
     for index, (key, value) in enumerate(zip(keys, values, strict=True)):
         if not key or not value:
             raise DataError(f"pair {index} of {pairs.name} has no tokens for {lm.name}; remove the sentence")
-    text = prompt.replace("{title}", pairs.title)
+    text = prompt.replace("{title}", pairs.title)  # once, so that a title that spells {title} stays as it is
+    # Without a template the prompt is plain text, and queries and values follow one another.
     markers = ChatMarkers.of(lm) if use_chat_template and lm.tokenizer.chat_template else None
     return TokenizedArticle(
         pairs=pairs,

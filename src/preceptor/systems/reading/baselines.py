@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -39,6 +40,7 @@ class OrderScores:
     def values(self, orders: Iterable[Sequence[int]]) -> list[float]:
         """Mean log-probability in nats per value token of each order (a prefix of an order is fine)."""
         keys = [tuple(order) for order in orders]
+        # Asked for, computed or not: a baseline pays the same whichever ran before it.
         self.num_calls += sum(map(len, keys))
         missing = [key for key in dict.fromkeys(keys) if key not in self._values]
         scores = self.reader.score([self.article.reader_sequence(key) for key in missing])
@@ -92,6 +94,7 @@ def baseline_orders(
     document = tuple(range(num_pairs))
     unit_vectors = torch.nn.functional.normalize(key_vectors.double().cpu(), dim=-1)
     similarity = unit_vectors @ unit_vectors.T  # cosine, pairs pairs
+    # Orders that need no reward at all.
     baselines = {
         "random": Baseline(tuple(random_orders(num_pairs, num_orders, generator=generator)), 0),
         "document": Baseline((document,), 0),
@@ -101,27 +104,31 @@ def baseline_orders(
         "mmr": Baseline((maximal_marginal_relevance(similarity),), 0),
     }
 
-    def search(find: Callable[[], Order], *, num_calls: int = 0) -> Baseline:
+    def search(find: Callable[..., Order], *args: Any, num_calls: int = 0) -> Baseline:
         before = scores.num_calls
-        order = find()
+        order = find(scores, *args)
         return Baseline((order,), num_calls + scores.num_calls - before)
 
-    easy = search(lambda: easy_to_hard(scores))
+    # Searches that a user could afford: they ask the reader, and what they ask is counted.
+    easy = search(easy_to_hard)
     candidates = random_orders(num_pairs, best_of, generator=generator)
     baselines |= {
         "easy_to_hard": easy,
         "hard_to_easy": Baseline((easy.orders[0][::-1],), easy.num_calls),
-        "best_of_n": search(lambda: best_order(scores, candidates)),
-        "greedy": search(lambda: beam_search(scores, width=1)),
+        "best_of_n": search(best_order, candidates),
     }
-    beam = baselines["beam"] = search(lambda: beam_search(scores, width=beam_width))
-    # It starts from the beam's order, which it has to pay for too.
-    baselines["local_search"] = search(lambda: local_search(scores, beam.orders[0]), num_calls=beam.num_calls)
+    # Oracles: they maximise the very reward that is reported, and bound what can be reached.
+    greedy, beam = search(beam_search, 1), search(beam_search, beam_width)
+    baselines |= {
+        "greedy": greedy,
+        "beam": beam,
+        # It starts from the beam's order, which it has to pay for too.
+        "local_search": search(local_search, beam.orders[0], num_calls=beam.num_calls),
+    }
     if num_pairs <= EXHAUSTIVE_LIMIT:
-        every_order = itertools.permutations(range(num_pairs))
-        baselines["exhaustive"] = search(lambda: best_order(scores, every_order))
+        baselines["exhaustive"] = search(best_order, itertools.permutations(range(num_pairs)))
     if scores.article.probe:
-        baselines["probe_greedy"] = search(lambda: probe_greedy(scores))
+        baselines["probe_greedy"] = search(probe_greedy)
     return baselines
 
 
@@ -132,38 +139,35 @@ def random_orders(num_pairs: int, count: int, *, generator: torch.Generator) -> 
 
 def nearest_chain(similarity: Float[Tensor, "pairs pairs"]) -> Order:
     """From the first pair, always to the most similar unread key (In-Context Pretraining, arXiv 2310.10638)."""
-    return _grow(
-        similarity, lambda last, _read, rest: max(rest, key=lambda pair: (float(similarity[last, pair]), -pair))
-    )
+    return _grow(lambda read: similarity[read[-1]], 0, len(similarity))
 
 
 def farthest_first(similarity: Float[Tensor, "pairs pairs"]) -> Order:
     """From the first pair, always to the key whose most similar read key is least similar (k-centre traversal)."""
-
-    def choose(_last: int, read: Sequence[int], rest: Sequence[int]) -> int:
-        return min(rest, key=lambda pair: (float(similarity[pair, list(read)].max()), pair))
-
-    return _grow(similarity, choose)
+    return _grow(lambda read: -similarity[:, read].amax(1), 0, len(similarity))
 
 
 def maximal_marginal_relevance(similarity: Float[Tensor, "pairs pairs"], *, relevance_weight: float = 0.5) -> Order:
     """Maximal marginal relevance (Carbonell and Goldstein 1998); relevance is mean similarity to the whole article."""
-    relevance = similarity.mean(1)
+    relevance = relevance_weight * similarity.mean(1)
+    redundancy = (1 - relevance_weight) * similarity  # of each pair to each other one
+    return _grow(lambda read: relevance - redundancy[:, read].amax(1), int(relevance.argmax()), len(similarity))
 
-    def choose(_last: int, read: Sequence[int], rest: Sequence[int]) -> int:
-        def score(pair: int) -> float:
-            redundancy = float(similarity[pair, list(read)].max())
-            return relevance_weight * float(relevance[pair]) - (1 - relevance_weight) * redundancy
 
-        return max(rest, key=lambda pair: (score(pair), -pair))
-
-    return _grow(similarity, choose, first=int(relevance.argmax()))
+def _grow(score: Callable[[list[int]], Float[Tensor, " pairs"]], first: int, num_pairs: int) -> Order:
+    """The order that starts with ``first`` and goes on with the unread pair of the highest ``score(pairs read)``."""
+    order = [first]
+    while len(order) < num_pairs:
+        # What is read gets −inf; among equals argmax takes the earliest pair.
+        scores = score(order).index_fill(0, torch.tensor(order), -torch.inf)
+        order.append(int(scores.argmax()))
+    return tuple(order)
 
 
 def easy_to_hard(scores: OrderScores) -> Order:
     """Values sorted by their log-probability per token when read alone, highest first."""
     alone = scores.values((pair,) for pair in range(scores.article.num_pairs))
-    return tuple(sorted(range(len(alone)), key=lambda pair: -alone[pair]))
+    return tuple(sorted(range(len(alone)), key=alone.__getitem__, reverse=True))
 
 
 def best_order(scores: OrderScores, orders: Iterable[Sequence[int]]) -> Order:
@@ -173,22 +177,24 @@ def best_order(scores: OrderScores, orders: Iterable[Sequence[int]]) -> Order:
     return candidates[max(range(len(candidates)), key=values.__getitem__)]
 
 
-def beam_search(scores: OrderScores, *, width: int) -> Order:
+def beam_search(scores: OrderScores, width: int) -> Order:
     """The best order found by keeping the ``width`` best prefixes; width 1 is greedy.
 
     A prefix is ranked by the summed log-probability of its values minus that of the same values alone, since prefixes
     of one length hold different values, some of them hard wherever they stand.
     """
     num_pairs = scores.article.num_pairs
+    # Totals and not means: prefixes that are compared have different numbers of tokens.
     alone = scores.totals((pair,) for pair in range(num_pairs))
     beams: list[Order] = [()]
     for _ in range(num_pairs):
+        # Every beam grown by every pair that it has not read; the gain of a prefix is over its values alone.
         candidates = [(*beam, pair) for beam in beams for pair in range(num_pairs) if pair not in beam]
         gains = [
             total - sum(alone[pair] for pair in candidate)
             for candidate, total in zip(candidates, scores.totals(candidates), strict=True)
         ]
-        ranked = sorted(range(len(candidates)), key=lambda index: -gains[index])
+        ranked = sorted(range(len(candidates)), key=gains.__getitem__, reverse=True)
         beams = [candidates[index] for index in ranked[:width]]
     return beams[0]
 
@@ -207,7 +213,7 @@ def local_search(scores: OrderScores, start: Order, *, max_rounds: int = 20) -> 
 def _neighbours(order: Order) -> list[Order]:
     """Every order that is one move or one swap away, without duplicates."""
     neighbours = []
-    for first, second in itertools.permutations(range(len(order)), 2):
+    for first, second in itertools.permutations(range(len(order)), 2):  # places in the order, not pairs
         moved = list(order)
         moved.insert(second, moved.pop(first))
         neighbours.append(tuple(moved))
@@ -230,12 +236,3 @@ def probe_greedy(scores: OrderScores) -> Order:
         gains = [float(each.log_probs[-1].double().mean()) for each in scores.reader.score(sequences)]
         order = (*order, rest[max(range(len(rest)), key=gains.__getitem__)])
     return order
-
-
-def _grow(similarity: Tensor, choose: Callable[[int, Sequence[int], Sequence[int]], int], *, first: int = 0) -> Order:
-    """The order that starts with ``first`` and goes on with ``choose(last pair, pairs read, pairs left)``."""
-    order = [first]
-    while len(order) < len(similarity):
-        rest = [pair for pair in range(len(similarity)) if pair not in order]
-        order.append(choose(order[-1], order, rest))
-    return tuple(order)

@@ -125,6 +125,9 @@ class SelectionOptions(Options):
     text_model: str = Field(
         "", description="Model of the openai or sentence_transformers embedder; empty is its default."
     )
+    text_dimension: int = Field(
+        0, ge=0, description="Components of its vectors; 0 is OpenAI's own choice, other models must say it."
+    )
     base_url: str = Field(
         "", description="Address of the openai embedder's service; empty is OPENAI_BASE_URL or OpenAI's own."
     )

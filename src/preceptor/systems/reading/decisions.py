@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from preceptor.systems.reading.articles import Span, TokenSequence
+from preceptor.systems.reading.articles import Kind, TokenSequence
 from preceptor.systems.reading.environment import Trajectories
 from preceptor.systems.reading.policy import Policy
 from preceptor.systems.reading.rewards import SequenceScores
@@ -48,16 +48,22 @@ def decision_rows(
     kept_mask = torch.ones(len(trajectories), dtype=torch.bool) if kept_mask is None else kept_mask
     rows = []
     for index, sequence in enumerate(trajectories.policy_sequences()):
+        # The names of these keys are part of the run folder's format.
         row = {
             "step": step,
             "episode": first_episode + index,
             "arm": methods[index],
             "article": trajectories.article.name,
             "policy_token_ids": list(sequence.tokens),
-            "policy_spans": _policy_spans(sequence, trajectories.query_log_probs[index]),
+            "policy_spans": _span_rows(sequence, ["query"], sampled_log_probs=trajectories.query_log_probs[index]),
             "texts": [policy.lm.decode(sequence.tokens[span.start : span.end]) for span in sequence.spans],
             "reader_token_ids": list(scores[index].sequence.tokens),
-            "reader_spans": _reader_spans(scores[index], reference_scores[index] if reference_scores else None),
+            "reader_spans": _span_rows(
+                scores[index].sequence,
+                ["value", "probe"],
+                log_probs=scores[index].log_probs,
+                reference_log_probs=reference_scores[index].log_probs if reference_scores else (),
+            ),
             "temperature": policy.temperature,
             "order_imposed": order_imposed,
             "selection_probabilities": trajectories.selection_log_probs[index].double().exp().tolist(),
@@ -65,30 +71,23 @@ def decision_rows(
             "normalised_reward": float(normalised_rewards[index]),
             "passed": bool(kept_mask[index]),
         }
+        # Needed to recompute the reward where normalisation subtracts the score after these queries.
         if trajectories.initial_queries is not None:
             row["reference_query_token_ids"] = trajectories.initial_queries[index].tolist()
         rows.append(row)
     return rows
 
 
-def _policy_spans(sequence: TokenSequence, query_log_probs: Float[Tensor, "step token"]) -> list[dict[str, Any]]:
-    rows = [_span(span) for span in sequence.spans]
-    queries = [row for row in rows if row["kind"] == "query"]
-    for row, log_probs in zip(queries, query_log_probs.double().tolist(), strict=True):
-        row["sampled_log_probs"] = log_probs
+def _span_rows(
+    sequence: TokenSequence, kinds: Sequence[Kind], **columns: Iterable[Float[Tensor, " token"]]
+) -> list[dict[str, Any]]:
+    """One row per span; the numbers of each column go, in order, to the spans of these kinds."""
+    rows: list[dict[str, Any]] = [
+        {"kind": span.kind, "start": span.start, "end": span.end, "pair": None if span.pair < 0 else span.pair}
+        for span in sequence.spans
+    ]
+    for name, tensors in columns.items():
+        # A column without numbers (there is no reference) leaves its key out.
+        for row, numbers in zip((row for row in rows if row["kind"] in kinds), tensors, strict=False):
+            row[name] = numbers.double().tolist()
     return rows
-
-
-def _reader_spans(scores: SequenceScores, reference: SequenceScores | None) -> list[dict[str, Any]]:
-    rows = [_span(span) for span in scores.sequence.spans]
-    scored = [row for row in rows if row["kind"] in ("value", "probe")]
-    for row, log_probs in zip(scored, scores.log_probs, strict=True):
-        row["log_probs"] = log_probs.double().tolist()
-    if reference is not None:
-        for row, log_probs in zip(scored, reference.log_probs, strict=False):
-            row["reference_log_probs"] = log_probs.double().tolist()
-    return rows
-
-
-def _span(span: Span) -> dict[str, Any]:
-    return {"kind": span.kind, "start": span.start, "end": span.end, "pair": None if span.pair < 0 else span.pair}

@@ -118,6 +118,7 @@ def run_episodes(
     """
     check_budget(policy.lm.context_length, article, budget=budget, query_tokens=query_tokens)
     device, markers = policy.lm.device, article.chat_markers
+    # Greedy by temperature 0, under the same truncation and suppressed tokens.
     sampling = replace(policy.sampling, temperature=0.0) if greedy else policy.sampling
     decoder = _after_prompt(policy, article, num_episodes)
     initial_decoder = None if initial_policy is None else _after_prompt(initial_policy, article, num_episodes)
@@ -140,12 +141,13 @@ def run_episodes(
             vectors, keys.vectors, available_mask=available, temperature=policy.temperature
         )
         if orders is not None:
+            # The probabilities that are recorded stay the policy's own.
             pair = torch.tensor([order[step] for order in orders], device=device)
         else:
             pair = selection.argmax(-1) if greedy else draw(selection, generators["selection"])
         steps.append((query.tokens, query.log_probs, query.entropy, vectors, pair, available, selection))
 
-        available = available.scatter(1, pair[:, None], False)
+        available = available.scatter(1, pair[:, None], False)  # a new tensor: the old one is recorded
         if step + 1 < budget:  # the last value is never followed by a query
             values = [[*markers.before_value, *article.values[i], *markers.before_query] for i in pair.tolist()]
             decoder.append(values)
@@ -192,11 +194,13 @@ def check_budget(
             f"`episode.budget` must lie in 1..{num_pairs} for {article.name}, which has {num_pairs} pairs, got {budget}"
         )
     prompt = len(article.prompt) - len(markers.before_query)  # the prompt has opened the first query already
+    # Longest values first: whichever pairs an episode chooses, they fit.
     values, fitting = 0, 0
     for length in sorted((len(value) for value in article.values), reverse=True):
         values += length
         queries = (fitting + 1) * (query_tokens + len(markers.before_value) + len(markers.before_query))
         with_queries = prompt + queries + values + len(article.probe) * probe_after_queries
+        # The policy's sequence, and the reader's: a begin token, the values alone, and the probe.
         if max(with_queries, 1 + values + len(article.probe)) > context_length:
             break
         fitting += 1

@@ -83,6 +83,7 @@ def evaluate_article(
     """
     options, reader, article = setup.config.evaluation, setup.reader, setup.articles[name]
     scores = OrderScores(reader, reader.article(article))
+    # By default best-of-N may ask the reader as often as training the policy did.
     baselines = baseline_orders(
         scores,
         setup.keys[name].vectors,
@@ -119,6 +120,7 @@ def evaluate_article(
     learned, initial = (tuple(map(tuple, trajectories.order.tolist())) for _, _, trajectories in groups[:2])
     methods = {"learned": Baseline(learned, learned_calls), "untrained": Baseline(initial, 0), **baselines}
 
+    # What the orders are worth in a context that holds the queries, by method and episode.
     with_queries: dict[str, list[float]] = {}
     for names, _, trajectories in groups:
         rewards = value_rewards(reader.score(reader_sequences(reader, trajectories, context="queries"))).total
@@ -126,6 +128,7 @@ def evaluate_article(
             with_queries.setdefault(method, []).append(reward)
     records = _records(setup, scores, methods, with_queries)
 
+    # The first episodes of each method, scored as the orders were: the values alone, then the probe.
     decisions: list[dict[str, Any]] = []
     num_recorded: Counter[str] = Counter()
     for names, policy, trajectories in groups:
@@ -152,6 +155,7 @@ def _records(
 ) -> list[dict[str, Any]]:
     """The metrics of each method on the article of ``scores``; gains are over the mean of the random orders."""
     options, article = setup.config.evaluation, scores.article
+    # Exact repetitions cost nothing: each order is scored once.
     random_values = scores.values(methods["random"].orders)
     values = {method: _mean(scores.values(each.orders)) for method, each in methods.items()}
     curves = {}
@@ -159,6 +163,7 @@ def _records(
         for method, each in methods.items():
             some = each.orders[: options.num_episodes]
             curves[method] = torch.stack([scores.curve(order) for order in some]).mean(0)  # after 0, 1, … pairs
+    # The selection gain compares the probe after a part of the pairs: later all methods have read the same.
     budget = min(options.selection_budget or article.num_pairs // 2, article.num_pairs)
     records = []
     for method, each in methods.items():
@@ -173,7 +178,7 @@ def _records(
             "random_percentile": percentile_among(values[method], random_values),
             "model_calls": float(each.num_calls),
         }
-        if curves:
+        if curves:  # an article without a probe has neither metric
             record["selection_gain"] = float(curves[method][budget] - curves["random"][budget])
             record["progress_auc"] = float(_area(curves[method]) - _area(curves["random"]))
         records.append(record)
@@ -227,6 +232,7 @@ class GapMeter:
             )
             gains += _mean(scores.values(trajectories.order.tolist())) - random_value
             gaps += oracle_value - random_value
+        # A ratio of sums: an article whose orders hardly differ weighs as little as its gap.
         return gains / gaps if gaps > 0 else None
 
     def _reference(self, name: str) -> tuple[OrderScores, float, float]:
@@ -236,7 +242,7 @@ class GapMeter:
             scores = OrderScores(self._setup.reader, self._setup.reader.article(article))
             generator = torch.Generator().manual_seed(self._seed)
             orders = random_orders(article.num_pairs, options.num_orders, generator=generator)
-            oracle = local_search(scores, beam_search(scores, width=options.beam_width))
+            oracle = local_search(scores, beam_search(scores, options.beam_width))
             self._references[name] = (scores, _mean(scores.values(orders)), scores.values([oracle])[0])
         return self._references[name]
 

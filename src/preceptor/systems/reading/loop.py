@@ -23,13 +23,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from preceptor.config import to_dict
-from preceptor.lm.load import save_language_model
 from preceptor.objectives.filters import above_standard_deviations, best_fraction, everything
 from preceptor.objectives.selection import relative_selection_entropy
 from preceptor.objectives.statistics import RunningMoments
-from preceptor.run.device import peak_memory_mib
-from preceptor.run.guard import guarded_step
-from preceptor.run.random import derived_seed
+from preceptor.runs.device import peak_memory_mib
+from preceptor.runs.export import MODEL, save_model
+from preceptor.runs.guard import guarded_step
+from preceptor.runs.random import derived_seed
 from preceptor.systems.reading.config import ReadingConfig, UpdateOptions
 from preceptor.systems.reading.decisions import decision_rows
 from preceptor.systems.reading.environment import Trajectories, run_episodes
@@ -41,7 +41,7 @@ from preceptor.systems.reading.setup import Setup, prepare
 from preceptor.systems.reading.state import State
 
 if TYPE_CHECKING:
-    from preceptor.run.folder import Run
+    from preceptor.runs.folder import Run
     from preceptor.systems.base import Services
 
 PROGRESS_COLUMNS = {
@@ -66,9 +66,11 @@ def train(config: ReadingConfig, run: Run, services: Services, *, setup: Setup |
     setup = setup or prepare(config, run, services)
     state = State(setup.policy, setup.initial_policy.lm, config.update)
     meter = GapMeter(setup, seed=derived_seed(config.seed, "gap meter"))
+    # The meter draws its random orders from a seed of its own, so that measuring on the way changes nothing.
     num_steps, every = config.update.steps, config.evaluation.every
     for number in run.loop(num_steps, state, columns=PROGRESS_COLUMNS):
         row = step(setup, state, number)
+        # A snapshot is refreshed before the checkpoint of this step, which holds it.
         state.refresh_reference_model(number)
         if every and (number % every == 0 or number == num_steps):
             row["gap_closed_train"] = meter.measure(setup.generators("evaluation_"))
@@ -76,8 +78,9 @@ def train(config: ReadingConfig, run: Run, services: Services, *, setup: Setup |
         for warning in state.collapse.warnings(number, row):
             run.notice(warning)
     records = evaluate(setup, state)
-    save_language_model(setup.policy.lm, run.path / "model")
-    save_selection(run.path / "model", setup.policy, setup.keys, config.selection)
+    save_model(setup.policy.lm.model, setup.policy.lm.tokenizer, run.path / MODEL)
+    save_selection(run.path / MODEL, setup.policy, setup.keys, config.selection)
+    # The order that the policy would read each article in if nothing were left to chance.
     return {
         **result(records, config=to_dict(config), seeds=[config.seed]),
         "order": {name: greedy_order(setup, name) for name in setup.articles},
@@ -118,15 +121,17 @@ def step(setup: Setup, state: State, number: int) -> dict[str, Any]:
     if reward.pair_baseline and reward.kind == "values" and reward.credit == "following":
         step_rewards = state.pair_baseline.subtract(name, trajectories.order, batch.scores, rewards)
     if config.shuffle_rewards:
+        # The control in which rewards say nothing about the episodes that earned them.
         shuffled = torch.randperm(len(trajectories), generator=run.streams["shuffle"])
         step_rewards, rewards = step_rewards[shuffled], rewards.at(shuffled)
     state.num_scored_values += trajectories.order.numel()
 
     # 4. Trajectories that the filter keeps, and the advantage of each step.
+    # A reward that is NaN or infinite is left out and counted; it never reaches a mean.
     usable_mask = rewards.total.isfinite() & step_rewards.isfinite().all(1)
     state.num_rewards_excluded += int((~usable_mask).sum())
     kept_mask = usable_mask & _filter(rewards.total, update, state.moments)
-    state.moments.update(rewards.total)
+    state.moments.update(rewards.total)  # after the filter: a batch is not measured against itself
     advantages = step_advantages(
         step_rewards,
         usable_mask=usable_mask,
@@ -207,6 +212,7 @@ def optimizer_step(
     The step is skipped, with a notice, if no reward or not every gradient is finite (the norm is then NaN), and left
     out if the filter kept nothing (0).
     """
+    # Nothing was accumulated in either case below, so there is no gradient to clear.
     if not usable_mask.any():
         setup.run.notice(state.guard.skip(number, "every reward of the batch is NaN or infinite"))
         return float("nan")
@@ -236,6 +242,7 @@ def evaluate(setup: Setup, state: State) -> list[dict[str, Any]]:
             generators=setup.generators("evaluation_"),
             first_episode=first_episode,
         )
+        # Numbered on from the training episodes; a resumed run measures again from here and writes the same rows.
         first_episode += len(evaluation.decisions)
         records += evaluation.records
         run.record(evaluation.decisions)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -13,13 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from preceptor.data.embedders.base import TextEmbedder
 from preceptor.errors import ModelError
 from preceptor.lm.embedding import MODEL_EMBEDDINGS, ModelEmbedding, key_vectors
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.systems.reading.articles import TokenizedArticle
 from preceptor.systems.reading.config import SelectionOptions
+
+if TYPE_CHECKING:
+    from preceptor.data.embedders.base import TextEmbedder
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class Policy:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter that an update may move, by name: ``model.…`` and ``projection.…``."""
+        # An adapter's frozen base and a frozen model have none.
         named = {f"model.{name}": parameter for name, parameter in self.lm.trainable_parameters().items()}
         if self.projection is not None:
             named |= {f"projection.{name}": parameter for name, parameter in self.projection.named_parameters()}
@@ -99,6 +103,7 @@ class Policy:
             assert self.text_embedder is not None
             vectors = self.text_embedder.embed(article.pairs.keys).to(self.lm.device)
             version = self.text_embedder.version
+        # States crowd around their mean (cosines of 0.95 to 0.98); without it their differences remain.
         centre = vectors.mean(0) if self.centre else torch.zeros_like(vectors[0])
         return Keys(vectors=vectors - centre, centre=centre, version=version)
 
@@ -117,10 +122,12 @@ class Policy:
             vectors = self.embedding.queries(captured).mean(-2)  # *batch dimension
         else:
             assert self.text_embedder is not None
+            # No gradient: a text embedder sees what the query says, not how it was computed.
             texts = [self.lm.decode(query) for query in queries.flatten(0, -2).tolist()]
             # No embedder takes an empty text; a full stop stands for a query of spaces.
             vectors = self.text_embedder.embed([text if text.strip() else "." for text in texts])
             vectors = vectors.to(self.lm.device).unflatten(0, queries.shape[:-1])
+        # Centred before the projection, so that the identity gives the selection of the untrained policy.
         vectors = vectors - keys.centre
         return vectors if self.projection is None else self.projection(vectors)
 
@@ -149,6 +156,7 @@ def save_selection(folder: Path, policy: Policy, keys: Mapping[str, Keys], optio
         options: which embedder ``policy`` uses, and at which layer.
     """
     tensors = {} if policy.projection is None else {"projection": policy.projection.weight.detach()}
+    # Numbered: an article's title may hold anything, a tensor's name should not.
     for index, each in enumerate(keys.values()):
         tensors |= {f"keys.{index}": each.vectors, f"centre.{index}": each.centre}
     description = {
@@ -190,6 +198,7 @@ def load_policy(
         raise ModelError(
             f"the selection in {folder} cannot be loaded ({error}); give the folder `model` of a finished reading run"
         ) from error
+    # The model's own embedding is built anew on the loaded model; an outside embedder has to be given.
     is_own = embedder in MODEL_EMBEDDINGS
     if not is_own and text_embedder is None:
         raise ModelError(f"the selection in {folder} used the embedder '{embedder}'; give it as `text_embedder`")

@@ -20,6 +20,7 @@ from preceptor.systems.reading.articles import TokenizedArticle, TokenSequence
 from preceptor.systems.reading.environment import Trajectories
 
 Context = Literal["values", "queries"]
+CONTEXTS: tuple[Context, ...] = ("values", "queries")
 Branch = tuple[int, Sequence[int], int]
 """Where a continuation starts, its tokens, and how many of them are given rather than scored."""
 
@@ -83,6 +84,7 @@ class LanguageModelReader:
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[SequenceScores]:
         spans = [sequence.ranges("value", "probe") for sequence in sequences]
+        # One tensor per sequence, the scored tokens of all its spans one after another.
         log_probs = token_log_probs(self.lm, [sequence.tokens for sequence in sequences], spans=spans)
         return [
             SequenceScores(sequence, scores.split([end - start for start, end in ranges]))
@@ -117,6 +119,7 @@ def probe_curve(reader: Reader, article: TokenizedArticle, order: Sequence[int])
     if not article.probe:
         raise DataError(f"{article.name} has no probe sentences; set data.num_probes to at least 1")
     sequence = article.reader_sequence(order)
+    # The first branch grows out of the begin token alone: nothing has been read yet.
     ends = [1, *(end for _, end in sequence.ranges("value"))]
     branches = [(end, article.probe, 0) for end in ends]
     return torch.stack([log_probs.mean() for log_probs in reader.branches(sequence, branches)])
@@ -141,6 +144,7 @@ def scores_after_initial_queries(
     ):
         branches: list[Branch] = []
         for (start, _), pair, query in zip(sequence.ranges("query"), order, queries, strict=True):
+            # The branch starts where the policy's own query stands; the other query is given, the value is scored.
             given = (*reader.query_tokens(query), *article.chat_markers.before_value)
             branches.append((start, (*given, *article.values[pair]), len(given)))
         scores.append(SequenceScores(sequence, tuple(reader.branches(sequence, branches))))
@@ -216,11 +220,11 @@ def batch_rewards(
         normalisation: what is subtracted.
     """
     probe = kind == "probe"
-
-    def scores_in(each: Context) -> list[SequenceScores]:
-        return reader.score(reader_sequences(reader, trajectories, context=each, with_probe=probe and each == context))
-
-    contexts = {"values": scores_in("values"), "queries": scores_in("queries")}
+    # Both contexts are always measured: a reward that sees the queries pays for their text before it pays for order.
+    contexts = {
+        each: reader.score(reader_sequences(reader, trajectories, context=each, with_probe=probe and each == context))
+        for each in CONTEXTS
+    }
     scores, measure = contexts[context], probe_rewards if probe else value_rewards
     raw, reference = measure(scores), None
     if normalisation == "untrained_query":
@@ -241,14 +245,14 @@ def batch_rewards(
 
 def value_rewards(scores: Sequence[SequenceScores]) -> Rewards:
     """Rewards from value log-probabilities; the probe, where a sequence has one, is left out."""
-    sums, counts = _value_sums(scores)
-    step_rewards = sums / counts.sum(1, keepdim=True)
+    sums, counts = _value_sums(scores)  # batch step
+    step_rewards = sums / counts.sum(1, keepdim=True)  # over the tokens of the whole trajectory
     return Rewards(step_rewards, position_means=sums / counts, total=step_rewards.sum(1))
 
 
 def probe_rewards(scores: Sequence[SequenceScores]) -> Rewards:
     """Mean log-probability per probe token after everything was read, earned at the last step."""
-    total = torch.stack([each.log_probs[-1].mean() for each in scores])
+    total = torch.stack([each.log_probs[-1].mean() for each in scores])  # the probe's span is the last
     values = value_rewards(scores)
     step_rewards = torch.zeros_like(values.step_rewards)
     step_rewards[:, -1] = total
@@ -261,6 +265,7 @@ def _value_sums(scores: Sequence[SequenceScores]) -> tuple[Float[Tensor, "batch 
     for each in scores:
         # The log-probabilities of a probe come last, so those of the values are the first ones.
         values = each.log_probs[: len(each.sequence.ranges("value"))]
+        # Summed in float64: the sums of two orders differ by little.
         sums.append([float(log_probs.double().sum()) for log_probs in values])
         counts.append([len(log_probs) for log_probs in values])
     return torch.tensor(sums), torch.tensor(counts, dtype=torch.float32)
@@ -293,7 +298,7 @@ class PairBaseline:
         """
         self._update(article, order, rewards)
         means = self._means[article]
-        expected = torch.tensor([[means.get(pair, math.nan) for pair in row] for row in order.tolist()])
+        expected = torch.tensor([[means.get(pair, math.nan) for pair in row] for row in order.tolist()])  # batch step
         _, counts = _value_sums(scores)
         # A mean per token, times the step's share of the trajectory's value tokens: the unit of a step reward.
         return rewards.step_rewards - expected * counts / counts.sum(1, keepdim=True)
@@ -306,7 +311,7 @@ class PairBaseline:
             if len(values) == 0:
                 continue
             batch_mean = float(values.double().mean())
-            old = means.get(pair, batch_mean)
+            old = means.get(pair, batch_mean)  # the first batch is taken as it is
             means[pair] = self._decay * old + (1 - self._decay) * batch_mean
 
     def state_dict(self) -> dict[str, dict[int, float]]:
@@ -336,12 +341,14 @@ def step_advantages(
             of all trajectories so far (``moments``, of whole-trajectory sums).
         moments: running moments of trajectory sums; used by ``running_mean``.
     """
+    # A row that is not usable stays 0 and is no part of any baseline, so that one NaN spoils nothing else.
     advantages = torch.zeros_like(step_rewards)
     if not usable_mask.any():
         return advantages
     usable = step_rewards[usable_mask]
     returns = reward_to_go(usable, torch.ones_like(usable, dtype=torch.bool))  # usable step
     if credit == "trajectory":
+        # The return of the first step is that of the whole trajectory.
         returns = returns[:, :1].expand_as(returns)
     if advantage == "leave_one_out":
         advantages[usable_mask] = leave_one_out(returns)

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from preceptor.data.embedders.base import TextEmbedder
 from preceptor.errors import ConfigError
 from preceptor.lm.embedding import MODEL_EMBEDDINGS
 from preceptor.lm.load import Adapter, load_language_model
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.objectives.selection import calibrated_temperature
-from preceptor.run.device import parse_dtype
-from preceptor.run.files import replace_file
-from preceptor.run.strict_json import row_json
+from preceptor.runs.device import parse_dtype
+from preceptor.runs.files import replace_file
+from preceptor.runs.strict_json import row_json
 from preceptor.systems.reading.articles import ArticlePairs, TokenizedArticle, load_articles, tokenize_article
 from preceptor.systems.reading.config import ModelOptions, ReadingConfig
 from preceptor.systems.reading.environment import check_budget, run_episodes
@@ -26,7 +25,8 @@ from preceptor.systems.reading.policy import Keys, Policy, identity_projection
 from preceptor.systems.reading.rewards import LanguageModelReader, Reader
 
 if TYPE_CHECKING:
-    from preceptor.run.folder import Run
+    from preceptor.data.embedders.base import TextEmbedder
+    from preceptor.runs.folder import Run
     from preceptor.systems.base import Services
 
 CALIBRATION_ARTICLES = 8
@@ -92,23 +92,26 @@ def prepare(config: ReadingConfig, run: Run, services: Services) -> Setup:
         temperature=config.episode.temperature,
         top_k=config.episode.top_k,
         top_p=config.episode.top_p,
+        # A control token inside a query could end a turn or a text.
         suppressed=tuple(token for token in lm.special_tokens if token < lm.vocab_size),
     )
     text_embedder = _text_embedder(config, services, run.device)
 
-    def policy_of(model: LanguageModel) -> Policy:
-        own = (
-            None
-            if text_embedder is not None
-            else MODEL_EMBEDDINGS[config.selection.embedder](model, layer=config.selection.layer)
+    selection = config.selection
+    policy, initial_policy = (
+        Policy(
+            model,
+            sampling=sampling,
+            embedding=MODEL_EMBEDDINGS[selection.embedder](model, layer=selection.layer)
+            if text_embedder is None
+            else None,
+            text_embedder=text_embedder,
+            centre=selection.centre,
         )
-        return Policy(
-            model, sampling=sampling, embedding=own, text_embedder=text_embedder, centre=config.selection.centre
-        )
-
-    policy, initial_policy = policy_of(lm), policy_of(initial_lm)
+        for model in (lm, initial_lm)
+    )
     keys = {name: initial_policy.embed_keys(article) for name, article in articles.items()}
-    if config.selection.projection:
+    if selection.projection:  # the initial policy has none: its selection is that of the identity
         policy.projection = identity_projection(keys[train[0]].vectors.shape[1], device=lm.device)
 
     # The reader: the initial model, the policy as it learns, or another model with its own tokens.
@@ -132,7 +135,7 @@ def prepare(config: ReadingConfig, run: Run, services: Services) -> Setup:
         train=train,
         held_out=tuple(each.name for each in pairs.held_out),
     )
-    policy.temperature = initial_policy.temperature = config.selection.temperature or calibrate(setup)
+    policy.temperature = initial_policy.temperature = selection.temperature or calibrate(setup)
     replace_file(run.path / "articles.json", row_json(_articles_json(setup)) + "\n")
     return setup
 
@@ -156,6 +159,7 @@ def calibrate(setup: Setup) -> float:
     logarithms = []
     for name in setup.train[:CALIBRATION_ARTICLES]:
         keys = setup.keys[name]
+        # One step is enough: every key is still available, and the temperature does not change what queries are drawn.
         trajectories = run_episodes(
             setup.initial_policy,
             setup.articles[name],
@@ -171,7 +175,7 @@ def calibrate(setup: Setup) -> float:
             available_mask=trajectories.available_mask[:, 0],
             target_fraction=setup.config.selection.entropy_fraction,
         )
-        logarithms.append(math.log(temperature))
+        logarithms.append(math.log(temperature))  # temperatures act as factors, so the mean is geometric
     return math.exp(sum(logarithms) / len(logarithms))
 
 
@@ -187,6 +191,7 @@ def _check_budgets(
         "query_tokens": config.episode.query_tokens,
         "probe_after_queries": config.reward.kind == "probe" and config.reward.context == "queries",
     }
+    # Every article is refused here, before the first update, and not when its turn comes.
     for name, article in articles.items():
         check_budget(context_length, article, budget=article.num_pairs, **lengths)
         if name in train and config.episode.budget:
@@ -198,6 +203,7 @@ def _text_embedder(config: ReadingConfig, services: Services, device: torch.devi
     options = config.selection
     named: dict[str, Any] = {"model": options.text_model} if options.text_model else {}
     if options.embedder == "openai":
+        # Imported only where they are used: both need a package that few runs need.
         from preceptor.data.embedders.openai import OpenAIEmbedder
 
         if not services.openai_api_key:
@@ -206,6 +212,7 @@ def _text_embedder(config: ReadingConfig, services: Services, device: torch.devi
             **named,
             api_key=services.openai_api_key,
             base_url=options.base_url or services.openai_base_url,
+            dimensions=options.text_dimension or None,
             cache_dir=services.cache_dir / "embeddings",
             max_usd=options.max_usd,
         )

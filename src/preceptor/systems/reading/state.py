@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from preceptor.lm.model import LanguageModel
 from preceptor.objectives.statistics import RunningMoments
-from preceptor.run.guard import NonFiniteGuard
-from preceptor.run.state import copy_tensors, load_optimizer, optimizer_state
+from preceptor.runs.guard import NonFiniteGuard
+from preceptor.runs.state import copy_tensors, load_optimizer, optimizer_state
 from preceptor.systems.reading.config import UpdateOptions
 from preceptor.systems.reading.policy import Policy
 from preceptor.systems.reading.rewards import PairBaseline
@@ -40,12 +40,14 @@ class State:
     """
 
     def __init__(self, policy: Policy, initial_lm: LanguageModel, update: UpdateOptions) -> None:
+        # The order of `parameters` and of the optimizer's groups is the same in every run of one configuration.
         self.parameters = policy.parameters()
         self.optimizer = build_optimizer(policy, update)
         self._policy_lm = policy.lm
         self._snapshot_every = update.snapshot_every if update.kl_reference == "snapshot" else 0
         self.reference_model: LanguageModel | None = None
         if update.value_kl_coefficient or update.query_kl_coefficient:
+            # A snapshot is refreshed and so needs weights of its own; the initial model is frozen already.
             self.reference_model = policy.lm.frozen_copy() if self._snapshot_every else initial_lm
         self.moments = RunningMoments()
         self.pair_baseline = PairBaseline()
@@ -89,6 +91,7 @@ class State:
         Raises:
             CheckpointError: it is the state of another model or optimizer.
         """
+        # Copied in place: the optimizer and the decoder hold these very tensors.
         copy_tensors(state["policy"], self.parameters)
         copy_tensors(state["snapshot"], self._snapshot())
         load_optimizer(self.optimizer, state["optimizer"])
@@ -112,6 +115,7 @@ def build_optimizer(policy: Policy, update: UpdateOptions) -> torch.optim.Optimi
     groups: list[dict[str, Any]] = [
         {"params": list(policy.lm.trainable_parameters().values()), "lr": update.learning_rate}
     ]
+    # The projection starts at the identity and may move faster than the language model.
     if policy.projection is not None:
         groups.append({"params": list(policy.projection.parameters()), "lr": update.projection_learning_rate})
     if update.optimizer == "adamw":
@@ -127,25 +131,14 @@ FLOOR = 0.01
 PATIENCE = 5
 """Updates in a row before a warning is printed."""
 
-SIGNS: dict[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
-    "query_entropy": (
-        lambda row: row["query_entropy"] < FLOOR * row["query_entropy_maximum"],
-        "the queries have collapsed: their entropy is under 1 % of its maximum; raise update.query_kl_coefficient or "
-        "update.query_entropy_coefficient, or lower update.learning_rate",
-    ),
-    "selection_entropy": (
-        lambda row: row["selection_entropy"] < FLOOR,
-        "the selection has collapsed: its entropy is under 1 % of ln(remaining), so nothing is explored; lower "
-        "update.projection_learning_rate or raise selection.temperature",
-    ),
-    "gradient": (
-        lambda row: row["gradient_norm"] == 0.0,
-        "no gradient reaches the policy: its norm is exactly 0; look at passed_fraction and the rewards' spread",
-    ),
-    "filter": (
-        lambda row: row["passed_fraction"] == 0.0,
-        "no trajectory passes the filter; lower update.filter_standard_deviations or use another reward_filter",
-    ),
+SIGNS = {
+    "query_entropy": "the queries have collapsed: their entropy is under 1 % of its maximum; raise "
+    "update.query_kl_coefficient or update.query_entropy_coefficient, or lower update.learning_rate",
+    "selection_entropy": "the selection has collapsed: its entropy is under 1 % of ln(remaining), so nothing is "
+    "explored; lower update.projection_learning_rate or raise selection.temperature",
+    "gradient": "no gradient reaches the policy: its norm is exactly 0; look at passed_fraction and at how much the "
+    "rewards differ",
+    "filter": "no trajectory passes the filter; lower update.filter_standard_deviations or use another reward_filter",
 }
 
 
@@ -157,16 +150,20 @@ class CollapseWatch:
 
     def warnings(self, step: int, row: Mapping[str, Any]) -> list[str]:
         """Warnings after update ``step`` with metrics ``row``: one when a sign has persisted, one when it has gone."""
+        present = {
+            "query_entropy": row["query_entropy"] < FLOOR * row["query_entropy_maximum"],
+            "selection_entropy": row["selection_entropy"] < FLOOR,  # already a share of its maximum
+            "gradient": row["gradient_norm"] == 0.0,  # NaN, of a skipped step, is no sign
+            "filter": row["passed_fraction"] == 0.0,
+        }
         texts = []
-        for sign, (shows, text) in SIGNS.items():
-            if shows(row):
-                self._in_a_row[sign] += 1
-                if self._in_a_row[sign] == PATIENCE:
-                    texts.append(f"step {step}: {text}")
-            else:
-                if self._in_a_row[sign] >= PATIENCE:
-                    texts.append(f"step {step}: recovered ({sign})")
-                self._in_a_row[sign] = 0
+        for sign, text in SIGNS.items():
+            count = self._in_a_row[sign]
+            if present[sign] and count + 1 == PATIENCE:
+                texts.append(f"step {step}: {text}")
+            elif not present[sign] and count >= PATIENCE:
+                texts.append(f"step {step}: recovered ({sign})")
+            self._in_a_row[sign] = count + 1 if present[sign] else 0
         return texts
 
     def state_dict(self) -> dict[str, int]:

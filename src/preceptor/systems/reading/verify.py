@@ -16,9 +16,9 @@ import torch
 
 from preceptor.errors import DataError, StorageError
 from preceptor.lm.load import load_language_model
-from preceptor.run.device import parse_dtype
-from preceptor.run.files import storage_errors
-from preceptor.run.metrics import read_jsonl
+from preceptor.runs.device import parse_dtype
+from preceptor.runs.files import storage_errors
+from preceptor.runs.metrics import read_jsonl
 from preceptor.systems.base import Replayed, Services
 from preceptor.systems.reading.articles import ArticlePairs, TokenizedArticle, TokenSequence
 from preceptor.systems.reading.config import ReadingConfig
@@ -46,6 +46,7 @@ def verify(config: ReadingConfig, folder: Path, services: Services) -> Iterator[
             "only runs with a frozen reader can be replayed"
         )
     cpu = torch.device("cpu")
+    # The text as it was read then: an article on the network may have changed since.
     pairs = _read_articles(folder / "articles.json")
     policy_lm = load_language_model(config.model.name, device=cpu, dtype=parse_dtype(config.model.dtype))
     articles = tokenize_articles(pairs, policy_lm, config.model)
@@ -102,6 +103,7 @@ def _sequences(
         policy_sequence = article.policy_sequence(order, queries)
     except (KeyError, TypeError, ValueError) as error:
         raise _malformed(decision, error) from error
+    # Which context the reader had is seen from the spans that it recorded.
     readers, with_probe = reader.article(article), "probe" in kinds
     if "query" in kinds:
         own = [reader.query_tokens(query) for query in queries]
@@ -116,9 +118,10 @@ def _comparisons(
     # The final evaluation, whose episodes come after all of training, always uses the reward of the values.
     in_training = decision["episode"] < config.update.steps * config.episode.batch_size
     measure = probe_rewards if in_training and config.reward.kind == "probe" else value_rewards
-    recorded = decision["reward"]
+    recorded = decision["reward"]  # null where it was not finite
     yield Replayed(where, float("nan") if recorded is None else float(recorded), float(measure([scores]).total[0]))
 
+    # Tokens: a changed tokenizer, template or article shows here before it shows in a reward.
     differing = _num_differing(decision["policy_token_ids"], policy_sequence.tokens)
     differing += _num_differing(decision["reader_token_ids"], scores.sequence.tokens)
     yield Replayed(f"{where}: tokens that the pairs do not give", 0.0, float(differing))

@@ -10,10 +10,10 @@ SYSTEM = System(
     summary="a language model learns to speak by reinforcement, a surgeon edits its attention",
     Config=SurgeryConfig,
     streams=(),
-    train=lazy("preceptor.systems.surgery.train:train"),
-    result=lazy("preceptor.systems.surgery.result:surgery_result"),
+    train=lazy("preceptor.systems.surgery.loop:train"),
+    result=lazy("preceptor.systems.surgery.evaluate:result"),
     sections=lazy("preceptor.systems.surgery.report:sections"),
-    verify=lazy("preceptor.systems.surgery.replay:replay"),
+    verify=lazy("preceptor.systems.surgery.verify:verify"),
     flags=FLAGS,
     choices=CHOICES,
 )
