@@ -253,7 +253,8 @@ class StudyOptions(Options):
     num_questions: int = Field(1, ge=1, le=3, description="Number of questions in the context (mode: asked).")
     num_distractors: int = Field(2, ge=1, description="Number of other articles in a pool.")
     distractors: str = Field(
-        "", description="Folder of further texts from which half of the distractors are drawn; they are never asked for."
+        "",
+        description="Folder of further texts from which half of the distractors are drawn; they are never asked for.",
     )
     num_train_pools: int = Field(64, ge=1, description="Number of pools to learn from; each article leads in turn.")
     num_eval_pools: int = Field(24, ge=1, description="Number of pools of held-out articles.")
@@ -264,10 +265,14 @@ class StudyOptions(Options):
     num_rounds: int = Field(3, ge=0, description="Rounds of message passing between candidates; 0 is none.")
     num_readings: int = Field(8, ge=2, description="Number of readings of each case in an update.")
     cases_per_update: int = Field(24, ge=1, description="Number of cases in an update.")
-    learning_rate: float = Field(0.03, ge=0, description="Learning rate of the temperature and of the channels' weights.")
+    learning_rate: float = Field(
+        0.03, ge=0, description="Learning rate of the temperature and of the channels' weights."
+    )
     real_steps: int = Field(
-        0, ge=0, description="Number of last updates whose readings are really read; before, a reading is worth the "
-        "mean of its candidates read alone."
+        0,
+        ge=0,
+        description="Number of last updates whose readings are really read; before, a reading is worth the "
+        "mean of its candidates read alone.",
     )
     num_random: int = Field(8, ge=2, description="Random readings of each held-out case.")
     num_samples: int = Field(2, ge=1, description="Readings of each held-out case by a policy that samples.")
@@ -333,7 +338,10 @@ class ReadingConfig(Options):
     def _study_conflicts(self) -> Iterator[str]:
         study, candidates = self.study, self.data.num_pairs * (1 + self.study.num_distractors)
         if self.data.num_pairs < 2:
-            yield f"`data.num_pairs` is the number of pairs of each article in a pool, at least 2, got {self.data.num_pairs}"
+            yield (
+                f"`data.num_pairs` is the number of pairs of each article in a pool, at least 2, got "
+                f"{self.data.num_pairs}"
+            )
         elif not 1 <= self.episode.budget <= candidates:
             yield (
                 f"`episode.budget` must lie in 1..{candidates} (the pool) where `episode.pool` is mixed, got "

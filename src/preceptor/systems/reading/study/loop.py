@@ -121,9 +121,7 @@ def _update(setup: Setup, state: State, mode: Mode, number: int) -> dict[str, fl
     cases = split.batch.at(chosen)
 
     # 2. Readings.
-    readings = read(
-        policy, cases, budget=budget, num_readings=study.num_readings, generator=run.streams["selection"]
-    )
+    readings = read(policy, cases, budget=budget, num_readings=study.num_readings, generator=run.streams["selection"])
 
     # 3. Rewards.
     really = number > config.update.steps - study.real_steps
@@ -145,10 +143,8 @@ def _update(setup: Setup, state: State, mode: Mode, number: int) -> dict[str, fl
     # 4, 5. Advantages over the readings of a case, and one step.
     advantages = group_normalised(earned, dim=1)[..., None].expand_as(readings.log_probs)  # case reading step
     log_probs = readings.log_probs.flatten(0, 1)
-    loss = reinforce_loss(
-        log_probs, advantages.flatten(0, 1), mask=torch.ones_like(log_probs, dtype=torch.bool)
-    )
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss = reinforce_loss(log_probs, advantages.flatten(0, 1), mask=torch.ones_like(log_probs, dtype=torch.bool))
+    loss.backward()
     norm = guarded_step(
         state.guard,
         state.optimizers[mode],
@@ -175,9 +171,7 @@ def _update(setup: Setup, state: State, mode: Mode, number: int) -> dict[str, fl
     }  # fmt: skip
 
 
-def table_rewards(
-    gains: Float[Tensor, "case candidate"], readings: Readings
-) -> Float[Tensor, "case reading"]:
+def table_rewards(gains: Float[Tensor, "case candidate"], readings: Readings) -> Float[Tensor, "case reading"]:
     """Mean gain of what each reading holds, every candidate as if it had been read alone."""
     num_readings = readings.picks.shape[1]
     return gains[:, None].expand(-1, num_readings, -1).gather(2, readings.picks).mean(-1)

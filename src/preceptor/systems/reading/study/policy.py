@@ -34,6 +34,8 @@ class PoolPolicy(nn.Module):
         cosine_scale: mean and standard deviation of the unprojected cosine, by which the first channel is standardised.
     """
 
+    cosine_scale: Tensor
+
     def __init__(
         self, dimension: int, *, num_channels: int, num_rounds: int, cosine_scale: Float[Tensor, " 2"]
     ) -> None:

@@ -17,7 +17,7 @@ from preceptor.lm.model import LanguageModel
 Mode = Literal["asked", "seed"]
 
 NUM_HELD_OUT = 3
-"""Pairs of each article in a pool that are never candidates: the questions of ``asked``, seed and probes of ``seed``."""
+"""Pairs of each article in a pool that are never candidates: questions in ``asked``, seed and probes in ``seed``."""
 
 MIN_CHARACTERS = 30
 """Shortest sentence in a pool; shorter ones carry no subject."""
@@ -183,9 +183,7 @@ def _pool(name: str, chosen: Sequence[StudyArticle], pairs_per_article: int, gen
     )
 
 
-def draw_cases(
-    pools: Sequence[Pool], mode: Mode, *, num_questions: int, target_names: Sequence[str]
-) -> list[Case]:
+def draw_cases(pools: Sequence[Pool], mode: Mode, *, num_questions: int, target_names: Sequence[str]) -> list[Case]:
     """Every case of ``pools``: each article named in ``target_names`` is the target in turn.
 
     ``asked`` makes a case of every ``num_questions`` held-out pairs (1: three cases; 2 or 3: one case); ``seed`` reads

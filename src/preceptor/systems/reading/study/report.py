@@ -31,7 +31,7 @@ def sections(run: RunFolder) -> list[Section]:
         Section(
             titles.get(mode, mode),
             [_table(methods)],
-            lead="On articles never seen in training; gain over reading nothing, share of the gap from random to oracle.",
+            lead="Articles never seen in training. Gain over reading nothing; share of the gap from random to oracle.",
         )
         for mode, methods in study.items()
     ]
@@ -47,7 +47,9 @@ def _table(methods: dict[str, Any]) -> Table:
         rows.append(
             [name.replace("_", " "), _interval(entry["gain"]), _interval(entry["share"]), str(entry["scorings"])]
         )
-    return Table("Methods", ["method", "gain, nats per value token", "share of the gap", "scorings of a new case"], rows)
+    return Table(
+        "Methods", ["method", "gain, nats per value token", "share of the gap", "scorings of a new case"], rows
+    )
 
 
 def _interval(entry: dict[str, Any]) -> str:

@@ -19,11 +19,16 @@ K1, B = 1.2, 0.75
 """Saturation of term counts and strength of length normalisation in BM25, at their usual values."""
 
 _STOP_WORDS = frozenset(
-    "a about after all also an and any are as at be because been before being both but by can could did do does during "
-    "each few for from had has have he her his how i if in into is it its like made many may more most much no nor not "
-    "of on one only or other our out over s same she since so some such than that the their them then there these they "
-    "this those through to two under until up very was we were what when where which while who will with would you"
-    .split()
+    re.findall(
+        r"\w+",
+        """
+        a about after all also an and any are as at be because been before being both but by can could did do does
+        during each few for from had has have he her his how i if in into is it its like made many may more most much no
+        nor not of on one only or other our out over s same she since so some such than that the their them then there
+        these they this those through to two under until up very was we were what when where which while who will with
+        would you
+        """,
+    )
 )
 
 

@@ -142,13 +142,11 @@ class Scorer:
         """Of each reading, in nats per value token over reading nothing: the mean over the held-out values."""
         distinct = list(dict.fromkeys([(), *map(tuple, readings)]))
         # One row of the store for each reading, so that methods that choose alike share it.
-        scores = torch.stack([row for row in self._rows([self.prefix(case, r) for r in distinct], self.targets(case))])
+        scores = torch.stack(self._rows([self.prefix(case, reading) for reading in distinct], self.targets(case)))
         gains = scores.mean(1) - scores[0].mean()
         return gains[[distinct.index(tuple(reading)) for reading in readings]]
 
-    def log_probs(
-        self, prefixes: Sequence[Sequence[int]], targets: Sequence[Target]
-    ) -> Float[Tensor, "prefix target"]:
+    def log_probs(self, prefixes: Sequence[Sequence[int]], targets: Sequence[Target]) -> Float[Tensor, "prefix target"]:
         """:func:`target_log_probs`, remembered as one entry of the store."""
         key = self._key(prefixes, targets)
         if (found := self._load(key)) is None:

@@ -1,4 +1,4 @@
-"""What a study begins with: reader, pools, what the policy knows of them, and the table of what candidates are worth."""
+"""What a study begins with: the reader, pools, what a policy knows of them, and what each candidate is worth."""
 
 from __future__ import annotations
 
@@ -24,7 +24,15 @@ from preceptor.systems.reading.study.features import (
     pool_features,
 )
 from preceptor.systems.reading.study.policy import PoolPolicy, calibrate
-from preceptor.systems.reading.study.pool import Case, Mode, Pool, draw_cases, draw_pools, load_study_articles
+from preceptor.systems.reading.study.pool import (
+    Case,
+    Mode,
+    Pool,
+    StudyArticle,
+    draw_cases,
+    draw_pools,
+    load_study_articles,
+)
 from preceptor.systems.reading.study.scores import Scorer
 
 if TYPE_CHECKING:
@@ -74,9 +82,7 @@ class Setup:
 
 def new_policy(config: ReadingConfig, scales: Tensor, *, dimension: int) -> PoolPolicy:
     """A policy with the identity as projections."""
-    return PoolPolicy(
-        dimension, num_channels=len(scales), num_rounds=config.study.num_rounds, cosine_scale=scales[0]
-    )
+    return PoolPolicy(dimension, num_channels=len(scales), num_rounds=config.study.num_rounds, cosine_scale=scales[0])
 
 
 def frozen_reader(config: ReadingConfig, run_device: str) -> tuple[LanguageModel, ModelEmbedding]:
@@ -104,17 +110,13 @@ def prepare(config: ReadingConfig, run: Run, services: Services) -> Setup:
     scorer = Scorer(lm, services.cache_dir / "study.sqlite")
     data, study = config.data, config.study
 
-    def load(folder: str, split: str) -> list:
-        return load_study_articles(
-            folder, lm, split=split, max_tokens=data.max_value_tokens, language=data.language
-        )
+    def load(folder: str, split: str) -> list[StudyArticle]:
+        return load_study_articles(folder, lm, split=split, max_tokens=data.max_value_tokens, language=data.language)
 
     learn, judge = load(data.train_articles, "learn"), load(data.eval_articles, "judge")
     others = load(study.distractors, "") if study.distractors else []
     if shared := {article.name for article in (*learn, *others)} & {article.name for article in judge}:
-        raise DataError(
-            f"'{min(shared)}' is both learned from and judged on; remove it from one of the two folders"
-        )
+        raise DataError(f"'{min(shared)}' is both learned from and judged on; remove it from one of the two folders")
     pools: dict[str, list[Pool]] = {}
     for split, articles, count in (("train", learn, study.num_train_pools), ("judge", judge, study.num_eval_pools)):
         pools[split] = draw_pools(

@@ -71,4 +71,6 @@ def named_case(name: str, pools: dict[str, Pool]) -> Case:
     if mode not in ("asked", "seed"):
         raise ValueError(f"mode {mode!r}")
     targets = tuple(map(int, indices.split("-")))
-    return Case(pools[pool], "asked" if mode == "asked" else "seed", int(target), targets, 0 if mode == "seed" else None)
+    return Case(
+        pools[pool], "asked" if mode == "asked" else "seed", int(target), targets, 0 if mode == "seed" else None
+    )
