@@ -39,6 +39,7 @@ def kernel_library() -> ctypes.CDLL | None:
         return None
     folder = resources.files("preceptor.lm.cpu")
     sources = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in SOURCES}
+    # Most specific first: with threads, without, and on Arm then both again without -march=native.
     variants = [_OPTIONS, *([_ARM_OPTIONS] if platform.machine() in ("arm64", "aarch64") else [])]
     for options in [(*variant, *threads) for variant in variants for threads in (["-fopenmp"], [])]:
         try:
@@ -50,11 +51,14 @@ def kernel_library() -> ctypes.CDLL | None:
 
 def build_library(compiler: str, options: Sequence[str], sources: Mapping[str, str]) -> ctypes.CDLL:
     """``sources`` (file name to text) as a library, compiled unless the user's cache has it."""
+    # What the machine code depends on is in the name: new sources, other options or another processor build anew, and
+    # an old library is never loaded by mistake.
     identity = "\n".join((*sources.values(), compiler, *options, platform.machine(), _processor()))
     name = f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     folder = Path.home() / ".cache" / "preceptor"
     if not (folder / name).is_file():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # In the same folder, hence on the same file system, or the rename below could not be atomic.
         with tempfile.TemporaryDirectory(dir=folder) as build:
             for source, text in sources.items():
                 (Path(build) / source).write_text(text, encoding="utf-8")
@@ -63,7 +67,7 @@ def build_library(compiler: str, options: Sequence[str], sources: Mapping[str, s
                 [compiler, *options, "-o", f"{build}/kernels.so", *units, "-lm"],
                 check=True,
                 capture_output=True,
-                timeout=_BUILD_SECONDS,
+                timeout=_BUILD_SECONDS,  # a hung compiler must not hang a run
             )
             os.replace(f"{build}/kernels.so", folder / name)  # atomic, should two processes build at once
     return ctypes.CDLL(str(folder / name))
@@ -75,4 +79,5 @@ def _processor() -> str:
     if not described.is_file():
         return platform.processor()
     lines = described.read_text(encoding="utf-8").splitlines()
+    # /proc/cpuinfo repeats the lines once per core.
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
