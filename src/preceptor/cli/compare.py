@@ -155,7 +155,7 @@ def _cells(
 def _configuration_of_run(system: System, words: Sequence[str]) -> Any:
     """The configuration of ``preceptor run SYSTEM WORDS``, whose words must leave to the sweep what is the sweep's."""
     for flag in ("--seed", "--threads", "--preset"):
-        # More than once, since the sweep's own is among the words.
+        # Once is right: the sweep's own is among the words.
         if sum(word == flag or word.startswith(f"{flag}=") for word in words) > 1:
             raise ConfigError(f"{flag} cannot stand after --; a sweep gives it to each run")
     try:

@@ -145,8 +145,8 @@ def _check(folder: Path, cell: Cell) -> None:
     if not _is_begun(folder):
         return
     wanted = flattened(plain_config(cell.config))
-    # Compared key by key in today's names, so that a run made before a key was renamed still counts as the same.
     manifest = read_manifest(folder)
+    # Compared key by key in today's names, so that a run made before a key was renamed still counts as the same.
     if differing := changes(flattened(current_config(manifest["system"], manifest["config"])), wanted):
         raise ConfigError(
             f"{folder} was run with another configuration ({', '.join(differing[:3])}); choose another --out"
@@ -171,8 +171,8 @@ def _start(cell: Cell, root: Path, program: Sequence[str]) -> _Running:
 
 def _failure(job: _Running) -> CellFailed:
     lines = job.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    said = [line.removeprefix("preceptor: error: ") for line in lines if line.startswith("preceptor: ")]
     # The program prints its own errors as one line with this prefix; the last such line is the cause.
+    said = [line.removeprefix("preceptor: error: ") for line in lines if line.startswith("preceptor: ")]
     code = job.process.returncode
     reason = said[-1] if said else f"ended by signal {-code}" if code < 0 else f"exit code {code}"
     # Popen gives a negative code for a signal.

@@ -205,9 +205,9 @@ class Decoder:
 
     def mark(self) -> Mark:
         """A state to :meth:`rewind` to, as often as wanted, until the decoder is rewound to before it."""
+        # No copy of keys and values: tensors here are replaced, never written to, so holding them is enough.
         return Mark(self._filled, self._lengths, self._next_logits, self._has_holes)
 
-    # No copy of keys and values: tensors here are replaced, never written to, so holding them is enough.
     def rewind(self, mark: Mark) -> None:
         """Forget everything read since ``mark``."""
         slots = mark.filled.shape[1]  # later slots stay in the buffers and are overwritten

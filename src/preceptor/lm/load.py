@@ -83,7 +83,6 @@ def load_language_model(
     source = _source(name)
     # Transformers reports a bad folder through half a dozen exception types; whatever it is, the remedy is the same.
     try:
-        # Missing tensors would be filled with random numbers under a mere warning, hence the report.
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -95,6 +94,7 @@ def load_language_model(
             f"model '{name}' cannot be loaded: {_first_line(error)}; give 'starter', a folder with config.json, "
             "model.safetensors and a tokenizer, or a hub name that this machine can reach"
         ) from error
+    # Missing tensors would be filled with random numbers under a mere warning, hence the report.
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
             f"the weights of model '{name}' lack {len(missing)} tensors, the first of them {missing[0]}; "

@@ -69,9 +69,9 @@ class LanguageModel:
         self.begin_token = self._begin_token()
         self.special_tokens = tuple(sorted(token for token in control_tokens if token < self.vocab_size))
         # The unknown token stands for text, unless the tokenizer ends texts with the same token (GPT-2).
+        self._never_text = control_tokens - ({tokenizer.unk_token_id} - {self.begin_token, tokenizer.eos_token_id})
         # A tokenizer that puts a space in front of every text (Llama 2) makes "▁a" of "a"; `encode` then drops one
         # space.
-        self._never_text = control_tokens - ({tokenizer.unk_token_id} - {self.begin_token, tokenizer.eos_token_id})
         first_piece = str(tokenizer.convert_ids_to_tokens(self._tokenize("a")[:1]))
         self._prepends_space = "▁" in first_piece
         self._measure()
@@ -257,8 +257,8 @@ class LanguageModel:
 
         It shares no storage with trainable parameters. With an adapter, the frozen weights underneath are not copied.
         """
-        # deepcopy with a filled memo takes the frozen weights under an adapter as they are instead of copying them.
         live = list(self.model.parameters())
+        # deepcopy with a filled memo takes the frozen weights under an adapter as they are instead of copying them.
         shared = {id(parameter): parameter for parameter in live if self.has_adapter and not parameter.requires_grad}
         storages = {parameter.data_ptr() for parameter in live if id(parameter) not in shared}
         model = copy.deepcopy(self.model, dict(shared)).requires_grad_(False)

@@ -71,8 +71,8 @@ class Sampling:
         if self.temperature != 1:  # the largest logit becomes 0, so that a tiny temperature cannot overflow
             logits = (logits - logits.detach().amax(-1, keepdim=True)) / self.temperature
         if self.top_k or self.top_p < 1:
-            allowed = self._allowed(logits.detach())
             # The mask is made from detached logits: which tokens are kept has no gradient.
+            allowed = self._allowed(logits.detach())
             if drawn is not None:
                 allowed = allowed.scatter(-1, drawn[..., None], True)
             logits = logits.masked_fill(~allowed, -torch.inf)

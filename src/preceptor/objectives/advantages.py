@@ -226,8 +226,8 @@ def _scan_backward(
     while reach < terms.shape[1]:
         # x_t = terms_t + factors_t x_{t + reach}, where both stand for `reach` steps by now.
         terms[:, :-reach] = terms[:, :-reach] + factors[:, :-reach] * terms[:, reach:]
-        # The last `reach` entries have taken in everything that follows them.
         factors[:, :-reach] = factors[:, :-reach] * factors[:, reach:]
+        # The last `reach` entries have taken in everything that follows them.
         factors[:, -reach:] = 0.0
         reach *= 2
     return terms

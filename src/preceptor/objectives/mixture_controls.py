@@ -140,7 +140,7 @@ class Ado:
         if not tokens.any():  # a law of n has nothing to say at n = 0
             return weights, state
         tokens = tokens.double()
-        # exponential average of the dataset's share
+        # Exponential average of the dataset's share.
         share = state["share"] + self.history_rate * (tokens / tokens.sum() - state["share"])
         state = state | {
             "tokens": torch.cat([state["tokens"], tokens[None]]),

@@ -82,8 +82,8 @@ def panels(rows: Sequence[JsonObject], figures: Sequence[Lines]) -> tuple[list[P
 
 
 def series_panel(series: Series) -> Panel | None:
-    # Thinned first: points that are not finite then leave a shorter line, never another spacing.
     """The panel of a :class:`Series`, thinned to ``MAXIMUM_POINTS``; points that are not finite are left out."""
+    # Thinned first: points that are not finite then leave a shorter line, never another spacing.
     kept = evenly_spaced(len(series.x), MAXIMUM_POINTS)
     curves = []
     for label, values in series.lines.items():
@@ -213,6 +213,6 @@ def evenly_spaced(count: int, maximum: int) -> list[int]:
     ([0, 4, 8], [0, 1])
     """
     if count <= maximum:
-        # Rounded positions of an even grid, so that the first and the last index are exact.
         return list(range(count))
+    # Rounded positions of an even grid, so that the first and the last index are exact.
     return [round(k * (count - 1) / (maximum - 1)) for k in range(maximum)]

@@ -264,6 +264,7 @@ def content_security_policy(style: str, script: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
     return (
+        # Each hash stands for the inlined text itself, so injected script would not run even if escaping failed.
         f"default-src 'none'; style-src {source(style)}; script-src {source(script)}; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
@@ -294,7 +295,6 @@ def headline(run: RunFolder) -> Iterator[tuple[str, str, str]]:
         if not is_finite(gap.get("mean")):
             yield what, "\N{EN DASH}", str(gap.get("reason") or "undefined")
             continue
-        # Each hash stands for the inlined text itself, so injected script would not run even if escaping failed.
         interval = "no interval"
         if gap.get("low") is not None:
             interval = f"{100 * gap['low']:.0f} to {100 * gap['high']:.0f} %".replace("-", "\N{MINUS SIGN}")

@@ -56,6 +56,7 @@ def square_chart(squares: Squares) -> SquareChart:
     actions, rows = squares.actions, squares.rows[:MAXIMUM_NUMBERS]
     drawn = _chosen(actions)
     bottom = TOP + CELL * len(rows)
+    # One path string for all filled squares and one for all hollow ones: thousands of elements would slow the page.
     above: list[str] = []
     below: list[str] = []
     for column, action in enumerate(drawn):
@@ -68,7 +69,6 @@ def square_chart(squares: Squares) -> SquareChart:
     labels = [
         Tick(TOP + CELL * (line + 1) - 2, f"{group} {part}" if line == 0 or rows[line - 1][0] != group else part)
         for line, (group, part) in enumerate(rows)
-        # One path string for all filled squares and one for all hollow ones: thousands of elements would slow the page.
     ]
     # Rows of one layer stay together: "layer 0 query" and "layer 0 output" differ in their last word.
     groups = [group.rsplit(" ", 1)[0] for group, _ in rows]

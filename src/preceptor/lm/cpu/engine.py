@@ -203,9 +203,8 @@ class CpuEngine:
                 if capture is not None and captured is None:
                     # Once the capturing layer is found the others are passed over; a later one cannot match.
                     captured = _captured(capture, layer, states, projected)
-        # [kept, vocab]
         # The head is the largest product of a small model, so only the rows that are wanted go through it.
-        logits = self._logits(states[keep.flatten()])
+        logits = self._logits(states[keep.flatten()])  # [kept, vocab]
         return logits, None if captured is None else captured.view(batch, time, -1)
 
     def _logits(self, states: Float[Tensor, "row width"]) -> Float[Tensor, "row vocab"]:
@@ -220,10 +219,10 @@ class CpuEngine:
 
     def _rotary_factors(self, positions: Tensor) -> Tensor | None:
         """Rotary embedding as complex numbers ``exp(i · position · frequency)``, [batch, time, 1, head_width / 2]."""
-        # In float32: bfloat16 has eight significant bits, so positions above 256 would no longer be whole numbers.
         embedding: Any = self._weights.rotary_embedding
         if embedding is None:
             return None
+        # In float32: bfloat16 has eight significant bits, so positions above 256 would no longer be whole numbers.
         angles = positions[..., None, None].float() * embedding.inv_freq.float()
         return torch.polar(torch.full_like(angles, float(embedding.attention_scaling)), angles)
 
