@@ -88,6 +88,7 @@ def _check_run(folder: Path) -> int:
 
 def _told(checks: Iterable[Check]) -> int:
     counts = dict.fromkeys(("ok", "warn", "fail"), 0)
+    # Printed one by one: the forecast at the end can take minutes.
     for check in checks:
         counts[check.status] += 1
         print(check.line(), flush=True)
@@ -108,6 +109,7 @@ def _before(name: str, config: Any, *, device: str, threads: int | None, forecas
         yield Check("warn", "model", "made from random weights by the run itself", "only the first steps are checked")
     if forecasts:
         with tempfile.TemporaryDirectory(prefix="preceptor-doctor-") as parent:
+            # Through a file, so that the run reads exactly the configuration that was checked.
             file = Path(parent) / "config.yaml"
             file.write_text(dump_yaml(config), encoding="utf-8")
             words = [name, "--config", str(file), "--device", device]

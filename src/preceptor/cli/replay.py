@@ -53,6 +53,7 @@ def replay(
     """
     if not (folder / "manifest.json").is_file():
         raise ConfigError(f"{folder} is not a run folder (no manifest.json); give the folder of a run")
+    # Imported late, for torch comes with them and the check above needs none.
     from preceptor.runs.device import set_threads
     from preceptor.runs.record import read_manifest
     from preceptor.runs.seal import seal_faults
@@ -64,6 +65,7 @@ def replay(
         raise ConfigError(f"runs of {name} cannot be replayed: it has no teacher and records no decisions")
     if not (folder / "decisions.jsonl").is_file():
         raise DataError(f"{folder} has no decisions.jsonl; without the recorded decisions there is nothing to replay")
+    # Another number of threads sums in another order, and last bits would part.
     set_threads(manifest["environment"]["threads"])
     config = from_dict(system.Config, manifest["config"])
     count, largest, partings = 0, 0.0, 0
@@ -71,6 +73,7 @@ def replay(
         count += 1
         difference = _difference(recorded, recomputed)
         largest = max(largest, difference)
+        # NaN against a number is infinitely far (see `_difference`), so it cannot pass as equal.
         if difference > tolerance:
             partings += 1
             if partings <= SHOWN:

@@ -69,6 +69,7 @@ def _run(
     log_level: options.LogLevel = "warning",
     **flags: Any,
 ) -> int:
+    # Every fault of the configuration is reported before anything heavy is imported or written.
     resolved = configuration(system, preset=preset, file=config, flags=flags, overrides=overrides or ())
     if print_config:
         print(dump_yaml(resolved), end="")
@@ -179,6 +180,7 @@ def _show(result: Result) -> int:
     """The table of methods, the verdict below it, and where everything lies."""
     from rich.console import Console
 
+    # Rich draws the tables at the terminal's width; the plain lines below can be copied and parsed.
     console = Console()
     for table in result.renderables(width=console.width):
         console.print(table)
