@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-def cache_dir(environ: Mapping[str, str]) -> Path:
-    """The cache folder: PRECEPTOR_CACHE_DIR, else ``preceptor`` in the XDG cache folder."""
+def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """The cache folder: PRECEPTOR_CACHE_DIR, else ``preceptor`` in the XDG cache folder.
+
+    The kernels are built wherever a model first computes, with or without a command line, so this is the one place
+    besides the command line and the front door that reads the environment.
+    """
     if own := environ.get("PRECEPTOR_CACHE_DIR"):
         return Path(own)
     shared = environ.get("XDG_CACHE_HOME", "")

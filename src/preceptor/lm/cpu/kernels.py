@@ -67,7 +67,7 @@ def build_library(compiler: str, options: Sequence[str], sources: Mapping[str, s
     built = Path(compiler).stat()  # an upgrade of the compiler may mend what failed
     parts = (*sources.values(), compiler, str(built.st_mtime_ns), *options, platform.machine(), _processor())
     stem = "kernels-" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    folder = cache_dir(os.environ) / "kernels"
+    folder = cache_dir() / "kernels"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _is_private(folder.lstat(), stat.S_ISDIR):  # somebody else could put a library there
         with tempfile.TemporaryDirectory(prefix="preceptor-kernels-") as own:
