@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from preceptor.cache import cache_dir
 from preceptor.config import from_dict, to_dict
 from preceptor.errors import ConfigError, Interrupted, PreceptorError
 from preceptor.result import Result, write_page
@@ -30,15 +30,6 @@ def services(environ: Mapping[str, str]) -> Services:
     )
 
 
-def cache_dir(environ: Mapping[str, str]) -> Path:
-    """Where downloads and bought embeddings are kept: PRECEPTOR_CACHE_DIR, else the XDG cache folder."""
-    if own := environ.get("PRECEPTOR_CACHE_DIR"):
-        return Path(own)
-    shared = environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification says that a relative path is invalid and to be ignored.
-    return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "preceptor"
-
-
 def start(
     system: System,
     config: Any,
@@ -52,6 +43,7 @@ def start(
     name: str | None = None,
     tags: Sequence[str] = (),
     project: str = "preceptor",
+    group: str | None = None,
     report: bool = True,
     quiet: bool = False,
 ) -> Result:
@@ -81,6 +73,7 @@ def start(
             name=name,
             tags=tags,
             project=project,
+            group=group,
             quiet=quiet,
         )
     except PreceptorError:
@@ -92,14 +85,12 @@ def start(
     try:
         # On entry: signal handlers. On exit: logs and trackers are closed and the lock is released.
         with run:
-            _record(run, system.train(config, run, services))
+            _record(run, system.train(config, run, services), report=report)
     except Interrupted:
         raise
     except PreceptorError:
         discard_unbegun(path)  # what was refused must not block the next try
         raise
-    if report:
-        write_page(path)
     return Result(path)
 
 
@@ -153,18 +144,20 @@ def go_on(
         config = from_dict(system.Config, run.config)
         on_failure.pop_all()
     with run:
-        _record(run, system.train(config, run, services))
-    if report:
-        write_page(folder)
+        _record(run, system.train(config, run, services), report=report)
     return Result(folder)
 
 
-def _record(run: Run, result: Mapping[str, Any]) -> None:
-    """Writes what came of ``run`` beside its model."""
+def _record(run: Run, result: Mapping[str, Any], *, report: bool) -> None:
+    """Writes what came of ``run`` beside its model, and shows it to the trackers."""
     from preceptor.runs.export import write_model_card
 
     run.write_result(result)
     write_model_card(run.path)
+    run.seal()
+    if report:
+        write_page(run.path)
+    run.conclude_trackers(result)
 
 
 def compare(folders: Sequence[Path], *, methods: Sequence[str] = (), out: Path | None = None) -> Result:

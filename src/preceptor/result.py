@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preceptor.errors import ConfigError, DataError
+from preceptor.runs.seal import require_unchanged
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -65,6 +66,7 @@ class Result:
 
         Raises:
             ConfigError: it holds no result: no run, or one that has not ended.
+            StorageError: a file of the run has changed since it ended.
             DataError: its ``result.json`` is damaged.
         """
         self.folder = Path(folder)
@@ -74,6 +76,7 @@ class Result:
             begun = (self.folder / "manifest.json").is_file()
             reason = f"has not ended; go on with: preceptor resume {self.folder}" if begun else "is no run folder"
             raise ConfigError(f"{self.folder} {reason}")
+        require_unchanged(self.folder)
         try:
             data = json.loads(path.read_bytes())
         except ValueError as error:
@@ -134,6 +137,7 @@ class Result:
         """The trained model, loaded with Transformers (a PEFT model where the run trained an adapter)."""
         from preceptor.runs.export import MODEL, load_model
 
+        require_unchanged(self.folder, models=True)
         return load_model(self.folder / MODEL)[0]
 
     def tokenizer(self) -> Any:
@@ -206,9 +210,12 @@ def write_page(folder: Path) -> Path:
 
     Raises:
         DataError: a malformed file.
-        StorageError: the page cannot be written; an older one is then untouched.
+        StorageError: a file has changed since the run ended, or the page cannot be written; an older one is then
+            untouched.
     """
     from preceptor.report.page import build_report
+
+    require_unchanged(folder)
     from preceptor.systems import find_system, known_systems
 
     name = ""

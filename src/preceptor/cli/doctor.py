@@ -141,5 +141,4 @@ def _model(model: Any, episode: Any, *, device: str, threads: int | None) -> Ite
     yield Check("ok", "model", f"{model.name}, {learn:,} weights to learn, {dtype}, context {lm.context_length}")
     # A system that samples otherwise than by an episode's keys has its own tests of that.
     keys = {key: getattr(episode, key) for key in ("temperature", "top_k", "top_p") if hasattr(episode, key)}
-    suppressed = tuple(token for token in lm.special_tokens if token < lm.vocab_size)
-    yield from check_model(lm, Sampling(**keys, suppressed=suppressed))
+    yield from check_model(lm, Sampling(**keys, suppressed=lm.never_drawn))

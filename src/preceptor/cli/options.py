@@ -176,6 +176,16 @@ Tags = Annotated[
 Project = Annotated[
     str, typer.Option("--project", metavar="NAME", help="Project in trackers.", rich_help_panel=_EXECUTION)
 ]
+Group = Annotated[
+    str | None,
+    typer.Option(
+        "--group",
+        metavar="NAME",
+        help="Group of the run in trackers; the seeds of a comparison form one.",
+        show_default=False,
+        rich_help_panel=_EXECUTION,
+    ),
+]
 NoReport = Annotated[
     bool, typer.Option("--no-report", help="Do not write report.html at the end.", rich_help_panel=_EXECUTION)
 ]

@@ -49,13 +49,14 @@ def replay(
     It computes the rewards anew without the policy. A recorded and a recomputed number count as equal if they differ by
     at most the tolerance, absolutely or relative to the larger one. The default, 1e-4, is above the rounding of float32
     in another batch or on another machine and far below what any other decision would earn. If they differ anywhere,
-    the command says where and ends with exit code 7.
+    the command says where and ends with exit code 7; so it does if a file has changed since the run ended.
     """
     if not (folder / "manifest.json").is_file():
         raise ConfigError(f"{folder} is not a run folder (no manifest.json); give the folder of a run")
     # Imported late, for torch comes with them and the check above needs none.
     from preceptor.runs.device import set_threads
     from preceptor.runs.record import read_manifest
+    from preceptor.runs.seal import seal_faults
 
     manifest = read_manifest(folder)
     name = str(manifest["system"])
@@ -77,6 +78,10 @@ def replay(
             partings += 1
             if partings <= SHOWN:
                 print(f"parted: {where}: recorded {recorded:.9g}, recomputed {recomputed:.9g}")
+    # After the partings: where a reward was changed, that says more.
+    changed = seal_faults(folder)
+    for fault in changed:
+        print(f"changed since the run ended: {fault}")
     if not count:
         raise DataError(f"{folder / 'decisions.jsonl'} holds no decision; there is nothing to replay")
     if partings:
@@ -84,7 +89,7 @@ def replay(
         print(f"{partings} of {count} numbers part by more than {tolerance:g}{further}")
         return CHECK_FAILED
     print(f"{count} numbers recomputed, all equal within {tolerance:g} (largest difference {largest:.2g})")
-    return 0
+    return CHECK_FAILED if changed else 0
 
 
 def _difference(recorded: float, recomputed: float) -> float:

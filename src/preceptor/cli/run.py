@@ -64,6 +64,7 @@ def _run(
     name: options.Name = None,
     tag: options.Tags = None,
     project: options.Project = "preceptor",
+    group: options.Group = None,
     no_report: options.NoReport = False,
     log_level: options.LogLevel = "warning",
     **flags: Any,
@@ -85,6 +86,7 @@ def _run(
         name=name,
         tags=tag or (),
         project=project,
+        group=group,
         report=not no_report,
     )
     return _show(result)

@@ -14,6 +14,7 @@ from preceptor.runs.environment import flattened
 from preceptor.runs.files import storage_errors
 from preceptor.runs.metrics import read_jsonl
 from preceptor.runs.record import read_manifest
+from preceptor.runs.seal import require_unchanged
 from preceptor.systems import find_system
 
 TIMES = ("seconds",)
@@ -51,8 +52,8 @@ class Group(NamedTuple):
 def read_finished(path: Path) -> FinishedRun:
     """The finished run in ``path``.
 
-    Raises :class:`ConfigError` for a folder that is no run or a run that has not ended, :class:`StorageError` for a
-    damaged one, :class:`DataError` for a result without records.
+    Raises :class:`ConfigError` for a folder that is no run or a run that has not ended, :class:`StorageError` for one
+    that is damaged or has changed since it ended, :class:`DataError` for a result without records.
     """
     # manifest.json is written first and result.json last, so the two tell "no run" and "not ended" apart.
     if not (path / "manifest.json").is_file():
@@ -60,6 +61,7 @@ def read_finished(path: Path) -> FinishedRun:
     manifest = read_manifest(path)
     if not (path / "result.json").is_file():
         raise ConfigError(f"{path} has not ended (no result.json); go on with: preceptor resume {path}")
+    require_unchanged(path)
     with storage_errors(f"read {path / 'result.json'}"):
         text = (path / "result.json").read_bytes()
     try:

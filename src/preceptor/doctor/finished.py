@@ -13,6 +13,7 @@ from preceptor.runs.checkpoint import CheckpointStore
 from preceptor.runs.device import choose_device
 from preceptor.runs.metrics import read_jsonl
 from preceptor.runs.record import read_config, read_manifest
+from preceptor.runs.seal import SEAL_NAME, seal_faults
 from preceptor.runs.watching import is_at_work
 
 FLOORS = {"torch": (2, 11), "transformers": (5, 5)}
@@ -41,6 +42,8 @@ def check_run(folder: Path) -> Iterator[Check]:
         yield _log(folder / name, once=name == "metrics.jsonl")
     yield from _checkpoints(folder)
     yield _result(folder)
+    if (folder / "result.json").is_file():
+        yield _seal(folder)
     yield from _environment(manifest)
 
 
@@ -87,6 +90,18 @@ def _result(folder: Path) -> Check:
         return Check("fail", "result", f"{path.name} is damaged ({error})", "restore it, or resume to write it again")
     records = result.get("records") if isinstance(result, dict) else None
     return Check("ok", "result", f"{len(records)} records" if isinstance(records, list) else "no records of arms")
+
+
+def _seal(folder: Path) -> Check:
+    """Every file as it was when the run ended."""
+    if not (folder / SEAL_NAME).is_file():
+        return Check(
+            "warn", "seal", "there is none", "changes since its end cannot be told; runs are sealed from now on"
+        )
+    faults = seal_faults(folder)
+    further = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+    figure = f"{faults[0]}{further}" if faults else "every file is as it was when the run ended"
+    return judged(not faults, "seal", figure, "restore it from a copy")
 
 
 def _environment(manifest: dict[str, object]) -> Iterator[Check]:

@@ -65,6 +65,9 @@ def _tokenizer(lm: LanguageModel) -> Iterator[Check]:
     else:
         shared = ", pad is the end token (rows are masked, so that nothing depends on it)" if pad == end else ""
         yield Check("ok", "tokens", named + shared)
+    if nameless := len(lm.nameless_tokens):
+        figure = f"{nameless:,} of {lm.vocab_size:,} ids have no token in the tokenizer; they are never drawn"
+        yield Check("ok", "ids without a token", figure)
     # Quotes and a dash outside ASCII, digits, a colon: what tokenizers normalise.
     text = "Reading and writing: 1 + 1 = 2, “é”."
     back = lm.decode(lm.encode(text))

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, errors, try_to_load_from_cache
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -27,7 +27,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging as transformers_logging
 
-from preceptor.errors import ConfigError, MissingExtraError, ModelError
+from preceptor.errors import ConfigError, MissingExtraError, ModelError, PreceptorError
 from preceptor.lm.model import LanguageModel
 
 STARTER = "starter"
@@ -83,25 +83,80 @@ def load_language_model(
     source = _source(name)
     # Transformers reports a bad folder through half a dozen exception types; whatever it is, the remedy is the same.
     try:
-        with _quiet():
+        with _quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice on the weights of others; what matters is checked below
+            _check_configuration(name, PreTrainedConfig.get_config_dict(**source)[0])
             tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 **source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
             model, report = loaded
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
+    except PreceptorError:
+        raise
+    except Exception as error:  # whatever Transformers meets in a folder that is not as it should be
         raise ModelError(
             f"model '{name}' cannot be loaded: {_first_line(error)}; give 'starter', a folder with config.json, "
             "model.safetensors and a tokenizer, or a hub name that this machine can reach"
         ) from error
     # Missing tensors would be filled with random numbers under a mere warning, hence the report.
-    if missing := sorted(report["missing_keys"]):
+    for kind, keys in (("lack", report["missing_keys"]), ("hold", report["unexpected_keys"])):
+        if keys:
+            what = "tensors" if kind == "lack" else "tensors that config.json has no place for"
+            raise ModelError(
+                f"the weights of model '{name}' {kind} {len(keys)} {what}, the first of them {sorted(keys)[0]}; "
+                "config.json and model.safetensors must be of the same model"
+            )
+    try:
+        model.to(device)
+        return LanguageModel(model if adapter is None else _with_adapter(model, adapter), tokenizer, name=name)
+    except (PreceptorError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # an architecture or tokenizer of a kind that nobody has tried
         raise ModelError(
-            f"the weights of model '{name}' lack {len(missing)} tensors, the first of them {missing[0]}; "
-            "config.json and model.safetensors must be of the same model"
+            f"model '{name}' cannot be used: {_first_line(error)}; use a decoder-only transformer with its own "
+            "tokenizer"
+        ) from error
+
+
+MAX_LAYERS = 1_000
+"""More layers than any model has; a mistyped number would build modules for hours."""
+
+_COUNTS = {
+    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "heads": ("num_attention_heads", "n_head", "num_heads", "num_key_value_heads"),
+    "dimensions": ("hidden_size", "n_embd"),
+    "tokens": ("vocab_size",),
+}
+"""Numbers of a configuration that must be positive, under the names that families give them."""
+
+
+def _check_configuration(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse what would fail late, take hours or fetch code, before anything is built.
+
+    Raises:
+        ModelError: a quantized model, an attention kernel from the hub, or an impossible size.
+    """
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "") if isinstance(quantization, Mapping) else quantization
+        raise ModelError(
+            f"model '{name}' is quantized ({str(method)[:40] or 'quantization_config'}), and quantized weights cannot "
+            "be trained; give the model that it was made from"
         )
-    model.to(device)
-    return LanguageModel(model if adapter is None else _with_adapter(model, adapter), tokenizer, name=name)
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_configuration(name, value)  # such as the `text_config` of a model that also sees
+        elif key.endswith("_implementation") and "/" in str(value):
+            raise ModelError(
+                f"config.json of model '{name}' asks for code from the hub ({key}: {str(value)[:60]!r}), which is "
+                f"never run; remove {key}"
+            )
+        for what, keys in _COUNTS.items():
+            if key in keys and value is not None:
+                largest = MAX_LAYERS if what == "layers" else 2**31
+                if not isinstance(value, int) or not 1 <= value <= largest:
+                    raise ModelError(
+                        f"config.json of model '{name}' has {key} {str(value)[:30]}, it must be 1 to {largest:,} {what}"
+                    )
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -123,7 +178,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever Transformers meets in a folder that is not as it should be
         raise ModelError(
             f"tokenizer '{name}' cannot be loaded: {_first_line(error)}; give 'starter', a folder with tokenizer.json, "
             "a hub name that this machine can reach, or 'tiktoken:gpt2'"

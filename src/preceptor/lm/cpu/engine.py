@@ -24,9 +24,9 @@ from torch.nn import functional
 from preceptor.lm.cpu.decode_step import CpuDecodeStep
 from preceptor.lm.cpu.kernels import kernel_library
 from preceptor.lm.cpu.weights import (
-    ARCHITECTURES,
     DecoderLayer,
     DecoderWeights,
+    can_read,
     decoder_layers,
     load_weights,
     projections,
@@ -75,7 +75,7 @@ class Engine(Protocol):
 
 
 def accelerate(model: Any, *, dtype: torch.dtype | None = None, adapter_enabled: bool = True) -> Engine | None:
-    """An engine for ``model``, or None where its architecture is not one of ``ARCHITECTURES``.
+    """An engine for ``model``, or None where :func:`~preceptor.lm.cpu.weights.can_read` says no.
 
     Cheap until the first pass, when the weights are read; later changes of the model go unseen on a CPU.
 
@@ -85,7 +85,7 @@ def accelerate(model: Any, *, dtype: torch.dtype | None = None, adapter_enabled:
             is float32 (float64 for a float64 model), on a CPU the attention too.
         adapter_enabled: False leaves adapters out.
     """
-    if model.config.model_type not in ARCHITECTURES:
+    if not can_read(model):
         return None
     return CpuEngine(model, dtype=dtype or model.dtype, adapter_enabled=adapter_enabled)
 

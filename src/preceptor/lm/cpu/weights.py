@@ -19,6 +19,12 @@ from transformers.pytorch_utils import Conv1D
 ARCHITECTURES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 """Values of ``config.model_type`` whose layers :func:`load_weights` can read."""
 
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+"""Names of the activation of GPT-2's feed-forward network, as its configuration may call it."""
+
+SILU = ("silu", "swish")
+"""The same for Llama and its kin."""
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -118,6 +124,20 @@ class DecoderWeights:
     layers: list[DecoderLayer]
     norm: Norm
     head: FusedLinear
+
+
+def can_read(model: Any) -> bool:
+    """Whether ``model`` is one of ``ARCHITECTURES`` with the usual activation and scale of attention.
+
+    Read from the configuration: a comparison of logits may not see them while the weights that follow are zero.
+    """
+    config = model.config
+    if config.model_type not in ARCHITECTURES:
+        return False
+    if config.model_type == "gpt2":
+        usual_scale = config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx
+        return bool(usual_scale and config.activation_function in TANH_GELU and not config.add_cross_attention)
+    return config.hidden_act in SILU
 
 
 def load_weights(model: Any, *, dtype: torch.dtype, adapter_enabled: bool) -> DecoderWeights:
