@@ -159,6 +159,7 @@ def _start(cell: Cell, root: Path, program: Sequence[str]) -> _Running:
     words = ["resume", str(folder)] if resumes else ["run", *cell.arguments, "--out", str(folder)]
     if not resumes and not any(word.partition("=")[0] == "--group" for word in cell.arguments):
         words.append(f"--group={root.resolve().name}")  # trackers show the seeds together
+    # Appended: a resumed cell's log keeps what was said before it was stopped.
     with storage_errors(f"write {log}"), log.open("ab") as output:
         process = subprocess.Popen(
             [*program, *words, "--no-report"],

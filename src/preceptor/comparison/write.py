@@ -48,6 +48,7 @@ def write_comparison(
         "runs": taken,
     }
     for name, content in (("result", merged), ("comparison", comparison), ("seconds", seconds)):
+        # Through the strict writer first: NaN becomes null, and what is no JSON is an error. Then indented for people.
         text = json.dumps(json.loads(row_json({"format": FORMAT, **content})), indent=2, ensure_ascii=False)
         replace_file(folder / f"{name}.json", text + "\n")
 

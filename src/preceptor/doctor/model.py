@@ -68,6 +68,7 @@ def _tokenizer(lm: LanguageModel) -> Iterator[Check]:
     if nameless := len(lm.nameless_tokens):
         figure = f"{nameless:,} of {lm.vocab_size:,} ids have no token in the tokenizer; they are never drawn"
         yield Check("ok", "ids without a token", figure)
+    # Quotes and a dash outside ASCII, digits, a colon: what tokenizers normalise.
     text = "Reading and writing: 1 + 1 = 2, “é”."
     back = lm.decode(lm.encode(text))
     remedy = "what is decoded is not what was encoded; queries and texts in reports will look different"

@@ -98,6 +98,7 @@ def load_language_model(
             f"model '{name}' cannot be loaded: {_first_line(error)}; give 'starter', a folder with config.json, "
             "model.safetensors and a tokenizer, or a hub name that this machine can reach"
         ) from error
+    # Missing tensors would be filled with random numbers under a mere warning, hence the report.
     for kind, keys in (("lack", report["missing_keys"]), ("hold", report["unexpected_keys"])):
         if keys:
             what = "tensors" if kind == "lack" else "tensors that config.json has no place for"

@@ -87,6 +87,7 @@ class LanguageModel:
     def _bind(self, model: Any) -> None:
         """Find decoder and head of ``model``; typed loosely, since peft's wrapper forwards Transformers' attributes."""
         self.model: PreTrainedModel = model.eval()
+        # Under peft the wrapper is trained and saved, while attributes such as `device` belong to the model inside it.
         self.has_adapter = hasattr(model, "get_base_model")  # Transformers sets `peft_config` on plain models too
         self._causal_model = model.get_base_model() if self.has_adapter else model
         # Body and head apart: `base_model` gives hidden states, so that logits are computed only where they are wanted.
@@ -423,6 +424,7 @@ class LanguageModel:
         largest_difference = tolerance * logits.float().abs().max()
         if (masked - logits[0].float()).abs().max() > largest_difference:
             raise ModelError(f"{self.name} {_UNFIT}")
+        # The engine has to reproduce Transformers' logits within rounding, or it is not used.
         self.has_engine = self._head_is_linear and self._engine_difference() <= tolerance
 
     @torch.no_grad()

@@ -65,6 +65,7 @@ def build_library(compiler: str, options: Sequence[str], sources: Mapping[str, s
         subprocess.SubprocessError: the compiler fails, now or within the last day.
     """
     built = Path(compiler).stat()  # an upgrade of the compiler may mend what failed
+    # What the machine code depends on is in the name, so an old library is never loaded by mistake.
     parts = (*sources.values(), compiler, str(built.st_mtime_ns), *options, platform.machine(), _processor())
     stem = "kernels-" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     folder = cache_dir() / "kernels"
@@ -88,6 +89,7 @@ def build_library(compiler: str, options: Sequence[str], sources: Mapping[str, s
 
 def _compiled(compiler: str, options: Sequence[str], sources: Mapping[str, str], folder: Path, stem: str) -> Path:
     """The library in ``folder``, whole on the disk before it has its name, which ends in its SHA-256."""
+    # In the same folder, hence on the same file system, or the rename below could not be atomic.
     with tempfile.TemporaryDirectory(dir=folder) as build:
         for source, text in sources.items():
             (Path(build) / source).write_text(text, encoding="utf-8")
@@ -98,12 +100,12 @@ def _compiled(compiler: str, options: Sequence[str], sources: Mapping[str, str],
             check=True,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=_BUILD_SECONDS,
+            timeout=_BUILD_SECONDS,  # a hung compiler must not hang a run
         )
         library.chmod(0o700)  # whatever the umask says
         with library.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # before the rename, so that the name never outlives the content
         path = folder / f"{stem}-{digest}.so"
         os.replace(library, path)  # atomic, should two processes build at once
     return path

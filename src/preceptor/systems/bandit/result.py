@@ -45,6 +45,7 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         return _in_context_result(records, config=config, seeds=seeds)
     splits = [split for split in SPLITS if any(record["split"] == split for record in records)]
     averaged = _over_items(records)
+    # Training templates and held-out ones side by side; the latter carry a prefix.
     methods: dict[str, dict[str, Any]] = {}
     for split in splits:
         prefix = "held_out_" if split == "held_out" else ""
@@ -54,6 +55,7 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         compare(averaged, metric=metric, arm="learned", baseline=baseline, unit=UNITS[metric], split=split)
         for split in splits
         for metric, baseline in COMPARED
+        # Only where both methods have the metric: baselines have no words to prefer.
         if {"learned", baseline} <= {r["arm"] for r in averaged if r["split"] == split and metric in r}
     ]
     crossing = _crossed_pairs(records, splits)
@@ -191,14 +193,17 @@ def word_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any
     scores_of: dict[str, dict[str, Any]] = {}
     crossed = [record for record in records if "first_word" in record and record["split"] == "train"]
     words = list(dict.fromkeys(word for record in crossed for word in record["item"].split(" / ")))
+    # Fitted for each seed alone, so that the interval over seeds includes the error of the fit.
     for method in dict.fromkeys(record["arm"] for record in crossed):
         fitted: list[dict[str, Any]] = []
         for seed in dict.fromkeys(record["seed"] for record in crossed if record["arm"] == method):
             own = [record for record in crossed if record["arm"] == method and record["seed"] == seed]
+            # [pairs, words]: +1 for the pair's first word, −1 for its second.
             design = np.array([[_side(word, record["item"]) for word in words] for record in own], dtype=float)
             odds = np.array([_log_odds(record["first_word"]) for record in own])
             scores = np.linalg.lstsq(design, odds, rcond=None)[0]  # the shortest solution, whose sum is 0
             left = float(((odds - design @ scores) ** 2).sum())
+            # All log-odds 0: the scores are 0 and explain everything.
             total = float((odds**2).sum())
             cells = {**dict(zip(words, scores.tolist(), strict=True)), "explained": 1 - left / total if total else 1.0}
             fitted.append({"arm": method, "item": "all", "split": "train", "seed": seed, **cells})
@@ -235,6 +240,7 @@ def _explanations_sentence(learned: Mapping[str, Estimate], *, num_pairs: int) -
         low, high = estimate["low"], estimate["high"]
         interval = "" if low is None or high is None else f" ({100 * low:.0f} to {100 * high:.0f})"
         shares.append((estimate["mean"], f"{name} {100 * estimate['mean']:.0f} %{interval}"))
+    # Ties are named together.
     best = max(mean for mean, _ in shares)
     leading = [name for name, (mean, _) in zip(EXPLANATIONS, shares, strict=True) if mean == best]
     conclusion = (

@@ -90,6 +90,7 @@ def score_rollouts(rollouts: Rollouts, terms: Sequence[RewardTerm]) -> Rewards:
     tokens = torch.zeros(mask.shape)  # [batch, token]
     sums: dict[str, Tensor] = {}
     for term in terms:
+        # Masked before the sum: a term may be NaN after the end token.
         values = term.function(rollouts).cpu().masked_fill(~mask, 0.0)
         sums[term.name] = values.sum(1)
         tokens = tokens + term.weight * values
@@ -109,6 +110,7 @@ def repetition(rollouts: Rollouts) -> Float[Tensor, "batch token"]:
 
 def repeated_bigrams(rollouts: Rollouts) -> Float[Tensor, "batch token"]:
     """Minus the fraction of tokens that complete a bigram the continuation already contains, at those tokens."""
+    # On the CPU and by row: a set of pairs is simpler than any tensor form, and this is not where time goes.
     values = torch.zeros(rollouts.tokens.shape)
     for row in range(len(rollouts)):
         tokens = rollouts.continuation(row)
@@ -133,6 +135,7 @@ def overlap(rollouts: Rollouts) -> Float[Tensor, "batch token"]:
     """F1 of the continuation's tokens with those of the document, counted with multiplicity, at the last token."""
 
     def f1(ours: list[int], theirs: Sequence[int]) -> float:
+        # A multiset intersection: a token counts as often as both have it.
         shared = (Counter(ours) & Counter(theirs)).total()
         return 2 * shared / (len(ours) + len(theirs)) if ours or theirs else 1.0
 
@@ -176,6 +179,7 @@ def _at_last_token(rollouts: Rollouts, values: Sequence[float]) -> Float[Tensor,
     """``values`` at the last token of each row that counts; a row without one gets nothing."""
     mask = rollouts.mask.cpu()
     placed = torch.zeros(mask.shape)
+    # The last counted token, and not the last position: what follows an end token earns nothing.
     for row, value in enumerate(values):
         if mask[row].any():
             placed[row, int(mask[row].sum()) - 1] = value
@@ -206,6 +210,7 @@ def user_reward(name: str, lm: LanguageModel) -> RewardFunction:
         continuations = [lm.decode(rollouts.continuation(row)) for row in range(len(rollouts))]
         references = [lm.decode(prompt.reference) for prompt in rollouts.prompts]
         values = [float(value) for value in function(prompts, continuations, references)]
+        # A user's function may return anything iterable; its length is checked before it is paired with rows.
         if len(values) != len(rollouts):
             raise DataError(f"the reward {name} returned {len(values)} numbers for {len(rollouts)} continuations")
         return _at_last_token(rollouts, values)
@@ -219,6 +224,7 @@ def load_function(name: str) -> Callable[..., Any]:
     Raises:
         ConfigError: there is no such module or function.
     """
+    # From the right: a Windows path has a colon too.
     place, _, attribute = name.rpartition(":")
     module = _module_of_file(Path(place), name) if place.endswith(".py") else _module(place, name)
     function = getattr(module, attribute, None)
@@ -239,6 +245,7 @@ def _module(place: str, name: str) -> ModuleType:
 def _module_of_file(path: Path, name: str) -> ModuleType:
     if not path.is_file():
         raise ConfigError(f"reward '{name}': there is no file {path}; give module:function or file.py:function")
+    # Not through sys.modules, so that a file called like a library does not hide it.
     specification = importlib.util.spec_from_file_location(path.stem, path)
     assert specification is not None, "a .py file always has a loader"
     assert specification.loader is not None

@@ -138,6 +138,7 @@ def score_text(model: PreTrainedModel, tokens: Int[Tensor, " token"], *, block_s
     for start, end in ((0, num_in_blocks), (num_in_blocks, len(inputs))):
         if start == end:
             continue
+        # A text shorter than a block is one row of its own length.
         length = block_size if start == 0 and num_in_blocks else end - start
         blocks, next_tokens = (part[start:end].view(-1, length) for part in (inputs, targets))  # [block, length]
         for first in range(0, len(blocks), BLOCKS_PER_PASS):
@@ -153,10 +154,12 @@ def score_text(model: PreTrainedModel, tokens: Int[Tensor, " token"], *, block_s
 def evaluate(state: State) -> dict[str, Any]:
     """The record of the method whose phase has ended: its student on the whole held-out text, and what it has cost."""
     setup, student, phase = state.setup, state.student, state.phase
+    # On the whole held-out text, not on windows: this number is compared across methods and seeds.
     score = score_text(
         student.model, setup.corpus.held_out.to(setup.device), block_size=setup.config.student.block_size
     )
     examiner = setup.held_out_examiner
+    # The same prompts and noise for every method, since this stream is made anew each time.
     quality = examiner.examine(student.model, examiner.draw(setup.generator("judgement")))
     record: dict[str, Any] = {
         "arm": phase.method,
@@ -171,6 +174,7 @@ def evaluate(state: State) -> dict[str, Any]:
         "distinct": quality.distinct,
         "model_calls": student.costs.evaluations,
         "tokens": student.costs.tokens,
+        # An objective that uses the reference model is charged for that model's training too.
         "gflops": (student.costs.flops + state.reference_flops(phase.objective)) / 1e9,
     }
     if phase.surgeon is not None:
@@ -183,6 +187,7 @@ def evaluate(state: State) -> dict[str, Any]:
 def ladder_records(setup: Setup) -> list[dict[str, Any]]:
     """A record for each n-gram of the ladder, fitted on the training text; the same under every seed."""
     order, corpus = setup.config.evaluation.ladder_order, setup.corpus
+    # One model holds all lower orders, so the ladder is counted once.
     ngram = NGram(corpus.train, order=order, vocab_size=corpus.vocab_size)
     names = {1: "unigram", 2: "bigram", 3: "trigram"}
     records = []
@@ -210,9 +215,11 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         config: the resolved configuration.
         seeds: of the runs.
     """
+    # Several runs repeat the ladder's records, which are equal; a dictionary keeps one of each.
     unique = list({(r["arm"], r["item"], r["split"], r["seed"]): r for r in records}.values())
     arms = {record["arm"] for record in unique}
     pairs = [("learned", rival) for rival in RIVALS] + [("joint", "training")]
+    # Only pairs of methods that were run.
     comparisons = [
         compare(unique, metric=metric, arm=arm, baseline=baseline, unit=UNITS[metric], split="held_out")
         for arm, baseline in pairs
@@ -268,6 +275,7 @@ def _ladder_sentences(records: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     nats = -sum(record["log_prob"] for record in students) / len(students)
     accuracy = sum(record["accuracy"] for record in students) / len(students)
+    # Both numbers must be better, since a lower loss can come with worse guesses.
     passed = [rung["arm"] for rung in rungs if -rung["log_prob"] > nats and rung["accuracy"] < accuracy]
     beyond = f"passes the {_listed(passed)} in both" if passed else "passes no rung of the n-gram ladder in both"
     return [
@@ -290,6 +298,7 @@ def _gap_sentences(gaps: Mapping[str, Mapping[str, Gap]]) -> list[str]:
 def _surgeon_sentences(comparisons: Sequence[Comparison]) -> list[str]:
     deciding = [c for c in comparisons if c["metric"] == "quality" and c["baseline"] in DECIDING]
     sentences = []
+    # Only if both deciding baselines were run; a comparison with one of them proves nothing.
     if len(deciding) == len(DECIDING):
         measured = " and ".join(f"{c['baseline']} {c['mean']:+.3g}{_interval(c)}" for c in deciding)
         num_seeds = min(c["num_seeds"] for c in deciding)
@@ -306,6 +315,7 @@ def _surgeon_sentences(comparisons: Sequence[Comparison]) -> list[str]:
                 "and it would have to be above both."
             )
     for c in comparisons:
+        # Joint learning has a control of its own: the same training without surgery.
         if c["arm"] == "joint" and c["metric"] == "log_prob":
             claim = "" if claimable(c) else "; no difference can be claimed"
             sentences.append(

@@ -92,12 +92,15 @@ class SacAgent:
         self.batch_size = batch_size
         self.random_steps = random_steps
         self.num_updates = 0
+        # Mean and log standard deviation of every number of the action come out of one network.
         self._actor = Mlp([state_dim, hidden_dim, hidden_dim, 2 * action_dim], num_networks=1, generator=generator)
         widths = [state_dim + action_dim, hidden_dim, hidden_dim, 1]
         self._critics = Mlp(widths, num_networks=_NUM_CRITICS, generator=generator)
         self._targets = Mlp(widths, num_networks=_NUM_CRITICS, generator=generator)
+        # The targets begin as the critics, whatever was drawn for them.
         self._targets.load_state_dict(self._critics.state_dict())
         self._targets.requires_grad_(False)
+        # In logarithms, so that no step can make the temperature negative.
         self._log_temperature = nn.Parameter(torch.tensor(math.log(initial_temperature)))
         self._optimizers = {
             "actor": torch.optim.Adam(self._actor.parameters(), lr=learning_rate, fused=True),
@@ -144,6 +147,7 @@ class SacAgent:
         Raises:
             ShapeError: nothing was observed yet.
         """
+        # A batch of transitions; every part begins with the batch axis.
         states, actions, rewards, next_states, terminated = self.buffer.sample(self.batch_size, generator=generator)
         temperature = self.temperature  # one value for the whole update
 
@@ -172,6 +176,7 @@ class SacAgent:
         temperature_loss = sac_temperature_loss(self._log_temperature, log_probs, target_entropy=self.target_entropy)
         self._step("temperature", temperature_loss, [self._log_temperature])
 
+        # Polyak averaging: slow targets, because a network that chases its own estimate diverges.
         with torch.no_grad():
             for target, parameter in zip(self._targets.parameters(), self._critics.parameters(), strict=True):
                 target.lerp_(parameter, self.target_step)
@@ -223,6 +228,7 @@ class SacAgent:
         self, states: Float[Tensor, "batch state"]
     ) -> tuple[Float[Tensor, "batch action"], Float[Tensor, "batch action"]]:
         mean, log_standard_deviation = self._actor(states)[0].chunk(2, dim=-1)
+        # A standard deviation of e⁻⁵ to e²: narrower lets densities grow without bound, wider is uniform once squashed.
         return mean, log_standard_deviation.clamp(*_LOG_STANDARD_DEVIATIONS)
 
     @staticmethod
@@ -235,6 +241,7 @@ class SacAgent:
     def _step(self, name: str, loss: Float[Tensor, ""], parameters: Iterable[nn.Parameter]) -> None:
         """One step down ``loss`` in ``parameters`` alone: the actor's loss depends on the critics too."""
         parameters = list(parameters)
+        # Gradients of these parameters alone. backward() would also leave some in the critics when the actor steps.
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.grad = gradient
         self._optimizers[name].step()
@@ -311,6 +318,7 @@ class ReplayBuffer:
         if faults := [f"{name} must be at least 1, got {size}" for name, size in sizes.items() if size < 1]:
             raise ConfigError(*faults)
         self.capacity, self.num_added = capacity, 0
+        # A row holds state, action, reward, next state and whether it terminated, side by side.
         self._widths = [state_dim, action_dim, 1, state_dim, 1]
         num_bytes = capacity * sum(self._widths) * _BYTES_PER_NUMBER
         self.spilled = num_bytes > memory_limit_bytes
@@ -351,6 +359,7 @@ class ReplayBuffer:
             )
         row = torch.cat([part.detach().to("cpu", torch.float32) for part in parts])
         if not row.isfinite().all():
+            # One NaN in the buffer would be drawn again and again.
             raise NumericError(f"a transition with a NaN or an infinity (reward {reward}) cannot teach; leave it out")
         self._table[self.num_added % self.capacity] = row  # the oldest row, once the ring is full
         self.num_added += 1
@@ -374,6 +383,7 @@ class ReplayBuffer:
             CheckpointError: the saved buffer has another capacity or other widths; nothing has changed then.
         """
         num_added, transitions = state["num_added"], state["transitions"]
+        # Rows beyond the count are zeros and are not saved.
         shape = (min(num_added, self.capacity), sum(self._widths))
         if tuple(transitions.shape) != shape:
             raise CheckpointError(
@@ -394,6 +404,7 @@ def _mapped_zeros(folder: Path, num_bytes: int) -> Float[Tensor, " numbers"]:
         tempfile.NamedTemporaryFile(dir=folder, prefix="replay-buffer-") as file,
     ):
         for start in range(0, num_bytes, len(_ZEROS)):
+            # In pieces, so that no copy of the buffer's size is needed.
             file.write(_ZEROS[: num_bytes - start])
         file.flush()
         return torch.from_file(file.name, shared=True, size=num_bytes // _BYTES_PER_NUMBER, dtype=torch.float32)
