@@ -40,6 +40,8 @@ def run(
     trackers: Sequence[str] = (),
     name: str | None = None,
     tags: Sequence[str] = (),
+    project: str = "preceptor",
+    group: str | None = None,
     report: bool = True,
     quiet: bool = False,
     **flags: Any,
@@ -57,6 +59,8 @@ def run(
         trackers: ``tensorboard``, ``wandb``, ``trackio``, besides ``metrics.jsonl``.
         name: what trackers and the page call the run; the folder's name by default.
         tags: of the run, for trackers and the page.
+        project: where trackers put the run.
+        group: of runs that trackers show together, such as the seeds of a comparison.
         report: write ``report.html`` at the end.
         quiet: show no progress.
         **flags: the system's own: ``model="path/to/model"``, ``article="page.txt"``, ``seed=3``, …
@@ -82,6 +86,8 @@ def run(
         trackers=trackers,
         name=name,
         tags=tags,
+        project=project,
+        group=group,
         report=report,
         quiet=quiet,
     )

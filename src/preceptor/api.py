@@ -18,6 +18,7 @@ from preceptor.systems.configuration import extended_configuration
 
 if TYPE_CHECKING:
     from preceptor.comparison.runs import FinishedRun
+    from preceptor.runs.folder import Run
 
 
 def services(environ: Mapping[str, str]) -> Services:
@@ -51,6 +52,7 @@ def start(
     name: str | None = None,
     tags: Sequence[str] = (),
     project: str = "preceptor",
+    group: str | None = None,
     report: bool = True,
     quiet: bool = False,
 ) -> Result:
@@ -65,6 +67,7 @@ def start(
     from preceptor.runs.folder import create_run, default_run_path, discard_unbegun
 
     keep_kernels_in(services.cache_dir / "kernels")
+    # Dated and numbered: two runs started on one day do not collide.
     path = out or default_run_path(Path("runs"), system.name, date.today())
     try:
         run = create_run(
@@ -81,20 +84,25 @@ def start(
             name=name,
             tags=tags,
             project=project,
+            group=group,
             quiet=quiet,
         )
     except PreceptorError:
+        # The folder was made for this run and is empty; one that the user named is left to the user.
         if out is None:
             with contextlib.suppress(OSError):  # no longer empty: then it holds something to look at
                 path.rmdir()
         raise
     try:
-        return _train(system, config, run, services, report=report)
+        # On entry: signal handlers. On exit: logs and trackers are closed and the lock is released.
+        with run:
+            _record(run, system.train(config, run, services), report=report)
     except Interrupted:
         raise
     except PreceptorError:
         discard_unbegun(path)  # what was refused must not block the next try
         raise
+    return Result(path)
 
 
 def go_on(
@@ -130,6 +138,7 @@ def go_on(
     if not (folder / "manifest.json").is_file():
         raise ConfigError(f"{folder} is not a run folder (no manifest.json); start one with: preceptor run SYSTEM")
     keep_kernels_in(services.cache_dir / "kernels")
+    # The manifest is the record of the run; whether config.yaml was edited since then is checked on opening.
     manifest = read_manifest(folder)
     system = find_system(manifest["system"])
     config = from_dict(system.Config, manifest["config"])
@@ -144,22 +153,24 @@ def go_on(
     )
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(run.close)
+        # Read again, since a resume may have extended it; closed if even that fails, or the lock would stay.
         config = from_dict(system.Config, run.config)
         on_failure.pop_all()
-    return _train(system, config, run, services, report=report)
+    with run:
+        _record(run, system.train(config, run, services), report=report)
+    return Result(folder)
 
 
-def _train(system: System, config: Any, run: Any, services: Services, *, report: bool) -> Result:
+def _record(run: Run, result: Mapping[str, Any], *, report: bool) -> None:
+    """Writes what came of ``run`` beside its model, and shows it to the trackers."""
     from preceptor.runs.export import write_model_card
 
-    with run:
-        result = system.train(config, run, services)
-        run.write_result(result)
-        write_model_card(run.path)
-        run.seal()
+    run.write_result(result)
+    write_model_card(run.path)
+    run.seal()
     if report:
         write_page(run.path)
-    return Result(run.path)
+    run.conclude_trackers(result)
 
 
 def compare(folders: Sequence[Path], *, methods: Sequence[str] = (), out: Path | None = None) -> Result:
@@ -190,8 +201,10 @@ def compared(
     system = find_system(runs[0].system)
     if system.result is None:
         raise ConfigError(f"runs of {system.name} have no baselines to compare")
+    # Runs may differ in their inputs within a group; in anything else they are groups of their own.
     groups = grouped(runs, inputs=list(system.inputs.values()))
     merged = merged_result(groups, system.result)
+    # "articles" -> "article": how the verdict calls one item.
     noun = next(iter(system.inputs), "").removesuffix("s").replace("_", " ")
     comparison = comparison_of(groups, merged, arms=list(methods), noun=noun)
     if out is None:

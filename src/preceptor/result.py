@@ -72,6 +72,7 @@ class Result:
         self.folder = Path(folder)
         path = self.folder / "result.json"
         if not path.is_file():
+            # Two reasons, two remedies.
             begun = (self.folder / "manifest.json").is_file()
             reason = f"has not ended; go on with: preceptor resume {self.folder}" if begun else "is no run folder"
             raise ConfigError(f"{self.folder} {reason}")
@@ -120,6 +121,7 @@ class Result:
         """
         if "order" not in self.data:
             raise ConfigError(f"{self.folder} has no reading order; runs of `reading` have one, this is {self.system}")
+        # articles.json holds the texts; the order in result.json is indices into them.
         articles = json.loads((self.folder / "articles.json").read_bytes())
         return Order(
             {
@@ -156,6 +158,7 @@ class Result:
         """The tables for a terminal of ``width`` characters, for ``rich.print``."""
         comparison = self.folder / "comparison.json"
         if comparison.is_file():
+            # Imported here: a script that reads numbers from a result should not load Rich or Jinja.
             from preceptor.comparison.table import comparison_tables
 
             yield from comparison_tables(json.loads(comparison.read_bytes()))
@@ -168,6 +171,7 @@ class Result:
     def __repr__(self) -> str:
         from rich.console import Console
 
+        # Wider than most terminals, so that a notebook or a REPL wraps no table.
         console = Console(file=io.StringIO(), width=100, force_terminal=False)
         for table in self.renderables():
             console.print(table)
@@ -187,6 +191,7 @@ class Result:
         )
 
     def _table_rows(self) -> Iterator[tuple[Any, ...]]:
+        # What the system shows by default; `table` itself has every metric.
         shown = set(self.data.get("table", []))
         for row in self.table:
             if shown and row["metric"] not in shown:

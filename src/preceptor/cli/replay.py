@@ -53,6 +53,7 @@ def replay(
     """
     if not (folder / "manifest.json").is_file():
         raise ConfigError(f"{folder} is not a run folder (no manifest.json); give the folder of a run")
+    # Imported late, for torch comes with them and the check above needs none.
     from preceptor.lm.cpu.kernels import keep_kernels_in
     from preceptor.runs.device import set_threads
     from preceptor.runs.record import read_manifest
@@ -67,6 +68,7 @@ def replay(
         raise DataError(f"{folder} has no decisions.jsonl; without the recorded decisions there is nothing to replay")
     from_environment = services(os.environ)
     keep_kernels_in(from_environment.cache_dir / "kernels")
+    # Another number of threads sums in another order, and last bits would part.
     set_threads(manifest["environment"]["threads"])
     config = from_dict(system.Config, manifest["config"])
     count, largest, partings = 0, 0.0, 0
@@ -74,6 +76,7 @@ def replay(
         count += 1
         difference = _difference(recorded, recomputed)
         largest = max(largest, difference)
+        # NaN against a number is infinitely far (see `_difference`), so it cannot pass as equal.
         if difference > tolerance:
             partings += 1
             if partings <= SHOWN:

@@ -21,6 +21,7 @@ def context_length(config: PreTrainedConfig, name: str) -> int:
     kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or tuple(_WINDOWS)
     limits += [getattr(config, window, None) for kind, window in _WINDOWS.items() if kind in kinds]
     rotary = getattr(config, "rope_parameters", None) or {}
+    # Either one set of parameters, or one for each kind of layer.
     for parameters in (rotary, *rotary.values()):
         if isinstance(parameters, dict) and parameters.get("rope_type") in ("dynamic", "longrope"):
             limits.append(parameters.get("original_max_position_embeddings"))

@@ -81,6 +81,7 @@ def load_language_model(
         MissingExtraError: ``adapter`` is given and peft is not installed.
     """
     source = _source(name)
+    # Transformers reports a bad folder through half a dozen exception types; whatever it is, the remedy is the same.
     try:
         with _quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice on the weights of others; what matters is checked below
@@ -168,6 +169,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ModelError: there is no such tokenizer, or it cannot be reached.
         MissingExtraError: an encoding of tiktoken is asked for and tiktoken is not installed.
     """
+    # tiktoken's encodings come without model or configuration, so they are rebuilt as a tokenizer here.
     if name.startswith("tiktoken:"):
         return _from_tiktoken(name.removeprefix("tiktoken:"))
     path = Path(name).expanduser()
@@ -204,6 +206,7 @@ def _from_tiktoken(name: str) -> PreTrainedTokenizerBase:
             f"tiktoken's encoding '{name}' is out of reach ({_first_line(error)}); give 'tiktoken:gpt2' where the "
             "network allows it, or a local folder with tokenizer.json"
         ) from error
+    # The converter reads a file only, so write one and throw it away.
     with tempfile.TemporaryDirectory() as folder:
         ranks = Path(folder) / "tokenizer.model"
         with ranks.open("wb") as file:  # the converter's format: a base64 token and its rank per line
@@ -228,6 +231,7 @@ def _source(name: str) -> dict[str, Any]:
         if not (path / "config.json").is_file():
             raise ModelError(f"model folder {name} has no config.json; give the folder that save_pretrained wrote")
         return _folder(path)
+    # A hub name has one slash and no leading dot: anything else is a mistyped path, and the hub would not know it.
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(f"model folder {name} does not exist; check the path")
     return _hub_source(name)
@@ -244,6 +248,7 @@ def _hub_source(name: str) -> dict[str, Any]:
     """
     remedy = "give 'starter', a folder that save_pretrained wrote, or a hub name that this machine can reach"
     try:
+        # One commit for all files: a push between two downloads would otherwise mix tokenizer and weights.
         commit = HfApi().model_info(name, timeout=HUB_TIMEOUT).sha
         return {"pretrained_model_name_or_path": name, "revision": commit}
     except errors.GatedRepoError as error:
@@ -264,6 +269,7 @@ def _hub_source(name: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences Transformers' advice and progress bars, but not those of downloads; restores every setting on exit."""
+    # Remember every switch that is thrown below, since they are global to the process.
     verbosity, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     shows_downloads = not are_progress_bars_disabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
@@ -290,6 +296,7 @@ def _with_adapter(model: PreTrainedModel, adapter: Adapter) -> Any:
     except ImportError as error:
         raise MissingExtraError("training a LoRA adapter", package="peft", extra="lora") from error
     alpha: Any = adapter.alpha  # annotated as an integer, but peft only divides it by the rank
+    # No dropout, since the probabilities trained on must be those sampled from (the model is in evaluation mode).
     settings = LoraConfig(
         r=adapter.rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )

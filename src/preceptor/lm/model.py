@@ -76,6 +76,8 @@ class LanguageModel:
         self.nameless_tokens = tuple(sorted(set(range(self.vocab_size)) - set(tokenizer.get_vocab().values())))
         # The unknown token stands for text, unless the tokenizer ends texts with the same token (GPT-2).
         self._never_text = control_tokens - ({tokenizer.unk_token_id} - {self.begin_token, tokenizer.eos_token_id})
+        # A tokenizer that puts a space in front of every text (Llama 2) makes "▁a" of "a"; `encode` then drops one
+        # space.
         first_piece = str(tokenizer.convert_ids_to_tokens(self._tokenize("a")[:1]))
         self._prepends_space = "▁" in first_piece
         self.notices: list[str] = []
@@ -86,8 +88,9 @@ class LanguageModel:
     def _bind(self, model: Any) -> None:
         """Find decoder and head of ``model``; typed loosely, since peft's wrapper forwards Transformers' attributes."""
         self.model: PreTrainedModel = model.eval()
-        self.has_adapter = hasattr(model, "peft_config")
+        self.has_adapter = hasattr(model, "get_base_model")  # Transformers sets `peft_config` on plain models too
         self._causal_model = model.get_base_model() if self.has_adapter else model
+        # Body and head apart: `base_model` gives hidden states, so that logits are computed only where they are wanted.
         self._decoder = self._causal_model.base_model
         self._head = self._causal_model.get_output_embeddings()
         if self._head is None or self._decoder is self._causal_model:
@@ -114,6 +117,8 @@ class LanguageModel:
     def layers(self) -> nn.ModuleList:
         """The decoder layers, first to last."""
         num_layers = self._causal_model.config.get_text_config().num_hidden_layers
+        # Families name the list `layers`, `h` or `blocks`; what they share is one ModuleList as long as
+        # num_hidden_layers.
         for module in self._decoder.modules():
             if isinstance(module, nn.ModuleList) and len(module) == num_layers:
                 return module
@@ -122,6 +127,8 @@ class LanguageModel:
     @property
     def skips_hidden_slots(self) -> bool:
         """Whether masked slots cost no attention time, so that packing several texts into one row saves work."""
+        # Only the kernel skips masked slots. float64 never reaches it, and `eager` attention never calls the function
+        # that it replaces.
         uses_kernel = self._causal_model.config.get_text_config()._attn_implementation == "sdpa"
         return self.device.type == "cpu" and self.dtype != torch.float64 and uses_kernel and kernel_is_faster()
 
@@ -132,6 +139,8 @@ class LanguageModel:
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that require a gradient, by name: all of them, the adapter's, or none of a frozen model."""
+        # Without its adapter the view is a frozen reference: an optimizer over its weights would train the policy
+        # instead.
         if not self.adapter_enabled:
             return {}
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
@@ -184,6 +193,8 @@ class LanguageModel:
                 # The head only sees the marked positions: [batch, time, width] -> [kept, width] -> [kept, vocab].
                 logits = self._head(self._decoder(**arguments).last_hidden_state[keep])
             else:
+                # Logits of every position at once, [batch, time, vocab]: this family scales or caps them outside its
+                # head.
                 logits = self._causal_model(**arguments).logits[keep]
         return Output(logits=logits.float(), captured=captured[0] if captured else None)
 
@@ -257,8 +268,11 @@ class LanguageModel:
             log_probs = (sampling or Sampling()).log_probs(logits, drawn=chosen)
             return log_probs.gather(-1, chosen[:, None])[:, 0]
         bias: Tensor | None = self._head.bias
+        # The pass itself, up to the states that predict a scored token: [batch, time, width] -> [kept, width].
         with self._computing():
             states = self._decoder(**self._arguments(tokens, attention_mask, positions, None)).last_hidden_state[keep]
+        # Dividing states and bias divides the logits, and −inf in the bias suppresses a token: softmax((Wh + b) / T).
+        # Both are cheaper than touching the logits, of which there are vocab per position.
         if sampling is not None:
             states = states / sampling.temperature
             bias = torch.zeros_like(self._head.weight[:, 0]) if bias is None else bias / sampling.temperature  # [vocab]
@@ -274,6 +288,7 @@ class LanguageModel:
         """
         if not self.has_adapter:
             return self.frozen_copy()
+        # A shallow copy: the two share every weight, so a second model costs no memory, and only the flag differs.
         view = copy.copy(self)
         view.name, view.adapter_enabled = f"{self.name} (untrained)", False
         return view
@@ -284,9 +299,11 @@ class LanguageModel:
         It shares no storage with trainable parameters. With an adapter, the frozen weights underneath are not copied.
         """
         live = list(self.model.parameters())
+        # deepcopy with a filled memo takes the frozen weights under an adapter as they are instead of copying them.
         shared = {id(parameter): parameter for parameter in live if self.has_adapter and not parameter.requires_grad}
         storages = {parameter.data_ptr() for parameter in live if id(parameter) not in shared}
         model = copy.deepcopy(self.model, dict(shared)).requires_grad_(False)
+        # A reference that shared memory with the policy would follow it, and every KL would be 0 without an error.
         assert storages.isdisjoint(parameter.data_ptr() for parameter in model.parameters()), "storage is shared"
         frozen = copy.copy(self)
         frozen.name = f"{self.name} (frozen)"
@@ -307,6 +324,7 @@ class LanguageModel:
         self, tokens: Tensor, attention_mask: Tensor | None, positions: Tensor | None, cache: Cache | None
     ) -> dict[str, Any]:
         return {
+            # An additive mask, since not every family's attention accepts a Boolean one of four dimensions.
             "input_ids": tokens,
             "attention_mask": None if attention_mask is None else _additive(attention_mask, self.dtype),
             "position_ids": positions,
@@ -318,6 +336,7 @@ class LanguageModel:
 
     def _tokenize(self, text: str) -> list[int]:
         # `verbose` only warns about texts longer than the context.
+        # No begin token either: callers join pieces, and only a row as a whole begins with one.
         return list(
             self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         )
@@ -332,6 +351,7 @@ class LanguageModel:
         return [piece for several in pieces for piece in several if piece not in self._never_text]
 
     def _begin_token(self) -> int:
+        # Some families (Qwen 2) have no begin token; a row then begins as after the end of an earlier text.
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None and int(token) < self.vocab_size:
                 return int(token)
@@ -341,6 +361,8 @@ class LanguageModel:
 
     def _check_vocabulary(self, control_tokens: set[int]) -> None:
         """Refuse a tokenizer with text tokens beyond the model's embedding; control tokens there are never used."""
+        # A vocabulary padded upwards is fine (fewer tokens than embeddings); the reverse would index beyond the
+        # embedding.
         largest = max(set(self.tokenizer.get_vocab().values()) - control_tokens, default=0)
         if largest >= self.vocab_size:
             raise ModelError(
@@ -370,6 +392,8 @@ class LanguageModel:
         positions = torch.tensor([[0, 1, 1, 2, 3, 4]], device=self.device)
         seen: dict[str, Tensor] = {}
         with contextlib.ExitStack() as stack:
+            # The states that leave the decoder, and what goes into the head and comes out of it. If both ends are
+            # identical, head(states) is all there is to the logits.
             for module, note in (
                 (self._decoder, lambda _, __, output: seen.update(states=output[0])),
                 (self._head, lambda _, inputs, output: seen.update(given=inputs[0], projected=output)),
@@ -381,6 +405,7 @@ class LanguageModel:
                 and torch.equal(seen["states"], seen["given"])
                 and torch.equal(seen["projected"], logits)
             )
+        # Positions 0 1 1 2 3 4 with the third token hidden must give the logits of 0 1 2 3 4.
         try:
             masked = self.forward(with_hole, keep=keep, attention_mask=visible[None], positions=positions).logits
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -433,6 +458,7 @@ _UNFIT = (
 def _additive(mask: Bool[Tensor, "batch time slots"], dtype: torch.dtype) -> Float[Tensor, "batch 1 time slots"]:
     """0 where ``mask`` is True, else the lowest finite number: the form that every attention of Transformers takes."""
     additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    # The new axis broadcasts over the heads.
     return additive.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
 
 

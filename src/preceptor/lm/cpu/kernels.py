@@ -54,6 +54,7 @@ def kernel_library() -> ctypes.CDLL | None:
         return None
     folder = resources.files("preceptor.lm.cpu")
     sources = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in SOURCES}
+    # Most specific first: with threads, without, and on Arm then both again without -march=native.
     variants = [_OPTIONS, *([_ARM_OPTIONS] if platform.machine() in ("arm64", "aarch64") else [])]
     for options in [(*variant, *threads) for variant in variants for threads in (["-fopenmp"], [])]:
         try:
@@ -139,4 +140,5 @@ def _processor() -> str:
     if not described.is_file():
         return platform.processor()
     lines = described.read_text(encoding="utf-8").splitlines()
+    # /proc/cpuinfo repeats the lines once per core.
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

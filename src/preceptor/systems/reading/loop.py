@@ -63,6 +63,11 @@ def train(config: ReadingConfig, run: Run, services: Services, *, setup: Setup |
         services: cache folder and keys.
         setup: use this one, for example with a reader of your own; None prepares what ``config`` describes.
     """
+    if config.episode.pool == "mixed":
+        # Imported here: the two tasks share the command and nothing of the loop.
+        from preceptor.systems.reading.study.loop import train as train_study
+
+        return train_study(config, run, services)
     setup = setup or prepare(config, run, services)
     state = State(setup.policy, setup.initial_policy.lm, config.update)
     meter = GapMeter(setup, seed=derived_seed(config.seed, "gap meter"))

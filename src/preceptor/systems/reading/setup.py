@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from preceptor.data.embedders.base import TextEmbedder
 from preceptor.errors import ConfigError, StorageError
 from preceptor.lm.chat import RenderedMarkers, rendered_markers
 from preceptor.lm.embedding import MODEL_EMBEDDINGS
@@ -29,6 +28,7 @@ from preceptor.systems.reading.policy import Keys, Policy, identity_projection
 from preceptor.systems.reading.rewards import LanguageModelReader, Reader
 
 if TYPE_CHECKING:
+    from preceptor.data.embedders.base import TextEmbedder
     from preceptor.runs.folder import Run
     from preceptor.systems.base import Services
 

@@ -40,6 +40,11 @@ def verify(config: ReadingConfig, folder: Path, services: Services) -> Iterator[
             article does not have.
         StorageError: a file of the run is missing or damaged.
     """
+    if config.episode.pool == "mixed":
+        from preceptor.systems.reading.study.verify import verify as verify_study
+
+        yield from verify_study(config, folder)
+        return
     if config.reward.reader == "policy":
         raise DataError(
             "the reader of this run was the policy as it learned, whose past weights are gone; "
