@@ -34,7 +34,6 @@ LEVELS = {
     "errors": 0,
     "strict_yaml": 1,
     "version": 0,
-    "cache": 1,
     "config": 2,
     "objectives": 3,
     "lm": 3,
@@ -285,7 +284,7 @@ def broad_excepts_give_a_reason(modules: Sequence[Module]) -> Violations:
 
 def environment_is_read_at_the_doors(modules: Sequence[Module]) -> Violations:
     for module in modules:
-        if module.room in ("", "cli", "cache"):  # the kernels' cache is needed wherever a model computes
+        if module.room in ("", "cli"):
             continue
         for node in ast.walk(module.tree):
             reads = isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.environb", "os.getenv")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from preceptor.cache import cache_dir
 from preceptor.config import from_dict, to_dict
 from preceptor.errors import ConfigError, Interrupted, PreceptorError
 from preceptor.result import Result, write_page
@@ -28,6 +28,15 @@ def services(environ: Mapping[str, str]) -> Services:
         openai_api_key=environ.get("OPENAI_API_KEY"),
         openai_base_url=environ.get("OPENAI_BASE_URL"),
     )
+
+
+def cache_dir(environ: Mapping[str, str]) -> Path:
+    """The cache folder: PRECEPTOR_CACHE_DIR, else ``preceptor`` in the XDG cache folder."""
+    if own := environ.get("PRECEPTOR_CACHE_DIR"):
+        return Path(own)
+    shared = environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification says that a relative path is invalid and to be ignored.
+    return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "preceptor"
 
 
 def start(
@@ -54,8 +63,10 @@ def start(
     Raises:
         PreceptorError: of the kind that says what is wrong; ``Interrupted`` after Ctrl-C, when the run can be resumed.
     """
+    from preceptor.lm.cpu.kernels import keep_kernels_in
     from preceptor.runs.folder import create_run, default_run_path, discard_unbegun
 
+    keep_kernels_in(services.cache_dir / "kernels")
     # Dated and numbered: two runs started on one day do not collide.
     path = out or default_run_path(Path("runs"), system.name, date.today())
     try:
@@ -120,11 +131,13 @@ def go_on(
     Raises:
         ConfigError: no run, another machine or version without ``allow_inexact``, or a key that may not change.
     """
+    from preceptor.lm.cpu.kernels import keep_kernels_in
     from preceptor.runs.folder import open_run
     from preceptor.runs.record import read_manifest
 
     if not (folder / "manifest.json").is_file():
         raise ConfigError(f"{folder} is not a run folder (no manifest.json); start one with: preceptor run SYSTEM")
+    keep_kernels_in(services.cache_dir / "kernels")
     # The manifest is the record of the run; whether config.yaml was edited since then is checked on opening.
     manifest = read_manifest(folder)
     system = find_system(manifest["system"])

@@ -30,8 +30,9 @@ from transformers import (
 )
 
 from preceptor.errors import ModelError
+from preceptor.lm.context_length import context_length
 from preceptor.lm.decode import Decoder
-from preceptor.lm.model import LanguageModel, _context_length
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 
 MakeLM = Callable[..., LanguageModel]
@@ -159,7 +160,7 @@ def test_the_window_of_mistral_and_gemma2_ends_the_context(make_lm: MakeLM) -> N
 
 def test_a_context_that_nobody_states_is_refused() -> None:
     with pytest.raises(ModelError, match="configuration of it states no context length"):
-        _context_length(PreTrainedConfig(), "it")
+        context_length(PreTrainedConfig(), "it")
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from preceptor.api import cache_dir
 from preceptor.cli import options
 from preceptor.cli.parsing import SystemGroup, made, system_command
 from preceptor.cli.replay import CHECK_FAILED
@@ -120,11 +122,13 @@ def _before(name: str, config: Any, *, device: str, threads: int | None, forecas
 def _model(model: Any, episode: Any, *, device: str, threads: int | None) -> Iterator[Check]:
     from preceptor.doctor.check import Check
     from preceptor.doctor.model import check_model
+    from preceptor.lm.cpu.kernels import keep_kernels_in
     from preceptor.lm.load import Adapter, load_language_model
     from preceptor.lm.sampling import Sampling
     from preceptor.runs.device import choose_device, parse_dtype, set_threads
 
     set_threads(threads)
+    keep_kernels_in(cache_dir(os.environ) / "kernels")
     rank = getattr(model, "adapter_rank", 0)
     try:
         lm = load_language_model(

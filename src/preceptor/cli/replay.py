@@ -54,6 +54,7 @@ def replay(
     if not (folder / "manifest.json").is_file():
         raise ConfigError(f"{folder} is not a run folder (no manifest.json); give the folder of a run")
     # Imported late, for torch comes with them and the check above needs none.
+    from preceptor.lm.cpu.kernels import keep_kernels_in
     from preceptor.runs.device import set_threads
     from preceptor.runs.record import read_manifest
     from preceptor.runs.seal import seal_faults
@@ -65,11 +66,13 @@ def replay(
         raise ConfigError(f"runs of {name} cannot be replayed: it has no teacher and records no decisions")
     if not (folder / "decisions.jsonl").is_file():
         raise DataError(f"{folder} has no decisions.jsonl; without the recorded decisions there is nothing to replay")
+    from_environment = services(os.environ)
+    keep_kernels_in(from_environment.cache_dir / "kernels")
     # Another number of threads sums in another order, and last bits would part.
     set_threads(manifest["environment"]["threads"])
     config = from_dict(system.Config, manifest["config"])
     count, largest, partings = 0, 0.0, 0
-    for where, recorded, recomputed in system.verify(config, folder, services(os.environ)):
+    for where, recorded, recomputed in system.verify(config, folder, from_environment):
         count += 1
         difference = _difference(recorded, recomputed)
         largest = max(largest, difference)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,11 +17,13 @@ from typing import Any, cast
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from preceptor.errors import ModelError
+from preceptor.lm.context_length import context_length
+from preceptor.lm.control_tokens import control_token_ids, spelled_out
 from preceptor.lm.cpu.attention import CpuAttention, kernel_is_faster
-from preceptor.lm.cpu.engine import Engine, accelerate, probe_logits
+from preceptor.lm.cpu.engine import Engine, accelerate, relative_difference
 from preceptor.lm.log_probs import chosen_log_probs
 from preceptor.lm.sampling import Sampling
 
@@ -67,8 +68,8 @@ class LanguageModel:
         self.name = name
         self.adapter_enabled = True
         self._bind(model)
-        self.context_length = _context_length(self._causal_model.config.get_text_config(), name)
-        control_tokens = _control_tokens(tokenizer)
+        self.context_length = context_length(self._causal_model.config.get_text_config(), name)
+        control_tokens = control_token_ids(tokenizer)
         self._check_vocabulary(control_tokens)
         self.begin_token = self._begin_token()
         self.special_tokens = tuple(sorted(token for token in control_tokens if token < self.vocab_size))
@@ -347,18 +348,8 @@ class LanguageModel:
             return tokens
         # A unigram vocabulary lists control tokens among its pieces. Such a piece alone is spelled out, character by
         # character; the text around it stays as the tokenizer cut it.
-        return [
-            piece for token in tokens for piece in (self._spelled_out(token) if token in self._never_text else [token])
-        ]
-
-    def _spelled_out(self, token: int) -> list[int]:
-        """A control token's spelling as tokens of text."""
-        return [
-            piece
-            for character in str(self.tokenizer.convert_ids_to_tokens(token))
-            for piece in _model_tokens(self.tokenizer, character)
-            if piece not in self._never_text
-        ]
+        pieces = (spelled_out(self.tokenizer, token) if token in self._never_text else [token] for token in tokens)
+        return [piece for several in pieces for piece in several if piece not in self._never_text]
 
     def _begin_token(self) -> int:
         # Some families (Qwen 2) have no begin token; a row then begins as after the end of an earlier text.
@@ -436,9 +427,7 @@ class LanguageModel:
         tokens = torch.arange(5, device=self.device)[None] % self.vocab_size
         with self._computing():
             logits = self._causal_model(input_ids=tokens, use_cache=False).logits[0].float()  # [time, vocab]
-        difference = probe_logits(engine, tokens, num_layers=len(self.layers)) - logits
-        # NaN where both are: damaged weights are reported where they are sampled from.
-        return float((difference.abs().max() / logits.abs().max()).nan_to_num(0.0))
+        return relative_difference(engine, tokens, logits, num_layers=len(self.layers))
 
     def _weights_version(self) -> int:
         """A number that grows with every change of a weight in place."""
@@ -462,9 +451,6 @@ class LanguageModel:
             self.give_up_engine(f"its logits have come to differ from the model's own by {difference:.1e}")
 
 
-_WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size", "local": "window_size"}
-"""Kind of layer, and the key of its attention window in a configuration."""
-
 _UNFIT = (
     "does not attend as it is told to by mask and positions (ALiBi, recurrent and bidirectional models do not); "
     "use a decoder-only transformer with rotary or learned positions"
@@ -485,51 +471,3 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
-
-
-_MARKUP = re.compile(r"[<\[{(|｜].+[>\]})|｜]", re.DOTALL)
-"""How control tokens are spelled: ``<s>``, ``[PAD]``, ``<|im_end|>``."""
-
-
-def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of added tokens marked special, such as those of a chat template, without those that stand in ordinary text.
-
-    Whatever a tokenizer names as its pad or end token is listed as added and special, even a piece of text such as "!".
-    """
-    added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
-    return {token for token in added | set(tokenizer.all_special_ids) if not _stands_in_text(tokenizer, token)}
-
-
-def _stands_in_text(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
-    """Whether text gives the token by itself, without its having been added; a unigram model gives markup too."""
-    spelling = str(tokenizer.convert_ids_to_tokens(token))
-    return not _MARKUP.fullmatch(spelling) and _model_tokens(tokenizer, spelling) == [token]
-
-
-def _model_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens that the vocabulary gives for ``text``: no added token, no normalisation, no space in front."""
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        return [piece.id for piece in backend.model.tokenize(text)]
-    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-
-
-def _context_length(config: PreTrainedConfig, name: str) -> int:
-    """Tokens that a row may hold: the least of its position limit and of the lengths beyond which attention changes.
-
-    Up to its window (or chunk), a layer with windowed attention sees what full attention sees. Rotary positions that
-    are rescaled beyond some length would be rescaled for cached keys too, which cannot be done.
-    """
-    limits = [getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None)]
-    # A configuration that does not list the kinds of its layers means its window for all of them.
-    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or tuple(_WINDOWS)
-    limits += [getattr(config, window, None) for kind, window in _WINDOWS.items() if kind in kinds]
-    rotary = getattr(config, "rope_parameters", None) or {}
-    # Either one set of parameters, or one for each kind of layer.
-    for parameters in (rotary, *rotary.values()):
-        if isinstance(parameters, dict) and parameters.get("rope_type") in ("dynamic", "longrope"):
-            limits.append(parameters.get("original_max_position_embeddings"))
-    known = [int(limit) for limit in limits if limit]
-    if not known:
-        raise ModelError(f"the configuration of {name} states no context length; set max_position_embeddings there")
-    return min(known)

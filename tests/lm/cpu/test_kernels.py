@@ -22,7 +22,7 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler here
 def test_another_source_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else an upgrade would go on with what an earlier version has built. Headers count too."""
     assert COMPILER is not None
-    monkeypatch.setenv("PRECEPTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(kernels, "_cache_folder", tmp_path / "kernels")
     unit = '#include "number.h"\nint number(void) { return NUMBER; }'
     for number in (1, 2, 1):
         sources = {"number.h": f"#define NUMBER {number}", "number.c": unit}
@@ -36,7 +36,7 @@ SOURCES = {"number.c": "int number(void) { return 7; }"}
 @pytest.fixture
 def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], ctypes.CDLL]:
     """Builds a small library in a cache of its own, and counts how often the compiler is called."""
-    monkeypatch.setenv("PRECEPTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(kernels, "_cache_folder", tmp_path / "kernels")
     return lambda: kernels.build_library(str(COMPILER), kernels._OPTIONS, SOURCES)
 
 
@@ -119,7 +119,7 @@ def test_a_folder_that_is_a_symlink_is_left_alone(build: Callable[[], ctypes.CDL
 def test_a_compiler_that_fails_is_not_tried_again_for_a_day(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[str]
 ) -> None:
-    monkeypatch.setenv("PRECEPTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(kernels, "_cache_folder", tmp_path / "kernels")
     for _ in range(2):
         with pytest.raises(subprocess.SubprocessError):
             kernels.build_library(str(COMPILER), ["--no-such-option"], SOURCES)
@@ -153,7 +153,7 @@ def test_there_is_a_library_where_there_is_a_compiler() -> None:
 
 def test_without_a_place_or_a_compiler_there_is_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build = kernel_library.__wrapped__
-    monkeypatch.setenv("PRECEPTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(kernels, "_cache_folder", tmp_path / "kernels")
     monkeypatch.setattr(kernels, "_OPTIONS", ("--no-such-option",))
     monkeypatch.setattr(kernels, "_ARM_OPTIONS", ("--no-such-option",))
     assert build() is None
@@ -167,7 +167,7 @@ def test_an_arm_compiler_need_not_know_its_own_processor(
     machine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Elsewhere a build for any processor would be slower than PyTorch, so there is none."""
-    monkeypatch.setenv("PRECEPTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(kernels, "_cache_folder", tmp_path / "kernels")
     monkeypatch.setattr(kernels.platform, "machine", lambda: machine)
     monkeypatch.setattr(kernels, "_OPTIONS", ("-march=unheard-of", *kernels._ARM_OPTIONS))
     assert (kernel_library.__wrapped__() is not None) == (machine == "arm64")

@@ -256,6 +256,15 @@ def probe_logits(engine: Engine, tokens: Int[Tensor, "1 time"], *, num_layers: i
     return torch.cat(parts)
 
 
+def relative_difference(
+    engine: Engine, tokens: Int[Tensor, "1 time"], logits: Float[Tensor, "time vocab"], *, num_layers: int
+) -> float:
+    """Largest difference of the engine's logits from the model's own ``logits``, relative to the largest of those."""
+    difference = probe_logits(engine, tokens, num_layers=num_layers) - logits
+    # NaN where both are: damaged weights are reported where they are sampled from.
+    return float((difference.abs().max() / logits.abs().max()).nan_to_num(0.0))
+
+
 def cached_attention(
     queries: Float[Tensor, "batch heads time width"],
     keys: Float[Tensor, "batch kv_heads slots width"],

@@ -21,8 +21,6 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from preceptor.cache import cache_dir
-
 SOURCES = ("lanes.h", "attention.c", "decode_step.c")
 
 _OPTIONS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared")
@@ -33,6 +31,15 @@ _BUILD_SECONDS = 60
 
 _REMEMBERED_SECONDS = 24 * 3600
 """For how long a compiler that failed is not tried again; it may have failed for want of space."""
+
+
+_cache_folder: Path | None = None
+
+
+def keep_kernels_in(folder: Path) -> None:
+    """Keep what is compiled from now on in ``folder``, and not in the user's home."""
+    global _cache_folder
+    _cache_folder = folder
 
 
 @cache
@@ -68,7 +75,7 @@ def build_library(compiler: str, options: Sequence[str], sources: Mapping[str, s
     # What the machine code depends on is in the name, so an old library is never loaded by mistake.
     parts = (*sources.values(), compiler, str(built.st_mtime_ns), *options, platform.machine(), _processor())
     stem = "kernels-" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    folder = cache_dir() / "kernels"
+    folder = _cache_folder or Path.home() / ".cache" / "preceptor" / "kernels"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _is_private(folder.lstat(), stat.S_ISDIR):  # somebody else could put a library there
         with tempfile.TemporaryDirectory(prefix="preceptor-kernels-") as own:
