@@ -136,6 +136,9 @@ def _clause(comparison: Comparison, claimed: bool, level: float) -> str:
     metric, figures = comparison["metric"].replace("_", " "), f"{_number(comparison['mean'])}"
     if not claimed:
         alone = ", which alone would be claimed, but not among this many" if claimable(comparison, level=level) else ""
+        pairs = comparison["num_seeds"] * comparison["num_items"]
+        if comparison["n"] < pairs:
+            alone = f", for only {comparison['n']} of {pairs} pairs of seed and item were measured"
         return (
             f"no difference can be claimed between {comparison['arm']} and {comparison['baseline']} in {metric} "
             f"({figures} {comparison['unit']}{_interval(comparison)}{alone})"
