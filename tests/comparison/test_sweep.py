@@ -88,7 +88,8 @@ def test_a_sweep_runs_every_cell_once_and_concludes(tmp_path: Path, starts: Path
         ("untrained", 20, True),
     ]
     assert comparison["arms"]["train"]["learned"]["tokens"]["mean"] == 100.0
-    assert comparison["verdict"].startswith("On these 2 training inputs alone (10 seeds; 95 % intervals), learned is ")
+    assert comparison["verdict"].startswith("Learned beats random by 8.")
+    assert " On these 2 training inputs alone (10 seeds; 95 % intervals), learned is " in comparison["verdict"]
     assert "seconds" not in json.dumps(comparison)
     assert set(json.loads((tmp_path / "s" / "seconds.json").read_text())["runs"]) == {cell.name for cell in planned}
     tables = list(comparison_tables(comparison))
