@@ -39,7 +39,7 @@ from preceptor.lm.embedding import HiddenStates
 from preceptor.lm.load import STARTER, load_language_model
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
-from preceptor.run.environment import environment
+from preceptor.runs.environment import environment
 from preceptor.systems.reading.articles import TokenizedArticle, bundled_article, select_pairs, tokenize_article
 from preceptor.systems.reading.config import DataOptions, ModelOptions
 from preceptor.systems.reading.environment import Trajectories, check_budget, run_episodes

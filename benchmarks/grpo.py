@@ -25,7 +25,7 @@ from benchmarks.measurement import OURS, Bar, Comparison, matmul_precision
 from benchmarks.models import H192, random_llama, starter
 from preceptor.lm.load import save_language_model
 from preceptor.lm.model import LanguageModel
-from preceptor.run.device import exact_matmul_precision
+from preceptor.runs.device import exact_matmul_precision
 from preceptor.systems.curriculum.config import PPOOptions
 from preceptor.systems.curriculum.policy import Prompt, generate_rollouts, rollout_log_probs, rollout_sampling
 from preceptor.systems.curriculum.rewards import token_advantages

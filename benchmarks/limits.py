@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.measurement import matmul_precision
 from preceptor.lm.model import LanguageModel
-from preceptor.run.device import exact_matmul_precision
+from preceptor.runs.device import exact_matmul_precision
 
 
 def forward_operations(lm: LanguageModel, rows: int, length: int) -> float:

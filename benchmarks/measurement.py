@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from preceptor.errors import NumericError
-from preceptor.run.device import exact_matmul_precision
-from preceptor.run.environment import environment
+from preceptor.runs.device import exact_matmul_precision
+from preceptor.runs.environment import environment
 
 OURS = "ours"
 

@@ -12,7 +12,7 @@ from benchmarks.limits import arithmetic_seconds, update_operations
 from benchmarks.measurement import OURS, Bar, Comparison, matmul_precision, require_equal
 from benchmarks.models import H192, random_llama, starter
 from preceptor.lm.model import LanguageModel
-from preceptor.run.device import exact_matmul_precision
+from preceptor.runs.device import exact_matmul_precision
 from preceptor.systems.reading.articles import bundled_article
 
 LEARNING_RATE = 1e-4

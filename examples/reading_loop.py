@@ -28,7 +28,7 @@ from preceptor.objectives.advantages import group_normalised, reward_to_go
 from preceptor.objectives.kl import kl_exact
 from preceptor.objectives.policy_gradient import reinforce_loss
 from preceptor.objectives.selection import calibrated_temperature, selection_log_probs
-from preceptor.run.random import RandomStreams
+from preceptor.runs.random import RandomStreams
 from preceptor.systems.reading.articles import bundled_article, select_pairs
 from preceptor.systems.reading.config import DataOptions
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from preceptor.config import load_config, to_dict
 from preceptor.report.page import build_report
-from preceptor.run.folder import create_run
+from preceptor.runs.folder import create_run
 from preceptor.systems.base import Services
 from preceptor.systems.reading import SYSTEM
 

@@ -40,7 +40,7 @@ LEVELS = {
     "data": 3,
     "evaluation": 4,
     "report": 4,
-    "run": 4,
+    "runs": 4,
     "systems.base": 5,
     "systems": 6,
     "pretraining": 6,
@@ -351,23 +351,23 @@ KEPT = {
     "objectives/entropy.py": FUTURE + "import torch\n",
     "lm/load.py": FUTURE + "import torch\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import peft\n"
     "def load():\n    import peft\n    return torch.load('x', weights_only=True)\n",
-    "run/state.py": FUTURE + "from preceptor import __version__, lm, objectives\n"
+    "runs/state.py": FUTURE + "from preceptor import __version__, lm, objectives\n"
     "try:\n    pass\nexcept BaseException:\n    print()\n    raise\n"
     "try:\n    pass\nexcept Exception:  # noqa: BLE001 - the lock is released whatever happened\n    pass\n",
     "systems/__init__.py": "",
-    "systems/reading/train.py": FUTURE + "import preceptor.run.state\nfrom preceptor.systems.reading import arms\n",
+    "systems/reading/train.py": FUTURE + "import preceptor.runs.state\nfrom preceptor.systems.reading import arms\n",
     "systems/reading/arms.py": FUTURE + "import preceptor.objectives.kl\n",
-    "systems/bandit/train.py": FUTURE + "from preceptor.run import state\n",
+    "systems/bandit/train.py": FUTURE + "from preceptor.runs import state\n",
     "cli.py": FUTURE
     + "import os\nos.environ.get('HOME')\ndef main():\n    from preceptor.systems.reading import train\n",
     "__main__.py": FUTURE + "from preceptor.cli import main\n",
 }
 
 PLANTED = [
-    (arrows_point_down, "lm/load.py", "from preceptor.run import state", "'lm' imports 'run'"),
+    (arrows_point_down, "lm/load.py", "from preceptor.runs import state", "'lm' imports 'runs'"),
     (arrows_point_down, "lm/load.py", "def f():\n    import preceptor.data.articles", "'lm' imports 'data'"),
     (arrows_point_down, "errors.py", "from preceptor import config", "'errors' imports 'config'"),
-    (arrows_point_down, "run/state.py", "import preceptor.cli", "'run' imports 'cli'"),
+    (arrows_point_down, "runs/state.py", "import preceptor.cli", "'runs' imports 'cli'"),
     (imports_form_no_circle, "objectives/entropy.py", "from preceptor.objectives.kl import kl", "a circle"),
     (
         imports_form_no_circle,
@@ -381,7 +381,7 @@ PLANTED = [
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from preceptor.objectives.kl import kl",
         "a circle",
     ),
-    (arrows_point_down, "run/state.py", "import preceptor.report.page", "'run' imports 'report'"),
+    (arrows_point_down, "runs/state.py", "import preceptor.report.page", "'runs' imports 'report'"),
     (arrows_point_down, "__init__.py", FUTURE + "from preceptor.lm import load", "'preceptor' imports 'lm'"),
     (
         arrows_point_down,
@@ -399,8 +399,8 @@ PLANTED = [
     (extras_wait_until_used, "lm/load.py", "class A:\n    from trafilatura import extract", "extra 'trafilatura'"),
     (files_are_short, "lm/load.py", "x = 1\n" * MAX_LINES, f"lines, at most {MAX_LINES}"),
     (annotations_are_deferred, "lm/decode.py", '"""Decode."""\ndef f(): ...', "no `from __future__"),
-    (nothing_runs_what_it_loads, "run/state.py", "import pickle", "imports 'pickle'"),
-    (nothing_runs_what_it_loads, "run/state.py", "def f():\n    from dill import loads", "imports 'dill'"),
+    (nothing_runs_what_it_loads, "runs/state.py", "import pickle", "imports 'pickle'"),
+    (nothing_runs_what_it_loads, "runs/state.py", "def f():\n    from dill import loads", "imports 'dill'"),
     (nothing_runs_what_it_loads, "config.py", "yaml.load('a', Loader=yaml.Loader)", "`yaml.load`"),
     (nothing_runs_what_it_loads, "config.py", "eval('1')", "calls `eval`"),
     (nothing_runs_what_it_loads, "lm/load.py", "load('m', trust_remote_code=True)", "trust_remote_code=True"),

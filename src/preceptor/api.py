@@ -18,6 +18,7 @@ from preceptor.systems.configuration import extended_configuration
 
 if TYPE_CHECKING:
     from preceptor.comparison.runs import FinishedRun
+    from preceptor.runs.folder import Run
 
 
 def services(environ: Mapping[str, str]) -> Services:
@@ -43,6 +44,7 @@ def start(
     config: Any,
     services: Services,
     *,
+    preset: str = "default",
     out: Path | None = None,
     device: str = "auto",
     threads: int | None = None,
@@ -60,7 +62,7 @@ def start(
     Raises:
         PreceptorError: of the kind that says what is wrong; ``Interrupted`` after Ctrl-C, when the run can be resumed.
     """
-    from preceptor.run.folder import create_run, default_run_path, discard_unbegun
+    from preceptor.runs.folder import create_run, default_run_path, discard_unbegun
 
     path = out or default_run_path(Path("runs"), system.name, date.today())
     try:
@@ -74,6 +76,7 @@ def start(
             device=device,
             threads=threads,
             trackers=trackers,
+            preset=preset,
             name=name,
             tags=tags,
             project=project,
@@ -85,12 +88,16 @@ def start(
                 path.rmdir()
         raise
     try:
-        return _train(system, config, run, services, report=report)
+        with run:
+            _record(run, system.train(config, run, services))
     except Interrupted:
         raise
     except PreceptorError:
         discard_unbegun(path)  # what was refused must not block the next try
         raise
+    if report:
+        write_page(path)
+    return Result(path)
 
 
 def go_on(
@@ -119,8 +126,8 @@ def go_on(
     Raises:
         ConfigError: no run, another machine or version without ``allow_inexact``, or a key that may not change.
     """
-    from preceptor.run.folder import open_run
-    from preceptor.run.record import read_manifest
+    from preceptor.runs.folder import open_run
+    from preceptor.runs.record import read_manifest
 
     if not (folder / "manifest.json").is_file():
         raise ConfigError(f"{folder} is not a run folder (no manifest.json); start one with: preceptor run SYSTEM")
@@ -140,19 +147,19 @@ def go_on(
         on_failure.callback(run.close)
         config = from_dict(system.Config, run.config)
         on_failure.pop_all()
-    return _train(system, config, run, services, report=report)
-
-
-def _train(system: System, config: Any, run: Any, services: Services, *, report: bool) -> Result:
-    from preceptor.run.export import write_model_card
-
     with run:
-        result = system.train(config, run, services)
-        run.write_result(result)
-        write_model_card(run.path)
+        _record(run, system.train(config, run, services))
     if report:
-        write_page(run.path)
-    return Result(run.path)
+        write_page(folder)
+    return Result(folder)
+
+
+def _record(run: Run, result: Mapping[str, Any]) -> None:
+    """Writes what came of ``run`` beside its model."""
+    from preceptor.runs.export import write_model_card
+
+    run.write_result(result)
+    write_model_card(run.path)
 
 
 def compare(folders: Sequence[Path], *, methods: Sequence[str] = (), out: Path | None = None) -> Result:
@@ -162,9 +169,11 @@ def compare(folders: Sequence[Path], *, methods: Sequence[str] = (), out: Path |
         ConfigError: runs of several systems, runs that have not ended, or an unknown method.
     """
     from preceptor.comparison.runs import read_finished, run_folders
-    from preceptor.run.folder import default_run_path
+    from preceptor.runs.folder import default_run_path
 
     runs = [read_finished(path) for path in run_folders(folders)]
+    if not runs:
+        raise ConfigError("nothing to compare; give the folders of finished runs")
     _, result = compared(runs, methods=methods, out=out or default_run_path(Path("runs"), "comparison", date.today()))
     assert result is not None, "a comparison with a folder has a result"
     return result
@@ -178,8 +187,6 @@ def compared(
     from preceptor.comparison.runs import grouped
     from preceptor.comparison.write import write_comparison
 
-    if not runs:
-        raise ConfigError("nothing to compare; give the folders of finished runs")
     system = find_system(runs[0].system)
     if system.result is None:
         raise ConfigError(f"runs of {system.name} have no baselines to compare")

@@ -130,13 +130,13 @@ class Result:
 
     def model(self) -> Any:
         """The trained model, loaded with Transformers (a PEFT model where the run trained an adapter)."""
-        from preceptor.run.export import MODEL, load_model
+        from preceptor.runs.export import MODEL, load_model
 
         return load_model(self.folder / MODEL)[0]
 
     def tokenizer(self) -> Any:
         """The trained model's tokenizer."""
-        from preceptor.run.export import MODEL, load_model
+        from preceptor.runs.export import MODEL, load_model
 
         return load_model(self.folder / MODEL)[1]
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from preceptor.cli import main
 from preceptor.cli.watch import _table
 from preceptor.doctor.forecast import _time
-from preceptor.run.watching import MetricsTail, is_at_work, planned_steps
+from preceptor.runs.watching import MetricsTail, is_at_work, planned_steps
 
 QUICK = ["--set", "update.steps=2", "--set", "evaluation.num_episodes=2", "--set", "save_every=1"]
 

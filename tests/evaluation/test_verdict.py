@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from typing import Any
 
 import pytest
 
-import preceptor
 from preceptor.evaluation.summary import Comparison, Gap, QueryText
 from preceptor.evaluation.verdict import Conclusion, claimable, claims, verdict
 
@@ -157,18 +154,3 @@ def test_everything_a_verdict_could_claim_is_one_family() -> None:
     assert "It holds." not in verdict(
         [], conclusions=[Conclusion(comparisons=[below], claimed="It holds.", otherwise="")]
     )
-
-
-def test_the_modules_are_where_their_names_say() -> None:
-    """To catch: a package that exports a function under the name of one of its modules hides the module."""
-    hidden, seen = [], 0
-    for info in pkgutil.walk_packages(preceptor.__path__, "preceptor."):
-        if info.name.endswith("__main__"):
-            continue
-        module = importlib.import_module(info.name)
-        package, _, name = info.name.rpartition(".")
-        seen += 1
-        if getattr(importlib.import_module(package), name) is not module:
-            hidden.append(info.name)
-    assert seen > 150
-    assert hidden == []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from preceptor.config import load_config, to_dict
-from preceptor.run.folder import create_run
+from preceptor.runs.folder import create_run
 from preceptor.systems.base import Services
 from preceptor.systems.reading import SYSTEM
 

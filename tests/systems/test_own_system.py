@@ -28,7 +28,7 @@ from preceptor.config import Options, to_dict
 from preceptor.evaluation.summary import compare, summarise
 from preceptor.evaluation.verdict import verdict as verdict_of
 from preceptor.report.sections import Lines, Section, Table
-from preceptor.run.metrics import read_jsonl
+from preceptor.runs.metrics import read_jsonl
 from preceptor.systems.base import Replayed, System
 
 ARMS = ("left", "right")

@@ -221,6 +221,7 @@ def test_the_page_of_a_sweep_shows_the_verdict_of_the_comparison(tmp_path: Path)
         }  # fmt: skip
         (folder / "manifest.json").write_text(json.dumps(manifest))
         own = [record for record in records if record["seed"] == seed]
+        (folder / "metrics.jsonl").touch()
         (folder / "result.json").write_text(json.dumps({"system": "curriculum", "records": own}))
     compared([read_finished(tmp_path / f"seed{seed}") for seed in range(5)], out=tmp_path / "all")
     shown = json.loads((tmp_path / "all" / "result.json").read_text())["verdict"]

@@ -10,10 +10,12 @@ import typer
 
 from preceptor.config import schema
 from preceptor.errors import PreceptorError, short_repr
-from preceptor.run.trackers import TRACKERS
+from preceptor.runs.trackers import TRACKERS
 from preceptor.systems import find_system
 from preceptor.systems.configuration import presets
 
+VARIABLE = "_PRECEPTOR_COMPLETE"
+"""Environment variable by which a shell's completion asks the program what can come next."""
 EXIT_CODES = """\
 \b
 exit codes:

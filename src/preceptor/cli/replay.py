@@ -53,8 +53,8 @@ def replay(
     """
     if not (folder / "manifest.json").is_file():
         raise ConfigError(f"{folder} is not a run folder (no manifest.json); give the folder of a run")
-    from preceptor.run.device import set_threads
-    from preceptor.run.record import read_manifest
+    from preceptor.runs.device import set_threads
+    from preceptor.runs.record import read_manifest
 
     manifest = read_manifest(folder)
     name = str(manifest["system"])

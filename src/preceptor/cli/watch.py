@@ -18,7 +18,7 @@ from preceptor.errors import ConfigError, short_repr
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from preceptor.run.watching import MetricsTail
+    from preceptor.runs.watching import MetricsTail
 
 WINDOW = 20
 """Last steps over which a mean is taken."""
@@ -54,7 +54,7 @@ def watch(
     """
     from rich.console import Console
 
-    from preceptor.run.watching import MetricsTail
+    from preceptor.runs.watching import MetricsTail
 
     if not (folder / "manifest.json").is_file():
         raise ConfigError(f"{folder} is not a run folder (no manifest.json); give the folder of a run")
@@ -85,7 +85,7 @@ def _show_live(folder: Path, tail: MetricsTail, console: Any, *, metrics: Sequen
 
 
 def _print_rows(folder: Path, tail: MetricsTail, *, metrics: Sequence[str], every: float) -> None:
-    from preceptor.run.watching import numbers
+    from preceptor.runs.watching import numbers
 
     last = -1
     while True:
@@ -105,7 +105,7 @@ def _print_rows(folder: Path, tail: MetricsTail, *, metrics: Sequence[str], ever
 
 
 def _has_ended(folder: Path) -> bool:
-    from preceptor.run.watching import is_at_work
+    from preceptor.runs.watching import is_at_work
 
     return not is_at_work(folder)
 
@@ -122,7 +122,7 @@ def _table(folder: Path, rows: Sequence[Mapping[str, Any]], wanted: Sequence[str
     from rich.table import Table
     from rich.text import Text
 
-    from preceptor.run.watching import numbers, planned_steps
+    from preceptor.runs.watching import numbers, planned_steps
 
     step, total = rows[-1]["step"] if rows else 0, planned_steps(folder)
     place = f"step {step}" if total is None else f"step {step} of {total}"

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from preceptor.config import from_dict, to_dict
 from preceptor.errors import ConfigError, DataError, StorageError
-from preceptor.run.environment import flattened
-from preceptor.run.files import storage_errors
-from preceptor.run.metrics import read_jsonl
-from preceptor.run.record import read_manifest
+from preceptor.runs.environment import flattened
+from preceptor.runs.files import storage_errors
+from preceptor.runs.metrics import read_jsonl
+from preceptor.runs.record import read_manifest
 from preceptor.systems import find_system
 
 TIMES = ("seconds",)

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 from preceptor.comparison.runs import current_config
 from preceptor.errors import ConfigError, Interrupted, LockedError, PreceptorError
-from preceptor.run.environment import changes, flattened
-from preceptor.run.files import storage_errors
-from preceptor.run.record import plain_config, read_manifest
+from preceptor.runs.environment import changes, flattened
+from preceptor.runs.files import storage_errors
+from preceptor.runs.record import plain_config, read_manifest
 
 LOGS = "logs"
 """Folder of a sweep with what each cell said."""

@@ -12,9 +12,9 @@ from preceptor.errors import ConfigError
 from preceptor.report.run_folder import RunFolder
 from preceptor.report.sections import Section
 from preceptor.report.seeds import merged_charts
-from preceptor.run.environment import flattened
-from preceptor.run.files import replace_file, storage_errors
-from preceptor.run.strict_json import row_json
+from preceptor.runs.environment import flattened
+from preceptor.runs.files import replace_file, storage_errors
+from preceptor.runs.strict_json import row_json
 
 
 def write_comparison(

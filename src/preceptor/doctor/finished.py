@@ -8,12 +8,12 @@ from pathlib import Path
 
 from preceptor.doctor.check import Check, judged
 from preceptor.errors import PreceptorError
-from preceptor.run import environment as env
-from preceptor.run.checkpoint import CheckpointStore
-from preceptor.run.device import choose_device
-from preceptor.run.metrics import read_jsonl
-from preceptor.run.record import read_config, read_manifest
-from preceptor.run.watching import is_at_work
+from preceptor.runs import environment as env
+from preceptor.runs.checkpoint import CheckpointStore
+from preceptor.runs.device import choose_device
+from preceptor.runs.metrics import read_jsonl
+from preceptor.runs.record import read_config, read_manifest
+from preceptor.runs.watching import is_at_work
 
 FLOORS = {"torch": (2, 11), "transformers": (5, 5)}
 """Below these, loading a file can run code that is in it (CVE-2025-32434, CVE-2026-24747, CVE-2026-5241)."""

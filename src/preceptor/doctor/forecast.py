@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from preceptor.doctor.check import Check
-from preceptor.run.metrics import read_jsonl
-from preceptor.run.progress import duration
-from preceptor.run.watching import MetricsTail, planned_steps
+from preceptor.runs.metrics import read_jsonl
+from preceptor.runs.progress import duration
+from preceptor.runs.watching import MetricsTail, planned_steps
 
 NUM_STEPS = 2
 """Steps that are waited for at least; the first is left out, since it pays for warming up."""

@@ -25,10 +25,10 @@ from preceptor.errors import DataError
 from preceptor.lm.tokenizer import train_bpe_tokenizer
 from preceptor.pretraining.config import Data, Model, Optimisation, PretrainConfig
 from preceptor.pretraining.evaluate import bits_per_byte
-from preceptor.run.state import load_optimizer, optimizer_state
+from preceptor.runs.state import load_optimizer, optimizer_state
 
 if TYPE_CHECKING:
-    from preceptor.run.folder import Run
+    from preceptor.runs.folder import Run
     from preceptor.systems.base import Services
 
 PROGRESS_COLUMNS = {"loss": "loss", "bits_per_byte": "bits/byte", "tokens_per_second": "tokens/s"}

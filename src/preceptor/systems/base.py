@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 if TYPE_CHECKING:
     from preceptor.report.run_folder import RunFolder
     from preceptor.report.sections import Section
-    from preceptor.run.folder import Run
+    from preceptor.runs.folder import Run
 
 
 @dataclass(frozen=True)
 class Services:
-    """What a system takes from its surroundings; the command line and :func:`preceptor.run` read the environment.
+    """What a system takes from its surroundings; the command line and :func:`preceptor.runs` read the environment.
 
     Attributes:
         cache_dir: downloads and bought embeddings.

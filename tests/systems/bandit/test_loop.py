@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preceptor.cli import main
-from preceptor.run.folder import Run
+from preceptor.runs.folder import Run
 from preceptor.systems.bandit import evaluate, history
 
 TINY = (

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from preceptor.cli import main
 from preceptor.config import from_dict
 from preceptor.lm.model import LanguageModel
-from preceptor.run.export import load_model
+from preceptor.runs.export import load_model
 from preceptor.systems.curriculum.baselines import Method
 from preceptor.systems.curriculum.config import CurriculumConfig, DataOptions, DatasetOptions, DifficultyOptions
 from preceptor.systems.curriculum.environment import Corpus, read_corpora

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from preceptor.cli import main
-from preceptor.run.folder import Run
-from preceptor.run.state import Stateful, copy_tensors
-from preceptor.run.tensors import split_state
+from preceptor.runs.folder import Run
+from preceptor.runs.state import Stateful, copy_tensors
+from preceptor.runs.tensors import split_state
 from preceptor.systems.curriculum.state import State
 from tests.systems.curriculum.small import METHODS, STEPS, arguments, rows
 

@@ -20,7 +20,7 @@ from preceptor.lm.embedding import HiddenStates
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.lm.tokenizer import train_bpe_tokenizer
-from preceptor.run.folder import Run, create_run
+from preceptor.runs.folder import Run, create_run
 from preceptor.systems.base import Services
 from preceptor.systems.reading import SYSTEM
 from preceptor.systems.reading.articles import ArticlePairs, TokenizedArticle, TokenSequence, tokenize_article

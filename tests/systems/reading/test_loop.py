@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from preceptor.cli import main
 from preceptor.lm.model import LanguageModel
-from preceptor.run.export import load_model
-from preceptor.run.folder import open_run
+from preceptor.runs.export import load_model
+from preceptor.runs.folder import open_run
 from preceptor.systems.reading.articles import bundled_article, select_pairs, tokenize_article
 from preceptor.systems.reading.config import DataOptions
 from preceptor.systems.reading.environment import run_episodes

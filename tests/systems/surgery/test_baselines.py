@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from preceptor.run.tensors import join_state, split_state
+from preceptor.runs.tensors import join_state, split_state
 from preceptor.systems.surgery.baselines import BestOfNSurgeon, EvolutionSurgeon, RandomSurgeon, SacSurgeon, Surgeon
 from preceptor.systems.surgery.policy import ReplayBuffer, SacAgent
 

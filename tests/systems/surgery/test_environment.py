@@ -11,7 +11,7 @@ import torch
 
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.lm.edit_targets import attention_targets
-from preceptor.run.tensors import split_state
+from preceptor.runs.tensors import split_state
 from preceptor.systems.surgery.config import LearningOptions
 from preceptor.systems.surgery.environment import (
     Costs,

@@ -75,7 +75,7 @@ def test_the_share_of_the_gap_runs_from_the_unigram() -> None:
     gaps = result_of(records(learned=0.1, evolution=0.05, shuffled=0.05))["gap_to_other_objectives"]["cross_entropy"]
     # nats: (3.0 − 2.2) / (3.0 − 2.0), with noise on both; accuracy: (0.3 − 0.15) / (0.4 − 0.15)
     assert gaps["log_prob_at_equal_tokens"]["mean"] == pytest.approx(0.8, abs=1e-3)
-    assert gaps["accuracy_at_equal_flops"]["mean"] == pytest.approx(0.6, abs=1e-3)
+    assert gaps["accuracy_at_equal_flops"]["mean"] == pytest.approx(0.6, abs=5e-3)
 
 
 def test_the_gap_at_equal_flops_is_that_to_the_run_of_equal_flops() -> None:
@@ -84,7 +84,7 @@ def test_the_gap_at_equal_flops_is_that_to_the_run_of_equal_flops() -> None:
     gaps = result_of(given)["gap_to_other_objectives"]["cross_entropy"]
     # nats: (3.0 − 2.2) / (3.0 − 1.4), noise on the student's; accuracy: (0.3 − 0.15) / (0.65 − 0.15)
     assert gaps["log_prob_at_equal_flops"]["mean"] == pytest.approx(0.5, abs=1e-3)
-    assert gaps["accuracy_at_equal_flops"]["mean"] == pytest.approx(0.3, abs=1e-3)
+    assert gaps["accuracy_at_equal_flops"]["mean"] == pytest.approx(0.3, abs=5e-3)
     assert gaps["log_prob_at_equal_tokens"]["mean"] == pytest.approx(0.8, abs=1e-3)
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from preceptor.config import to_dict
-from preceptor.run.folder import Run, create_run
+from preceptor.runs.folder import Run, create_run
 from preceptor.systems.base import Services
 from preceptor.systems.surgery import SYSTEM
 from preceptor.systems.surgery.config import ARMS, LearningOptions, SurgeryConfig

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from preceptor.errors import CheckpointError, ConfigError, NumericError, ShapeError
-from preceptor.run.tensors import join_state, read_tensors, split_state, write_tensors
+from preceptor.runs.tensors import join_state, read_tensors, split_state, write_tensors
 from preceptor.systems.surgery.policy import Mlp, ReplayBuffer, SacAgent
 
 

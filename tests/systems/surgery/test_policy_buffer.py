@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from preceptor.errors import CheckpointError, ConfigError, NumericError, ShapeError, StorageError
-from preceptor.run.tensors import join_state, read_tensors, split_state, write_tensors
+from preceptor.runs.tensors import join_state, read_tensors, split_state, write_tensors
 from preceptor.systems.surgery.policy import ReplayBuffer
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from preceptor.errors import Interrupted, PreceptorError
-from preceptor.run.folder import Run, open_run
+from preceptor.runs.folder import Run, open_run
 from preceptor.systems.surgery.config import SurgeryConfig
 from preceptor.systems.surgery.loop import train
 from preceptor.systems.surgery.setup import prepare

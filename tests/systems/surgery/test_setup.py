@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preceptor.errors import DataError
-from preceptor.run.export import save_model
+from preceptor.runs.export import save_model
 from preceptor.systems.surgery.config import ARMS, ControlOptions, PhaseOptions
 from preceptor.systems.surgery.rewards import next_token_logits
 from preceptor.systems.surgery.setup import (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from preceptor.run.tensors import join_state, split_state
+from preceptor.runs.tensors import join_state, split_state
 from preceptor.systems.surgery.evaluate import evaluate
 from preceptor.systems.surgery.state import PlateauWatch, State
 from tests.systems.surgery.small import phase_of, small_state

@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from preceptor.errors import ModelError
 from preceptor.lm.edit_targets import Target, attention_targets, named_targets
-from preceptor.run.signals import StopSignals
+from preceptor.runs.signals import StopSignals
 from preceptor.systems.surgery import theater as theater_module
 from preceptor.systems.surgery.theater import SurgicalTheater
 

@@ -200,7 +200,7 @@ class _PytorchAttention(torch.autograd.Function):
     """PyTorch's kernel on a small graph of its own, so that the backward pass runs with the same setting.
 
     The precision setting that doubles the speed of a model's large products
-    (:func:`~preceptor.run.device.exact_matmul_precision`) and bfloat16 both send the many small products inside this
+    (:func:`~preceptor.runs.device.exact_matmul_precision`) and bfloat16 both send the many small products inside this
     kernel to a library with a high cost per call, which makes attention up to four times slower
     (``docs/decisions/0008-attention-on-a-cpu.md``).
     """

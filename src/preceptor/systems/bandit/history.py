@@ -18,7 +18,7 @@ from torch import Tensor
 from preceptor.lm.decode import Decoder
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import draw
-from preceptor.run.random import derived_seed
+from preceptor.runs.random import derived_seed
 from preceptor.systems.bandit import baselines
 from preceptor.systems.bandit.environment import EpisodeTables, sample_tables
 from preceptor.systems.bandit.policy import Context, Options

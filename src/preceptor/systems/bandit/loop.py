@@ -24,9 +24,9 @@ from torch import Tensor
 from preceptor.config import to_dict
 from preceptor.lm.sampling import draw
 from preceptor.objectives.advantages import reward_to_go
-from preceptor.run.device import peak_memory_mib
-from preceptor.run.export import MODEL, save_model
-from preceptor.run.random import derived_seed
+from preceptor.runs.device import peak_memory_mib
+from preceptor.runs.export import MODEL, save_model
+from preceptor.runs.random import derived_seed
 from preceptor.systems.bandit import evaluate, history
 from preceptor.systems.bandit.config import BanditConfig
 from preceptor.systems.bandit.environment import sample_tables
@@ -44,7 +44,7 @@ from preceptor.systems.bandit.setup import Setup, prepare
 from preceptor.systems.bandit.state import State
 
 if TYPE_CHECKING:
-    from preceptor.run.folder import Run
+    from preceptor.runs.folder import Run
     from preceptor.systems.base import Services
 
 PROGRESS_COLUMNS = {"loss": "loss", "reward": "reward", "kl": "KL", "best_word": "P(best)", "entropy": "entropy"}

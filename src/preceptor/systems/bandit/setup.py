@@ -12,7 +12,7 @@ from torch import Tensor
 
 from preceptor.errors import ConfigError
 from preceptor.lm.model import LanguageModel
-from preceptor.run.random import derived_seed
+from preceptor.runs.random import derived_seed
 from preceptor.systems.bandit.config import BanditConfig, BanditOptions
 from preceptor.systems.bandit.environment import Bandit
 from preceptor.systems.bandit.policy import Context, Vocabulary
@@ -20,7 +20,7 @@ from preceptor.systems.bandit.pretraining import build_language_model
 from preceptor.systems.bandit.prompts import Prompt, corpus, literal_prompts, prompts_for, training_word_sets
 
 if TYPE_CHECKING:
-    from preceptor.run.folder import Run
+    from preceptor.runs.folder import Run
     from preceptor.systems.base import Services
 
 

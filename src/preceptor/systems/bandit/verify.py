@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from preceptor.errors import DataError
-from preceptor.run.metrics import read_jsonl
-from preceptor.run.random import RandomStreams
+from preceptor.runs.metrics import read_jsonl
+from preceptor.runs.random import RandomStreams
 from preceptor.systems.bandit.config import BanditConfig
 from preceptor.systems.bandit.environment import sample_tables
 from preceptor.systems.bandit.setup import build_bandit, reward_tables

@@ -14,7 +14,7 @@ from preceptor.lm.sampling import Sampling
 from preceptor.lm.score import token_log_probs
 from preceptor.objectives.kl import kl_k3
 from preceptor.objectives.statistics import masked_mean
-from preceptor.run.random import derived_seed
+from preceptor.runs.random import derived_seed
 from preceptor.systems.curriculum.environment import Corpus, evenly_spaced_rows
 from preceptor.systems.curriculum.policy import (
     end_token,

@@ -31,9 +31,9 @@ from preceptor.objectives.kl import kl_k1, kl_k3
 from preceptor.objectives.mixture import document_difficulty
 from preceptor.objectives.statistics import masked_mean
 from preceptor.objectives.value import explained_variance
-from preceptor.run.device import peak_memory_mib
-from preceptor.run.export import save_model
-from preceptor.run.random import derived_seed
+from preceptor.runs.device import peak_memory_mib
+from preceptor.runs.export import save_model
+from preceptor.runs.random import derived_seed
 from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.environment import document_losses, draw_prompts
 from preceptor.systems.curriculum.evaluate import evaluate, measure
@@ -51,7 +51,7 @@ from preceptor.systems.curriculum.update import Documents, Experience, autocast,
 from preceptor.systems.curriculum.verify import mixture_row, rollout_rows
 
 if TYPE_CHECKING:
-    from preceptor.run.folder import Run
+    from preceptor.runs.folder import Run
     from preceptor.systems.base import Services
 
 PROGRESS_COLUMNS = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from preceptor.errors import ConfigError
 from preceptor.lm.model import LanguageModel
-from preceptor.run.random import derived_seed
+from preceptor.runs.random import derived_seed
 from preceptor.systems.base import Services
 from preceptor.systems.curriculum.baselines import Method, plan_methods
 from preceptor.systems.curriculum.config import CurriculumConfig
@@ -19,7 +19,7 @@ from preceptor.systems.curriculum.policy import Prompt, build_policy
 from preceptor.systems.curriculum.rewards import RewardTerm, reward_terms
 
 if TYPE_CHECKING:
-    from preceptor.run.folder import Run
+    from preceptor.runs.folder import Run
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from preceptor.objectives.kl import kl_exact, kl_k2, kl_k3
 from preceptor.objectives.policy_gradient import cispo_loss, clip_fraction, gspo_loss, ppo_clip_loss, reinforce_loss
 from preceptor.objectives.statistics import masked_mean
 from preceptor.objectives.value import value_loss
-from preceptor.run.guard import first_nonfinite
+from preceptor.runs.guard import first_nonfinite
 from preceptor.systems.curriculum.config import PPOOptions
 from preceptor.systems.curriculum.policy import (
     Rollouts,

@@ -23,8 +23,8 @@ from preceptor.errors import DataError
 from preceptor.lm.model import LanguageModel
 from preceptor.objectives.mixture import Mixture, make_mixture
 from preceptor.objectives.mixture_rules import Difficulty
-from preceptor.run.metrics import read_jsonl
-from preceptor.run.random import derived_seed
+from preceptor.runs.metrics import read_jsonl
+from preceptor.runs.random import derived_seed
 from preceptor.systems.base import Replayed, Services
 from preceptor.systems.curriculum.baselines import Method, plan_methods
 from preceptor.systems.curriculum.config import CurriculumConfig

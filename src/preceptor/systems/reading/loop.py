@@ -26,10 +26,10 @@ from preceptor.config import to_dict
 from preceptor.objectives.filters import above_standard_deviations, best_fraction, everything
 from preceptor.objectives.selection import relative_selection_entropy
 from preceptor.objectives.statistics import RunningMoments
-from preceptor.run.device import peak_memory_mib
-from preceptor.run.export import MODEL, save_model
-from preceptor.run.guard import guarded_step
-from preceptor.run.random import derived_seed
+from preceptor.runs.device import peak_memory_mib
+from preceptor.runs.export import MODEL, save_model
+from preceptor.runs.guard import guarded_step
+from preceptor.runs.random import derived_seed
 from preceptor.systems.reading.config import ReadingConfig, UpdateOptions
 from preceptor.systems.reading.decisions import decision_rows
 from preceptor.systems.reading.environment import Trajectories, run_episodes
@@ -41,7 +41,7 @@ from preceptor.systems.reading.setup import Setup, prepare
 from preceptor.systems.reading.state import State
 
 if TYPE_CHECKING:
-    from preceptor.run.folder import Run
+    from preceptor.runs.folder import Run
     from preceptor.systems.base import Services
 
 PROGRESS_COLUMNS = {
@@ -137,7 +137,8 @@ def step(setup: Setup, state: State, number: int) -> dict[str, Any]:
         usable_mask=usable_mask,
         credit=reward.credit,
         advantage=update.advantage,
-        moments=state.moments,
+        article=name,
+        baseline=state.return_baseline,
     )
 
     # 5. The gradient of the loss, and one step of the optimizer.

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from preceptor.data.embedders.base import TextEmbedder
 from preceptor.errors import ConfigError
 from preceptor.lm.embedding import MODEL_EMBEDDINGS
 from preceptor.lm.load import Adapter, load_language_model
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.objectives.selection import calibrated_temperature
-from preceptor.run.device import parse_dtype
-from preceptor.run.files import replace_file
-from preceptor.run.strict_json import row_json
+from preceptor.runs.device import parse_dtype
+from preceptor.runs.files import replace_file
+from preceptor.runs.strict_json import row_json
 from preceptor.systems.reading.articles import ArticlePairs, TokenizedArticle, load_articles, tokenize_article
 from preceptor.systems.reading.config import ModelOptions, ReadingConfig
 from preceptor.systems.reading.environment import check_budget, run_episodes
@@ -26,7 +25,8 @@ from preceptor.systems.reading.policy import Keys, Policy, identity_projection
 from preceptor.systems.reading.rewards import LanguageModelReader, Reader
 
 if TYPE_CHECKING:
-    from preceptor.run.folder import Run
+    from preceptor.data.embedders.base import TextEmbedder
+    from preceptor.runs.folder import Run
     from preceptor.systems.base import Services
 
 CALIBRATION_ARTICLES = 8

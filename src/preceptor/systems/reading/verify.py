@@ -16,9 +16,9 @@ import torch
 
 from preceptor.errors import DataError, StorageError
 from preceptor.lm.load import load_language_model
-from preceptor.run.device import parse_dtype
-from preceptor.run.files import storage_errors
-from preceptor.run.metrics import read_jsonl
+from preceptor.runs.device import parse_dtype
+from preceptor.runs.files import storage_errors
+from preceptor.runs.metrics import read_jsonl
 from preceptor.systems.base import Replayed, Services
 from preceptor.systems.reading.articles import ArticlePairs, TokenizedArticle, TokenSequence
 from preceptor.systems.reading.config import ReadingConfig

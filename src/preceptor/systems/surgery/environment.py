@@ -15,10 +15,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from preceptor.errors import CheckpointError
 from preceptor.lm.edit_targets import Target
-from preceptor.objectives.entropy import entropy
+from preceptor.objectives.kl import entropy
 from preceptor.objectives.statistics import RunningMoments
-from preceptor.run.guard import NonFiniteGuard, guarded_step
-from preceptor.run.state import copy_tensors, load_optimizer, optimizer_state
+from preceptor.runs.guard import NonFiniteGuard, guarded_step
+from preceptor.runs.state import copy_tensors, load_optimizer, optimizer_state
 from preceptor.systems.surgery.config import LearningOptions, StudentOptions
 from preceptor.systems.surgery.reference_lm import TRAINING_FACTOR, ReferenceLM, flops_per_token
 from preceptor.systems.surgery.rewards import needs_reference, next_token_logits, objective_loss

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from preceptor.config import to_dict
-from preceptor.run.device import peak_memory_mib
-from preceptor.run.export import MODEL, save_model
+from preceptor.runs.device import peak_memory_mib
+from preceptor.runs.export import MODEL, save_model
 from preceptor.systems.surgery.config import LearningOptions, SurgeryConfig
 from preceptor.systems.surgery.evaluate import evaluate, ladder_records, result, score_text
 from preceptor.systems.surgery.rewards import Draws, draw_windows
@@ -29,7 +29,7 @@ from preceptor.systems.surgery.setup import prepare
 from preceptor.systems.surgery.state import State
 
 if TYPE_CHECKING:
-    from preceptor.run.folder import Run
+    from preceptor.runs.folder import Run
     from preceptor.systems.base import Services
 
 MAIN_METHODS = ("no_edit", "learned", "joint")

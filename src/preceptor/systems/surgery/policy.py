@@ -22,7 +22,7 @@ from preceptor.objectives.sac import (
     sample_squashed_gaussian,
     soft_q_targets,
 )
-from preceptor.run.files import storage_errors
+from preceptor.runs.files import storage_errors
 
 _NUM_CRITICS = 2
 _LOG_STANDARD_DEVIATIONS = (-5.0, 2.0)  # keeps the density finite; e² is flat once squashed

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from preceptor.data.corpora.corpus import read_documents
 from preceptor.errors import DataError
 from preceptor.lm.tokenizer import train_bpe_tokenizer
-from preceptor.run.random import derived_seed
+from preceptor.runs.random import derived_seed
 from preceptor.systems.surgery.config import EDITING_ARMS, ControlOptions, PhaseOptions, SurgeryConfig
 from preceptor.systems.surgery.reference_lm import (
     ModelReference,

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from preceptor.errors import DataError
-from preceptor.run.metrics import read_jsonl
-from preceptor.run.record import read_manifest
+from preceptor.runs.metrics import read_jsonl
+from preceptor.runs.record import read_manifest
 from preceptor.systems.base import Replayed, Services
 from preceptor.systems.surgery.config import SurgeryConfig
 from preceptor.systems.surgery.loop import draws, update, updates_of

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from preceptor.errors import CheckpointError, ConfigError, NumericError
-from preceptor.run.guard import NonFiniteGuard, first_nonfinite
+from preceptor.runs.guard import NonFiniteGuard, first_nonfinite
 
 
 @pytest.mark.parametrize(("value", "kind"), [(math.nan, "NaN"), (math.inf, "+Inf"), (-math.inf, "-Inf")])

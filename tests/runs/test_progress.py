@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from preceptor.run.progress import Progress
+from preceptor.runs.progress import Progress
 
 
 class Clock:

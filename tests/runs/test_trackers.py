@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from preceptor.errors import ConfigError, MissingExtraError, ServiceError
-from preceptor.run.trackers import check_trackers, open_tracker
+from preceptor.runs.trackers import check_trackers, open_tracker
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

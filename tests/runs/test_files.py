@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from preceptor.errors import StorageError
-from preceptor.run.files import file_digest, replace_file, storage_errors, write_file
+from preceptor.runs.files import file_digest, replace_file, storage_errors, write_file
 
 
 def test_digest_is_of_what_is_on_the_disk(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from preceptor.errors import StorageError
 from preceptor.lm.load import load_language_model
 from preceptor.lm.model import LanguageModel
-from preceptor.run.export import save_model
+from preceptor.runs.export import save_model
 
 CPU = torch.device("cpu")
 

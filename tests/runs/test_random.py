@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from preceptor.errors import CheckpointError, ConfigError
-from preceptor.run.random import RandomStreams, derived_seed, global_random_state, load_global_random_state
+from preceptor.runs.random import RandomStreams, derived_seed, global_random_state, load_global_random_state
 
 
 def draws(streams: RandomStreams, name: str, num: int = 8) -> list[float]:

@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 
 from preceptor.errors import CheckpointError
-from preceptor.run.files import file_digest
-from preceptor.run.tensors import join_state, num_bytes, read_tensors, split_state, write_tensors
+from preceptor.runs.files import file_digest
+from preceptor.runs.tensors import join_state, num_bytes, read_tensors, split_state, write_tensors
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8]

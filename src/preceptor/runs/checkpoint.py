@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from preceptor.errors import CheckpointError, ConfigError, StorageError
-from preceptor.run.files import TEMPORARY, Digest, file_digest, storage_errors, sync_folder, write_file
-from preceptor.run.tensors import join_state, num_bytes, read_tensors, split_state, write_tensors
+from preceptor.runs.files import TEMPORARY, Digest, file_digest, storage_errors, sync_folder, write_file
+from preceptor.runs.tensors import join_state, num_bytes, read_tensors, split_state, write_tensors
 
 SCHEMA = 2
 _REPLACED = ".replaced-"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from preceptor.errors import ConfigError, MissingExtraError, ServiceError, did_you_mean
-from preceptor.run.files import replace_file
+from preceptor.runs.files import replace_file
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
 

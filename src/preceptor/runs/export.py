@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from preceptor.errors import ConfigError, MissingExtraError, ModelError, ServiceError
-from preceptor.run.files import TEMPORARY, replace_file, storage_errors
-from preceptor.run.model_card import model_card
+from preceptor.runs.files import TEMPORARY, replace_file, storage_errors
+from preceptor.runs.model_card import model_card
 
 MODEL = "model"
 """Folder of a run with what it learned."""

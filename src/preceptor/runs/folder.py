@@ -27,19 +27,19 @@ from typing import Any, Self
 import torch
 
 from preceptor.errors import CheckpointError, ConfigError, Interrupted
-from preceptor.run import environment as env
-from preceptor.run.checkpoint import CheckpointStore
-from preceptor.run.device import choose_device, exact_matmul_precision, set_threads
-from preceptor.run.files import replace_file, storage_errors, write_all
-from preceptor.run.lock import FolderLock
-from preceptor.run.metrics import JsonlLog
-from preceptor.run.progress import COLUMNS, PLAN_NAME, Progress
-from preceptor.run.random import RandomStreams, derived_seed, global_random_state, load_global_random_state
-from preceptor.run.record import RECORD, plain_config, read_config, read_manifest, require_free, write_record
-from preceptor.run.signals import StopSignals
-from preceptor.run.state import Stateful
-from preceptor.run.strict_json import row_json
-from preceptor.run.trackers import Tracker, check_trackers, open_tracker
+from preceptor.runs import environment as env
+from preceptor.runs.checkpoint import CheckpointStore
+from preceptor.runs.device import choose_device, exact_matmul_precision, set_threads
+from preceptor.runs.files import replace_file, storage_errors, write_all
+from preceptor.runs.lock import FolderLock
+from preceptor.runs.metrics import JsonlLog
+from preceptor.runs.progress import COLUMNS, PLAN_NAME, Progress
+from preceptor.runs.random import RandomStreams, derived_seed, global_random_state, load_global_random_state
+from preceptor.runs.record import RECORD, plain_config, read_config, read_manifest, require_free, write_record
+from preceptor.runs.signals import StopSignals
+from preceptor.runs.state import Stateful
+from preceptor.runs.strict_json import row_json
+from preceptor.runs.trackers import Tracker, check_trackers, open_tracker
 
 
 class Run:
@@ -244,6 +244,7 @@ def create_run(
     float32_matmul_precision: str | None = None,
     keep_last: int = 2,
     trackers: Sequence[str] = (),
+    preset: str | None = None,
     name: str | None = None,
     tags: Sequence[str] = (),
     project: str = "preceptor",
@@ -270,6 +271,7 @@ def create_run(
         "save_every": save_every,
         "keep_last": keep_last,
         "trackers": list(trackers),
+        "preset": preset,
         "name": name or path.name,
         "tags": list(tags),
         "project": project,

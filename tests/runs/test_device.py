@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from preceptor.errors import ConfigError
-from preceptor.run import device as device_module
-from preceptor.run.device import choose_device, exact_matmul_precision, parse_dtype, peak_memory_mib, set_threads
+from preceptor.runs import device as device_module
+from preceptor.runs.device import choose_device, exact_matmul_precision, parse_dtype, peak_memory_mib, set_threads
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def test_peak_memory_of_the_process() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="is about Linux's accounting")
 def test_peak_memory_leaves_out_the_parents() -> None:
     """A process that holds 2 GiB starts one that holds torch alone (0.3 GiB), as ``preceptor doctor`` starts a run."""
-    child = "import torch; from preceptor.run.device import peak_memory_mib as p; print(p(torch.device('cpu')))"
+    child = "import torch; from preceptor.runs.device import peak_memory_mib as p; print(p(torch.device('cpu')))"
     parent = (
         f"import subprocess, sys; held = b'1' * 2**31; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
     )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preceptor.errors import StorageError
-from preceptor.run.metrics import JsonlLog, read_jsonl
+from preceptor.runs.metrics import JsonlLog, read_jsonl
 
 
 def metrics(folder: Path) -> JsonlLog:

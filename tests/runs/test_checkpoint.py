@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preceptor.errors import CheckpointError, ConfigError, StorageError
-from preceptor.run.checkpoint import CheckpointStore
+from preceptor.runs.checkpoint import CheckpointStore
 
 KILLED = 77
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from preceptor.run.lock import LOCK_NAME
-from preceptor.run.metrics import read_jsonl
-from preceptor.run.progress import PLAN_NAME
+from preceptor.runs.lock import LOCK_NAME
+from preceptor.runs.metrics import read_jsonl
+from preceptor.runs.progress import PLAN_NAME
 
 
 class MetricsTail:

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from preceptor.errors import ConfigError, StorageError
-from preceptor.run.files import TEMPORARY, replace_file, storage_errors
-from preceptor.run.lock import LOCK_NAME
-from preceptor.run.strict_json import json_fault
+from preceptor.runs.files import TEMPORARY, replace_file, storage_errors
+from preceptor.runs.lock import LOCK_NAME
+from preceptor.runs.strict_json import json_fault
 
 RECORD = ("manifest.json", "config.yaml", "notices.log", LOCK_NAME)
 """What a run's folder holds before it has begun; removed in this order, since without a manifest there is no run."""

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from preceptor.errors import CheckpointError
-from preceptor.run.files import Digest, write_file
-from preceptor.run.strict_json import JSON
+from preceptor.runs.files import Digest, write_file
+from preceptor.runs.strict_json import JSON
 
 # https://github.com/huggingface/safetensors#format; no complex and no quantised types.
 _DTYPE_NAMES = {

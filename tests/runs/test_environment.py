@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from preceptor.run import environment as env
+from preceptor.runs import environment as env
 
 
 def test_every_exact_field_is_recorded_as_json() -> None:

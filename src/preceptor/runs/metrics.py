@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from preceptor.errors import StorageError
-from preceptor.run.files import storage_errors, write_all
-from preceptor.run.strict_json import row_json
+from preceptor.runs.files import storage_errors, write_all
+from preceptor.runs.strict_json import row_json
 
 
 class JsonlLog:

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from preceptor.errors import Interrupted, PreceptorError
-from preceptor.run.signals import StopSignals
+from preceptor.runs.signals import StopSignals
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
