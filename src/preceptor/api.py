@@ -209,6 +209,6 @@ def compared(
     comparison = comparison_of(groups, merged, arms=list(methods), noun=noun)
     if out is None:
         return comparison, None
-    write_comparison(out, comparison, {"verdict": comparison["verdict"], **merged}, runs, sections=system.sections)
+    write_comparison(out, comparison, {**merged, "verdict": comparison["verdict"]}, runs, sections=system.sections)
     write_page(out)
     return comparison, Result(out)

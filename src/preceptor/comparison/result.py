@@ -14,7 +14,7 @@ from preceptor.comparison.runs import Group, merged_records, shared_config
 from preceptor.errors import ConfigError, did_you_mean
 from preceptor.evaluation.aggregate import aggregate, improvement, scores_by_item
 from preceptor.evaluation.summary import SPLITS, compare, summarise
-from preceptor.evaluation.verdict import claims, verdict
+from preceptor.evaluation.verdict import claims, family, verdict
 
 COSTS = ("tokens", "model_calls", "flops", "gflops")
 """Counted costs: shown for every arm and never compared."""
@@ -120,9 +120,22 @@ def comparison_of(
         raise ConfigError(
             f"arm {reference!r} shares no item with {', '.join(others)}; compare runs over the same inputs"
         )
-    # 3. Which differences may be claimed is decided over all of them together, for many comparisons find some by
-    # chance.
-    claimed = claims(comparisons, level=level)  # type: ignore[arg-type]  # each has one key more
+    # What the system itself concludes is about its own arms, so that of several groups it says nothing.
+    own = merged if len(groups) == 1 else {}
+    conclusions, text = own.get("conclusions", ()), own.get("query_text")
+    members = family(comparisons, conclusions, text)  # type: ignore[arg-type]  # each has one key more
+    claimed = claims(members, level=level)[: len(comparisons)]
+    said = verdict(
+        comparisons,  # type: ignore[arg-type]
+        conclusions=conclusions,
+        query_text=text,
+        gaps={split: gap for split, gap in own.get("gap_closed", {}).items() if gap["n"]},
+        measured=own.get("measured", ()),
+        noun=noun,
+        subject=_subject(merged, reference),
+        lower_is_better=merged.get("lower_is_better", ()),
+        level=level,
+    )
     runs = [run for group in groups for run in group.runs]
     return {
         "system": merged["system"],
@@ -137,7 +150,7 @@ def comparison_of(
         "table": list(merged.get("table", [])),
         "arms": {split: _arms(records, chosen, units, split, level) for split in splits},
         "comparisons": [{**c, "claimed": claim} for c, claim in zip(comparisons, claimed, strict=True)],
-        "verdict": verdict(comparisons, noun=noun, level=level),  # type: ignore[arg-type]
+        "verdict": said,
     }
 
 
@@ -178,6 +191,12 @@ def _chosen(groups: Sequence[Group], merged: Mapping[str, Any], arms: Sequence[s
     if len(names) < 2:
         raise ConfigError(f"a comparison needs at least two arms, got {', '.join(names)}; give --arms A,B")
     return names
+
+
+def _subject(merged: Mapping[str, Any], reference: str) -> str:
+    """What the system calls its own arm in words; another arm, or that of one group among several, has its name."""
+    own = merged["comparisons"][0]["arm"]
+    return str(merged.get("subject", "")) if reference == own else reference.replace("_", " ")
 
 
 def _names(arm: str, groups: Sequence[Group]) -> set[str]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from preceptor.evaluation.intervals import crossed_degrees_of_freedom, crossed_sums, percentile_interval
 from preceptor.evaluation.summary import SPLITS, Comparison, Estimate, compare, summarise
-from preceptor.evaluation.verdict import verdict
+from preceptor.evaluation.verdict import Conclusion, verdict
 from preceptor.systems.bandit.evaluate import PREFERS, UNITS
 from preceptor.systems.bandit.unseen import unit_of
 
@@ -21,6 +21,9 @@ TABLE = ("best_word", "reward", "regret", "value", "winner", "prompt")
 """Metrics that the terminal shows; the page shows all."""
 
 EXPLANATIONS = ("value", "winner", "prompt")
+SUBJECT = "the trained model"
+"""Who the verdict opens with."""
+
 CROSSING = ("first_word", "first_word_named_first", "first_word_named_second", "template_spread")
 
 COMPARED = (
@@ -60,10 +63,14 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
     ]
     crossing = _crossed_pairs(records, splits)
     scores = word_scores(records)
-    text = verdict(comparisons)
+    measured, conclusions = [], []
     if crossing:
-        text += " " + _explanations_sentence(methods["learned"], num_pairs=len({row["pair"] for row in crossing}))
-        text += " " + _scores_sentence(scores["learned"])
+        conclusions = explanation_conclusions(averaged)
+        num_pairs = len({row["pair"] for row in crossing})
+        measured = [
+            _explanations_sentence(methods["learned"], num_pairs=num_pairs),
+            _scores_sentence(scores["learned"]),
+        ]
     return {
         "system": "bandit",
         "status": "finished",
@@ -77,7 +84,10 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         "comparisons": comparisons,
         "crossing": crossing,
         "word_scores": scores,
-        "verdict": text,
+        "subject": SUBJECT,
+        "conclusions": conclusions,
+        "measured": measured,
+        "verdict": verdict(comparisons, conclusions=conclusions, measured=measured, subject=SUBJECT),
         "records": list(records),
         "paired_records": averaged,
     }
@@ -171,6 +181,29 @@ def _over_items(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def explanation_conclusions(averaged: Sequence[Mapping[str, Any]]) -> list[Conclusion]:
+    """For each explanation, that it fits a larger share of the crossed pairs than either other one, over seeds."""
+    shares = [
+        {"arm": name, "item": "all", "split": "train", "seed": record["seed"], "share of crossed pairs": record[name]}
+        for record in averaged
+        if record["arm"] == "learned" and record["split"] == "train"
+        for name in EXPLANATIONS
+        if name in record
+    ]
+    return [
+        Conclusion(
+            comparisons=[
+                compare(shares, metric="share of crossed pairs", arm=name, baseline=other, unit="share of pairs")
+                for other in EXPLANATIONS
+                if other != name
+            ],
+            claimed=f"Of the explanations of the crossed pairs, {name} explains most.",
+            otherwise="",
+        )
+        for name in EXPLANATIONS
+    ]
+
+
 def _crossed_pairs(records: Sequence[Mapping[str, Any]], splits: Sequence[str]) -> list[dict[str, Any]]:
     """Each crossed pair under each model and split, with intervals over seeds alone."""
     rows = []
@@ -239,16 +272,8 @@ def _explanations_sentence(learned: Mapping[str, Estimate], *, num_pairs: int) -
         estimate = learned[name]
         low, high = estimate["low"], estimate["high"]
         interval = "" if low is None or high is None else f" ({100 * low:.0f} to {100 * high:.0f})"
-        shares.append((estimate["mean"], f"{name} {100 * estimate['mean']:.0f} %{interval}"))
-    # Ties are named together.
-    best = max(mean for mean, _ in shares)
-    leading = [name for name, (mean, _) in zip(EXPLANATIONS, shares, strict=True) if mean == best]
-    conclusion = (
-        "none of the three explains a pair"
-        if best == 0
-        else f"{' and '.join(leading)} explain{'s' if len(leading) == 1 else ''} most"
-    )
+        shares.append(f"{name} {100 * estimate['mean']:.0f} %{interval}")
     return (
         f"Across {num_pairs} crossed pairs of words (preferred above {PREFERS:g}) the explanations fit this share of "
-        f"them: {', '.join(text for _, text in shares)}; {conclusion}."
+        f"them: {', '.join(shares)}."
     )

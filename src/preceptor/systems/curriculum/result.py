@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from preceptor.evaluation.summary import Comparison, Gap, compare, gap_closed, summarise
-from preceptor.evaluation.verdict import MINIMUM_SEEDS, claimable
+from preceptor.evaluation.summary import GAP_UNIT, Comparison, Gap, compare, gap_closed, summarise
+from preceptor.evaluation.verdict import MINIMUM_SEEDS, NOTHING_COMPARED, claims, family, opening
 from preceptor.systems.curriculum.baselines import FROZEN_POLICY
 
 TABLE = ("loss_fall", "macro_loss", "loss_auc", "steps_to_uniform", "reward_gain", "kl", "model_calls")
@@ -18,6 +18,9 @@ LOWER_IS_BETTER = ("macro_loss", "loss_auc", "steps_to_uniform", "kl")
 
 ADAPTIVE_RULES = ("second_order", "learning_progress", "difficulty", "exp3", "ado")
 """Rules whose weights move."""
+
+NO_STATIC_MIXTURE = "none"
+"""The oracle of a gap where no static mixture was run."""
 
 MACRO = "macro mean"
 """Item of the records that hold the mean over all targets."""
@@ -193,6 +196,7 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         "lower_is_better": list(LOWER_IS_BETTER),
         "comparisons": comparisons,
         "static_gap_closed": gaps,
+        "subject": _subject(comparisons[0]) if comparisons else "",
         "verdict": verdict(comparisons, gaps),
         "records": list(records),
     }
@@ -222,6 +226,11 @@ def _gap(records: Sequence[Mapping[str, Any]], rule: str, *, methods: Sequence[s
     The best mixture is chosen by the losses it is then judged by, which favours it, so the fraction is biased down.
     """
     static = [name for name in methods if name.startswith("static") or name in ("uniform", "proportional")]
+    if static == ["uniform"]:
+        return Gap(
+            mean=None, low=None, high=None, unit=GAP_UNIT, n=0, num_seeds=0, num_items=0,
+            oracle=NO_STATIC_MIXTURE, reason="no static mixture but uniform was run",
+        )  # fmt: skip
     return gap_closed(
         records, metric="loss_fall", learned=rule, lower="uniform", upper=static, optimum="", split=_SPLIT
     )
@@ -231,43 +240,50 @@ def _gap(records: Sequence[Mapping[str, Any]], rule: str, *, methods: Sequence[s
 
 
 def verdict(comparisons: Sequence[Comparison], gaps: Mapping[str, Gap]) -> str:
-    """A paragraph that claims a difference only where its interval excludes zero and there are enough seeds.
+    """A paragraph that claims a difference only where all that it names, as a family, allow it (:func:`claims`).
 
     >>> verdict([], {})
     'Nothing was compared, so no difference can be claimed.'
     """
     if not comparisons:
-        return "Nothing was compared, so no difference can be claimed."
-    num_seeds = comparisons[0]["num_seeds"]
-    sentences = []
+        return NOTHING_COMPARED
+    falls = [c for c in comparisons if c["metric"] == "loss_fall"]
+    adaptive = [c for c in falls if c["baseline"] == "uniform" and c["arm"] in ADAPTIVE_RULES]
+    reward_gains = [c for c in comparisons if c["baseline"] == FROZEN_POLICY]
+    contributions = [c for c in falls if f"{c['baseline']}+ppo" == c["arm"]]
+    first, num_seeds = comparisons[0], comparisons[0]["num_seeds"]
+    named = family([first, *adaptive, *reward_gains, *contributions])
+    claimed = [c for c, claim in zip(named, claims(named), strict=True) if claim]
+    sentences = [opening(first, subject=_subject(first), claimed=first in claimed)]
     if num_seeds < MINIMUM_SEEDS:
         sentences.append(
             f"With {num_seeds} seed{'s' * (num_seeds != 1)} no difference can be claimed, for that takes at least "
             f"{MINIMUM_SEEDS}; what follows was measured."
         )
-    rules = [c for c in comparisons if c["metric"] == "loss_fall" and c["baseline"] == "uniform"]
-    if adaptive := [c for c in rules if c["arm"] in ADAPTIVE_RULES]:
-        sentences.append(f"Fall of the macro validation loss against uniform's, nats per token: {_listing(adaptive)}.")
-    if gaps:
+    if adaptive:
+        listed = _listing(adaptive, claimed)
+        sentences.append(f"Fall of the macro validation loss against uniform's, nats per token: {listed}.")
+    if measured := {rule: gap for rule, gap in gaps.items() if gap["oracle"] != NO_STATIC_MIXTURE}:
         sentences.append(
-            "Share closed of the gap from uniform to the best static mixture: "
-            f"{'; '.join(f'{_words(rule)} {_gap_words(gap)}' for rule, gap in gaps.items())}."
+            "Measured share closed of the gap from uniform to the best static mixture: "
+            f"{'; '.join(f'{_words(rule)} {_gap_words(gap)}' for rule, gap in measured.items())}."
         )
-    if reward_gains := [c for c in comparisons if c["baseline"] == FROZEN_POLICY]:
-        sentences.append(f"On held-out prompts against the frozen policy: {_listing(reward_gains, metrics=True)}.")
-    if contributions := [c for c in comparisons if c["metric"] == "loss_fall" and f"{c['baseline']}+ppo" == c["arm"]]:
-        sentences.append(f"What the policy gradient adds to that fall: {_listing(contributions)}.")
+    if reward_gains:
+        listed = _listing(reward_gains, claimed, metrics=True)
+        sentences.append(f"On held-out prompts against the frozen policy: {listed}.")
+    if contributions:
+        sentences.append(f"What the policy gradient adds to that fall: {_listing(contributions, claimed)}.")
     return " ".join(sentences)
 
 
-def _listing(comparisons: Sequence[Comparison], *, metrics: bool = False) -> str:
+def _listing(comparisons: Sequence[Comparison], claimed: Sequence[Comparison], *, metrics: bool = False) -> str:
     parts = []
     for comparison in comparisons:
         name = _words(comparison["arm"]) + (f" in {_words(comparison['metric'])}" if metrics else "")
         low, high = comparison["low"], comparison["high"]
         interval = "" if low is None or high is None else f" ({low:+.3g} to {high:+.3g})"
         enough = comparison["num_seeds"] >= MINIMUM_SEEDS
-        note = ", not to be told from chance" if enough and not claimable(comparison) else ""
+        note = ", not to be told from chance" if enough and comparison not in claimed else ""
         parts.append(f"{name} {comparison['mean']:+.3g}{interval}{note}")
     return "; ".join(parts)
 
@@ -278,6 +294,10 @@ def _gap_words(gap: Gap) -> str:
     low, high = gap["low"], gap["high"]
     interval = " (no interval)" if low is None or high is None else f" ({100 * low:.0f} to {100 * high:.0f})"
     return f"{100 * gap['mean']:.0f} %{interval}"
+
+
+def _subject(comparison: Comparison) -> str:
+    return _words(comparison["arm"]).replace("+ppo", " with PPO")
 
 
 def _words(name: str) -> str:

@@ -273,7 +273,8 @@ def token_advantages(
     An advantage depends on its own sequence or its own group alone, up to whitening.
 
     - ``gae``: generalized advantage estimation against ``values``, whitened over the batch if ``whiten_advantages``;
-    - ``rloo``: a continuation's total reward minus the mean of the others of its prompt, at all of its tokens;
+    - ``rloo``: a continuation's total reward minus the mean of the others of its prompt, at all of its tokens; one
+      without a token that counts, or without a finite reward, has no advantage and is no member of its group;
     - ``grpo``: total reward minus the mean of its group, over the group's standard deviation; ``dr_grpo``: not divided;
     - ``reinforce_plus_plus``: the reward to go, whitened over the batch.
 
@@ -297,8 +298,14 @@ def token_advantages(
     if kind == "reinforce_plus_plus":
         return reinforce_plus_plus(rewards, mask, discount=discount), None
     totals = rewards.sum(1).view(-1, group_size)  # [prompts, group]
-    if kind == "rloo":
-        relative = leave_one_out(totals, dim=1)
-    else:
-        relative = group_normalised(totals, dim=1, with_standard_deviation=kind == "grpo")
+    # A continuation of which nothing counts earned no 0: it is no member, or its group would be compared with it.
+    members = (mask.any(1) & rewards.sum(1).isfinite()).view(-1, group_size)
+    relative = torch.zeros_like(totals)
+    for group, (total, member) in enumerate(zip(totals, members, strict=True)):
+        if not member.any():
+            continue
+        if kind == "rloo":
+            relative[group, member] = leave_one_out(total[member])
+        else:
+            relative[group, member] = group_normalised(total[member], with_standard_deviation=kind == "grpo")
     return relative.flatten()[:, None] * mask, None  # one number per row, at each of its tokens

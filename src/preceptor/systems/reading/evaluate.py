@@ -51,6 +51,9 @@ TABLE = ("order_gain", "order_gain_with_queries", "selection_gain", "progress_au
 ORACLES = ("exhaustive", "local_search", "beam", "greedy")
 NOT_MEASURED = {"mean": None, "low": None, "high": None, "n": 0, "reason": "no such articles were given"}
 
+SUBJECT = "the learned order"
+"""Who the verdict opens with."""
+
 MAX_BEST_OF = 2_000
 """Random orders of the best-of-N baseline, at most."""
 
@@ -311,6 +314,7 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         "comparisons": comparisons,
         "gap_closed": {split: gaps.get(split) or NOT_MEASURED for split in SPLITS},
         "query_text": text,
-        "verdict": verdict(comparisons, gaps=gaps, query_text=text, noun="article"),
+        "subject": SUBJECT,
+        "verdict": verdict(comparisons, gaps=gaps, query_text=text, noun="article", subject=SUBJECT),
         "records": list(records),
     }

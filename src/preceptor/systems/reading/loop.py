@@ -142,7 +142,8 @@ def step(setup: Setup, state: State, number: int) -> dict[str, Any]:
         usable_mask=usable_mask,
         credit=reward.credit,
         advantage=update.advantage,
-        moments=state.moments,
+        article=name,
+        baseline=state.return_baseline,
     )
 
     # 5. The gradient of the loss, and one step of the optimizer.

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from preceptor.evaluation.summary import Comparison, Gap, compare, gap_closed, summarise
-from preceptor.evaluation.verdict import MINIMUM_SEEDS, claimable
+from preceptor.evaluation.verdict import MINIMUM_SEEDS, Conclusion, verdict
 from preceptor.objectives.kl import entropy
 from preceptor.systems.surgery.reference_lm import NGram
 from preceptor.systems.surgery.rewards import next_token_logits
@@ -40,6 +40,9 @@ UNITS = {
 
 TABLE = ("log_prob", "accuracy", "quality", "committed", "model_calls", "tokens", "gflops")
 """Metrics in the terminal's table; the page shows all."""
+
+SUBJECT = "the surgeon"
+"""Who the verdict opens with."""
 
 RIVALS = ("no_edit", "shuffled", "evolution", "random", "best_of_n", "gradient")
 DECIDING = ("evolution", "shuffled")
@@ -227,6 +230,9 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         for metric in ("quality", "log_prob")
     ]
     gaps = _gaps(unique, arms)
+    conclusions = _conclusions(unique, comparisons)
+    measured = [*_student_sentences(unique), *_gap_sentences(gaps)]
+    subject = SUBJECT if "learned" in arms else ""
     return {
         "system": "surgery",
         "status": "finished",
@@ -238,7 +244,10 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         "lower_is_better": ["repetition", "plateau_step"],
         "comparisons": comparisons,
         "gap_to_other_objectives": gaps,
-        "verdict": " ".join([*_ladder_sentences(unique), *_gap_sentences(gaps), *_surgeon_sentences(comparisons)]),
+        "subject": subject,
+        "conclusions": conclusions,
+        "measured": measured,
+        "verdict": verdict(comparisons[:1], conclusions=conclusions, measured=measured, subject=subject),
         "charts": CHARTS,
         "records": unique,
     }
@@ -268,20 +277,64 @@ def _gaps(records: Sequence[Mapping[str, Any]], arms: set[str]) -> dict[str, dic
     return gaps
 
 
-def _ladder_sentences(records: Sequence[Mapping[str, Any]]) -> list[str]:
+def _student_sentences(records: Sequence[Mapping[str, Any]]) -> list[str]:
     students = [record for record in records if record["arm"] == "no_edit"]
-    rungs = [record for record in records if record["seed"] is None and record["arm"] != "no_edit"]
     if not students:
         return []
     nats = -sum(record["log_prob"] for record in students) / len(students)
     accuracy = sum(record["accuracy"] for record in students) / len(students)
-    # Both numbers must be better, since a lower loss can come with worse guesses.
-    passed = [rung["arm"] for rung in rungs if -rung["log_prob"] > nats and rung["accuracy"] < accuracy]
-    beyond = f"passes the {_listed(passed)} in both" if passed else "passes no rung of the n-gram ladder in both"
     return [
-        f"By reinforcement alone the student comes to {nats:.3f} nats per held-out token and {100 * accuracy:.1f} % "
-        f"accuracy, and {beyond}."
+        f"By reinforcement alone the student reaches {nats:.3f} nats per held-out token and {100 * accuracy:.1f} % "
+        "accuracy."
     ]
+
+
+def _conclusions(records: Sequence[Mapping[str, Any]], comparisons: Sequence[Comparison]) -> list[Conclusion]:
+    """Which rungs of the n-gram ladder the student passes, whether the surgeon helps, and joint learning."""
+    rungs = [record["arm"] for record in records if record["seed"] is None and record["arm"] != "no_edit"]
+    conclusions = [
+        Conclusion(
+            comparisons=[
+                compare(records, metric=metric, arm="no_edit", baseline=rung, unit=UNITS[metric], split="held_out")
+                for metric in ("log_prob", "accuracy")
+            ],
+            claimed=f"The student passes the {rung} in nats and accuracy.",
+            otherwise="",
+        )
+        for rung in rungs
+        if any(record["arm"] == "no_edit" for record in records)
+    ]
+    deciding = [c for c in comparisons if c["metric"] == "quality" and c["baseline"] in DECIDING]
+    if len(deciding) == len(DECIDING):
+        measured = " and ".join(f"{c['baseline']} {c['mean']:+.3g}{_interval(c)}" for c in deciding)
+        num_seeds = min(c["num_seeds"] for c in deciding)
+        unclaimed = (
+            f"That the surgeon helps cannot be claimed: SAC's held-out quality less that of {measured}, "
+            "and it would have to be above both."
+        )
+        if num_seeds < MINIMUM_SEEDS:
+            unclaimed = (
+                f"Whether the surgeon helps cannot be said from {num_seeds} seed{'' if num_seeds == 1 else 's'} "
+                f"(at least {MINIMUM_SEEDS}); SAC's held-out quality less that of {measured}."
+            )
+        helps = f"The surgeon helps: SAC's held-out quality is above that of {measured}."
+        conclusions.append(Conclusion(comparisons=deciding, claimed=helps, otherwise=unclaimed))
+    for c in comparisons:
+        if c["arm"] == "joint" and c["metric"] == "log_prob":
+            # A loss is claimed as a gain of the other arm.
+            arms = ("joint", "training") if c["mean"] > 0 else ("training", "joint")
+            tested = compare(
+                records, metric="log_prob", arm=arms[0], baseline=arms[1], unit=c["unit"], split="held_out"
+            )
+            figures = f"{c['mean']:+.3g} nats per token{_interval(c)} from the same training without"
+            conclusions.append(
+                Conclusion(
+                    comparisons=[tested],
+                    claimed=f"Learning with surgery is {figures}.",
+                    otherwise=f"Learning with surgery is measured at {figures}; no difference can be claimed.",
+                )
+            )
+    return conclusions
 
 
 def _gap_sentences(gaps: Mapping[str, Mapping[str, Gap]]) -> list[str]:
@@ -295,40 +348,6 @@ def _gap_sentences(gaps: Mapping[str, Mapping[str, Gap]]) -> list[str]:
     return sentences
 
 
-def _surgeon_sentences(comparisons: Sequence[Comparison]) -> list[str]:
-    deciding = [c for c in comparisons if c["metric"] == "quality" and c["baseline"] in DECIDING]
-    sentences = []
-    # Only if both deciding baselines were run; a comparison with one of them proves nothing.
-    if len(deciding) == len(DECIDING):
-        measured = " and ".join(f"{c['baseline']} {c['mean']:+.3g}{_interval(c)}" for c in deciding)
-        num_seeds = min(c["num_seeds"] for c in deciding)
-        if num_seeds < MINIMUM_SEEDS:
-            sentences.append(
-                f"Whether the surgeon helps cannot be said from {num_seeds} seed{'' if num_seeds == 1 else 's'} "
-                f"(at least {MINIMUM_SEEDS}); SAC's held-out quality less that of {measured}."
-            )
-        elif all(claimable(c) and c["mean"] > 0 for c in deciding):
-            sentences.append(f"The surgeon helps: SAC's held-out quality is above that of {measured}.")
-        else:
-            sentences.append(
-                f"That the surgeon helps cannot be claimed: SAC's held-out quality less that of {measured}, "
-                "and it would have to be above both."
-            )
-    for c in comparisons:
-        # Joint learning has a control of its own: the same training without surgery.
-        if c["arm"] == "joint" and c["metric"] == "log_prob":
-            claim = "" if claimable(c) else "; no difference can be claimed"
-            sentences.append(
-                f"Learning with surgery is {c['mean']:+.3g} nats per token{_interval(c)} from the same training "
-                f"without{claim}."
-            )
-    return sentences
-
-
 def _interval(comparison: Comparison) -> str:
     low, high = comparison["low"], comparison["high"]
     return "" if low is None or high is None else f" ({low:+.3g} to {high:+.3g})"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
