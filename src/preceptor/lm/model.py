@@ -11,7 +11,6 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -25,20 +24,8 @@ from preceptor.lm.control_tokens import control_token_ids, spelled_out
 from preceptor.lm.cpu.attention import CpuAttention, kernel_is_faster
 from preceptor.lm.cpu.engine import Engine, accelerate, relative_difference
 from preceptor.lm.log_probs import chosen_log_probs
+from preceptor.lm.output import Output, additive_mask, first_tensor
 from preceptor.lm.sampling import Sampling
-
-
-@dataclass(frozen=True)
-class Output:
-    """The result of a forward pass.
-
-    Attributes:
-        logits: float32 logits at the positions marked by ``keep``, in row-major order.
-        captured: output of the module ``capture`` at every position, or None.
-    """
-
-    logits: Float[Tensor, "kept vocab"]
-    captured: Tensor | None
 
 
 class LanguageModel:
@@ -188,7 +175,9 @@ class LanguageModel:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._computing())
             if capture is not None:
-                hook = capture.register_forward_hook(lambda _module, _inputs, output: captured.append(_tensor(output)))
+                hook = capture.register_forward_hook(
+                    lambda _module, _inputs, output: captured.append(first_tensor(output))
+                )
                 stack.callback(hook.remove)
             if self._head_is_linear:
                 # The head only sees the marked positions: [batch, time, width] -> [kept, width] -> [kept, vocab].
@@ -327,7 +316,7 @@ class LanguageModel:
         return {
             # An additive mask, since not every family's attention accepts a Boolean one of four dimensions.
             "input_ids": tokens,
-            "attention_mask": None if attention_mask is None else _additive(attention_mask, self.dtype),
+            "attention_mask": None if attention_mask is None else additive_mask(attention_mask, self.dtype),
             "position_ids": positions,
             "past_key_values": cache,
             "use_cache": cache is not None,
@@ -457,17 +446,6 @@ _UNFIT = (
 )
 
 
-def _additive(mask: Bool[Tensor, "batch time slots"], dtype: torch.dtype) -> Float[Tensor, "batch 1 time slots"]:
-    """0 where ``mask`` is True, else the lowest finite number: the form that every attention of Transformers takes."""
-    additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    # The new axis broadcasts over the heads.
-    return additive.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
-
-
 def _tolerance(dtype: torch.dtype) -> float:
     """Rounding, relative to the largest logit; a model that ignores the mask is off by far more."""
     return 1e-4 if dtype in (torch.float32, torch.float64) else 5e-2
-
-
-def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
