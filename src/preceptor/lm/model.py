@@ -404,12 +404,11 @@ class LanguageModel:
         largest_difference = tolerance * logits.float().abs().max()
         if (masked - logits[0].float()).abs().max() > largest_difference:
             raise ModelError(f"{self.name} {_UNFIT}")
-        # The engine has to reproduce Transformers' logits within rounding, or it is not used.
         self.has_engine = self._head_is_linear and self._engine_difference() <= tolerance
 
     @torch.no_grad()
     def _engine_difference(self) -> float:
-        """Largest difference of the engine's logits from the model's own, relative to the largest logit."""
+        """Largest difference of the engine's logits from the model's own, over the largest logit."""
         engine = accelerate(self._causal_model, adapter_enabled=self.adapter_enabled)
         if engine is None:
             return math.inf
