@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import pydoc
 import subprocess
 import sys
@@ -58,3 +59,20 @@ def test_import_is_light() -> None:
     program = f"import sys, preceptor; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("verdict", "headline"),
+    [
+        (
+            "It beats random by 0.045 nats; one seed proves nothing yet. On this",
+            "It beats random by 0.045 nats; one seed proves nothing yet.",
+        ),
+        ("Only this.", "Only this."),
+        ("No point", "No point"),
+        ("", ""),
+    ],
+)
+def test_the_headline_is_the_first_sentence(verdict: str, headline: str, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(json.dumps({"verdict": verdict}))
+    assert preceptor.load(tmp_path).headline == headline
