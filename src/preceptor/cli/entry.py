@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from preceptor.cli import compare, completion, doctor, listing, replay, run, watch
+from preceptor.cli import compare, completion, doctor, listing, replay, run, study, watch
 from preceptor.cli.completion import VARIABLE
 from preceptor.cli.options import CONFIGURATION, EXIT_CODES
 from preceptor.cli.parsing import SETTINGS, Command, Group, explained
@@ -133,6 +133,7 @@ COMMANDS: dict[str, Any] = {
     "compare": typer.Typer(cls=compare.CompareGroup, help=compare.HELP, epilog=compare.EPILOG),
     "watch": watch.watch,
     "replay": replay.replay,
+    "study": study.study,
     "report": run.report,
     "export": run.export,
     "pretrain": None,  # made when it is asked for
