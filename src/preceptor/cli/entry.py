@@ -118,6 +118,7 @@ COMMANDS = {
     "compare": "compare:APP",
     "watch": "watch:watch",
     "replay": "replay:replay",
+    "study": "study:study",
     "report": "run:report",
     "export": "run:export",
     "pretrain": "run:pretrain",
