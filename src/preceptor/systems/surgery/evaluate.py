@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from preceptor.evaluation.summary import Comparison, Gap, compare, gap_closed, summarise
 from preceptor.evaluation.verdict import MINIMUM_SEEDS, claimable
 from preceptor.objectives.entropy import entropy
+from preceptor.systems.surgery import repaired
 from preceptor.systems.surgery.reference_lm import NGram
 from preceptor.systems.surgery.rewards import next_token_logits
 from preceptor.systems.surgery.setup import Setup
@@ -210,6 +211,8 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         config: the resolved configuration.
         seeds: of the runs.
     """
+    if config.get("training") == "amortised":
+        return repaired.result(records, config=config, seeds=seeds)
     unique = list({(r["arm"], r["item"], r["split"], r["seed"]): r for r in records}.values())
     arms = {record["arm"] for record in unique}
     pairs = [("learned", rival) for rival in RIVALS] + [("joint", "training")]
