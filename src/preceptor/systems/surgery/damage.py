@@ -96,7 +96,7 @@ def _permute_heads(target: Target, log_strength: float, generator: torch.Generat
     moved = torch.empty_like(order)
     moved[order] = order.roll(1)
     target.write(matrix.reshape(target.num_heads, -1)[moved].view_as(matrix))
-    return lambda: target.write(target.matrix().view(target.num_heads, -1)[moved.argsort()].view_as(matrix))
+    return lambda: target.write(target.matrix().reshape(target.num_heads, -1)[moved.argsort()].view_as(matrix))
 
 
 def _wipe_head(target: Target, log_strength: float, generator: torch.Generator) -> Undo:

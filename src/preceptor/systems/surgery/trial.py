@@ -136,7 +136,7 @@ class Edit:
     ) -> Float[Tensor, "rows width"]:
         """ΔW / c, of norm ‖W‖ at most."""
         if self.kind == "head_scale":
-            return (matrix.view(len(numbers), -1) * numbers[:, None]).view_as(matrix)  # [head, head_dim · width]
+            return (matrix.reshape(len(numbers), -1) * numbers[:, None]).view_as(matrix)  # [head, head_dim · width]
         left, values, right = self._leading_factors(index, matrix)
         rank = len(values)
         if self.kind == "singular_values":
