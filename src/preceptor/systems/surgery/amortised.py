@@ -346,6 +346,7 @@ def _repair(
     """``method`` at work on damage ``index`` of an item."""
     options = setup.config.amortised
     generator = setup.generator(f"{method} of {where}", index)
+    evaluations = options.search_evaluations
     windows = patient.windows(options.search_windows, setup.generator(f"search of {where}", index))
     if method in LEARNERS:
         surgeon = trained_surgeon(setup, state, method)
@@ -361,12 +362,12 @@ def _repair(
     if method == "gradient":
         return search.gradient(patient, windows)
     if method == "evolution":
-        return search.evolution(patient, windows, generator)
+        return search.evolution(patient, windows, generator, evaluations=evaluations)
     if method == "cma_es":
-        return search.cma_es(patient, windows, generator)
+        return search.cma_es(patient, windows, generator, evaluations=evaluations)
     if method == "sac":
         draws = partial(setup.generator, f"sac of {where} {index}")
-        return search.sac(patient, windows, generator, folder=setup.folder, draws=draws)
+        return search.sac(patient, windows, generator, evaluations=evaluations, folder=setup.folder, draws=draws)
     return iter([1])  # no_edit
 
 

@@ -257,6 +257,7 @@ class AmortisedOptions(Options):
     max_factor: float = Field(6.0, gt=1, description="Largest factor of an edit.")
     gradients: bool = Field(True, description="Let the surgeon see the gradient, which costs a backward pass an edit.")
     probe_windows: int = Field(4, ge=1, description="Number of sequences that the surgeon sees and is paid for.")
+    search_evaluations: int = Field(100, ge=8, description="Number of evaluations of a search.")
     search_windows: int = Field(8, ge=1, description="Number of sequences that the searches minimise the loss of.")
     test_windows: int = Field(32, ge=1, description="Number of held-out sequences that a repair is judged on.")
     patients: int = Field(8, ge=1, description="Number of damages of each kind of each student it is judged on.")

@@ -78,14 +78,16 @@ def gradient(patient: Patient, windows: Int[Tensor, "window time"]) -> Iterator[
         yield step
 
 
-def evolution(patient: Patient, windows: Int[Tensor, "window time"], generator: torch.Generator) -> Iterator[int]:
+def evolution(
+    patient: Patient, windows: Int[Tensor, "window time"], generator: torch.Generator, *, evaluations: int
+) -> Iterator[int]:
     """(1+1)-ES with the one-fifth rule, on the logarithms of all scales.
 
     Unlike :class:`~preceptor.systems.surgery.baselines.EvolutionSurgeon` its step may shrink to 0.01, since here the
     windows are fixed and their loss has no noise.
     """
     best, lowest, step = patient.snapshot(), patient.loss(windows), 0.3
-    for evaluation in range(1, EVALUATIONS[-1] + 1):
+    for evaluation in range(1, evaluations + 1):
         patient.put(best)
         patient.sites.scale_(step * torch.randn(patient.sites.action_dim, generator=generator))
         loss = patient.loss(windows)
@@ -98,7 +100,9 @@ def evolution(patient: Patient, windows: Int[Tensor, "window time"], generator: 
         yield evaluation
 
 
-def cma_es(patient: Patient, windows: Int[Tensor, "window time"], generator: torch.Generator) -> Iterator[int]:
+def cma_es(
+    patient: Patient, windows: Int[Tensor, "window time"], generator: torch.Generator, *, evaluations: int
+) -> Iterator[int]:
     """CMA-ES on the logarithms of all scales; its recommendation is the mean of its distribution.
 
     Source: Hansen, arXiv 1604.00772, by the package ``cma``.
@@ -123,7 +127,7 @@ def cma_es(patient: Patient, windows: Int[Tensor, "window time"], generator: tor
         patient.put(damaged)
         patient.sites.scale_(torch.tensor(logs, dtype=torch.float32))
 
-    while evaluation + LEAPS["cma_es"] <= EVALUATIONS[-1]:
+    while evaluation + LEAPS["cma_es"] <= evaluations:
         candidates, losses = search.ask(), []
         for candidate in candidates:
             scaled(candidate)
@@ -139,6 +143,7 @@ def sac(
     windows: Int[Tensor, "window time"],
     generator: torch.Generator,
     *,
+    evaluations: int,
     folder: Path,
     draws: Callable[[int], torch.Generator],
 ) -> Iterator[int]:
@@ -156,7 +161,7 @@ def sac(
     )
     assert surgeon is not None, "a name was given"
     lowest = patient.loss(windows)
-    for evaluation in range(1, EVALUATIONS[-1] + 1):
+    for evaluation in range(1, evaluations + 1):
         draw = draws(evaluation)
         before = patient.snapshot()
         state = patient.sites.features(windows, gradients=False)[0].flatten()
