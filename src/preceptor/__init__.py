@@ -75,6 +75,7 @@ def run(
         chosen,
         resolved,
         api.services(os.environ),
+        preset=preset,
         out=None if out is None else Path(out),
         device=device,
         threads=threads,

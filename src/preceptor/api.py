@@ -18,6 +18,7 @@ from preceptor.systems.configuration import extended_configuration
 
 if TYPE_CHECKING:
     from preceptor.comparison.runs import FinishedRun
+    from preceptor.runs.folder import Run
 
 
 def services(environ: Mapping[str, str]) -> Services:
@@ -43,6 +44,7 @@ def start(
     config: Any,
     services: Services,
     *,
+    preset: str = "default",
     out: Path | None = None,
     device: str = "auto",
     threads: int | None = None,
@@ -74,6 +76,7 @@ def start(
             device=device,
             threads=threads,
             trackers=trackers,
+            preset=preset,
             name=name,
             tags=tags,
             project=project,
@@ -85,12 +88,16 @@ def start(
                 path.rmdir()
         raise
     try:
-        return _train(system, config, run, services, report=report)
+        with run:
+            _record(run, system.train(config, run, services))
     except Interrupted:
         raise
     except PreceptorError:
         discard_unbegun(path)  # what was refused must not block the next try
         raise
+    if report:
+        write_page(path)
+    return Result(path)
 
 
 def go_on(
@@ -140,19 +147,19 @@ def go_on(
         on_failure.callback(run.close)
         config = from_dict(system.Config, run.config)
         on_failure.pop_all()
-    return _train(system, config, run, services, report=report)
+    with run:
+        _record(run, system.train(config, run, services))
+    if report:
+        write_page(folder)
+    return Result(folder)
 
 
-def _train(system: System, config: Any, run: Any, services: Services, *, report: bool) -> Result:
+def _record(run: Run, result: Mapping[str, Any]) -> None:
+    """Writes what came of ``run`` beside its model."""
     from preceptor.runs.export import write_model_card
 
-    with run:
-        result = system.train(config, run, services)
-        run.write_result(result)
-        write_model_card(run.path)
-    if report:
-        write_page(run.path)
-    return Result(run.path)
+    run.write_result(result)
+    write_model_card(run.path)
 
 
 def compare(folders: Sequence[Path], *, methods: Sequence[str] = (), out: Path | None = None) -> Result:

@@ -55,7 +55,7 @@ def test_a_killed_holder_frees_the_folder(tmp_path: Path, fork) -> None:
     reader, writer = os.pipe()
 
     def hold() -> None:
-        FolderLock(tmp_path)
+        lock = FolderLock(tmp_path)  # noqa: F841 - a lock that nobody keeps is released
         os.write(writer, b"x")
         time.sleep(60)
 
@@ -79,7 +79,7 @@ def test_of_two_racing_processes_exactly_one_wins(tmp_path: Path, fork) -> None:
             os.close(done)
             os.read(start, 1)  # both wake up when the parent closes its end
             try:
-                FolderLock(folder)
+                lock = FolderLock(folder)  # noqa: F841 - kept until the process ends
             except LockedError:
                 os.write(tell, b"0")
             else:

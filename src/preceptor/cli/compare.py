@@ -74,6 +74,9 @@ class CompareGroup(SystemGroup):
         raise ConfigError(f"{short_repr(word)} is neither a folder nor a system{hint}")
 
 
+APP = typer.Typer(cls=CompareGroup, rich_markup_mode=None, help=HELP, epilog=EPILOG)
+
+
 def _compared(first: Path) -> Any:
     def compared(
         folders: Annotated[
@@ -94,7 +97,6 @@ def _compared(first: Path) -> Any:
 
 def _sweep(
     system: System,
-    inputs: dict[str, list[str]],
     *,
     context: typer.Context,
     seeds: Annotated[
@@ -108,6 +110,7 @@ def _sweep(
         typer.Option("--jobs", metavar="N", help="Runs at a time.  [default: by cores and memory]", show_default=False),
     ] = None,
     log_level: options.LogLevel = "warning",
+    **given: list[str] | None,
 ) -> int:
     from preceptor.comparison.runs import read_finished
     from preceptor.comparison.sweep import run_cells
@@ -116,6 +119,7 @@ def _sweep(
         raise ConfigError("a sweep needs a folder; give --out DIR")
     if jobs is not None and not (jobs.isdecimal() and len(jobs) <= 4 and int(jobs) >= 1):
         raise ConfigError(f"--jobs must be a whole number from 1, got {short_repr(jobs)}")
+    inputs = {flag: values for flag, values in given.items() if values is not None}
     cells = _cells(system, inputs, seeds=_seeds(seeds or []), preset=preset, passed=context.meta["passed"])
     _check_arms(system, _names(arms))
     run_cells(cells, out, num_jobs=None if jobs is None else int(jobs), say=lambda text: print(text, flush=True))

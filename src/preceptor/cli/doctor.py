@@ -57,9 +57,11 @@ class DoctorGroup(SystemGroup):
         raise ConfigError(f"{short_repr(word)} is neither a run folder nor a system{hint}")
 
 
+APP = typer.Typer(cls=DoctorGroup, rich_markup_mode=None, help=HELP, epilog=options.EXIT_CODES)
+
+
 def _doctor(
     system: System,
-    flags: dict[str, Any],
     *,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
@@ -69,6 +71,7 @@ def _doctor(
     threads: options.Threads = None,
     no_forecast: Annotated[bool, typer.Option("--no-forecast", help="Do not begin the run to measure it.")] = False,
     log_level: options.LogLevel = "warning",
+    **flags: Any,
 ) -> int:
     resolved = configuration(system, preset=preset, file=config, flags=flags, overrides=overrides or ())
     if print_config:

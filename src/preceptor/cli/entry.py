@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import sys
 import traceback
@@ -10,14 +11,12 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from typer.main import get_command
+from typer.main import get_command, get_group
 
-from preceptor.cli import compare, completion, doctor, listing, replay, run, watch
-from preceptor.cli.completion import VARIABLE
-from preceptor.cli.options import CONFIGURATION, EXIT_CODES
-from preceptor.cli.parsing import SETTINGS, Command, Group, explained
+from preceptor.cli.options import EXIT_CODES, VARIABLE
+from preceptor.cli.parsing import SETTINGS, Group, explained, made
 from preceptor.errors import ConfigError, Interrupted, PreceptorError, StorageError, short_repr
-from preceptor.systems import find_system, known_systems
+from preceptor.systems import known_systems
 from preceptor.version import __version__
 
 HELP = """\
@@ -44,9 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 is no reason to fail
     try:
-        exit_code = _execute(sys.argv[1:] if argv is None else argv)
+        # Not `command.main`: it would take an Interrupted for Ctrl-C and forget its message and exit code.
+        with _context(sys.argv[1:] if argv is None else argv) as context:
+            exit_code = int(context.command.invoke(context) or 0)
         sys.stdout.flush()  # here, where a full disk or a closed pipe still has an exit code
         return exit_code
+    except typer.Exit as done:  # --help and --version have printed what they have to say
+        return done.exit_code
+    except SystemExit as done:  # so has --install-completion
+        return int(done.code or 0)
+    except typer.TyperException as error:
+        return _complain([explained(error)], ConfigError.exit_code)
     except Interrupted as stop:
         return _complain([str(stop)], stop.exit_code, label="")
     except ConfigError as error:
@@ -90,27 +97,35 @@ def _bug() -> int:
     return 1
 
 
-def _execute(argv: Sequence[str]) -> int:
+def _context(argv: Sequence[str]) -> Any:
+    """The command line as typer reads it: the command, to be invoked, and its parameters."""
     for argument in argv:
         if "\0" in argument or any("\ud800" <= character <= "\udfff" for character in argument):
             raise ConfigError(f"argument {short_repr(argument)} is not valid UTF-8 text")
     command = get_command(_app())
     if VARIABLE in os.environ:
         command.main(args=[], prog_name="preceptor")  # a shell asks what can come next; it prints that and exits
-    try:
-        # Not `command.main`: it would take an Interrupted for Ctrl-C and forget its message and exit code.
-        with command.make_context("preceptor", list(argv)) as context:
-            return int(command.invoke(context) or 0)
-    except typer.Exit as done:  # --help and --version have printed what they have to say
-        return done.exit_code
-    except SystemExit as done:  # so has --install-completion
-        return int(done.code or 0)
-    except typer.TyperException as error:
-        raise ConfigError(explained(error)) from error
+    return command.make_context("preceptor", list(argv))
+
+
+COMMANDS = {
+    "run": "run:APP",
+    "resume": "run:resume",
+    "compare": "compare:APP",
+    "watch": "watch:watch",
+    "replay": "replay:replay",
+    "report": "run:report",
+    "export": "run:export",
+    "pretrain": "run:pretrain",
+    "list": "listing:list_choices",
+    "doctor": "doctor:APP",
+    "completion": "completion:completion",
+}
+"""In the order in which help shows them; a module is imported for its own command alone."""
 
 
 class Root(Group):
-    """``preceptor COMMAND``. The system `pretrain` has a command of its own besides ``preceptor run pretrain``."""
+    """``preceptor COMMAND``."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The commands in the order in which help shows them."""
@@ -118,29 +133,17 @@ class Root(Group):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command, if there is one of this name."""
-        return run.run_command(find_system("pretrain")) if cmd_name == "pretrain" else self.commands.get(cmd_name)
-
-
-RUN_HELP = f"""\
-Train a system and measure what the training was worth.
-
-`preceptor run SYSTEM --help` shows the options of a system.
-
-{CONFIGURATION}"""
-COMMANDS: dict[str, Any] = {
-    "run": typer.Typer(cls=run.RunGroup, help=RUN_HELP, epilog=EXIT_CODES),
-    "resume": run.resume,
-    "compare": typer.Typer(cls=compare.CompareGroup, help=compare.HELP, epilog=compare.EPILOG),
-    "watch": watch.watch,
-    "replay": replay.replay,
-    "report": run.report,
-    "export": run.export,
-    "pretrain": None,  # made when it is asked for
-    "list": listing.list_choices,
-    "doctor": typer.Typer(cls=doctor.DoctorGroup, help=doctor.HELP, epilog=EXIT_CODES),
-    "completion": completion.completion,
-}
-"""In the order in which help shows them: a function is a command, an app a group of them."""
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        module, _, attribute = COMMANDS[cmd_name].partition(":")
+        target = getattr(importlib.import_module(f"preceptor.cli.{module}"), attribute)
+        if isinstance(target, typer.Typer):
+            group = get_group(target)
+            group.name = cmd_name
+            return group
+        if cmd_name == "pretrain":  # a system with a command of its own besides `preceptor run pretrain`
+            return target()
+        return made(target, name=cmd_name, epilog=EXIT_CODES)
 
 
 def _app() -> typer.Typer:
@@ -153,11 +156,6 @@ def _app() -> typer.Typer:
         rich_markup_mode=None,
     )
     app.callback()(_root)
-    for name, command in COMMANDS.items():
-        if isinstance(command, typer.Typer):
-            app.add_typer(command, name=name)
-        elif command is not None:
-            app.command(name, cls=Command, epilog=EXIT_CODES)(command)
     return app
 
 

@@ -14,6 +14,8 @@ from preceptor.runs.trackers import TRACKERS
 from preceptor.systems import find_system
 from preceptor.systems.configuration import presets
 
+VARIABLE = "_PRECEPTOR_COMPLETE"
+"""Environment variable by which a shell's completion asks the program what can come next."""
 EXIT_CODES = """\
 \b
 exit codes:

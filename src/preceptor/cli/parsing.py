@@ -7,6 +7,7 @@ plain text with a heading for each group of options, and fits 80 columns. A word
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -127,10 +128,11 @@ def _first_word_first(words: list[str]) -> list[str]:
 def system_command(
     system: System, function: Callable[..., int], flags: Mapping[str, str], *, several: bool = False, **settings: Any
 ) -> Any:
-    """The command that calls ``function(system, given, **options)``, with an option of its own for each of ``flags``.
+    """The command that calls ``function(system, **options)``, with an option of its own for each of ``flags``.
 
-    ``function``'s keyword-only parameters are options too. ``given`` holds the values of those flags that were given;
-    ``flags`` says which key each stands for, whose help it shows. ``several`` lets every flag have several values.
+    ``function``'s keyword-only parameters are options too; the flags reach it as its ``**flags``, None where they were
+    not given. ``flags`` says which key each stands for, whose help it shows. ``several`` lets every flag have several
+    values.
     """
     hints = get_type_hints(function, include_extras=True)
     keys = schema(system.Config)
@@ -151,11 +153,9 @@ def system_command(
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             parameters.append(_parameter(name, hints[name], parameter.default))
 
-    def call(**options: Any) -> int:
-        given = {flag: options.pop(flag) for flag in flags}
-        return function(system, {flag: value for flag, value in given.items() if value is not None}, **options)
-
-    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    # typer reads the signature, and calls the function itself.
+    call: Any = functools.partial(function, system)
+    call.__signature__ = inspect.Signature(parameters)
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return made(call, name=system.name, short_help=f"{system.summary[:1].upper()}{system.summary[1:]}.", **settings)
 

@@ -26,6 +26,24 @@ class RunGroup(SystemGroup):
         return run_command(find_system(word))
 
 
+APP = typer.Typer(
+    cls=RunGroup,
+    rich_markup_mode=None,
+    epilog=options.EXIT_CODES,
+    help=f"""\
+Train a system and measure what the training was worth.
+
+`preceptor run SYSTEM --help` shows the options of a system.
+
+{options.CONFIGURATION}""",
+)
+
+
+def pretrain() -> Any:
+    """The command ``preceptor pretrain``: that system's, besides ``preceptor run pretrain``."""
+    return run_command(find_system("pretrain"))
+
+
 def run_command(system: System) -> Any:
     """The command that runs ``system``."""
     text = f"{system.summary[:1].upper()}{system.summary[1:]}.\n\n{options.CONFIGURATION}"
@@ -34,7 +52,6 @@ def run_command(system: System) -> Any:
 
 def _run(
     system: System,
-    flags: dict[str, Any],
     *,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
@@ -49,6 +66,7 @@ def _run(
     project: options.Project = "preceptor",
     no_report: options.NoReport = False,
     log_level: options.LogLevel = "warning",
+    **flags: Any,
 ) -> int:
     resolved = configuration(system, preset=preset, file=config, flags=flags, overrides=overrides or ())
     if print_config:
@@ -58,6 +76,7 @@ def _run(
         system,
         resolved,
         services(os.environ),
+        preset=preset,
         out=out,
         device=device,
         threads=threads,

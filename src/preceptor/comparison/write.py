@@ -14,6 +14,7 @@ from preceptor.report.sections import Section
 from preceptor.report.seeds import merged_charts
 from preceptor.runs.environment import flattened
 from preceptor.runs.files import replace_file, storage_errors
+from preceptor.runs.folder import FORMAT
 from preceptor.runs.strict_json import row_json
 
 
@@ -45,7 +46,7 @@ def write_comparison(
         "runs": taken,
     }
     for name, content in (("result", merged), ("comparison", comparison), ("seconds", seconds)):
-        text = json.dumps(json.loads(row_json(content)), indent=2, ensure_ascii=False)
+        text = json.dumps(json.loads(row_json({"format": FORMAT, **content})), indent=2, ensure_ascii=False)
         replace_file(folder / f"{name}.json", text + "\n")
 
 

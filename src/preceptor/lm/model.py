@@ -77,7 +77,7 @@ class LanguageModel:
     def _bind(self, model: Any) -> None:
         """Find decoder and head of ``model``; typed loosely, since peft's wrapper forwards Transformers' attributes."""
         self.model: PreTrainedModel = model.eval()
-        self.has_adapter = hasattr(model, "peft_config")
+        self.has_adapter = hasattr(model, "get_base_model")  # Transformers sets `peft_config` on plain models too
         self._causal_model = model.get_base_model() if self.has_adapter else model
         self._decoder = self._causal_model.base_model
         self._head = self._causal_model.get_output_embeddings()

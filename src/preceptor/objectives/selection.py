@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from preceptor.errors import ConfigError, DataError, ShapeError
-from preceptor.objectives.entropy import entropy
+from preceptor.objectives.kl import entropy
 
 
 def selection_log_probs(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +19,10 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 18, 10, 38
 ROW, FOOT = 22, 24
 LEAST_LABEL, MOST_LABEL, CHARACTER = 64, 170, 6.4
 """Room left of the arms, by the length of the longest name."""
+LINE_OF_NAME = 24
+"""Characters; a longer name has several lines, LEADING apart."""
+LEADING = 12
+LEAST_SHARE_SPAN = 0.05
 SHARES = ("share", "probability")
 """Units whose axis stays within 0 and 1 where the numbers do."""
 
@@ -59,6 +66,8 @@ class ArmRow:
     """One arm's interval: coordinates of its ends and its mean."""
 
     name: str
+    lines: list[Tick]
+    """The name in lines; ``at`` is each line's base."""
     kind: str
     y: float
     low: float | None
@@ -89,7 +98,7 @@ def line_chart(panel: Panel, name: str) -> LineChart:
     low, high = panel.limits or (min(ends), max(ends))
     y_values = ticks(low, high, 4)
     if panel.unit.partition(" ")[0] in SHARES and low >= 0 and high <= 1:
-        y_values = [value for value in y_values if 0 <= value <= 1]
+        y_values = _share_ticks(y_values)
     low, high = min(low, y_values[0]), max(high, y_values[-1])
     steps = [step for c in panel.curves for step in c.steps]
     first, last = min(steps), max(steps)
@@ -118,7 +127,7 @@ def line_chart(panel: Panel, name: str) -> LineChart:
         bounds=[line(c) for c in panel.bounds],
         x_label=panel.x_label,
         x_ticks=[Tick(x(tick), f"{tick:,.0f}") for tick in x_values],
-        y_ticks=[Tick(y(tick), number(tick)) for tick in y_values],
+        y_ticks=[Tick(y(tick), text) for tick, text in zip(y_values, tick_labels(y_values), strict=True)],
         notes=panel.notes,
         data={
             "from": first,
@@ -161,35 +170,64 @@ def _intervals(
 ) -> ArmChart:
     ends = [e[key] for _, _, e in named for key in ("mean", "low", "high") if e[key] is not None] + [0.0] * zero
     x_values = ticks(min(ends), max(ends), 4)
+    if unit.partition(" ")[0] in SHARES and min(ends) >= 0 and max(ends) <= 1:
+        x_values = _share_ticks(x_values)
     low, high = min(*ends, x_values[0]), max(*ends, x_values[-1])
-    label = min(MOST_LABEL, max(LEAST_LABEL, 12 + CHARACTER * max(len(name) for name, _, _ in named)))
+    wrapped = [textwrap.wrap(name, LINE_OF_NAME) or [name] for name, _, _ in named]
+    longest = max(len(line) for lines in wrapped for line in lines)
+    label = min(MOST_LABEL, max(LEAST_LABEL, 12 + CHARACTER * longest))
+    tops = [TOP, *itertools.accumulate((ROW + LEADING * (len(lines) - 1) for lines in wrapped), initial=TOP)][1:]
 
     def x(value: float) -> float:
         return round(label + (WIDTH - label - RIGHT) * (value - float(low)) / float(high - low), 1)
 
+    middles = [(above + below) / 2 for above, below in pairwise(tops)]
     rows = [
         ArmRow(
             name=name,
+            lines=[
+                Tick(middle + 4 + LEADING * (place - (len(lines) - 1) / 2), line) for place, line in enumerate(lines)
+            ],
             kind=kind,
-            y=TOP + ROW * (index + 0.5),
+            y=middle,
             low=None if e["low"] is None else x(e["low"]),
             high=None if e["high"] is None else x(e["high"]),
             mean=x(e["mean"]),
             text=interval_text(e),
         )
-        for index, (name, kind, e) in enumerate(named)
+        for (name, kind, e), lines, middle in zip(named, wrapped, middles, strict=True)
     ]
     return ArmChart(
         metric=title,
         unit=unit,
         label=label,
-        height=TOP + ROW * len(rows) + FOOT,
+        height=tops[-1] + FOOT,
         rows=rows,
         band=(x(baseline["low"]), x(baseline["high"])) if baseline and baseline["low"] is not None else None,
         oracle=None if oracle is None else x(oracle),
         zero=x(0.0) if zero else None,
-        x_ticks=_apart([Tick(x(tick), number(tick)) for tick in x_values]),
+        x_ticks=_apart([Tick(x(tick), text) for tick, text in zip(x_values, tick_labels(x_values), strict=True)]),
     )
+
+
+def _share_ticks(values: list[float]) -> list[float]:
+    """The ticks of an axis of shares: within 0 and 1, and all of that range where the shares hardly differ."""
+    within = [value for value in values if 0 <= value <= 1]
+    return within if len(within) > 1 and within[-1] - within[0] >= LEAST_SHARE_SPAN else [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """``values`` as text, with as many digits as keep them apart.
+
+    >>> tick_labels([0.0, 0.5, 1.0]), tick_labels([0.50031, 0.50032])
+    (['0', '0.5', '1'], ['0.50031', '0.50032'])
+    """
+    labels = [number(value) for value in values]
+    digits = 5
+    while len(set(labels)) < len(set(values)) and digits < 16:
+        labels = [f"{value:,.{digits}g}".replace("-", "\N{MINUS SIGN}") for value in values]
+        digits += 1
+    return labels
 
 
 def _apart(x_ticks: list[Tick]) -> list[Tick]:
@@ -268,3 +306,18 @@ def clipped(text: object, maximum: int = 2_000) -> str:
     """A text cut to ``maximum`` characters, an ellipsis saying so; an article may hold a line of a megabyte."""
     string = str(text)
     return string if len(string) <= maximum else string[: maximum - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def unique_name(title: str, taken: set[str]) -> str:
+    """``title`` in small letters and hyphens, numbered where it is in ``taken`` already; it is added there.
+
+    >>> names: set[str] = set()
+    >>> unique_name("Loss/Gain", names), unique_name("loss gain", names)
+    ('loss-gain', 'loss-gain-2')
+    """
+    stem = name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:60] or "figure"
+    number = 2
+    while name in taken:
+        name, number = f"{stem}-{number}", number + 1
+    taken.add(name)
+    return name

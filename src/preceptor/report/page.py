@@ -34,6 +34,7 @@ from preceptor.report.drawing import (
     interval_text,
     line_chart,
     number,
+    unique_name,
 )
 from preceptor.report.matrix import ShadedTable, shaded_table
 from preceptor.report.run_folder import RunFolder, is_finite, read_run
@@ -117,29 +118,29 @@ def drawn_sections(run: RunFolder, sections: Sections | None = None) -> list[Dra
         own += sections(run) if sections else [Section("Training", GENERAL_LINES), *decisions_section(run)]
     lines = [figure for section in own for figure in section.figures if isinstance(figure, Lines)]
     taken: set[str] = set()
-    drawn = [_drawn(section, number, run, taken) for number, section in enumerate(own)]
+    names: set[str] = set()
+    drawn = [_drawn(section, number, run, taken, names) for number, section in enumerate(own)]
     with_curves = [d for d, s in zip(drawn, own, strict=True) if any(isinstance(f, Lines) for f in s.figures)]
     others = panels(run.metrics, other_lines(run.metrics, lines))[0]
     if with_curves:
-        with_curves[-1].more.extend(line_chart(panel, f"other-{number}") for number, panel in enumerate(others))
+        with_curves[-1].more.extend(line_chart(panel, unique_name(panel.title, names)) for panel in others)
     return [section for section in drawn if _has_content(section)]
 
 
-def _drawn(section: Section, place: int, run: RunFolder, taken: set[str]) -> DrawnSection:
+def _drawn(section: Section, place: int, run: RunFolder, taken: set[str], names: set[str]) -> DrawnSection:
     drawn = DrawnSection(section.title, section.lead, f"section-{place}")
-    for index, figure in enumerate(section.figures):
-        name = f"{drawn.anchor}-{index}"
+    for figure in section.figures:
         match figure:
             case Lines():
                 # A column that an earlier figure draws is not drawn twice.
                 if taken.isdisjoint(figure.columns):
                     found, left_out = panels(run.metrics, [figure])
-                    drawn.charts.extend(line_chart(panel, name) for panel in found)
+                    drawn.charts.extend(line_chart(panel, unique_name(panel.title, names)) for panel in found)
                     drawn.left_out.extend(left_out)
                     taken |= set(figure.columns)
             case Series():
                 if (panel := series_panel(figure)) is not None:
-                    drawn.charts.append(line_chart(panel, name))
+                    drawn.charts.append(line_chart(panel, unique_name(panel.title, names)))
             case Squares():
                 drawn.squares.append(square_chart(figure))
             case Matrix():
@@ -200,6 +201,7 @@ def render(run: RunFolder, sections: Sections | None = None) -> str:
         script=Markup(script),
         title=run.path.resolve().name,
         result=result,
+        about=list(about(run)),
         headline=list(headline(run)),
         comparison=run.comparison,
         contrasts=contrasts(run.comparison) if run.comparison else [],
@@ -253,6 +255,24 @@ def content_security_policy(style: str, script: str) -> str:
         f"default-src 'none'; style-src {source(style)}; script-src {source(script)}; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
+
+
+def about(run: RunFolder) -> Iterator[str]:
+    """What a run is about, for the line above its name: preset, model, article, name and tags where they say more."""
+    config = (run.result or {}).get("config") or run.manifest.get("config") or {}
+    if preset := run.manifest.get("preset"):
+        yield f"preset {preset}"
+    model = config.get("model")
+    if isinstance(model, Mapping) and model.get("name"):
+        yield f"model {clipped(model['name'], 80)}"
+    data = config.get("data")
+    if isinstance(data, Mapping) and "article" in data and run.comparison is None:
+        titles = [str(article.get("title") or name) for name, article in run.articles.items()]
+        yield clipped(", ".join(titles[:3]) + (f" and {len(titles) - 3} more" if len(titles) > 3 else ""), 120)
+    name = run.manifest.get("name")
+    if name and name != run.path.resolve().name:
+        yield clipped(name, 80)
+    yield from (f"#{clipped(tag, 40)}" for tag in run.manifest.get("tags") or [])
 
 
 def headline(run: RunFolder) -> Iterator[tuple[str, str, str]]:

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
 from preceptor.errors import DataError, StorageError
+from preceptor.report.drawing import unique_name
 
 NAMESPACE = "http://www.w3.org/2000/svg"
 FONT = 'text { font: 11px system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }'
@@ -60,13 +61,11 @@ def drawings(html: str) -> dict[str, str]:
     """Name and SVG text of every chart of a page, in the page's order."""
     style = re.search(r"<style>(.*?)</style>", html, re.DOTALL)
     found: dict[str, str] = {}
+    names: set[str] = set()
     for match in _DRAWING.finditer(html):
         figure = ElementTree.fromstring(_NO_XML.sub("\N{REPLACEMENT CHARACTER}", match[0]))
         title, unit = _title(figure)
-        stem = name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:60] or "figure"
-        number = 2
-        while name in found:
-            name, number = f"{stem}-{number}", number + 1
+        name = unique_name(title, names)
         svg = _standalone(figure, title, unit)
         # First of all, so that a viewer knows every colour before it draws.
         svg.insert(0, _element("style", text=f"{FONT}\n{light_style(style[1] if style else '', svg)}"))

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -102,6 +104,8 @@ def load_model(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
         with _without_progress_bar(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft uses what Transformers deprecates
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+            if base is not None:
+                options["dtype"] = _adapter_dtype(folder)
             model = AutoModelForCausalLM.from_pretrained(base or folder, use_safetensors=True, **options)
             return (model if base is None else PeftModel.from_pretrained(model, folder)), tokenizer
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -134,6 +138,13 @@ def _base_model(folder: Path) -> str | None:
     if not (folder / ADAPTER_CONFIG).is_file():
         return None
     return str(_read(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
+
+
+def _adapter_dtype(folder: Path) -> torch.dtype:
+    """The type that the adapter was trained in, and so its base too, whatever type the base's own file is in."""
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        dtype: torch.dtype = file.get_tensor(next(iter(file.keys()))).dtype
+    return dtype
 
 
 def _read(path: Path) -> Mapping[str, Any]:

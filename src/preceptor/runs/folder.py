@@ -41,6 +41,10 @@ from preceptor.runs.state import Stateful
 from preceptor.runs.strict_json import row_json
 from preceptor.runs.trackers import Tracker, check_trackers, open_tracker
 
+FORMAT = 1
+"""Of a run folder's files (``manifest.json`` and ``result.json`` name it): raised when a reader of one form could not
+read the other. Folders without a number are of the time before it, and are read like form 1."""
+
 
 class Run:
     """One run at work in its folder, which it holds locked; made by ``create_run`` or ``open_run``.
@@ -136,7 +140,7 @@ class Run:
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Writes ``result.json`` in one step; numbers that are not finite become ``null`` and are named."""
-        text = json.dumps(json.loads(row_json(result)), indent=2, ensure_ascii=False)
+        text = json.dumps(json.loads(row_json({"format": FORMAT, **result})), indent=2, ensure_ascii=False)
         replace_file(self.path / "result.json", text + "\n")
 
     # The loop: stopping and going on
@@ -244,6 +248,7 @@ def create_run(
     float32_matmul_precision: str | None = None,
     keep_last: int = 2,
     trackers: Sequence[str] = (),
+    preset: str | None = None,
     name: str | None = None,
     tags: Sequence[str] = (),
     project: str = "preceptor",
@@ -263,6 +268,7 @@ def create_run(
     if save_every < 1:
         raise ConfigError(f"save_every must be at least 1 step, got {save_every}")
     manifest: dict[str, Any] = {
+        "format": FORMAT,
         "system": system,
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "seed": seed,
@@ -270,6 +276,7 @@ def create_run(
         "save_every": save_every,
         "keep_last": keep_last,
         "trackers": list(trackers),
+        "preset": preset,
         "name": name or path.name,
         "tags": list(tags),
         "project": project,

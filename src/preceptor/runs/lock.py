@@ -1,16 +1,17 @@
-"""One process per run folder: an advisory ``flock``, which the kernel drops however the process ends. POSIX only."""
+"""One process per run folder: a file lock, dropped by the kernel however the process ends, and a note of its holder."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
 from datetime import datetime
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from preceptor.errors import LockedError
-from preceptor.runs.files import storage_errors, write_all
+from preceptor.runs.files import storage_errors
 
 LOCK_NAME = "run.lock"
 
@@ -19,41 +20,35 @@ class FolderLock:
     """Holds ``folder`` for this process until ``release`` or its death, ``kill -9`` included.
 
     Raises ``LockedError`` naming the holder when another process (or another lock in this one) has it. The file stays
-    when the lock is released: removing it would let two processes lock two files of one name. A forked child that
-    outlives its parent keeps the lock.
+    when the lock is released: removing it would let two processes lock two files of one name. It must be kept: the lock
+    ends with the object.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        path = folder / LOCK_NAME
+        # Released by whichever thread closes the run, so its state is not one thread's.
+        self._lock = FileLock(path, blocking=False, thread_local=False)
         with storage_errors(f"lock {folder}"):
-            descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _holder(os.read(descriptor, 4096))
-            os.close(descriptor)
-            raise LockedError(f"run folder {folder} is in use by {holder}; wait for it or stop it") from None
-        with storage_errors(f"lock {folder}"):
+            os.stat(folder)  # raises where there is none: the lock would make it
+            try:
+                self._lock.acquire()
+            except Timeout:
+                raise LockedError(f"run folder {folder} is in use by {_holder(path)}; wait for it or stop it") from None
             now = datetime.now().astimezone().isoformat(timespec="seconds")
-            note = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
-            os.ftruncate(descriptor, 0)
-            write_all(descriptor, json.dumps(note).encode())
-        self._descriptor: int | None = descriptor
+            path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now}))
 
     def release(self) -> None:
         """Lets the next process in; a second call does nothing."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        self._lock.release()
 
 
-def _holder(note: bytes) -> str:
+def _holder(path: Path) -> str:
     """``pid 4121 since 10:14 (host a)``, with the date when it is not today's."""
     try:
-        fields = json.loads(note)
+        fields = json.loads(path.read_bytes())
         since = datetime.fromisoformat(fields["since"])
         pid, host = int(fields["pid"]), str(fields["host"])
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "another process"  # which has the lock and is about to write its note
     today = since.date() == datetime.now(since.tzinfo).date()
     return f"pid {pid} since {since:{'%H:%M' if today else '%Y-%m-%d %H:%M'}} (host {host})"

@@ -29,7 +29,8 @@ AMORTISED = (
     "amortised.damages_per_step=2", "amortised.updates_per_step=2", "amortised.edits_per_damage=2",
     "amortised.num_students=2", "amortised.sizes=[1x2x16, 2x2x16]", "amortised.unseen_sizes=[1x2x16, 1x4x16]",
     "amortised.unseen_damages=[wiped_head]", "amortised.patients=2", "amortised.sac_patients=1",
-    "amortised.search_evaluations=10", "amortised.test_windows=4", "amortised.search_windows=2", "amortised.probe_windows=2",
+    "amortised.search_evaluations=10", "amortised.test_windows=4", "amortised.search_windows=2",
+    "amortised.probe_windows=2",
 )  # fmt: skip
 METHODS = tuple(method for method in REPAIRS if method != "cma_es")  # its package is an extra
 TIMING = "peak_memory_mib"

@@ -10,15 +10,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote, urlsplit
 
-from preceptor.data.articles.fetch import Fetcher
-from preceptor.data.articles.html import html_blocks
 from preceptor.data.articles.markup import Block, article_text, document_title, markdown_blocks, plain_blocks
-from preceptor.data.articles.wikipedia import api_endpoint, read_wikipedia
-from preceptor.data.articles.wikitext import wikitext_blocks
 from preceptor.errors import DataError, StorageError, did_you_mean
+
+if TYPE_CHECKING:
+    from preceptor.data.articles.fetch import Fetcher
 
 Format = Literal["plain", "markdown", "html", "wikitext"]
 
@@ -37,12 +36,6 @@ FORMATS: dict[str, Format] = {
 MAX_BYTES = 10_000_000
 MAX_UNBROKEN_CHARACTERS = 10_000  # a run without white space this long is data, and makes some tokenizers take minutes
 
-_READERS: dict[Format, Callable[[str], list[Block]]] = {
-    "plain": plain_blocks,
-    "markdown": markdown_blocks,
-    "html": html_blocks,
-    "wikitext": wikitext_blocks,
-}
 _MEDIA_TYPES: dict[str, Format] = {
     "text/html": "html",
     "application/xhtml+xml": "html",
@@ -93,14 +86,13 @@ def read_article(
         StorageError: the file cannot be read or the cache not written.
         MissingExtraError: HTML or wikitext without the extra ``web``.
     """
-    fetcher = fetcher if fetcher is not None else Fetcher(max_bytes=MAX_BYTES)
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", source)
     if scheme and scheme[1].lower() not in {"http", "https"}:
         raise DataError(f"'{source}' cannot be read; pass a file, an http:// or https:// URL, or a Wikipedia title")
     if scheme:
         if wikipedia := _wikipedia_title(source):
             language, title = wikipedia
-            return _read_title(title, api_endpoint(language), cache_dir, fetcher)
+            return _read_title(title, language, None, cache_dir, fetcher)
         return _cached(cache_dir, f"url {source}", lambda: _read_url(source, fetcher))
     try:
         is_file, is_folder = Path(source).is_file(), Path(source).is_dir()
@@ -112,7 +104,7 @@ def read_article(
         raise DataError(f"'{source}' is a folder; pass one of its files, or use it as a folder of articles")
     if _looks_like_path(source):
         raise DataError(_no_such_file(Path(source)))
-    return _read_title(source, endpoint if endpoint is not None else api_endpoint(language), cache_dir, fetcher)
+    return _read_title(source, language, endpoint, cache_dir, fetcher)
 
 
 def read_file(path: Path) -> Article:
@@ -177,7 +169,7 @@ def _article(body: bytes, *, form: Format | None, name: str, title: str, charset
         declared = re.search(rb"<meta[^>]+charset=[\"']?([\w-]+)", body[:2048], re.IGNORECASE)
         charset = declared[1].decode("ascii") if declared else None
     text = decode_text(body, name=name, encoding=charset or "utf-8")
-    blocks = _READERS[form or _guess_format(text)](text)
+    blocks = _blocks(text, form or _guess_format(text))
     return _from_blocks(blocks, title=document_title(blocks) or title, source=name)
 
 
@@ -193,6 +185,18 @@ def _from_blocks(blocks: list[Block], *, title: str, source: str) -> Article:
     return Article(title, text, source, hashlib.sha256(text.encode()).hexdigest())
 
 
+def _blocks(text: str, form: Format) -> list[Block]:
+    if form == "html":
+        from preceptor.data.articles.html import html_blocks
+
+        return html_blocks(text)
+    if form == "wikitext":
+        from preceptor.data.articles.wikitext import wikitext_blocks
+
+        return wikitext_blocks(text)
+    return markdown_blocks(text) if form == "markdown" else plain_blocks(text)
+
+
 def _guess_format(text: str) -> Format:
     if re.match(r"\s*(?:<\?xml[^>]*>\s*)?<(?:!doctype html|html|head|body)\b", text, re.IGNORECASE):
         return "html"
@@ -203,8 +207,13 @@ def _guess_format(text: str) -> Format:
     return "plain"
 
 
-def _read_url(url: str, fetcher: Fetcher) -> Article:
-    fetched = fetcher.get(url)
+# What reads the network, HTML and wikitext is imported when it is needed: most articles are files of plain text.
+
+
+def _read_url(url: str, fetcher: Fetcher | None) -> Article:
+    from preceptor.data.articles.fetch import Fetcher
+
+    fetched = (fetcher or Fetcher(max_bytes=MAX_BYTES)).get(url)
     path = Path(unquote(urlsplit(fetched.url).path))
     form = _MEDIA_TYPES.get(fetched.media_type)
     if form is None:
@@ -215,7 +224,13 @@ def _read_url(url: str, fetcher: Fetcher) -> Article:
     return _article(fetched.body, form=form, name=url, title=title, charset=fetched.charset)
 
 
-def _read_title(title: str, endpoint: str, cache_dir: Path, fetcher: Fetcher) -> Article:
+def _read_title(title: str, language: str, endpoint: str | None, cache_dir: Path, fetcher: Fetcher | None) -> Article:
+    from preceptor.data.articles.fetch import Fetcher
+    from preceptor.data.articles.wikipedia import api_endpoint, read_wikipedia
+
+    endpoint = api_endpoint(language) if endpoint is None else endpoint
+    fetcher = fetcher or Fetcher(max_bytes=MAX_BYTES)
+
     def read() -> Article:
         page = read_wikipedia(title, endpoint=endpoint, fetcher=fetcher)
         return _from_blocks(page.blocks, title=page.title, source=page.url)

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.score import pad_rows, span_mask
-from preceptor.objectives.entropy import entropy
-from preceptor.objectives.kl import kl_exact
+from preceptor.objectives.kl import entropy, kl_exact
 from preceptor.objectives.policy_gradient import reinforce_loss
 from preceptor.objectives.selection import selection_entropy, selection_log_probs
 from preceptor.systems.reading.environment import Trajectories

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from preceptor.data.embedders.base import TextEmbedder
 from preceptor.errors import ConfigError
 from preceptor.lm.embedding import MODEL_EMBEDDINGS
 from preceptor.lm.load import Adapter, load_language_model
@@ -26,6 +25,7 @@ from preceptor.systems.reading.policy import Keys, Policy, identity_projection
 from preceptor.systems.reading.rewards import LanguageModelReader, Reader
 
 if TYPE_CHECKING:
+    from preceptor.data.embedders.base import TextEmbedder
     from preceptor.runs.folder import Run
     from preceptor.systems.base import Services
 
