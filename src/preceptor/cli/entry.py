@@ -116,6 +116,7 @@ COMMANDS = {
     "replay": "replay:replay",
     "report": "run:report",
     "export": "run:export",
+    "repair": "repair:repair",
     "pretrain": "run:pretrain",
     "list": "listing:list_choices",
     "doctor": "doctor:APP",

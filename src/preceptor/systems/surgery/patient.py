@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from preceptor.errors import DataError
-from preceptor.lm.edit_targets import Target, attention_targets
+from preceptor.lm.edit_targets import attention_targets
 from preceptor.lm.load import load_language_model
 from preceptor.runs.export import load_model, save_model
 from preceptor.systems.surgery.config import StudentOptions
 from preceptor.systems.surgery.damage import Undo, add_damage
 from preceptor.systems.surgery.environment import Student, build_student
 from preceptor.systems.surgery.rewards import draw_windows, window_losses
-from preceptor.systems.surgery.setup import Setup, read_text
+from preceptor.systems.surgery.setup import Setup, encode, read_text
 from preceptor.systems.surgery.sites import Sites
 
 STUDENTS = "students"
@@ -143,25 +143,35 @@ def pretrained_patient(setup: Setup, name: str) -> Patient:
         ModelError: it cannot be loaded.
         DataError: the text is too short for it.
     """
-    model, train, held_out = load_with_text(
-        name, read_text(setup.config.data.text)[1], train_share=setup.config.data.train_share, device=setup.device
-    )
-    if min(len(train), len(held_out)) <= 2 * setup.config.student.block_size:
+    data, block = setup.config.data, setup.config.student.block_size
+    model, tokenizer = load_editable(name, device=setup.device)
+    text = read_text(data.text)[1]
+    cut = int(data.train_share * len(text))
+    train, held_out = (encode(tokenizer, part) for part in (text[:cut], text[cut:]))
+    if min(len(train), len(held_out)) <= 2 * block:
         raise DataError(f"the text is too short for {name}: {len(train)} and {len(held_out)} tokens; give a longer one")
     return _patient(setup, Path(name).name, model, train, held_out)
 
 
-def load_with_text(
-    name: str, text: str, *, train_share: float, device: torch.device
-) -> tuple[PreTrainedModel, Tensor, Tensor]:
-    """A pretrained model that returns its attention weights, and both parts of ``text`` in its tokens."""
-    lm = load_language_model(name, device=device)
-    model: PreTrainedModel = lm.model
+def load_editable(name: str, *, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A pretrained model in float32 that returns its attention weights, and its tokenizer.
+
+    Args:
+        name: ``starter``, a model folder, or a name on the hub; its tokenizer needs no begin token if it is a folder.
+        device: for the weights.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    if (Path(name) / "config.json").is_file():
+        loaded, tokenizer = load_model(Path(name))
+        model: PreTrainedModel = loaded.float().to(device)
+    else:
+        lm = load_language_model(name, device=device)
+        model, tokenizer = lm.model, lm.tokenizer
     model.set_attn_implementation("eager")
     model.eval()  # type: ignore[no-untyped-call]
-    cut = int(train_share * len(text))
-    train, held_out = (torch.tensor(lm.encode(part)) for part in (text[:cut], text[cut:]))
-    return model, train, held_out
+    return model, tokenizer
 
 
 def _patient(setup: Setup, name: str, model: PreTrainedModel, train: Tensor, held_out: Tensor) -> Patient:
@@ -177,8 +187,3 @@ def _patient(setup: Setup, name: str, model: PreTrainedModel, train: Tensor, hel
         rank=edit.rank,
         max_factor=setup.config.amortised.max_factor,
     )
-
-
-def targets_bytes(targets: Sequence[Target]) -> int:
-    """Bytes of a copy of ``targets``, which a trial holds."""
-    return sum(target.view.nbytes for target in targets)

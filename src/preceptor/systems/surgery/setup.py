@@ -229,7 +229,7 @@ def make_corpus(
     elif tokens == "bpe":
         tokenizer = train_bpe_tokenizer([text[:cut]], vocab_size=vocab_size, context_length=block_size)
     assert tokenizer is not None, "the reference model's tokenizer is missing"
-    train, held_out = (_encode(tokenizer, part) for part in (text[:cut], text[cut:]))
+    train, held_out = (encode(tokenizer, part) for part in (text[:cut], text[cut:]))
     for part, what in ((train, "training"), (held_out, "held-out")):
         if len(part) <= 2 * block_size:
             raise DataError(
@@ -240,7 +240,8 @@ def make_corpus(
     return Corpus(name, digest, tokenizer, len(tokenizer), train, held_out)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Int[Tensor, " token"]:
+    """The tokens of ``text``, in which nothing is a control token."""
     return torch.tensor(
         tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     )

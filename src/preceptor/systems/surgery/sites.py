@@ -87,6 +87,16 @@ class Sites:
         self._layers = _layer_numbers(self.targets)
         self._partners = [self._partner(index) for index in range(len(self.targets))]
 
+    @property
+    def names(self) -> list[tuple[str, str]]:
+        """(matrix, part) of every site, in the order of an action."""
+        part = "head" if self.kind == "head_scale" else "\N{GREEK SMALL LETTER SIGMA}"
+        return [
+            (f"layer {layer} {target.role}", f"{part} {number + 1}")
+            for target, layer, num in zip(self.targets, self._layers, self._dims, strict=True)
+            for number in range(num)
+        ]
+
     @torch.no_grad()
     def apply_(self, action: Float[Tensor, " site"]) -> EditSize:
         """Scales the live weights in place and gives the size of the edit; 0 leaves a matrix bit for bit as it is.
@@ -204,17 +214,18 @@ class Sites:
         """ln ‖part‖ of every part of ``target``: norms of heads, or the leading singular values."""
         matrix = target.matrix().cpu()
         if self.kind == "head_scale":
-            norms = matrix.reshape(target.num_heads, -1).norm(dim=1)
+            norms: Tensor = matrix.reshape(target.num_heads, -1).norm(dim=1)
         else:
             norms = torch.linalg.svdvals(matrix)[: self._rank]
-        return norms.clamp(min=_SMALLEST).log()
+        log_norms: Tensor = norms.clamp(min=_SMALLEST).log()
+        return log_norms
 
     def _spectrum(self, target: Target) -> Float[Tensor, " part"] | float:
         """ln of the largest singular value over the norm: 0 for rank 1, lower the flatter the spectrum."""
         matrix = target.matrix().cpu()
         blocks = matrix.reshape(target.num_heads, -1, matrix.shape[-1]) if self.kind == "head_scale" else matrix[None]
         largest = torch.linalg.matrix_norm(blocks, 2).clamp(min=_SMALLEST)  # [part], or one for the whole matrix
-        logs = (largest / torch.linalg.matrix_norm(blocks).clamp(min=_SMALLEST)).log()
+        logs: Tensor = (largest / torch.linalg.matrix_norm(blocks).clamp(min=_SMALLEST)).log()
         return logs if self.kind == "head_scale" else float(logs)
 
     def _slopes(self, target: Target, gradient: Float[Tensor, "rows width"]) -> Float[Tensor, " part"]:
