@@ -22,6 +22,8 @@ ARMS = {
     "gradient": "gradient steps that cost as many FLOPs as SAC's edits",
     "joint": "SAC and the objective together, after exclusive surgery",
     "training": "the same updates as in joint, without any surgery",
+    "pretrained": "a surgeon that was trained on many damaged models (surgeon: pretrained:RUN)",
+    "joint_pretrained": "that surgeon and the objective together",
 }
 EDITING_ARMS = ("learned", "shuffled", "evolution", "random", "best_of_n")
 OBJECTIVES = {
@@ -285,6 +287,10 @@ class SurgeryConfig(Options):
     training: Literal["phases", "amortised"] = Field(
         "phases", description="A surgeon of one student in three phases, or one trained on many damaged students."
     )
+    surgeon: str = Field(
+        "trained",
+        description="trained on the spot, or pretrained:RUN, which adds the surgeon of that amortised run beside it.",
+    )
     data: DataOptions = DataOptions()
     student: StudentOptions = StudentOptions()
     referee: RefereeOptions = RefereeOptions()
@@ -297,6 +303,12 @@ class SurgeryConfig(Options):
     controls: ControlOptions = ControlOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
     save_every: int = Field(200, ge=1, description="Number of steps between checkpoints.")
+
+    @property
+    def pretrained_run(self) -> str:
+        """The folder in ``pretrained:RUN``, or nothing."""
+        kind, _, run = self.surgeon.partition(":")
+        return run if kind == "pretrained" else ""
 
     def conflicts(self) -> Iterator[str]:
         """Values that do not go together."""
@@ -315,6 +327,8 @@ class SurgeryConfig(Options):
             yield "`referee.model` names a folder exactly where `referee.kind` is model"
         if (self.data.tokens == "referee") != (self.referee.kind == "model"):
             yield "`data.tokens` must be referee exactly where `referee.kind` is model: they share a vocabulary"
+        if self.surgeon != "trained" and not self.pretrained_run:
+            yield f"`surgeon` must be trained or pretrained:RUN, got {self.surgeon}"
         yield from self._amortised_conflicts()
         if not self.edit.roles:
             yield "`edit.roles` is empty; name at least one of query, key, value, output"

@@ -16,6 +16,7 @@ from preceptor.evaluation.summary import Comparison, Gap, compare, gap_closed, s
 from preceptor.evaluation.verdict import MINIMUM_SEEDS, claimable
 from preceptor.objectives.kl import entropy
 from preceptor.systems.surgery import repaired
+from preceptor.systems.surgery.config import EDITING_ARMS
 from preceptor.systems.surgery.reference_lm import NGram
 from preceptor.systems.surgery.rewards import next_token_logits
 from preceptor.systems.surgery.setup import Setup
@@ -45,6 +46,9 @@ TABLE = ("log_prob", "accuracy", "quality", "committed", "model_calls", "tokens"
 RIVALS = ("no_edit", "shuffled", "evolution", "random", "best_of_n", "gradient")
 DECIDING = ("evolution", "shuffled")
 """Baselines that SAC must beat before the verdict says that the surgeon helps."""
+
+PRETRAINED_PAIRS = [("pretrained", "no_edit"), ("pretrained", "learned"), ("joint_pretrained", "training")]
+"""What is compared where a surgeon that was trained before takes part."""
 
 CHARTS: list[dict[str, Any]] = [
     {
@@ -78,7 +82,7 @@ CHARTS: list[dict[str, Any]] = [
             "unit": unit,
             "columns": {
                 f"{arm}.{metric}": arm.replace("_", " ")
-                for arm in ("learned", "shuffled", "evolution", "random", "best_of_n", "joint")
+                for arm in (*EDITING_ARMS, "joint", "pretrained", "joint_pretrained")
             },
         }
         for title, unit, metric in (
@@ -215,7 +219,7 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         return repaired.result(records, config=config, seeds=seeds)
     unique = list({(r["arm"], r["item"], r["split"], r["seed"]): r for r in records}.values())
     arms = {record["arm"] for record in unique}
-    pairs = [("learned", rival) for rival in RIVALS] + [("joint", "training")]
+    pairs = [("learned", rival) for rival in RIVALS] + [("joint", "training")] + PRETRAINED_PAIRS
     comparisons = [
         compare(unique, metric=metric, arm=arm, baseline=baseline, unit=UNITS[metric], split="held_out")
         for arm, baseline in pairs
@@ -309,10 +313,11 @@ def _surgeon_sentences(comparisons: Sequence[Comparison]) -> list[str]:
                 "and it would have to be above both."
             )
     for c in comparisons:
-        if c["arm"] == "joint" and c["metric"] == "log_prob":
+        if c["arm"] in ("joint", "joint_pretrained") and c["metric"] == "log_prob":
             claim = "" if claimable(c) else "; no difference can be claimed"
+            who = "surgery" if c["arm"] == "joint" else "the pretrained surgeon"
             sentences.append(
-                f"Learning with surgery is {c['mean']:+.3g} nats per token{_interval(c)} from the same training "
+                f"Learning with {who} is {c['mean']:+.3g} nats per token{_interval(c)} from the same training "
                 f"without{claim}."
             )
     return sentences

@@ -28,6 +28,7 @@ from preceptor.systems.surgery.environment import scheduled_rate
 from preceptor.systems.surgery.evaluate import evaluate, ladder_records, result, score_text
 from preceptor.systems.surgery.rewards import Draws, draw_windows
 from preceptor.systems.surgery.setup import prepare
+from preceptor.systems.surgery.sites import Sites
 from preceptor.systems.surgery.state import State
 
 if TYPE_CHECKING:
@@ -209,6 +210,8 @@ def edit(state: State, local: int, *, run_step: int) -> tuple[dict[str, Any], di
         "acceptance": None if acceptance is None else acceptance._asdict(),
         "committed": committed,
     }
+    if isinstance(surgery.edit, Sites):
+        decision["sites"] = surgery.edit.names  # the action has other numbers than the configuration's edit
     return metrics, decision
 
 

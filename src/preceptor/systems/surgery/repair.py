@@ -15,7 +15,6 @@ from torch import Tensor
 
 from preceptor.errors import ConfigError, DataError
 from preceptor.evaluation.intervals import bootstrap_interval
-from preceptor.lm.edit_targets import attention_targets
 from preceptor.runs.export import save_model
 from preceptor.runs.files import replace_file
 from preceptor.runs.random import derived_seed
@@ -127,8 +126,7 @@ def repair_model(
         generator = torch.Generator().manual_seed(derived_seed(seed, f"{part} {number}"))
         return draw_windows(tokens[part], num_windows=num_windows, length=length, generator=generator).to(device)
 
-    targets = attention_targets(model, roles=surgeon.roles)  # type: ignore[arg-type]
-    sites = Sites(model, targets, kind=surgeon.kind, rank=surgeon.rank, max_factor=surgeon.max_factor)
+    sites = surgeon.sites(model)
     report = windows("report", 0, TEST_WINDOWS)
     before = window_losses(model, report)
     edits, passes = [], 0
@@ -151,7 +149,7 @@ def repair_model(
         low=low,
         high=high,
         forward_passes=passes,
-        bytes_held=sum(target.view.nbytes for target in targets),
+        bytes_held=sum(target.view.nbytes for target in sites.targets),
         bytes_of_copy=sum(parameter.nbytes for parameter in model.parameters()),
         sites=sites.names,
         edits=edits,

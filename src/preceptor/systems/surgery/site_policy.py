@@ -8,18 +8,23 @@ critics' outputs are summed, since the effects of small edits add up.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import relu
+from transformers import PreTrainedModel
 
 from preceptor.errors import ConfigError
+from preceptor.lm.edit_targets import Role, attention_targets
 from preceptor.runs.files import storage_errors
+from preceptor.systems.surgery.baselines import Surgeon
 from preceptor.systems.surgery.policy import Mlp
-from preceptor.systems.surgery.sites import FEATURE_DIM, FEATURES
+from preceptor.systems.surgery.sites import FEATURE_DIM, FEATURES, Sites
 
 SURGEON = "surgeon"
 """Folder of a run with the trained surgeon."""
@@ -117,7 +122,7 @@ class TrainedSurgeon:
         *,
         kind: str,
         rank: int,
-        roles: tuple[str, ...],
+        roles: tuple[Role, ...],
         max_factor: float,
         gradients: bool,
         num_windows: int,
@@ -129,6 +134,11 @@ class TrainedSurgeon:
         self.max_factor = max_factor
         self.gradients = gradients
         self.num_windows = num_windows
+
+    def sites(self, model: PreTrainedModel) -> Sites:
+        """What it edits of ``model``."""
+        targets = attention_targets(model, roles=self.roles)
+        return Sites(model, targets, kind=self.kind, rank=self.rank, max_factor=self.max_factor)
 
     @torch.no_grad()
     def act(self, features: Float[Tensor, "site feature"]) -> Float[Tensor, " site"]:
@@ -184,3 +194,54 @@ class TrainedSurgeon:
         )
         actor.load_state_dict(weights)
         return cls(actor, **settings | {"roles": tuple(settings["roles"])})
+
+
+class SiteFeatures:
+    """What a pretrained surgeon sees of the student in the three phases: every site, on fresh text at each edit.
+
+    Args:
+        sites: of the student.
+        windows: of the text, by the number of the edit.
+        gradients: whether it sees gradients.
+    """
+
+    def __init__(self, sites: Sites, *, windows: Callable[[int], Tensor], gradients: bool) -> None:
+        self._sites = sites
+        self._windows = windows
+        self._gradients = gradients
+        self._num_seen = 0
+        self.dim = sites.action_dim * FEATURE_DIM
+
+    def state(self, *, loss: float) -> Float[Tensor, " state"]:
+        """The features of all sites, site after site; ``loss`` is seen on their own windows instead."""
+        self._num_seen += 1
+        return self._sites.features(self._windows(self._num_seen), gradients=self._gradients)[0].flatten()
+
+    def observe(self, action: Float[Tensor, " action"], *, reward: float, committed: bool) -> None:
+        """Every edit is an episode of its own, so the last one is forgotten."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many edits were seen."""
+        return {"num_seen": self._num_seen}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over :meth:`state_dict`."""
+        self._num_seen = state["num_seen"]
+
+
+class PretrainedSurgeon(Surgeon):
+    """A trained policy in the three phases: it proposes its mean action and learns no more."""
+
+    def __init__(self, trained: TrainedSurgeon) -> None:
+        self._trained = trained
+
+    def propose(self, state: Float[Tensor, " state"], *, generator: torch.Generator) -> Float[Tensor, " action"]:
+        """The policy's mean."""
+        return self._trained.act(state.view(-1, FEATURE_DIM))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing changes."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to take over."""

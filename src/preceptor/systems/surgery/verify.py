@@ -48,6 +48,7 @@ def _edits(state: State, phase: Phase, rows: Iterator[dict[str, Any]]) -> Iterat
     if phase.start == "bootstrapped":
         assert state.bootstrapped is not None, "edits before bootstrapping"
         state.student.load_state_dict(state.bootstrapped)
+    state.equip(phase)
     state.phase = phase  # and no surgeon: the recorded actions take its place
     for step in range(1, phase.num_steps + 1):
         row = next(rows, None)
