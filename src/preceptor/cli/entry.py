@@ -121,6 +121,7 @@ COMMANDS = {
     "study": "study:study",
     "report": "run:report",
     "export": "run:export",
+    "repair": "repair:repair",
     "pretrain": "run:pretrain",
     "list": "listing:list_choices",
     "doctor": "doctor:APP",
