@@ -194,6 +194,12 @@ class Mixture:
             difficulty, dict(self._state), tokens=tokens, weights=self.weights, num_updates=self.num_updates
         )
         # Checked before anything is assigned, so that the caller may catch the error and go on.
+        if not isinstance(preferences, Tensor) or preferences.shape != (self.num_datasets,):
+            got = tuple(preferences.shape) if isinstance(preferences, Tensor) else type(preferences).__name__
+            raise ShapeError(
+                f"{type(self.rule).__name__}.preferences must give one number for each of {self.num_datasets} datasets, "
+                f"got {got}"
+            )
         if not torch.isfinite(preferences).all():
             raise NumericError(
                 f"{type(self.rule).__name__} prefers {preferences.tolist()}; a rule must give finite numbers"

@@ -20,13 +20,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from preceptor.errors import ConfigError, DataError
+from preceptor.errors import ConfigError
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.score import token_log_probs
 from preceptor.objectives.advantages import gae, group_normalised, leave_one_out, reinforce_plus_plus
 from preceptor.objectives.statistics import whiten
 from preceptor.systems.curriculum.config import RewardOptions
 from preceptor.systems.curriculum.policy import Rollouts
+from preceptor.user_code import call_for_numbers, import_fault
 
 RewardFunction = Callable[[Rollouts], Float[Tensor, "batch token"]]
 
@@ -79,7 +80,7 @@ def reward_terms(options: Sequence[RewardOptions], lm: LanguageModel, *, likelih
         if reward.name == "log_likelihood":
             function = log_likelihood(likelihood)
         else:
-            function = TOKEN_TERMS.get(reward.name) or user_reward(reward.name, lm)
+            function = TOKEN_TERMS.get(reward.name) or user_reward(reward.name, lm, timeout=reward.timeout)
         terms.append(RewardTerm(reward.name, reward.weight, function))
     return terms
 
@@ -189,7 +190,7 @@ def _at_last_token(rollouts: Rollouts, values: Sequence[float]) -> Float[Tensor,
 # ---- user-defined terms ---------------------------------------------------------------------------------------------
 
 
-def user_reward(name: str, lm: LanguageModel) -> RewardFunction:
+def user_reward(name: str, lm: LanguageModel, *, timeout: float = 0.0) -> RewardFunction:
     """A user-defined reward, at the last token.
 
     The function is called with three lists of texts, one entry per continuation: prompts, continuations, and how the
@@ -199,6 +200,7 @@ def user_reward(name: str, lm: LanguageModel) -> RewardFunction:
     Args:
         name: ``package.module:function`` or ``path/to/file.py:function``.
         lm: decodes the tokens.
+        timeout: seconds that a call may take; 0 sets no limit.
 
     Raises:
         ConfigError: there is no such module or function.
@@ -209,10 +211,16 @@ def user_reward(name: str, lm: LanguageModel) -> RewardFunction:
         prompts = [lm.decode(prompt.tokens) for prompt in rollouts.prompts]
         continuations = [lm.decode(rollouts.continuation(row)) for row in range(len(rollouts))]
         references = [lm.decode(prompt.reference) for prompt in rollouts.prompts]
-        values = [float(value) for value in function(prompts, continuations, references)]
-        # A user's function may return anything iterable; its length is checked before it is paired with rows.
-        if len(values) != len(rollouts):
-            raise DataError(f"the reward {name} returned {len(values)} numbers for {len(rollouts)} continuations")
+        values = call_for_numbers(
+            f"the reward {name}",
+            function,
+            prompts,
+            continuations,
+            references,
+            count=len(rollouts),
+            each="continuations",
+            timeout=timeout,
+        )
         return _at_last_token(rollouts, values)
 
     return reward
@@ -222,30 +230,26 @@ def load_function(name: str) -> Callable[..., Any]:
     """The function called ``module:function`` or ``file.py:function``.
 
     Raises:
-        ConfigError: there is no such module or function.
+        ConfigError: there is no such module or function, or its module fails as it is read.
     """
-    # From the right: a Windows path has a colon too.
     place, _, attribute = name.rpartition(":")
-    module = _module_of_file(Path(place), name) if place.endswith(".py") else _module(place, name)
+    if place.endswith(".py") and not Path(place).is_file():
+        raise ConfigError(f"reward '{name}': there is no file {place}; give module:function or file.py:function")
+    try:
+        module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the module is the user's, and may do anything as it is read
+        raise ConfigError(
+            f"reward '{name}' cannot be imported: {import_fault(error)}; give module:function or file.py:function"
+        ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ConfigError(f"reward '{name}': {place} has no function '{attribute}'")
     return function  # type: ignore[no-any-return]
 
 
-def _module(place: str, name: str) -> ModuleType:
-    try:
-        return importlib.import_module(place)
-    except ImportError as error:
-        raise ConfigError(
-            f"reward '{name}' cannot be imported: {error}; give module:function or file.py:function"
-        ) from error
-
-
-def _module_of_file(path: Path, name: str) -> ModuleType:
-    if not path.is_file():
-        raise ConfigError(f"reward '{name}': there is no file {path}; give module:function or file.py:function")
-    # Not through sys.modules, so that a file called like a library does not hide it.
+def _module_of_file(path: Path) -> ModuleType:
     specification = importlib.util.spec_from_file_location(path.stem, path)
     assert specification is not None, "a .py file always has a loader"
     assert specification.loader is not None
