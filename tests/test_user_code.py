@@ -88,7 +88,7 @@ def test_a_reward_that_misbehaves_is_named(kind: str, tmp_path: Path) -> None:
     ["[1, 2.5]", "(1.0, True)", "(x for x in (1.0, 2.0))", "numpy.array([1.0, 2.0])", "torch.tensor([1.0, 2.0])"],
 )
 def test_whatever_holds_numbers_will_do(good: str) -> None:
-    function = eval(f"lambda: {good}", {"numpy": __import__("numpy"), "torch": __import__("torch")})  # noqa: S307
+    function = eval(f"lambda: {good}", {"numpy": __import__("numpy"), "torch": __import__("torch")})
     assert len(call_for_numbers("it", function, count=2, each="texts", timeout=5)) == 2
 
 

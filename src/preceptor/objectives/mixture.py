@@ -70,7 +70,8 @@ def document_difficulty(
       than another cancels, so the error is several times smaller and much weaker progress is seen.
 
     Args:
-        losses: for each dataset, the loss of each sampled document in nats per token; at least one document each.
+        losses: for each dataset, the loss of each sampled document in nats per token; at least one document each. One
+            alone leaves nothing to estimate an error from, which is then 0.
         previous: losses of the very same documents, in the same order, at the measurement before.
 
     Raises:
