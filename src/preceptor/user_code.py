@@ -102,7 +102,7 @@ def import_fault(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _deadline(what: str, seconds: float) -> Iterator[None]:
-    """Raises ``_TimeUp`` in the block after ``seconds`` and each second after; ends the process where that is caught."""
+    """Raises ``_TimeUp`` in the block after ``seconds``, again each second; ends the process where that is caught."""
     if not seconds or threading.current_thread() is not threading.main_thread():
         yield
         return

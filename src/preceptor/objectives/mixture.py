@@ -191,14 +191,15 @@ class Mixture:
         tokens = tokens.detach().to("cpu", torch.float64)
         _check(difficulty, tokens, num_datasets=self.num_datasets)
         # A copy of the state's dictionary: a rule that raises must not have changed half of it.
-        preferences, state = self.rule.preferences(
+        given: tuple[Any, dict[str, Tensor]] = self.rule.preferences(
             difficulty, dict(self._state), tokens=tokens, weights=self.weights, num_updates=self.num_updates
         )
+        preferences, state = given  # of a user's rule, which may give anything
         # Checked before anything is assigned, so that the caller may catch the error and go on.
         if not isinstance(preferences, Tensor) or preferences.shape != (self.num_datasets,):
             got = tuple(preferences.shape) if isinstance(preferences, Tensor) else type(preferences).__name__
             raise ShapeError(
-                f"{type(self.rule).__name__}.preferences must give one number for each of {self.num_datasets} datasets, "
+                f"{type(self.rule).__name__}.preferences must give a number for each of {self.num_datasets} datasets, "
                 f"got {got}"
             )
         if not torch.isfinite(preferences).all():
