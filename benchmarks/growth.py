@@ -13,7 +13,7 @@ import torch
 from benchmarks import episode
 from benchmarks.measurement import OURS, Comparison, measured_precision
 from benchmarks.models import starter
-from preceptor.report import build_report
+from preceptor.report.page import build_report
 from preceptor.report.svg import write_figures
 
 PAIRS = (10, 20, 40, 60, 100, 200)

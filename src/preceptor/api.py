@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from preceptor.cache import cache_dir
 from preceptor.config import from_dict, to_dict
 from preceptor.errors import ConfigError, Interrupted, PreceptorError
 from preceptor.result import Result, write_page
@@ -28,15 +28,6 @@ def services(environ: Mapping[str, str]) -> Services:
         openai_api_key=environ.get("OPENAI_API_KEY"),
         openai_base_url=environ.get("OPENAI_BASE_URL"),
     )
-
-
-def cache_dir(environ: Mapping[str, str]) -> Path:
-    """Where downloads and bought embeddings are kept: PRECEPTOR_CACHE_DIR, else the XDG cache folder."""
-    if own := environ.get("PRECEPTOR_CACHE_DIR"):
-        return Path(own)
-    shared = environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification says that a relative path is invalid and to be ignored.
-    return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "preceptor"
 
 
 def start(
@@ -65,6 +56,7 @@ def start(
     """
     from preceptor.runs.folder import create_run, default_run_path, discard_unbegun
 
+    # Dated and numbered: two runs started on one day do not collide.
     path = out or default_run_path(Path("runs"), system.name, date.today())
     try:
         run = create_run(
@@ -85,11 +77,13 @@ def start(
             quiet=quiet,
         )
     except PreceptorError:
+        # The folder was made for this run and is empty; one that the user named is left to the user.
         if out is None:
             with contextlib.suppress(OSError):  # no longer empty: then it holds something to look at
                 path.rmdir()
         raise
     try:
+        # On entry: signal handlers. On exit: logs and trackers are closed and the lock is released.
         with run:
             _record(run, system.train(config, run, services), report=report)
     except Interrupted:
@@ -131,6 +125,7 @@ def go_on(
 
     if not (folder / "manifest.json").is_file():
         raise ConfigError(f"{folder} is not a run folder (no manifest.json); start one with: preceptor run SYSTEM")
+    # The manifest is the record of the run; whether config.yaml was edited since then is checked on opening.
     manifest = read_manifest(folder)
     system = find_system(manifest["system"])
     config = from_dict(system.Config, manifest["config"])
@@ -145,6 +140,7 @@ def go_on(
     )
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(run.close)
+        # Read again, since a resume may have extended it; closed if even that fails, or the lock would stay.
         config = from_dict(system.Config, run.config)
         on_failure.pop_all()
     with run:
@@ -158,6 +154,7 @@ def _record(run: Run, result: Mapping[str, Any], *, report: bool) -> None:
 
     run.write_result(result)
     write_model_card(run.path)
+    run.seal()
     if report:
         write_page(run.path)
     run.conclude_trackers(result)
@@ -191,8 +188,10 @@ def compared(
     system = find_system(runs[0].system)
     if system.result is None:
         raise ConfigError(f"runs of {system.name} have no baselines to compare")
+    # Runs may differ in their inputs within a group; in anything else they are groups of their own.
     groups = grouped(runs, inputs=list(system.inputs.values()))
     merged = merged_result(groups, system.result)
+    # "articles" -> "article": how the verdict calls one item.
     noun = next(iter(system.inputs), "").removesuffix("s").replace("_", " ")
     comparison = comparison_of(groups, merged, arms=list(methods), noun=noun)
     if out is None:

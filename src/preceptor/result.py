@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preceptor.errors import ConfigError, DataError
+from preceptor.runs.seal import require_unchanged
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -65,14 +66,17 @@ class Result:
 
         Raises:
             ConfigError: it holds no result: no run, or one that has not ended.
+            StorageError: a file of the run has changed since it ended.
             DataError: its ``result.json`` is damaged.
         """
         self.folder = Path(folder)
         path = self.folder / "result.json"
         if not path.is_file():
+            # Two reasons, two remedies.
             begun = (self.folder / "manifest.json").is_file()
             reason = f"has not ended; go on with: preceptor resume {self.folder}" if begun else "is no run folder"
             raise ConfigError(f"{self.folder} {reason}")
+        require_unchanged(self.folder)
         try:
             data = json.loads(path.read_bytes())
         except ValueError as error:
@@ -117,6 +121,7 @@ class Result:
         """
         if "order" not in self.data:
             raise ConfigError(f"{self.folder} has no reading order; runs of `reading` have one, this is {self.system}")
+        # articles.json holds the texts; the order in result.json is indices into them.
         articles = json.loads((self.folder / "articles.json").read_bytes())
         return Order(
             {
@@ -132,6 +137,7 @@ class Result:
         """The trained model, loaded with Transformers (a PEFT model where the run trained an adapter)."""
         from preceptor.runs.export import MODEL, load_model
 
+        require_unchanged(self.folder, models=True)
         return load_model(self.folder / MODEL)[0]
 
     def tokenizer(self) -> Any:
@@ -152,6 +158,7 @@ class Result:
         """The tables for a terminal of ``width`` characters, for ``rich.print``."""
         comparison = self.folder / "comparison.json"
         if comparison.is_file():
+            # Imported here: a script that reads numbers from a result should not load Rich or Jinja.
             from preceptor.comparison.table import comparison_tables
 
             yield from comparison_tables(json.loads(comparison.read_bytes()))
@@ -164,6 +171,7 @@ class Result:
     def __repr__(self) -> str:
         from rich.console import Console
 
+        # Wider than most terminals, so that a notebook or a REPL wraps no table.
         console = Console(file=io.StringIO(), width=100, force_terminal=False)
         for table in self.renderables():
             console.print(table)
@@ -183,6 +191,7 @@ class Result:
         )
 
     def _table_rows(self) -> Iterator[tuple[Any, ...]]:
+        # What the system shows by default; `table` itself has every metric.
         shown = set(self.data.get("table", []))
         for row in self.table:
             if shown and row["metric"] not in shown:
@@ -201,9 +210,12 @@ def write_page(folder: Path) -> Path:
 
     Raises:
         DataError: a malformed file.
-        StorageError: the page cannot be written; an older one is then untouched.
+        StorageError: a file has changed since the run ended, or the page cannot be written; an older one is then
+            untouched.
     """
     from preceptor.report.page import build_report
+
+    require_unchanged(folder)
     from preceptor.systems import find_system, known_systems
 
     name = ""

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 import preceptor.systems
-from preceptor.api import cache_dir
+from preceptor.cache import cache_dir
 from preceptor.cli import main
 from preceptor.config import load_config, schema
 from preceptor.errors import (

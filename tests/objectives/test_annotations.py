@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,12 +22,22 @@ def test_shapes_in_signatures_are_enforced():
         objectives.everything(torch.zeros(3, 2))
 
 
-def test_everything_imported_into_the_package_is_public():
-    imported = {
-        name for name, value in vars(objectives).items() if not name.startswith("_") and not inspect.ismodule(value)
-    }
-    assert imported == set(objectives.__all__)
+def test_every_public_name_is_found_where_the_package_says():
+    for name in objectives.__all__:
+        value = getattr(objectives, name)
+        assert getattr(value, "__module__", None) in (
+            None,
+            "typing",
+            f"preceptor.objectives.{objectives._HOME[name]}",
+        ), name
     assert len(PUBLIC) == len(set(PUBLIC)) >= 25
+
+
+def test_no_module_has_the_name_of_something_public():
+    """Imported, it would take that name's place in the package."""
+    modules = {path.stem for path in Path(objectives.__file__).parent.glob("*.py")}
+    assert len(modules) >= 10
+    assert not modules & set(objectives.__all__)
 
 
 @pytest.mark.parametrize("name", PUBLIC)

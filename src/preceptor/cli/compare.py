@@ -74,6 +74,9 @@ class CompareGroup(SystemGroup):
         raise ConfigError(f"{short_repr(word)} is neither a folder nor a system{hint}")
 
 
+APP = typer.Typer(cls=CompareGroup, rich_markup_mode=None, help=HELP, epilog=EPILOG)
+
+
 def _compared(first: Path) -> Any:
     def compared(
         folders: Annotated[
@@ -86,6 +89,7 @@ def _compared(first: Path) -> Any:
     ) -> int:
         from preceptor.comparison.runs import read_finished, run_folders
 
+        # A folder that holds runs, such as a sweep's, stands for all of them.
         runs = [read_finished(path) for path in run_folders([first, *(folders or [])])]
         return _conclude(runs, arms=_names(arms), out=out)
 
@@ -94,7 +98,6 @@ def _compared(first: Path) -> Any:
 
 def _sweep(
     system: System,
-    inputs: dict[str, list[str]],
     *,
     context: typer.Context,
     seeds: Annotated[
@@ -108,6 +111,7 @@ def _sweep(
         typer.Option("--jobs", metavar="N", help="Runs at a time.  [default: by cores and memory]", show_default=False),
     ] = None,
     log_level: options.LogLevel = "warning",
+    **given: list[str] | None,
 ) -> int:
     from preceptor.comparison.runs import read_finished
     from preceptor.comparison.sweep import run_cells
@@ -116,6 +120,7 @@ def _sweep(
         raise ConfigError("a sweep needs a folder; give --out DIR")
     if jobs is not None and not (jobs.isdecimal() and len(jobs) <= 4 and int(jobs) >= 1):
         raise ConfigError(f"--jobs must be a whole number from 1, got {short_repr(jobs)}")
+    inputs = {flag: values for flag, values in given.items() if values is not None}
     cells = _cells(system, inputs, seeds=_seeds(seeds or []), preset=preset, passed=context.meta["passed"])
     _check_arms(system, _names(arms))
     run_cells(cells, out, num_jobs=None if jobs is None else int(jobs), say=lambda text: print(text, flush=True))
@@ -129,14 +134,18 @@ def _cells(
     from preceptor.comparison.sweep import Cell
 
     cells: list[Cell] = []
+    # An input that is given twice would be the same run twice.
     combinations = product(*(dict.fromkeys(given) for given in inputs.values()))
     for values, seed in product(combinations, seeds):
+        # One thread each: several runs share the cores, and a fixed number keeps their results exact.
         words = ["--preset", preset, *passed, "--seed", str(seed), "--threads", "1"]
         for flag, value in zip(inputs, values, strict=True):
             words += ["--set", f"{system.inputs[flag]}={value}"]
         config = _configuration_of_run(system, words)
+        # Folder names in characters that every file system takes.
         stems = [re.sub(r"[^A-Za-z0-9._-]+", "-", Path(value).stem)[:40] for value in values]
         name = "-".join([f"seed{seed}", *stems])
+        # Inputs may share a stem (a/x.txt and b/x.txt); the later one gets a number.
         number = sum(cell.name == name or cell.name.startswith(f"{name}~") for cell in cells)
         name += f"~{number + 1}" if number else ""
         cells.append(Cell(name, to_dict(config), (system.name, *words)))
@@ -146,9 +155,11 @@ def _cells(
 def _configuration_of_run(system: System, words: Sequence[str]) -> Any:
     """The configuration of ``preceptor run SYSTEM WORDS``, whose words must leave to the sweep what is the sweep's."""
     for flag in ("--seed", "--threads", "--preset"):
+        # Once is right: the sweep's own is among the words.
         if sum(word == flag or word.startswith(f"{flag}=") for word in words) > 1:
             raise ConfigError(f"{flag} cannot stand after --; a sweep gives it to each run")
     try:
+        # Parsed as `preceptor run` would parse it, so that a wrong option is found before any run starts.
         given = run_command(system).make_context(f"preceptor run {system.name}", list(words)).params
     except typer.TyperException as error:
         raise ConfigError(f"after --: {explained(error)}") from error
@@ -160,9 +171,11 @@ def _configuration_of_run(system: System, words: Sequence[str]) -> Any:
 
 
 def _seeds(words: Sequence[str]) -> list[int]:
+    # A dictionary keeps the order given and drops repetitions.
     seeds: dict[int, None] = {}
     for word in [part for given in words for part in given.split(",") if part]:
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", word)
+        # At most 10,001 seeds in a range: a slip of the finger should not ask for a billion runs.
         if match is None or int(match[2] or match[1]) < int(match[1]) or int(match[2] or 0) - int(match[1]) > 10_000:
             raise ConfigError(f"--seeds must be numbers or ranges such as 0-9, got {short_repr(word)}")
         seeds |= dict.fromkeys(range(int(match[1]), int(match[2] or match[1]) + 1))

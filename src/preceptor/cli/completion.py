@@ -6,11 +6,10 @@ from typing import Annotated
 
 import typer
 
+from preceptor.cli.options import VARIABLE
 from preceptor.errors import ConfigError, short_repr
 
 SHELLS = ("bash", "zsh", "fish", "powershell")
-VARIABLE = "_PRECEPTOR_COMPLETE"
-"""Environment variable by which the script asks the program what can come next."""
 
 
 def completion(

@@ -57,9 +57,11 @@ class DoctorGroup(SystemGroup):
         raise ConfigError(f"{short_repr(word)} is neither a run folder nor a system{hint}")
 
 
+APP = typer.Typer(cls=DoctorGroup, rich_markup_mode=None, help=HELP, epilog=options.EXIT_CODES)
+
+
 def _doctor(
     system: System,
-    flags: dict[str, Any],
     *,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
@@ -69,6 +71,7 @@ def _doctor(
     threads: options.Threads = None,
     no_forecast: Annotated[bool, typer.Option("--no-forecast", help="Do not begin the run to measure it.")] = False,
     log_level: options.LogLevel = "warning",
+    **flags: Any,
 ) -> int:
     resolved = configuration(system, preset=preset, file=config, flags=flags, overrides=overrides or ())
     if print_config:
@@ -85,6 +88,7 @@ def _check_run(folder: Path) -> int:
 
 def _told(checks: Iterable[Check]) -> int:
     counts = dict.fromkeys(("ok", "warn", "fail"), 0)
+    # Printed one by one: the forecast at the end can take minutes.
     for check in checks:
         counts[check.status] += 1
         print(check.line(), flush=True)
@@ -105,6 +109,7 @@ def _before(name: str, config: Any, *, device: str, threads: int | None, forecas
         yield Check("warn", "model", "made from random weights by the run itself", "only the first steps are checked")
     if forecasts:
         with tempfile.TemporaryDirectory(prefix="preceptor-doctor-") as parent:
+            # Through a file, so that the run reads exactly the configuration that was checked.
             file = Path(parent) / "config.yaml"
             file.write_text(dump_yaml(config), encoding="utf-8")
             words = [name, "--config", str(file), "--device", device]
@@ -136,5 +141,4 @@ def _model(model: Any, episode: Any, *, device: str, threads: int | None) -> Ite
     yield Check("ok", "model", f"{model.name}, {learn:,} weights to learn, {dtype}, context {lm.context_length}")
     # A system that samples otherwise than by an episode's keys has its own tests of that.
     keys = {key: getattr(episode, key) for key in ("temperature", "top_k", "top_p") if hasattr(episode, key)}
-    suppressed = tuple(token for token in lm.special_tokens if token < lm.vocab_size)
-    yield from check_model(lm, Sampling(**keys, suppressed=suppressed))
+    yield from check_model(lm, Sampling(**keys, suppressed=lm.never_drawn))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import sys
 import traceback
@@ -10,14 +11,12 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from typer.main import get_command
+from typer.main import get_command, get_group
 
-from preceptor.cli import compare, completion, doctor, listing, replay, run, watch
-from preceptor.cli.completion import VARIABLE
-from preceptor.cli.options import CONFIGURATION, EXIT_CODES
-from preceptor.cli.parsing import SETTINGS, Command, Group, explained
+from preceptor.cli.options import EXIT_CODES, VARIABLE
+from preceptor.cli.parsing import SETTINGS, Group, explained, made
 from preceptor.errors import ConfigError, Interrupted, PreceptorError, StorageError, short_repr
-from preceptor.systems import find_system, known_systems
+from preceptor.systems import known_systems
 from preceptor.version import __version__
 
 HELP = """\
@@ -71,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _bug()
         what = "disk full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
         where = f": {error.filename}" if error.filename else ""
+        # Nothing more can be printed where output itself failed, so it is dropped before the complaint goes to stderr.
         _drop_unwritable_output()
         return _complain([f"{what}{where}; what was saved is safe"], StorageError.exit_code)
     except Exception:  # noqa: BLE001 - shown whole, with a request to report it
@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _complain(messages: Sequence[str], exit_code: int, *, label: str = "error: ") -> int:
     for message in messages:
+        # A path or an article's title may hold control characters, which a terminal would obey.
         line = "".join(character if character.isprintable() else " " for character in message)
         print(f"preceptor: {label}{line if len(line) <= 1000 else line[:997] + '...'}", file=sys.stderr)
     return exit_code
@@ -89,6 +90,7 @@ def _drop_unwritable_output() -> None:
     try:
         sys.stdout.flush()
     except OSError:
+        # The descriptor is replaced, not Python's object: the interpreter flushes the former at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -101,6 +103,7 @@ def _bug() -> int:
 def _context(argv: Sequence[str]) -> Any:
     """The command line as typer reads it: the command, to be invoked, and its parameters."""
     for argument in argv:
+        # Surrogates are how Python passes bytes that are not UTF-8; they could not be printed or saved later.
         if "\0" in argument or any("\ud800" <= character <= "\udfff" for character in argument):
             raise ConfigError(f"argument {short_repr(argument)} is not valid UTF-8 text")
     command = get_command(_app())
@@ -109,8 +112,24 @@ def _context(argv: Sequence[str]) -> Any:
     return command.make_context("preceptor", list(argv))
 
 
+COMMANDS = {
+    "run": "run:APP",
+    "resume": "run:resume",
+    "compare": "compare:APP",
+    "watch": "watch:watch",
+    "replay": "replay:replay",
+    "report": "run:report",
+    "export": "run:export",
+    "pretrain": "run:pretrain",
+    "list": "listing:list_choices",
+    "doctor": "doctor:APP",
+    "completion": "completion:completion",
+}
+"""In the order in which help shows them; a module is imported for its own command alone."""
+
+
 class Root(Group):
-    """``preceptor COMMAND``. The system `pretrain` has a command of its own besides ``preceptor run pretrain``."""
+    """``preceptor COMMAND``."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The commands in the order in which help shows them."""
@@ -118,29 +137,17 @@ class Root(Group):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command, if there is one of this name."""
-        return run.run_command(find_system("pretrain")) if cmd_name == "pretrain" else self.commands.get(cmd_name)
-
-
-RUN_HELP = f"""\
-Train a system and measure what the training was worth.
-
-`preceptor run SYSTEM --help` shows the options of a system.
-
-{CONFIGURATION}"""
-COMMANDS: dict[str, Any] = {
-    "run": typer.Typer(cls=run.RunGroup, help=RUN_HELP, epilog=EXIT_CODES),
-    "resume": run.resume,
-    "compare": typer.Typer(cls=compare.CompareGroup, help=compare.HELP, epilog=compare.EPILOG),
-    "watch": watch.watch,
-    "replay": replay.replay,
-    "report": run.report,
-    "export": run.export,
-    "pretrain": None,  # made when it is asked for
-    "list": listing.list_choices,
-    "doctor": typer.Typer(cls=doctor.DoctorGroup, help=doctor.HELP, epilog=EXIT_CODES),
-    "completion": completion.completion,
-}
-"""In the order in which help shows them: a function is a command, an app a group of them."""
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        module, _, attribute = COMMANDS[cmd_name].partition(":")
+        target = getattr(importlib.import_module(f"preceptor.cli.{module}"), attribute)
+        if isinstance(target, typer.Typer):
+            group = get_group(target)
+            group.name = cmd_name
+            return group
+        if cmd_name == "pretrain":  # a system with a command of its own besides `preceptor run pretrain`
+            return target()
+        return made(target, name=cmd_name, epilog=EXIT_CODES)
 
 
 def _app() -> typer.Typer:
@@ -153,11 +160,6 @@ def _app() -> typer.Typer:
         rich_markup_mode=None,
     )
     app.callback()(_root)
-    for name, command in COMMANDS.items():
-        if isinstance(command, typer.Typer):
-            app.add_typer(command, name=name)
-        elif command is not None:
-            app.command(name, cls=Command, epilog=EXIT_CODES)(command)
     return app
 
 

@@ -26,6 +26,24 @@ class RunGroup(SystemGroup):
         return run_command(find_system(word))
 
 
+APP = typer.Typer(
+    cls=RunGroup,
+    rich_markup_mode=None,
+    epilog=options.EXIT_CODES,
+    help=f"""\
+Train a system and measure what the training was worth.
+
+`preceptor run SYSTEM --help` shows the options of a system.
+
+{options.CONFIGURATION}""",
+)
+
+
+def pretrain() -> Any:
+    """The command ``preceptor pretrain``: that system's, besides ``preceptor run pretrain``."""
+    return run_command(find_system("pretrain"))
+
+
 def run_command(system: System) -> Any:
     """The command that runs ``system``."""
     text = f"{system.summary[:1].upper()}{system.summary[1:]}.\n\n{options.CONFIGURATION}"
@@ -34,7 +52,6 @@ def run_command(system: System) -> Any:
 
 def _run(
     system: System,
-    flags: dict[str, Any],
     *,
     preset: options.Preset = "default",
     config: options.ConfigFile = None,
@@ -50,7 +67,9 @@ def _run(
     group: options.Group = None,
     no_report: options.NoReport = False,
     log_level: options.LogLevel = "warning",
+    **flags: Any,
 ) -> int:
+    # Every fault of the configuration is reported before anything heavy is imported or written.
     resolved = configuration(system, preset=preset, file=config, flags=flags, overrides=overrides or ())
     if print_config:
         print(dump_yaml(resolved), end="")
@@ -161,6 +180,7 @@ def _show(result: Result) -> int:
     """The table of methods, the verdict below it, and where everything lies."""
     from rich.console import Console
 
+    # Rich draws the tables at the terminal's width; the plain lines below can be copied and parsed.
     console = Console()
     for table in result.renderables(width=console.width):
         console.print(table)

@@ -3,117 +3,60 @@
 A loss ends in ``_loss`` and is minimised. A mask is always "True = counts". Randomness is an explicit generator.
 """
 
-from preceptor.objectives.advantages import (
-    against_baseline,
-    gae,
-    group_normalised,
-    leave_one_out,
-    mean_reward_to_go,
-    reinforce_plus_plus,
-    reward_to_go,
-)
-from preceptor.objectives.aggregation import Aggregation, aggregate
-from preceptor.objectives.entropy import entropy
-from preceptor.objectives.filters import above_standard_deviations, best_fraction, everything
-from preceptor.objectives.kl import AdaptiveKLController, kl_exact, kl_k1, kl_k2, kl_k3
-from preceptor.objectives.mixture import MIXTURE_RULES, Mixture, document_difficulty, make_mixture
-from preceptor.objectives.mixture_controls import Ado, Exp3
-from preceptor.objectives.mixture_rules import (
-    ByDifficulty,
-    Difficulty,
-    Fixed,
-    LearningProgress,
-    MixtureRule,
-    SecondOrder,
-)
-from preceptor.objectives.next_token import (
-    avatarl_loss,
-    expected_reward_loss,
-    next_token_rewards,
-    sampled_reward_loss,
-)
-from preceptor.objectives.policy_gradient import (
-    cispo_loss,
-    clip_fraction,
-    gspo_loss,
-    ppo_clip_loss,
-    reinforce_loss,
-)
-from preceptor.objectives.sac import (
-    gaussian_log_prob,
-    sac_actor_loss,
-    sac_critic_loss,
-    sac_temperature_loss,
-    sample_squashed_gaussian,
-    soft_q_targets,
-    squashed_gaussian_log_prob,
-)
-from preceptor.objectives.selection import (
-    calibrated_temperature,
-    relative_selection_entropy,
-    sample_selection,
-    selection_entropy,
-    selection_log_probs,
-)
-from preceptor.objectives.statistics import RunningMoments, masked_mean, masked_variance, whiten
-from preceptor.objectives.value import explained_variance, value_loss
+from __future__ import annotations
 
-__all__ = [
-    "AdaptiveKLController",
-    "Ado",
-    "Aggregation",
-    "ByDifficulty",
-    "Difficulty",
-    "Exp3",
-    "Fixed",
-    "LearningProgress",
-    "MIXTURE_RULES",
-    "Mixture",
-    "MixtureRule",
-    "RunningMoments",
-    "SecondOrder",
-    "above_standard_deviations",
-    "against_baseline",
-    "aggregate",
-    "avatarl_loss",
-    "best_fraction",
-    "calibrated_temperature",
-    "cispo_loss",
-    "clip_fraction",
-    "document_difficulty",
-    "entropy",
-    "everything",
-    "expected_reward_loss",
-    "explained_variance",
-    "gae",
-    "gaussian_log_prob",
-    "group_normalised",
-    "gspo_loss",
-    "kl_exact",
-    "kl_k1",
-    "kl_k2",
-    "kl_k3",
-    "leave_one_out",
-    "make_mixture",
-    "masked_mean",
-    "masked_variance",
-    "mean_reward_to_go",
-    "next_token_rewards",
-    "ppo_clip_loss",
-    "reinforce_loss",
-    "reinforce_plus_plus",
-    "relative_selection_entropy",
-    "reward_to_go",
-    "sac_actor_loss",
-    "sac_critic_loss",
-    "sac_temperature_loss",
-    "sample_selection",
-    "sample_squashed_gaussian",
-    "sampled_reward_loss",
-    "selection_entropy",
-    "selection_log_probs",
-    "soft_q_targets",
-    "squashed_gaussian_log_prob",
-    "value_loss",
-    "whiten",
-]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from preceptor.objectives.advantages import *  # noqa: F403
+    from preceptor.objectives.aggregation import *  # noqa: F403
+    from preceptor.objectives.filters import *  # noqa: F403
+    from preceptor.objectives.kl import *  # noqa: F403
+    from preceptor.objectives.mixture import *  # noqa: F403
+    from preceptor.objectives.mixture_controls import *  # noqa: F403
+    from preceptor.objectives.mixture_rules import *  # noqa: F403
+    from preceptor.objectives.next_token import *  # noqa: F403
+    from preceptor.objectives.policy_gradient import *  # noqa: F403
+    from preceptor.objectives.sac import *  # noqa: F403
+    from preceptor.objectives.selection import *  # noqa: F403
+    from preceptor.objectives.statistics import *  # noqa: F403
+    from preceptor.objectives.value import *  # noqa: F403
+
+# Imported on demand, so that a program which wants one loss does not pay for the mixtures.
+_NAMES = {
+    "advantages": (
+        "against_baseline gae group_normalised leave_one_out mean_reward_to_go reinforce_plus_plus reward_to_go"
+    ),
+    "aggregation": "Aggregation aggregate",
+    "filters": "above_standard_deviations best_fraction everything",
+    "kl": "entropy AdaptiveKLController kl_exact kl_k1 kl_k2 kl_k3",
+    "mixture": "MIXTURE_RULES Mixture document_difficulty make_mixture",
+    "mixture_controls": "Ado Exp3",
+    "mixture_rules": "ByDifficulty Difficulty Fixed LearningProgress MixtureRule SecondOrder",
+    "next_token": "avatarl_loss expected_reward_loss next_token_rewards sampled_reward_loss",
+    "policy_gradient": "cispo_loss clip_fraction gspo_loss ppo_clip_loss reinforce_loss",
+    "sac": (
+        "gaussian_log_prob sac_actor_loss sac_critic_loss sac_temperature_loss "
+        "sample_squashed_gaussian soft_q_targets squashed_gaussian_log_prob"
+    ),
+    "selection": (
+        "calibrated_temperature relative_selection_entropy sample_selection selection_entropy selection_log_probs"
+    ),
+    "statistics": "RunningMoments masked_mean masked_variance whiten",
+    "value": "explained_variance value_loss",
+}
+"""Module → the names that it offers here. It is imported when one of them is asked for."""
+
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = [*_HOME]  # noqa: PLE0604 - these are text, from the table above
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'preceptor.objectives' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"preceptor.objectives.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

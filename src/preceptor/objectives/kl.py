@@ -62,6 +62,7 @@ def kl_exact(
         return _kl(p_logits, q_logits)
     if mask.shape != p_logits.shape[:-1]:
         raise ShapeError(f"mask has shape {tuple(mask.shape)}; these logits need {tuple(p_logits.shape[:-1])}")
+    # [counted, vocab]: the vocabulary is the large axis, so masked positions are dropped before it is touched.
     counted = _kl(p_logits[mask], q_logits[mask])
     return counted.new_zeros(mask.shape).masked_scatter(mask, counted)
 
@@ -94,6 +95,8 @@ def kl_k2(p_log_probs: Float[Tensor, "*shape"], q_log_probs: Float[Tensor, "*sha
     >>> kl_k2(torch.tensor([-1.0]), torch.tensor([-1.5]))
     tensor([0.1250])
     """
+    # (ln p − ln q) · ∇ln p is its gradient: the score function weighted by the log-ratio, which is ∇KL(p‖q) in the
+    # mean.
     return 0.5 * kl_k1(p_log_probs, q_log_probs).square()
 
 
@@ -110,6 +113,7 @@ def kl_k3(p_log_probs: Float[Tensor, "*shape"], q_log_probs: Float[Tensor, "*sha
     tensor([0.1065])
     """
     log_ratio = -kl_k1(p_log_probs, q_log_probs)
+    # expm1, since for nearby distributions q/p − 1 would lose all its digits.
     return torch.expm1(log_ratio) - log_ratio
 
 
@@ -155,7 +159,9 @@ class AdaptiveKLController:
         """
         if not math.isfinite(kl):
             raise NumericError(f"the KL coefficient cannot follow a divergence of {kl}; skip this step.")
+        # Clipped at 20 %, so that one strange batch cannot move the coefficient far.
         error = min(max(kl / self.target - 1, -0.2), 0.2)
+        # Proportional to the samples seen: a larger batch moves β as far as several small ones.
         self.coefficient *= 1 + error * num_samples / self.horizon
 
     def state_dict(self) -> dict[str, float]:
@@ -174,9 +180,28 @@ class AdaptiveKLController:
 
 
 def _kl(p_logits: Float[Tensor, "*shape vocab"], q_logits: Float[Tensor, "*shape vocab"]) -> Float[Tensor, "*shape"]:
-    p_log_probs = torch.log_softmax(p_logits, dim=-1)
+    p_log_probs = torch.log_softmax(p_logits, dim=-1)  # [..., vocab]
     q_log_probs = torch.log_softmax(q_logits, dim=-1)
     # Where p is 0 the term is 0, in value and gradient; (−∞) − q and 0·(−∞) would make NaN of it.
     excluded = p_logits == float("-inf")
     log_ratios = p_log_probs.masked_fill(excluded, 0.0) - q_log_probs.masked_fill(excluded, 0.0)
     return (p_log_probs.exp() * log_ratios).sum(dim=-1)
+
+
+def entropy(logits: Float[Tensor, "*shape vocab"]) -> Float[Tensor, "*shape"]:
+    """The entropy −Σ p ln p in nats of softmax(``logits``) along the last axis.
+
+    Log-probabilities are logits too, so both may be given. An outcome with logit −∞ adds nothing and gets gradient 0;
+    a row of nothing but −∞ has no distribution and gets entropy 0. Gradients flow into ``logits``; they are finite
+    everywhere.
+
+    >>> entropy(torch.tensor([[0.0, 0.0], [0.0, float("-inf")]]))
+    tensor([0.6931, 0.0000])
+    """
+    impossible = logits == float("-inf")
+    # A row without any outcome is computed as a uniform one and replaced at the end: softmax(−∞, …, −∞) is NaN.
+    empty = impossible.all(dim=-1, keepdim=True)
+    log_probs = torch.log_softmax(logits.masked_fill(empty, 0.0), dim=-1)
+    # 0·ln 0 is 0, in the value and in the gradient; IEEE says 0·(−∞) = NaN.
+    surprisal = -log_probs.masked_fill(impossible, 0.0)
+    return (log_probs.exp() * surprisal).sum(dim=-1).masked_fill(empty.squeeze(-1), 0.0)

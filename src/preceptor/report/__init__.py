@@ -1,8 +1,1 @@
-"""What a run shows: figures, a terminal table and a self-contained page, all made from the run folder alone."""
-
-from __future__ import annotations
-
-from preceptor.report.page import build_report
-from preceptor.report.table import arms_tables
-
-__all__ = ["arms_tables", "build_report"]
+"""What a run shows: terminal tables, SVG charts and a self-contained page, all made from the run folder alone."""

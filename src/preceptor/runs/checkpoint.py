@@ -27,6 +27,8 @@ from preceptor.runs.files import TEMPORARY, Digest, file_digest, storage_errors,
 from preceptor.runs.tensors import join_state, num_bytes, read_tensors, split_state, write_tensors
 
 SCHEMA = 2
+EARLIER_SCHEMAS = (1,)
+"""Whose bytes can still be verified, but whose parts are laid out otherwise: such a run cannot go on."""
 _REPLACED = ".replaced-"
 _SPARE_BYTES = 1 << 20  # headers, the manifest, and what the file system adds
 
@@ -114,6 +116,11 @@ class CheckpointStore:
             if fault:
                 faults[step] = fault
                 continue
+            if _schema(paths[step]) in EARLIER_SCHEMAS:
+                raise CheckpointError(
+                    f"{paths[step]} was saved by an earlier version of Preceptor, which lays state out otherwise; "
+                    "resume the run with that version, or start a new one"
+                )
             self._damaged = set(faults)
             for damaged, reason in faults.items():
                 self.notices.append(f"checkpoint {_name(damaged)} is damaged ({reason}); using {_name(step)}")
@@ -208,7 +215,7 @@ def _fault(path: Path, step: int) -> str | None:
         del manifest["sha256"]
         if raw != _signed(manifest):
             return "manifest.json: sha256 differs"
-        if manifest["schema"] != SCHEMA:
+        if manifest["schema"] not in (SCHEMA, *EARLIER_SCHEMAS):
             return f"manifest.json: schema {manifest['schema']}, this version reads {SCHEMA}"
         if manifest["step"] != step:
             return f"manifest.json: it is of step {manifest['step']}"
@@ -225,6 +232,10 @@ def _fault(path: Path, step: int) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json: not readable"
     return None
+
+
+def _schema(path: Path) -> int:
+    return int(json.loads((path / "manifest.json").read_bytes())["schema"])
 
 
 def _read(path: Path, step: int) -> Checkpoint:

@@ -11,8 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from preceptor.objectives.advantages import against_baseline, leave_one_out
-from preceptor.objectives.entropy import entropy
-from preceptor.objectives.kl import kl_exact
+from preceptor.objectives.kl import entropy, kl_exact
 from preceptor.objectives.policy_gradient import reinforce_loss
 from preceptor.objectives.statistics import RunningMoments
 

@@ -267,6 +267,10 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         config: the resolved configuration.
         seeds: of the runs.
     """
+    if config["episode"].get("pool") == "mixed":
+        from preceptor.systems.reading.study.evaluate import result as study_result
+
+        return study_result(records, config=config, seeds=seeds)
     splits = [split for split in SPLITS if any(record["split"] == split for record in records)]
     unit = UNITS["order_gain"]
     comparisons: list[Comparison] = []

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.score import pad_rows, span_mask
-from preceptor.objectives.entropy import entropy
-from preceptor.objectives.kl import kl_exact
+from preceptor.objectives.kl import entropy, kl_exact
 from preceptor.objectives.policy_gradient import reinforce_loss
 from preceptor.objectives.selection import selection_entropy, selection_log_probs
 from preceptor.systems.reading.environment import Trajectories
@@ -99,7 +98,7 @@ def accumulate_gradient(
     num_choices = len(kept) * num_steps
     num_query_tokens = num_choices * tokens_per_query
     num_value_tokens = sum(
-        len(trajectories.article.values[pair]) for pair in trajectories.order[kept].flatten().tolist()
+        len(trajectories.article.turns[pair]) for pair in trajectories.order[kept].flatten().tolist()
     )
     with_values = reference_model is not None and coefficients.value_kl > 0
     selection_weight = coefficients.selection * policy.selection_has_gradient

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -13,13 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from preceptor.data.embedders.base import TextEmbedder
 from preceptor.errors import ModelError
 from preceptor.lm.embedding import MODEL_EMBEDDINGS, ModelEmbedding, key_vectors
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.systems.reading.articles import TokenizedArticle
 from preceptor.systems.reading.config import SelectionOptions
+
+if TYPE_CHECKING:
+    from preceptor.data.embedders.base import TextEmbedder
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from preceptor.systems.base import Replayed, Services
 from preceptor.systems.reading.articles import ArticlePairs, TokenizedArticle, TokenSequence
 from preceptor.systems.reading.config import ReadingConfig
 from preceptor.systems.reading.rewards import LanguageModelReader, SequenceScores, probe_rewards, value_rewards
-from preceptor.systems.reading.setup import tokenize_articles
+from preceptor.systems.reading.setup import kept_markers, tokenize_articles
 
 BATCH = 64
 """Decisions that are scored together."""
@@ -40,6 +40,11 @@ def verify(config: ReadingConfig, folder: Path, services: Services) -> Iterator[
             article does not have.
         StorageError: a file of the run is missing or damaged.
     """
+    if config.episode.pool == "mixed":
+        from preceptor.systems.reading.study.verify import verify as verify_study
+
+        yield from verify_study(config, folder)
+        return
     if config.reward.reader == "policy":
         raise DataError(
             "the reader of this run was the policy as it learned, whose past weights are gone; "
@@ -49,11 +54,12 @@ def verify(config: ReadingConfig, folder: Path, services: Services) -> Iterator[
     # The text as it was read then: an article on the network may have changed since.
     pairs = _read_articles(folder / "articles.json")
     policy_lm = load_language_model(config.model.name, device=cpu, dtype=parse_dtype(config.model.dtype))
-    articles = tokenize_articles(pairs, policy_lm, config.model)
+    kept = kept_markers(folder)
+    articles = tokenize_articles(pairs, policy_lm, config.model, kept=kept)
     reader = LanguageModelReader(policy_lm)
     if config.reward.reader:
         reader_lm = load_language_model(config.reward.reader, device=cpu)
-        reader_articles = tokenize_articles(pairs, reader_lm, config.model)
+        reader_articles = tokenize_articles(pairs, reader_lm, config.model, kept=kept)
         reader = LanguageModelReader(reader_lm, policy_lm=policy_lm, articles=reader_articles)
     decisions = read_jsonl(folder / "decisions.jsonl")
     while batch := list(islice(decisions, BATCH)):

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from preceptor.errors import CheckpointError
 from preceptor.lm.edit_targets import Target
-from preceptor.objectives.entropy import entropy
+from preceptor.objectives.kl import entropy
 from preceptor.objectives.statistics import RunningMoments
 from preceptor.runs.guard import NonFiniteGuard, guarded_step
 from preceptor.runs.state import copy_tensors, load_optimizer, optimizer_state

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from preceptor.evaluation.summary import Comparison, Gap, compare, gap_closed, summarise
 from preceptor.evaluation.verdict import MINIMUM_SEEDS, claimable
-from preceptor.objectives.entropy import entropy
+from preceptor.objectives.kl import entropy
 from preceptor.systems.surgery.reference_lm import NGram
 from preceptor.systems.surgery.rewards import next_token_logits
 from preceptor.systems.surgery.setup import Setup
