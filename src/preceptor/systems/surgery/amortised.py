@@ -295,6 +295,7 @@ def evaluate(setup: Setup, ward: Ward, state: State, number: int) -> tuple[dict[
     test = patient.windows(options.test_windows, setup.generator(f"test of {where}"), held_out=True)
     patient.restore()
     clean = patient.loss(test)
+    courses = []  # of the surgeon's patients, site by site
     damages: dict[str, list[float]] = {}  # method → nats of each damage that it was given
     repaired: dict[str, dict[int, list[float]]] = {}  # method → evaluations → nats taken back of each
     for index in range(options.patients):
@@ -305,12 +306,17 @@ def evaluate(setup: Setup, ward: Ward, state: State, number: int) -> tuple[dict[
             undo = patient.damage(kind, strength=options.strength, generator=draws)
             damaged = patient.loss(test)
             damages.setdefault(method, []).append(damaged - clean)
+            course = {"after_damage": patient.wounds()}
             for evaluation in _repair(setup, state, method, patient, undo, where, index):
+                if method == "amortised":
+                    course[f"after_edit_{evaluation}"] = patient.wounds()
                 # A search that goes on in leaps is judged at a mark by what it had there.
                 for mark in search.EVALUATIONS:
                     if evaluation <= mark < evaluation + search.LEAPS.get(method, 1):
                         marks = repaired.setdefault(method, {})
                         marks.setdefault(mark, []).append(damaged - patient.loss(test))
+            if method == "amortised":
+                courses.append({"arm": method, "item": where, "number": index, "sites": patient.sites.names, **course})
     patient.restore()
     shares = {
         method: {mark: sum(nats) / sum(damages[method]) for mark, nats in marks.items()}
@@ -331,7 +337,7 @@ def evaluate(setup: Setup, ward: Ward, state: State, number: int) -> tuple[dict[
     }
     if "amortised" in shares:
         metrics["repaired"] = shares["amortised"].get(search.EDITS)
-    return metrics, []
+    return metrics, courses
 
 
 def _repair(
@@ -380,6 +386,8 @@ def verify(config: SurgeryConfig, folder: Path, services: Services) -> Iterator[
     setup = prepare(config, device=torch.device(read_manifest(folder)["device"]), folder=folder)
     ward = admit(setup)
     for row in read_jsonl(folder / "decisions.jsonl"):
+        if "item" in row:
+            continue  # a repair of an unseen student, which earns no reward
         patient, kind = choose(setup, ward, row["number"])
         if (patient.name, kind) != (row["student"], row["damage"]):
             raise DataError(f"decisions.jsonl names {row['student']} at damage {row['number']}; it is of another run")
