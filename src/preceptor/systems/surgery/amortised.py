@@ -70,7 +70,7 @@ class Ward:
 
 
 class State:
-    """The two learners and the records so far."""
+    """The two learners, what the second is paid next, and the records so far."""
 
     def __init__(self, setup: Setup, ward: Ward) -> None:
         agent = setup.config.agent
@@ -91,11 +91,16 @@ class State:
             )
             for name in LEARNERS
         }
+        self.last_rewards: list[float] = []
         self.records: list[dict[str, Any]] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Both learners with their buffers, and the records."""
-        return {**{name: agent.state_dict() for name, agent in self.agents.items()}, "records": self.records}
+        """Both learners with their buffers, the rewards of the last step, and the records."""
+        return {
+            **{name: agent.state_dict() for name, agent in self.agents.items()},
+            "last_rewards": self.last_rewards,
+            "records": self.records,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over :meth:`state_dict`.
@@ -105,6 +110,7 @@ class State:
         """
         for name, agent in self.agents.items():
             agent.load_state_dict(state[name])
+        self.last_rewards = list(state["last_rewards"])
         self.records = list(state["records"])
 
 
@@ -221,7 +227,10 @@ def step(setup: Setup, ward: Ward, state: State, n: int) -> tuple[dict[str, Any]
     metrics: dict[str, Any] = {}
     for name, agent in state.agents.items():
         metrics[name] = {"reward": _mean([reward for _, _, reward in seen[name]])}
-        metrics[name] |= learn_from(setup, ward, agent, seen[name], shuffled=name == "shuffled", n=n)
+        rewards = [reward for _, _, reward in seen[name]]
+        if name == "shuffled":  # those of the step before: a permutation of its own would leave some in their place
+            rewards, state.last_rewards = state.last_rewards or [0.0] * len(rewards), rewards
+        metrics[name] |= learn_from(setup, ward, agent, seen[name], rewards, n=n)
     return {"kind": "training", "reward": metrics["amortised"]["reward"], **metrics}, decisions
 
 
@@ -230,15 +239,12 @@ def learn_from(
     ward: Ward,
     agent: SacAgent,
     seen: list[tuple[Tensor, Tensor, float]],
+    rewards: list[float],
     *,
-    shuffled: bool,
     n: int,
 ) -> dict[str, float]:
-    """4. The agent observes the edits of a step and learns; ``shuffled`` pays each with the reward of another."""
+    """4. The agent observes the edits of step ``n``, each with the reward that it is told, and learns."""
     generator = setup.generator("updates", n)
-    rewards = [reward for _, _, reward in seen]
-    if shuffled:
-        rewards = [rewards[place] for place in torch.randperm(len(rewards), generator=generator).tolist()]
     for (observation, action, _), reward in zip(seen, rewards, strict=True):
         agent.observe(observation, action, ward.reward_scale * reward, observation, terminated=True)
     metrics: dict[str, float] = {}

@@ -48,7 +48,7 @@ def _repair_sections(run: RunFolder) -> list[Section]:
             continue
         shown.add(row["item"])
         columns = [key for key in row if key.startswith("after_")]
-        by_site = zip(*(row[column] for column in columns), strict=True)  # [site][column]
+        zip(*(row[column] for column in columns), strict=True)  # [site][column]
         figures.append(
             Matrix(
                 f"{row['item']}: damage 1",
