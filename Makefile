@@ -18,7 +18,6 @@ help: ## This list
 
 demo: $(VENV)/installed-demo ## Learn a reading order on the bundled model and article
 	$(BIN)/preceptor run reading --preset default --threads 2 --out $(DEMO_OUT)
-	@echo "The page of this run: $(DEMO_OUT)/report.html"
 
 test: $(VENV)/installed-test ## All tests but the slow ones, with the examples of docstrings and docs
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"

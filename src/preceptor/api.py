@@ -19,6 +19,7 @@ from preceptor.systems.configuration import extended_configuration
 if TYPE_CHECKING:
     from preceptor.comparison.runs import FinishedRun
     from preceptor.runs.folder import Run
+    from preceptor.systems.surgery.repair import Repair
 
 
 def services(environ: Mapping[str, str]) -> Services:
@@ -188,6 +189,47 @@ def compare(folders: Sequence[Path], *, methods: Sequence[str] = (), out: Path |
     _, result = compared(runs, methods=methods, out=out or default_run_path(Path("runs"), "comparison", date.today()))
     assert result is not None, "a comparison with a folder has a result"
     return result
+
+
+def repair(
+    model: str,
+    *,
+    surgeon: Path,
+    text: Path,
+    out: Path | None = None,
+    evaluations: int = 3,
+    seed: int = 0,
+    device: str = "auto",
+    threads: int | None = None,
+) -> Repair:
+    """Edits the attention of ``model`` with the surgeon of a finished run, and writes it to ``out``.
+
+    Args:
+        model: ``starter`` or a model folder, which is left as it is.
+        surgeon: folder of a finished run with ``training=amortised``.
+        text: a file of text that the model should predict.
+        out: ``MODEL-repaired`` in the current folder by default; ``repair.json`` is written beside the weights.
+        evaluations: edits that may be tried.
+        seed: of the windows of text.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
+        threads: CPU threads.
+
+    Raises:
+        PreceptorError: of the kind that says what is wrong.
+    """
+    from preceptor.runs.device import choose_device, set_threads
+    from preceptor.systems.surgery.repair import repair_model
+
+    set_threads(threads)
+    return repair_model(
+        model,
+        surgeon_run=surgeon,
+        text=text,
+        out=out or Path(f"{Path(model).name}-repaired"),
+        evaluations=evaluations,
+        seed=seed,
+        device=choose_device(device),
+    )
 
 
 def compared(

@@ -6,6 +6,7 @@ import contextlib
 import html
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,6 +95,13 @@ class Result:
     def verdict(self) -> str:
         """What may be claimed, in words; its first sentence says what happened."""
         return str(self.data.get("verdict", ""))
+
+    @property
+    def headline(self) -> str:
+        """The verdict's first sentence: what happened, in plain words."""
+        # A point ends a sentence only before a capital letter: numbers have points too.
+        found = re.match(r".*?\.(?= +[A-Z]|$)", self.verdict, re.DOTALL)
+        return found[0] if found else self.verdict
 
     @property
     def records(self) -> list[dict[str, Any]]:

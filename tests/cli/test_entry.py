@@ -321,7 +321,20 @@ def test_help_teaches(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     "words",
     [
-        *("", "run", "resume", "watch", "replay", "report", "export", "pretrain", "list", "doctor", "compare"),
+        *(
+            "",
+            "run",
+            "resume",
+            "watch",
+            "replay",
+            "report",
+            "export",
+            "repair",
+            "pretrain",
+            "list",
+            "doctor",
+            "compare",
+        ),
         *("completion", *(f"{command} {system}" for command in ("run", "doctor", "compare") for system in SYSTEMS)),
     ],
 )
@@ -346,8 +359,8 @@ def test_help_fits_eighty_columns_and_shows_only_what_belongs(
         (["rn"], "unknown command 'rn' (did you mean 'run'?)"),
         (
             ["zzz"],
-            "unknown command 'zzz'; there are run, resume, compare, watch, replay, report, export, list, doctor, "
-            "completion",
+            "unknown command 'zzz'; there are run, resume, compare, watch, replay, report, export, repair, list, "
+            "doctor, completion",
         ),
         (["--hlp"], "unknown option '--hlp' (did you mean '--help'?)"),
         (["run"], "missing SYSTEM; see preceptor run --help"),

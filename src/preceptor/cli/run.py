@@ -177,7 +177,7 @@ def export(
 
 
 def _show(result: Result) -> int:
-    """The table of methods, the verdict below it, and where everything lies."""
+    """The table of methods, the details of the verdict, and at the end its first sentence and where everything lies."""
     from rich.console import Console
 
     # Rich draws the tables at the terminal's width; the plain lines below can be copied and parsed.
@@ -185,7 +185,8 @@ def _show(result: Result) -> int:
     for table in result.renderables(width=console.width):
         console.print(table)
     if result.verdict:
-        print(f"\n{result.verdict}\n")
+        details = result.verdict.removeprefix(result.headline).strip()
+        print(f"\n{details}\n\n{result.headline}\n" if details else f"\n{result.headline}\n")
     print(f"results: {result.folder}")
     if (result.folder / "report.html").is_file():
         print(f"report:  {result.folder / 'report.html'}")

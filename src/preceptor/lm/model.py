@@ -11,7 +11,6 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -24,21 +23,9 @@ from preceptor.lm.context_length import context_length
 from preceptor.lm.cpu.attention import CpuAttention, kernel_is_faster
 from preceptor.lm.cpu.engine import Engine, accelerate, relative_difference
 from preceptor.lm.log_probs import chosen_log_probs
+from preceptor.lm.output import Output, additive_mask, first_tensor
 from preceptor.lm.sampling import Sampling
 from preceptor.lm.vocabulary import Vocabulary
-
-
-@dataclass(frozen=True)
-class Output:
-    """The result of a forward pass.
-
-    Attributes:
-        logits: float32 logits at the positions marked by ``keep``, in row-major order.
-        captured: output of the module ``capture`` at every position, or None.
-    """
-
-    logits: Float[Tensor, "kept vocab"]
-    captured: Tensor | None
 
 
 class LanguageModel:
@@ -179,7 +166,9 @@ class LanguageModel:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._computing())
             if capture is not None:
-                hook = capture.register_forward_hook(lambda _module, _inputs, output: captured.append(_tensor(output)))
+                hook = capture.register_forward_hook(
+                    lambda _module, _inputs, output: captured.append(first_tensor(output))
+                )
                 stack.callback(hook.remove)
             if self._head_is_linear:
                 # The head only sees the marked positions: [batch, time, width] -> [kept, width] -> [kept, vocab].
@@ -318,7 +307,7 @@ class LanguageModel:
         return {
             # An additive mask, since not every family's attention accepts a Boolean one of four dimensions.
             "input_ids": tokens,
-            "attention_mask": None if attention_mask is None else _additive(attention_mask, self.dtype),
+            "attention_mask": None if attention_mask is None else additive_mask(attention_mask, self.dtype),
             "position_ids": positions,
             "past_key_values": cache,
             "use_cache": cache is not None,
@@ -368,12 +357,11 @@ class LanguageModel:
         largest_difference = tolerance * logits.float().abs().max()
         if (masked - logits[0].float()).abs().max() > largest_difference:
             raise ModelError(f"{self.name} {_UNFIT}")
-        # The engine has to reproduce Transformers' logits within rounding, or it is not used.
         self.has_engine = self._head_is_linear and self._engine_difference() <= tolerance
 
     @torch.no_grad()
     def _engine_difference(self) -> float:
-        """Largest difference of the engine's logits from the model's own, relative to the largest logit."""
+        """Largest difference of the engine's logits from the model's own, over the largest logit."""
         engine = accelerate(self._causal_model, adapter_enabled=self.adapter_enabled)
         if engine is None:
             return math.inf
@@ -410,17 +398,6 @@ _UNFIT = (
 )
 
 
-def _additive(mask: Bool[Tensor, "batch time slots"], dtype: torch.dtype) -> Float[Tensor, "batch 1 time slots"]:
-    """0 where ``mask`` is True, else the lowest finite number: the form that every attention of Transformers takes."""
-    additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    # The new axis broadcasts over the heads.
-    return additive.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
-
-
 def _tolerance(dtype: torch.dtype) -> float:
     """Rounding, relative to the largest logit; a model that ignores the mask is off by far more."""
     return 1e-4 if dtype in (torch.float32, torch.float64) else 5e-2
-
-
-def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]

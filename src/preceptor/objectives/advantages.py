@@ -183,8 +183,8 @@ def gae(
         next_values: V of the state after each step: 0 where that state is terminal, and the true one where a time
             limit or the end of a rollout cut the episode. ``None``: the ``values`` of the next counted step, and 0
             after the last, which is right for sequences that end by themselves, as texts do.
-        ends_episode: True = an episode ends with this step, so nothing after it counts for what was before. ``None``:
-            every row is one episode.
+        ends_episode: True = an episode ends with this step, whether it counts or not, so nothing after it counts for
+            what was before. ``None``: every row is one episode.
 
     Raises:
         ConfigError: ``discount`` or ``gae_lambda`` outside [0, 1].
@@ -200,19 +200,16 @@ def gae(
     given = {"next_values": next_values, "ends_episode": ends_episode}
     check_same_shape(rewards=rewards, values=values, mask=mask, **{k: t for k, t in given.items() if t is not None})
     rewards, values = rewards.detach(), values.detach()
-    # An end at a masked step is no end: the mask says that the step is not there.
-    ends = torch.zeros_like(mask) if ends_episode is None else ends_episode & mask
+    ends = torch.zeros_like(mask) if ends_episode is None else ends_episode
     if next_values is None:
-        # V of the next counted step. In the scan a masked step has factor 1, so it passes the value after it through; a
-        # counted step has factor 0 and puts its own value in place. Shifting by one turns "at or after t" into "after
-        # t".
-        following = _scan_backward(torch.where(mask, values, 0.0), (~mask).to(values.dtype))
+        # The value of the next counted step, looked for no further than the end of the episode.
+        following = _scan_backward(torch.where(mask, values, 0.0), (~mask & ~ends).to(values.dtype))
         following = torch.cat([following[:, 1:], torch.zeros_like(following[:, :1])], dim=1).masked_fill(ends, 0.0)
     else:
         following = next_values.detach()
     errors = rewards + discount * following - values  # δ_t, [batch, step]
-    # γλ at counted steps, 0 where an episode ends (nothing flows back over it), 1 at masked ones (passed over).
-    decay = torch.where(mask, discount * gae_lambda * (~ends).to(rewards.dtype), torch.ones_like(rewards))
+    # A step that does not count is passed over, unless the episode ends with it.
+    decay = torch.where(mask, discount * gae_lambda, torch.ones_like(rewards)) * (~ends).to(rewards.dtype)
     return _scan_backward(errors.masked_fill(~mask, 0.0), decay).masked_fill(~mask, 0.0)
 
 

@@ -120,7 +120,8 @@ def kl_k3(p_log_probs: Float[Tensor, "*shape"], q_log_probs: Float[Tensor, "*sha
 class AdaptiveKLController:
     """A KL coefficient β that is moved until the measured KL meets a target.
 
-    After n samples with mean divergence KL: β ← β · (1 + clip(KL/target − 1, −0.2, 0.2) · n / horizon).
+    After n samples with mean divergence KL: β ← β · (1 + clip(KL/target − 1, −0.2, 0.2) · n / horizon), where n is more
+    than a horizon, horizon by horizon, so that β stays positive.
 
     Args:
         coefficient: the first β, > 0, in reward units per nat.
@@ -161,8 +162,9 @@ class AdaptiveKLController:
             raise NumericError(f"the KL coefficient cannot follow a divergence of {kl}; skip this step.")
         # Clipped at 20 %, so that one strange batch cannot move the coefficient far.
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        # Proportional to the samples seen: a larger batch moves β as far as several small ones.
-        self.coefficient *= 1 + error * num_samples / self.horizon
+        # Horizon by horizon: in one step of more than five, 1 − 0.2 · n/horizon would be negative.
+        horizons, rest = divmod(num_samples, self.horizon)
+        self.coefficient *= (1 + error) ** horizons * (1 + error * rest / self.horizon)
 
     def state_dict(self) -> dict[str, float]:
         """What changes over a run, as JSON numbers; target and horizon are configuration."""
@@ -184,8 +186,12 @@ def _kl(p_logits: Float[Tensor, "*shape vocab"], q_logits: Float[Tensor, "*shape
     q_log_probs = torch.log_softmax(q_logits, dim=-1)
     # Where p is 0 the term is 0, in value and gradient; (−∞) − q and 0·(−∞) would make NaN of it.
     excluded = p_logits == float("-inf")
-    log_ratios = p_log_probs.masked_fill(excluded, 0.0) - q_log_probs.masked_fill(excluded, 0.0)
-    return (p_log_probs.exp() * log_ratios).sum(dim=-1)
+    # Where q alone is 0 the divergence is +∞, however small p is there: its exponential may have come out as 0.
+    unbounded = (q_logits == float("-inf")) & ~excluded
+    left_out = excluded | unbounded
+    log_ratios = p_log_probs.masked_fill(left_out, 0.0) - q_log_probs.masked_fill(left_out, 0.0)
+    divergence = (p_log_probs.exp() * log_ratios).sum(dim=-1)
+    return divergence.masked_fill(unbounded.any(dim=-1), float("inf"))
 
 
 def entropy(logits: Float[Tensor, "*shape vocab"]) -> Float[Tensor, "*shape"]:

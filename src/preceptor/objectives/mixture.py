@@ -70,7 +70,8 @@ def document_difficulty(
       than another cancels, so the error is several times smaller and much weaker progress is seen.
 
     Args:
-        losses: for each dataset, the loss of each sampled document in nats per token; at least one document each.
+        losses: for each dataset, the loss of each sampled document in nats per token; at least one document each. One
+            alone leaves nothing to estimate an error from, which is then 0.
         previous: losses of the very same documents, in the same order, at the measurement before.
 
     Raises:
@@ -190,9 +191,10 @@ class Mixture:
         tokens = tokens.detach().to("cpu", torch.float64)
         _check(difficulty, tokens, num_datasets=self.num_datasets)
         # A copy of the state's dictionary: a rule that raises must not have changed half of it.
-        preferences, state = self.rule.preferences(
+        given: tuple[Any, dict[str, Tensor]] = self.rule.preferences(
             difficulty, dict(self._state), tokens=tokens, weights=self.weights, num_updates=self.num_updates
         )
+        preferences, state = given  # of a user's rule, which may give anything
         # Checked before anything is assigned, so that the caller may catch the error and go on.
         given: object = preferences  # by a rule of one's own, anything
         if not isinstance(given, Tensor) or given.shape != (self.num_datasets,):

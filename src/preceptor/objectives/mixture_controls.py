@@ -89,7 +89,9 @@ class Ado:
 
     Source: Jiang et al., arXiv 2410.11820, section 3, with its γ = 0.1. Departures: least squares on the loss over a
     grid of A in [0.05, 0.8], E ≥ 0 and B ≥ 0, in place of a Huber loss of its logarithm from a grid of starts (one
-    exact answer, nothing to tune); measured losses in place of those of the batches; the floor is the mixture's.
+    exact answer, nothing to tune); measured losses in place of those of the batches; the floor is the mixture's;
+    the prior counts once in the mean of ρ (a weight of 1/(k + 1) after k fits), where the paper's code takes it in at
+    every step of its warm-up, and so leaves it later.
 
     Args:
         prior: μ, a share for each dataset; empty: uniform.

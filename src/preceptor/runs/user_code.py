@@ -42,7 +42,7 @@ def call(what: str, function: Callable[..., Any], *arguments: Any, timeout: floa
             return function(*arguments)
     except KeyboardInterrupt:  # the person at the keyboard, and `Interrupted` with them
         raise
-    except BaseException as error:  # whatever it is, it is the user's to mend
+    except BaseException as error:
         raise DataError(
             f"{what} {_what_happened(error, timeout)} ({_place(error, function)}); mend it and resume"
         ) from (error)
@@ -102,7 +102,7 @@ def import_fault(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _deadline(what: str, seconds: float) -> Iterator[None]:
-    """Raises ``_TimeUp`` in the block after ``seconds`` and then each second; ends the process where that is caught."""
+    """Raises ``_TimeUp`` in the block after ``seconds``, again each second; ends the process where that is caught."""
     if not seconds or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -159,5 +159,5 @@ def _is_foreign(filename: str) -> bool:
     if filename.startswith("<"):
         return True
     path = Path(filename).resolve()
-    roots = (Path(__file__).parents[1], Path(os.__file__).parent, Path(sys.prefix) / "lib")
+    roots = (Path(__file__).parent, Path(os.__file__).parent, Path(sys.prefix) / "lib")
     return any(path.is_relative_to(root.resolve()) for root in roots)

@@ -250,6 +250,15 @@ def test_the_pair_baseline_by_hand() -> None:
     torch.testing.assert_close(found, torch.zeros(1, 2))
 
 
+def test_the_pair_baseline_keeps_nine_tenths_of_the_old_mean() -> None:
+    """One pair of one token: -1, then -2: the mean is 0.9 of -1 and 0.1 of -2 when the second is compared with it."""
+    baseline, order = PairBaseline(), torch.tensor([[0]])
+    first, second = ((scored([[value]], [0]),) for value in (-1.0, -2.0))
+    assert baseline.subtract("a", order, first, value_rewards(first)).item() == 0.0
+    found = baseline.subtract("a", order, second, value_rewards(second))
+    assert found.item() == pytest.approx(-2.0 + 1.1)
+
+
 def test_the_pair_baseline_leaves_the_objective_as_it_was_when_all_pairs_are_read() -> None:
     """The sum over a row falls by the same number for every order, so differences between orders stay."""
     lengths, generator = (2, 5, 1, 4), torch.Generator().manual_seed(0)

@@ -355,6 +355,11 @@ def _mixture_conflicts(config: CurriculumConfig) -> Iterator[str]:
 
 
 def _ppo_conflicts(config: CurriculumConfig) -> Iterator[str]:
+    if config.mixture.rule in ("learning_progress", "second_order") and config.difficulty.sample_size == 1:
+        yield (
+            f"`mixture.rule` {config.mixture.rule} weighs a fall of the loss by its standard error, which one row does "
+            "not have; `difficulty.sample_size` must be at least 2, got 1"
+        )
     ppo = config.ppo
     if not ppo.weight and not config.update.cross_entropy_weight:
         yield "`ppo.weight` and `update.cross_entropy_weight` are both 0; then nothing is learned"

@@ -209,6 +209,20 @@ class Student:
         return {name: state[name] for name in self._parameters}
 
 
+def scheduled_rate(step: int, num_steps: int, learning: LearningOptions) -> float:
+    """The learning rate of update ``step`` (from 1): linear warm-up, then a cosine down to the final rate.
+
+    >>> learning = LearningOptions(learning_rate=1.0, final_learning_rate=0.0, warm_up_steps=2)
+    >>> [round(scheduled_rate(step, 4, learning), 3) for step in (1, 2, 3, 4)]
+    [0.5, 1.0, 0.5, 0.0]
+    """
+    if step <= learning.warm_up_steps:
+        return learning.learning_rate * step / learning.warm_up_steps
+    fraction = (step - learning.warm_up_steps) / max(num_steps - learning.warm_up_steps, 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * fraction))
+    return learning.final_learning_rate + (learning.learning_rate - learning.final_learning_rate) * cosine
+
+
 class StateFeatures:
     """The surgeon's state: a vector of dimensionless numbers of order 1.
 
@@ -297,9 +311,16 @@ def head_entropies(model: PreTrainedModel, windows: Int[Tensor, "window time"]) 
 
     The first position of a window, which sees only itself, is left out.
     """
-    attentions = model(input_ids=windows, output_attentions=True, use_cache=False).attentions
-    # Entropy is at most ln(t + 1) where t + 1 positions are visible; the first position has none and is left out.
-    maximum = torch.arange(2, windows.shape[1] + 1, device=windows.device).log()  # [time - 1]: t + 1 visible at t
+    return attention_entropies(model(input_ids=windows, output_attentions=True, use_cache=False).attentions)
+
+
+@torch.no_grad()
+def attention_entropies(
+    attentions: Sequence[Float[Tensor, "window head time time"]],
+) -> Float[Tensor, "layer head"]:
+    """The same from the attention weights of every layer."""
+    time, device = attentions[0].shape[-1], attentions[0].device
+    maximum = torch.arange(2, time + 1, device=device).log()  # [time - 1]: t + 1 visible at t
     layers = []
     for attention in attentions:  # [window, head, time, time]
         entropies = torch.special.entr(attention.float()).sum(-1)[..., 1:]  # [window, head, time - 1]

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from preceptor.evaluation.summary import Comparison, Gap, compare, gap_closed, summarise
 from preceptor.evaluation.verdict import MINIMUM_SEEDS, Conclusion, verdict
 from preceptor.objectives.kl import entropy
+from preceptor.systems.surgery import repaired
+from preceptor.systems.surgery.config import EDITING_ARMS
 from preceptor.systems.surgery.reference_lm import NGram
 from preceptor.systems.surgery.rewards import next_token_logits
 from preceptor.systems.surgery.setup import Setup
@@ -48,6 +50,9 @@ RIVALS = ("no_edit", "shuffled", "evolution", "random", "best_of_n", "gradient")
 DECIDING = ("evolution", "shuffled")
 """Baselines that SAC must beat before the verdict says that the surgeon helps."""
 
+PRETRAINED_PAIRS = [("pretrained", "no_edit"), ("pretrained", "learned"), ("joint_pretrained", "training")]
+"""What is compared where a surgeon that was trained before takes part."""
+
 CHARTS: list[dict[str, Any]] = [
     {
         "kind": "lines",
@@ -80,7 +85,7 @@ CHARTS: list[dict[str, Any]] = [
             "unit": unit,
             "columns": {
                 f"{arm}.{metric}": arm.replace("_", " ")
-                for arm in ("learned", "shuffled", "evolution", "random", "best_of_n", "joint")
+                for arm in (*EDITING_ARMS, "joint", "pretrained", "joint_pretrained")
             },
         }
         for title, unit, metric in (
@@ -218,11 +223,11 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         config: the resolved configuration.
         seeds: of the runs.
     """
-    # Several runs repeat the ladder's records, which are equal; a dictionary keeps one of each.
+    if config.get("training") == "amortised":
+        return repaired.result(records, config=config, seeds=seeds)
     unique = list({(r["arm"], r["item"], r["split"], r["seed"]): r for r in records}.values())
     arms = {record["arm"] for record in unique}
-    pairs = [("learned", rival) for rival in RIVALS] + [("joint", "training")]
-    # Only pairs of methods that were run.
+    pairs = [("learned", rival) for rival in RIVALS] + [("joint", "training")] + PRETRAINED_PAIRS
     comparisons = [
         compare(unique, metric=metric, arm=arm, baseline=baseline, unit=UNITS[metric], split="held_out")
         for arm, baseline in pairs
@@ -320,9 +325,10 @@ def _conclusions(records: Sequence[Mapping[str, Any]], comparisons: Sequence[Com
         helps = f"The surgeon helps: SAC's held-out quality is above that of {measured}."
         conclusions.append(Conclusion(comparisons=deciding, claimed=helps, otherwise=unclaimed))
     for c in comparisons:
-        if c["arm"] == "joint" and c["metric"] == "log_prob":
+        if c["arm"] in ("joint", "joint_pretrained") and c["metric"] == "log_prob":
+            who = "surgery" if c["arm"] == "joint" else "the pretrained surgeon"
             # A loss is claimed as a gain of the other arm.
-            arms = ("joint", "training") if c["mean"] > 0 else ("training", "joint")
+            arms = (c["arm"], c["baseline"]) if c["mean"] > 0 else (c["baseline"], c["arm"])
             tested = compare(
                 records, metric="log_prob", arm=arms[0], baseline=arms[1], unit=c["unit"], split="held_out"
             )
@@ -330,8 +336,8 @@ def _conclusions(records: Sequence[Mapping[str, Any]], comparisons: Sequence[Com
             conclusions.append(
                 Conclusion(
                     comparisons=[tested],
-                    claimed=f"Learning with surgery is {figures}.",
-                    otherwise=f"Learning with surgery is measured at {figures}; no difference can be claimed.",
+                    claimed=f"Learning with {who} is {figures}.",
+                    otherwise=f"Learning with {who} is measured at {figures}; no difference can be claimed.",
                 )
             )
     return conclusions

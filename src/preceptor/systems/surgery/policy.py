@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -46,6 +47,7 @@ class SacAgent:
         initial_temperature: α > 0 at the start, reward units per nat.
         target_entropy: nats; None is −action_dim. A number in (−1, 1) has at most ln 2 nats.
         random_steps: actions are uniform until so many transitions were seen.
+        networks: makes actor and critics; by default perceptrons over whole states.
 
     Attributes:
         num_updates: so far.
@@ -70,6 +72,7 @@ class SacAgent:
         initial_temperature: float = 1.0,
         target_entropy: float | None = None,
         random_steps: int = 100,
+        networks: Networks | None = None,
     ) -> None:
         sizes = {"state_dim": state_dim, "action_dim": action_dim, "hidden_dim": hidden_dim, "batch_size": batch_size}
         faults = [f"{name} must be at least 1, got {size}" for name, size in sizes.items() if size < 1]
@@ -92,21 +95,21 @@ class SacAgent:
         self.batch_size = batch_size
         self.random_steps = random_steps
         self.num_updates = 0
-        # Mean and log standard deviation of every number of the action come out of one network.
-        self._actor = Mlp([state_dim, hidden_dim, hidden_dim, 2 * action_dim], num_networks=1, generator=generator)
-        widths = [state_dim + action_dim, hidden_dim, hidden_dim, 1]
-        self._critics = Mlp(widths, num_networks=_NUM_CRITICS, generator=generator)
-        self._targets = Mlp(widths, num_networks=_NUM_CRITICS, generator=generator)
-        # The targets begin as the critics, whatever was drawn for them.
-        self._targets.load_state_dict(self._critics.state_dict())
-        self._targets.requires_grad_(False)
-        # In logarithms, so that no step can make the temperature negative.
+        self._actor, self._critics = (networks or mlp_networks)(
+            state_dim, action_dim, hidden_dim=hidden_dim, num_critics=_NUM_CRITICS, generator=generator
+        )
+        self._targets = copy.deepcopy(self._critics).requires_grad_(False)
         self._log_temperature = nn.Parameter(torch.tensor(math.log(initial_temperature)))
         self._optimizers = {
             "actor": torch.optim.Adam(self._actor.parameters(), lr=learning_rate, fused=True),
             "critics": torch.optim.Adam(self._critics.parameters(), lr=learning_rate, fused=True),
             "temperature": torch.optim.Adam([self._log_temperature], lr=learning_rate, fused=True),
         }
+
+    @property
+    def actor(self) -> nn.Module:
+        """From states to means and logarithms of standard deviations before squashing."""
+        return self._actor
 
     @property
     def temperature(self) -> float:
@@ -233,7 +236,7 @@ class SacAgent:
 
     @staticmethod
     def _q_values(
-        critics: Mlp, states: Float[Tensor, "batch state"], actions: Float[Tensor, "batch action"]
+        critics: nn.Module, states: Float[Tensor, "batch state"], actions: Float[Tensor, "batch action"]
     ) -> Float[Tensor, "critics batch"]:
         q_values: Tensor = critics(torch.cat([states, actions], dim=-1))
         return q_values.squeeze(-1)
@@ -245,6 +248,23 @@ class SacAgent:
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.grad = gradient
         self._optimizers[name].step()
+
+
+class Networks(Protocol):
+    """Makes an actor (states [batch, state] → [1, batch, 2 · action]) and critics (→ [critics, batch, 1])."""
+
+    def __call__(
+        self, state_dim: int, action_dim: int, *, hidden_dim: int, num_critics: int, generator: torch.Generator
+    ) -> tuple[nn.Module, nn.Module]: ...
+
+
+def mlp_networks(
+    state_dim: int, action_dim: int, *, hidden_dim: int, num_critics: int, generator: torch.Generator
+) -> tuple[nn.Module, nn.Module]:
+    """Perceptrons with two hidden layers, the critics' over state and action side by side."""
+    actor = Mlp([state_dim, hidden_dim, hidden_dim, 2 * action_dim], num_networks=1, generator=generator)
+    widths = [state_dim + action_dim, hidden_dim, hidden_dim, 1]
+    return actor, Mlp(widths, num_networks=num_critics, generator=generator)
 
 
 class Mlp(nn.Module):
@@ -268,9 +288,9 @@ class Mlp(nn.Module):
                 # [networks, in, out] for weights and [networks, 1, out] for biases, as `baddbmm` takes them
                 parameters.append(nn.Parameter((2 * drawn - 1) / math.sqrt(num_in)))
 
-    def forward(self, inputs: Float[Tensor, "batch in"]) -> Float[Tensor, "networks batch out"]:
-        """The output of every network for the same ``inputs``."""
-        hidden = inputs.expand(len(self.weights[0]), *inputs.shape)  # [networks, batch, width]
+    def forward(self, inputs: Float[Tensor, "*networks batch in"]) -> Float[Tensor, "networks batch out"]:
+        """The output of every network, for the same ``inputs`` or for those of its own."""
+        hidden = inputs.expand(len(self.weights[0]), *inputs.shape[-2:])  # [networks, batch, width]
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             hidden = torch.baddbmm(bias, relu(hidden) if layer else hidden, weight)
         return hidden

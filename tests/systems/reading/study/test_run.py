@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from preceptor.cli import main
+from preceptor.data.articles.pairs import Pair
 from preceptor.errors import DataError
 from preceptor.result import write_page
 from preceptor.runs.folder import Run
 from preceptor.systems import find_system
 from preceptor.systems.base import Services
 from preceptor.systems.configuration import configuration
+from preceptor.systems.reading.study.choose import Reader, folder_pairs
 from preceptor.systems.reading.study.pool import NUM_HELD_OUT
 from preceptor.systems.reading.study.verify import named_case, read_pools
 from preceptor.systems.reading.verify import verify
@@ -91,6 +93,43 @@ def test_a_study_from_end_to_end(words: list[str], tmp_path: Path) -> None:
     page = write_page(folder).read_text()
     assert "Asked about an article" in page
     assert "One sentence of an article read" in page
+
+
+def test_a_policy_is_used_on_a_folder(
+    words: list[str], folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, judge = tmp_path / "run", folders[1]
+    assert main([*words, "--out", str(run)]) == 0
+    capsys.readouterr()
+    named = ["study", "--pool", str(judge), "--policy", str(run), "--ask", "Which salt of place 3 is old?"]
+    assert main([*named, "--budget", "2", "--out", str(tmp_path / "context.txt")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["1.", "2.", "context:"]
+    context = (tmp_path / "context.txt").read_text()
+    pairs, titles = folder_pairs(judge)
+    assert len(pairs) == len(titles) == 3 * 9
+
+    # The same from Python, on candidates in another order: places change, texts and probabilities do not.
+    chosen = Reader(run).choose("Which salt of place 3 is old?", pairs, budget=2)
+    assert context == "\n".join(each.text for each in chosen) + "\n\nWhich salt of place 3 is old?\n"
+    turned = Reader(run).choose("Which salt of place 3 is old?", pairs[::-1], budget=2)
+    assert [each.text for each in turned] == [each.text for each in chosen]
+    assert [each.probability for each in turned] == pytest.approx([each.probability for each in chosen], abs=1e-5)
+    assert all(0 < each.probability <= 1 for each in chosen)
+    assert [pairs[each.index].key for each in chosen] == [each.key for each in chosen]
+
+    # A large pool is cut to what shares words with the question.
+    many = [Pair(i, f"Line {i} says nothing at all of it.", "Nor does this one.") for i in range(90)]
+    many[80] = Pair(80, "Some salt of place three is very old.", "It is white.")
+    assert max(each.index for each in Reader(run).choose("Is the salt old?", many, budget=64)) == 80
+
+    assert main([*named, "--budget", "99"]) == 2
+    assert "the budget must lie in 1..27 (the pool), got 99" in capsys.readouterr().err
+    assert main(["study", "--pool", str(judge), "--policy", str(judge), "--ask", "x"]) == 2
+    assert "holds no policy of a study" in capsys.readouterr().err
+    (run / "study.safetensors").write_bytes(b"damaged")
+    assert main(named) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
 
 
 def test_a_stopped_study_goes_on_exactly(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
