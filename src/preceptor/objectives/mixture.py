@@ -196,8 +196,9 @@ class Mixture:
         )
         preferences, state = given  # of a user's rule, which may give anything
         # Checked before anything is assigned, so that the caller may catch the error and go on.
-        if not isinstance(preferences, Tensor) or preferences.shape != (self.num_datasets,):
-            got = tuple(preferences.shape) if isinstance(preferences, Tensor) else type(preferences).__name__
+        given: object = preferences  # by a rule of one's own, anything
+        if not isinstance(given, Tensor) or given.shape != (self.num_datasets,):
+            got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
             raise ShapeError(
                 f"{type(self.rule).__name__}.preferences must give a number for each of {self.num_datasets} datasets, "
                 f"got {got}"
