@@ -10,7 +10,7 @@ TORCH_LOWEST ?= $(shell sed -nE 's/^  "torch>=([0-9.]+)".*/\1.0/p' pyproject.tom
 # A demo never overwrites an earlier one.
 DEMO_OUT := $(or $(DEMO_OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: help demo test test-all bench docs lint check format constraints lowest clean
+.PHONY: help demo test test-all mutants bench docs lint check format constraints lowest clean
 
 help: ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -24,6 +24,9 @@ test: $(VENV)/installed-test ## All tests but the slow ones, with the examples o
 
 test-all: $(VENV)/installed-test ## The slow tests too
 	$(BIN)/python -m pytest
+
+mutants: $(VENV)/installed-test ## Plant every fault of tools/mutants/faults.yaml: hours, resumable (MUTANTS="--only lm --jobs 2")
+	nice -n 15 $(BIN)/python -m tools.mutants $(MUTANTS)
 
 bench: $(VENV)/installed-test ## Every benchmark beside its peer (BENCH=decode for one); a clean commit adds lines to benchmarks/history.jsonl
 	$(BIN)/python -m benchmarks $(BENCH)
