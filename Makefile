@@ -11,7 +11,7 @@ LOWEST_TORCH ?= build/lowest/bin/pip install --quiet --disable-pip-version-check
 # A demo never overwrites an earlier one.
 DEMO_OUT := $(or $(DEMO_OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: help demo test quick test-all bench docs lint check format constraints lowest clean
+.PHONY: help demo test quick test-all mutants bench docs lint check format constraints lowest clean
 
 help: ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -27,6 +27,9 @@ quick: $(VENV)/installed-test ## The mathematics and one system, in under a minu
 
 test-all: $(VENV)/installed-test ## The slow tests too
 	$(BIN)/python -m pytest
+
+mutants: $(VENV)/installed-test ## Plant every fault of tools/mutants/faults.yaml: hours, resumable (MUTANTS="--only lm --jobs 2")
+	nice -n 15 $(BIN)/python -m tools.mutants $(MUTANTS)
 
 bench: $(VENV)/installed-test ## Every benchmark beside its peer (BENCH=decode for one); a clean commit adds lines to benchmarks/history.jsonl
 	$(BIN)/python -m benchmarks $(BENCH)
