@@ -17,15 +17,15 @@ from preceptor.objectives.entropy import entropy
 from preceptor.objectives.filters import above_standard_deviations, best_fraction, everything
 from preceptor.objectives.kl import AdaptiveKLController, kl_exact, kl_k1, kl_k2, kl_k3
 from preceptor.objectives.mixture import MIXTURE_RULES, Mixture, document_difficulty, make_mixture
-from preceptor.objectives.mixture_controls import Ado, Exp3
+from preceptor.objectives.mixture_controls import Ado, ByDifficulty, Exp3, Fixed
 from preceptor.objectives.mixture_rules import (
-    ByDifficulty,
     Difficulty,
-    Fixed,
     LearningProgress,
     MixtureRule,
     SecondOrder,
+    counted_loss,
 )
+from preceptor.objectives.mixture_targets import Alignment, ProgressOnTargets
 from preceptor.objectives.next_token import (
     avatarl_loss,
     expected_reward_loss,
@@ -62,6 +62,7 @@ __all__ = [
     "AdaptiveKLController",
     "Ado",
     "Aggregation",
+    "Alignment",
     "ByDifficulty",
     "Difficulty",
     "Exp3",
@@ -70,6 +71,7 @@ __all__ = [
     "MIXTURE_RULES",
     "Mixture",
     "MixtureRule",
+    "ProgressOnTargets",
     "RunningMoments",
     "SecondOrder",
     "above_standard_deviations",
@@ -80,6 +82,7 @@ __all__ = [
     "calibrated_temperature",
     "cispo_loss",
     "clip_fraction",
+    "counted_loss",
     "document_difficulty",
     "entropy",
     "everything",
