@@ -313,7 +313,7 @@ def make_mixture(
         options["prior"] = tuple(_checked_weights(sizes, num_datasets).tolist())
         weights = sizes if weights is None else weights
     if target_share is None:
-        keeps_targets = name in ("learning_progress", "alignment") or bool(options.get("guard"))
+        keeps_targets = name in ("learning_progress", "alignment", "second_order") and options.get("guard", 1)
         target_share = TARGET_SHARE if keeps_targets else 0.0
     return Mixture(
         rule_class(**options),

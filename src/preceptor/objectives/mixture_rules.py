@@ -157,7 +157,7 @@ class SecondOrder:
     order in which datasets are listed: the change is taken over time; it counts when the metric *falls*; it is scaled
     (Σ|u| = 1), so that η means the same whatever the loss; what lies within the error does not count. The text's η is
     0.1; a run has tens of updates, not thousands, so the default is larger. With ``guard`` m is first passed through
-    :func:`counted_loss`, so that what was forgotten and is learned again shows no velocity.
+    :func:`counted_loss` (margin: 2z errors), so that what was forgotten and is learned again shows no velocity.
 
     Args:
         step_size: η > 0, the share that one update can move.
@@ -190,7 +190,7 @@ class SecondOrder:
     variance_weight: float = 1.0
     threshold: float = 1.0
     doubt: float = 0.1
-    guard: float = 0.0
+    guard: float = 1.0
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -226,7 +226,7 @@ class SecondOrder:
         metric = difficulty.mean.double() + self.variance_weight * difficulty.variance.double()
         # The two errors are not independent (they come from the same documents); their sum bounds that of the metric.
         error = difficulty.mean_error.double() + self.variance_weight * difficulty.variance_error.double()
-        losses = _count(metric, state, margin=self.threshold * error, first=num_updates == 0)
+        losses = _count(metric, state, margin=2 * self.threshold * error, first=num_updates == 0)
         metric = losses["counted"] if self.guard else metric
         if num_updates == 0:
             return weights, state | {
@@ -258,7 +258,7 @@ class SecondOrder:
 class LearningProgress:
     """Weights in proportion to how fast the loss falls: slow minus fast running average, as far as it is no chance.
 
-    With averages a ← a + rate·(ℓ − a) of the counted loss ℓ (:func:`counted_loss`, with a margin of z errors), which
+    With averages a ← a + rate·(ℓ − a) of the counted loss ℓ (:func:`counted_loss`, with a margin of 2z errors), which
     start at the first measurement, the progress is
 
         p = slow − fast,   w ∝ (max(p − z·σ_p, 0) + d·(mean of σ_p)) / √h
@@ -329,7 +329,7 @@ class LearningProgress:
     ) -> tuple[Float[Tensor, " choices"], State]:
         """See :class:`MixtureRule`."""
         error, variance = difficulty.mean_error.double(), difficulty.mean_error.double().square()
-        losses = _count(difficulty.mean.double(), state, margin=self.threshold * error, first=num_updates == 0)
+        losses = _count(difficulty.mean.double(), state, margin=2 * self.threshold * error, first=num_updates == 0)
         mean = losses["counted"]
         if num_updates == 0:
             first = {

@@ -58,7 +58,7 @@ class State:
         """Puts the policy back to its initial weights and makes everything else of ``method`` anew."""
         setup, config = self._setup, self._setup.config
         self.method = method
-        self.steps_before = setup.methods.index(method) * config.update.steps
+        self.steps_before = setup.steps_before(method)
         copy_tensors(setup.initial_weights, self.lm.trainable_parameters())
         self.refresh_frozen_model()
         self.terms = (
@@ -86,6 +86,8 @@ class State:
             sizes=[corpus.train.num_tokens for corpus in setup.corpora],
             weights=method.weights or None,
             exploration=config.mixture.exploration,
+            targets=[corpus.target for corpus in setup.corpora],
+            target_share=config.mixture.target_share,
             **method.settings,
         )
         # The sampler's seed does not depend on the method: under equal weights all methods see the same rows.
@@ -207,8 +209,10 @@ def build_optimizer(
     return torch.optim.AdamW(groups, weight_decay=options.weight_decay)
 
 
-def learning_rate_scale(step: int, options: UpdateOptions) -> float:
+def learning_rate_scale(step: int, options: UpdateOptions, *, num_steps: int = 0) -> float:
     """Factor in (0, 1] on the learning rates at ``step`` of a method (from 1): linear warm-up, then the decay.
+
+    The decay ends after ``num_steps`` steps, or after ``options.steps`` where that is 0.
 
     >>> [learning_rate_scale(s, UpdateOptions(steps=4, warm_up_steps=2, decay="linear")) for s in (1, 2, 3, 4)]
     [0.5, 1.0, 1.0, 0.5]
@@ -216,7 +220,9 @@ def learning_rate_scale(step: int, options: UpdateOptions) -> float:
     warm_up = options.warm_up_steps
     if step <= warm_up:
         return step / warm_up
-    done = (step - warm_up - 1) / max(options.steps - warm_up, 1)  # of the decay, in [0, 1): the last rate is above 0
+    done = (step - warm_up - 1) / max(
+        (num_steps or options.steps) - warm_up, 1
+    )  # of the decay, in [0, 1): the last rate is above 0
     if options.decay == "linear":
         return 1 - done
     return (1 + math.cos(math.pi * done)) / 2 if options.decay == "cosine" else 1.0
