@@ -9,6 +9,7 @@ from pydantic import Field
 
 from preceptor.config import Options
 from preceptor.data.corpora.datasets import Source, source_faults
+from preceptor.systems.curriculum.tasks.config import BUILTIN_TASKS, TASK_RULES, TasksOptions
 
 RULES = {
     "second_order": "weights move along the smoothed fall over time of mean + variance of the losses",
@@ -73,6 +74,8 @@ CHOICES: dict[str, dict[str, str]] = {
     "losses": LOSSES,
     "KL places": KL_PLACES,
     "built-in datasets": BUILTIN,
+    "task rules": TASK_RULES,
+    "built-in tasks": BUILTIN_TASKS,
 }
 """What ``preceptor list`` shows."""
 
@@ -330,6 +333,7 @@ class CurriculumConfig(Options):
     seed: int = Field(0, description="Seed of every random stream.")
     model: ModelOptions = ModelOptions()
     data: DataOptions = DataOptions()
+    tasks: TasksOptions = TasksOptions()
     difficulty: DifficultyOptions = DifficultyOptions()
     mixture: MixtureOptions = MixtureOptions()
     ppo: PPOOptions = PPOOptions()
@@ -342,11 +346,25 @@ class CurriculumConfig(Options):
 
     def conflicts(self) -> Iterator[str]:
         """Values that do not go together."""
+        if self.tasks.tasks:
+            yield from _task_conflicts(self)
+            yield from _ppo_conflicts(self)
+            return
         yield from _mixture_conflicts(self)
         yield from _ppo_conflicts(self)
 
 
 Config = CurriculumConfig
+
+
+def _task_conflicts(config: CurriculumConfig) -> Iterator[str]:
+    yield from config.tasks.conflicts()
+    if config.ppo.advantage == "gae":
+        yield "`ppo.advantage` gae needs a value network, which RL on tasks does not have; use grpo, dr_grpo or rloo"
+    if config.ppo.kl_place != "none":
+        yield f"`ppo.kl_place` must be none in RL on tasks, got {config.ppo.kl_place}"
+    if not config.ppo.weight:
+        yield "`ppo.weight` is 0; RL on tasks learns from nothing else"
 
 
 def _mixture_conflicts(config: CurriculumConfig) -> Iterator[str]:

@@ -48,6 +48,7 @@ from preceptor.systems.curriculum.result import charts, outcome_records, result
 from preceptor.systems.curriculum.rewards import Rewards, score_rollouts, token_advantages
 from preceptor.systems.curriculum.setup import Setup, prepare
 from preceptor.systems.curriculum.state import State, learning_rate_scale
+from preceptor.systems.curriculum.tasks.loop import train_on_tasks
 from preceptor.systems.curriculum.update import Documents, Experience, autocast, kl_reference_model, update
 from preceptor.systems.curriculum.verify import mixture_row, rollout_rows
 
@@ -71,6 +72,8 @@ def train(config: CurriculumConfig, run: Run, services: Services) -> dict[str, A
     The best policy of the first method (by validation loss) and its last one are saved as the model folders
     ``best_model`` and ``model``.
     """
+    if config.tasks.tasks:
+        return train_on_tasks(config, run)
     setup = prepare(config, run, services)
     state = State(setup)
     run.restore(state)
