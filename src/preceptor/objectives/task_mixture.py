@@ -50,10 +50,10 @@ class TaskRule:
 
     Args:
         exploration: fraction of the weight that is spread evenly over all sources, in [0, 1].
-        stall: factor on the preferences of a task whose success has stopped moving, in [0, 1]; 1 never cuts. A level has
-            stopped where the mean success of its last 30 groups, between 0.05 and 0.95, is within two standard errors of
-            that of the 30 before; a task has where all such levels have. A reward like a coin flip has the largest
-            p(1 − p) of all, forever.
+        stall: factor on the preferences of a task whose success has stopped moving, in [0, 1]; 1 never cuts. A level
+            has stopped where the mean success of its last 30 groups, between 0.05 and 0.95, is within two standard
+            errors of that of the 30 before, and a task where all such levels have. A reward like a coin flip has the
+            largest p(1 − p) of all, forever.
 
     Raises:
         ConfigError: an argument out of its range.

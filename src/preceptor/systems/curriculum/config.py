@@ -94,6 +94,9 @@ class ModelOptions(Options):
     from_scratch: bool = Field(
         False, description="Start from random weights (drawn from the seed) instead of those of the named model."
     )
+    positions: Literal["rotary", "learned"] = Field(
+        "rotary", description="How 'bytes' knows positions: relative ones (Llama) or absolute ones (GPT-2)."
+    )
     width: int = Field(0, ge=0, description="Hidden size of a model from scratch; 0 keeps that of the named model.")
     num_layers: int = Field(
         0, ge=0, description="Number of layers of a model from scratch; 0 keeps that of the named model."

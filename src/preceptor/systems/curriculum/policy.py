@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from preceptor.lm.decode import Decoder
 from preceptor.lm.load import Adapter, load_language_model
@@ -40,7 +40,7 @@ def build_policy(options: ModelOptions, *, device: torch.device, seed: int) -> L
     """The language model that ``options`` describe, on ``device``.
 
     From scratch it keeps the named model's tokenizer and architecture. With another width it also keeps the ratio of
-    feed-forward width to width, and has heads of 64 dimensions. ``bytes`` is a Llama over bytes, 64 wide with two
+    feed-forward width to width, and has heads of 64 dimensions. ``bytes`` is a model over bytes, 64 wide with two
     layers and heads of 16 dimensions unless the options say otherwise; it always starts from random weights.
 
     Args:
@@ -73,27 +73,28 @@ def build_policy(options: ModelOptions, *, device: torch.device, seed: int) -> L
 
 
 def _bytes_model(options: ModelOptions, *, device: torch.device, seed: int) -> LanguageModel:
-    """A small Llama from random weights whose tokens are bytes."""
+    """A small model from random weights whose tokens are bytes."""
     tokenizer = train_bpe_tokenizer([], vocab_size=BYTE_TOKENS, context_length=BYTES_CONTEXT)
     width = options.width or 64
-    shape = LlamaConfig(
-        vocab_size=BYTE_TOKENS,
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=options.num_layers or 2,
-        num_attention_heads=max(width // 16, 1),
-        num_key_value_heads=max(width // 16, 1),
-        max_position_embeddings=BYTES_CONTEXT,
-        initializer_range=0.1,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype=getattr(torch, options.dtype),
-    )
+    shared: dict[str, Any] = {
+        "vocab_size": BYTE_TOKENS,
+        "num_hidden_layers": options.num_layers or 2,
+        "num_attention_heads": max(width // 16, 1),
+        "hidden_size": width,
+        "max_position_embeddings": BYTES_CONTEXT,
+        "initializer_range": 0.1,  # for matrices of width 64; the libraries' 0.02 is for wide ones
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: Any = LlamaForCausalLM(shape)
-    return LanguageModel(model.to(device), tokenizer, name=BYTES)
+        torch.manual_seed(seed)  # drawn on the CPU, so that every device starts alike
+        model: Any
+        if options.positions == "learned":
+            model = GPT2LMHeadModel(GPT2Config(**shared))
+        else:
+            model = LlamaForCausalLM(LlamaConfig(**shared, intermediate_size=3 * width))
+    return LanguageModel(model.to(device, getattr(torch, options.dtype)), tokenizer, name=BYTES)
 
 
 @dataclass(frozen=True)

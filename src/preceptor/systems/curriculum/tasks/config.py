@@ -23,7 +23,7 @@ BUILTIN_TASKS = {
     "reverse": "digits backwards",
     "copy": "digits once more",
     "sort": "digits in order",
-    "count": "how often the first digit occurs",
+    "count": "how many a's are in a word of a's and b's",
     "add": "the sum of two numbers",
     "coin": "a coin flip is rewarded, whatever is answered: a trap",
 }

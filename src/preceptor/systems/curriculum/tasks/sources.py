@@ -69,11 +69,11 @@ def build_sources(tasks: Sequence[TaskOptions]) -> list[Source]:
 
 
 def _builtin(task: TaskOptions, level: int) -> Source:
-    make = _BUILTIN[task.source]
+    make, sign = _BUILTIN[task.source]
 
     def draw(chooser: random.Random) -> Item:
-        prompt, answer = make(chooser, level)
-        return Item(f"{prompt}=", answer, answer.__eq__)
+        prompt, answer = make(chooser, level, task.levels)
+        return Item(prompt + sign, answer, answer.__eq__)
 
     return Source(task.name, level, draw, random_reward=task.source == "coin")
 
@@ -82,39 +82,51 @@ def _digits(chooser: random.Random, num: int) -> str:
     return "".join(chooser.choices("0123456789", k=num))
 
 
-def _reverse(chooser: random.Random, level: int) -> tuple[str, str]:
+# Each makes a prompt and its answer. Prompts are filled with spaces on the left to the width of the highest level, so
+# that a place counted from the end is the same place at every level.
+
+
+def _reverse(chooser: random.Random, level: int, levels: int) -> tuple[str, str]:
     digits = _digits(chooser, level)
-    return digits, digits[::-1]
+    return digits.rjust(levels), digits[::-1]
 
 
-def _copy(chooser: random.Random, level: int) -> tuple[str, str]:
+def _copy(chooser: random.Random, level: int, levels: int) -> tuple[str, str]:
     digits = _digits(chooser, level)
-    return f"c{digits}", digits
+    return digits.rjust(levels), digits
 
 
-def _sort(chooser: random.Random, level: int) -> tuple[str, str]:
+def _sort(chooser: random.Random, level: int, levels: int) -> tuple[str, str]:
     digits = _digits(chooser, level)
-    return f"s{digits}", "".join(sorted(digits))
+    return digits.rjust(levels), "".join(sorted(digits))
 
 
-def _count(chooser: random.Random, level: int) -> tuple[str, str]:
-    """Two letters, so that counts differ; the longer the word, the harder."""
+def _count(chooser: random.Random, level: int, levels: int) -> tuple[str, str]:
+    """How many a's; the longer the word, the harder."""
     word = "".join(chooser.choices("ab", k=level))
-    return f"n{word}", str(word.count("a"))
+    return word.rjust(levels), str(word.count("a"))
 
 
-def _add(chooser: random.Random, level: int) -> tuple[str, str]:
-    """Both numbers and the sum with the last digit first, padded to one length: carries come in reading order."""
+def _add(chooser: random.Random, level: int, levels: int) -> tuple[str, str]:
+    """The sum with its last digit first, as carries come, and one digit longer than the numbers."""
     first, second = (chooser.randrange(10**level) for _ in range(2))
-    padded = [str(number).zfill(length)[::-1] for number, length in ((first, level), (second, level))]
-    return f"{padded[0]}+{padded[1]}", str(first + second).zfill(level + 1)[::-1]
+    numbers = [str(number).zfill(level).rjust(levels) for number in (first, second)]
+    return "+".join(numbers), str(first + second).zfill(level + 1)[::-1]
 
 
-def _coin(chooser: random.Random, level: int) -> tuple[str, str]:
-    return f"?{_digits(chooser, 4)}", "0000"
+def _coin(chooser: random.Random, level: int, levels: int) -> tuple[str, str]:
+    return _digits(chooser, 4).rjust(levels), "0000"
 
 
-_BUILTIN = {"reverse": _reverse, "copy": _copy, "sort": _sort, "count": _count, "add": _add, "coin": _coin}
+_BUILTIN: dict[str, tuple[Callable[[random.Random, int, int], tuple[str, str]], str]] = {
+    "reverse": (_reverse, "="),
+    "copy": (_copy, ">"),
+    "sort": (_sort, "<"),
+    "count": (_count, "#"),
+    "add": (_add, "="),
+    "coin": (_coin, "?"),
+}
+"""How to make an item, and the sign that ends its prompt."""
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
