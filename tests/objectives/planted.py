@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from preceptor.objectives import Difficulty, Mixture, document_difficulty
+from preceptor.objectives import Mixture, document_difficulty
 
 UPDATES = 40
 STEPS = 10
@@ -110,7 +110,9 @@ def best_schedule(world: World, *, pieces: int = 8, steps: int = 300) -> float:
 
 # ---- the worlds ------------------------------------------------------------------------------------------------------
 
-FLOOR, SCALE, EXPONENT = (torch.tensor(x, dtype=torch.float64) for x in ((1.0, 1.3, 0.8, 1.5), (3.0, 1.5, 6.0, 2.0), (0.3, 0.15, 0.45, 0.25)))
+FLOOR, SCALE, EXPONENT = (
+    torch.tensor(x, dtype=torch.float64) for x in ((1.0, 1.3, 0.8, 1.5), (3.0, 1.5, 6.0, 2.0), (0.3, 0.15, 0.45, 0.25))
+)
 
 
 def _laws(skill: torch.Tensor) -> torch.Tensor:
@@ -137,7 +139,12 @@ def _copies(weights: torch.Tensor, skill: torch.Tensor) -> torch.Tensor:
 
 
 def _copy_laws(skill: torch.Tensor) -> torch.Tensor:
-    return torch.cat([FLOOR[:1] + SCALE[:1] * (1 + skill[:4]) ** -EXPONENT[:1], (FLOOR + SCALE * (1 + torch.cat([skill[4:5] * 0, skill[4:]])) ** -EXPONENT)[1:]])
+    return torch.cat(
+        [
+            FLOOR[:1] + SCALE[:1] * (1 + skill[:4]) ** -EXPONENT[:1],
+            (FLOOR + SCALE * (1 + torch.cat([skill[4:5] * 0, skill[4:]])) ** -EXPONENT)[1:],
+        ]
+    )
 
 
 def _plain(weights: torch.Tensor, skill: torch.Tensor) -> torch.Tensor:
@@ -152,7 +159,9 @@ HELP = torch.tensor([0.1, 0.8, 0.3, 0.0, 0.0], dtype=torch.float64)
 
 
 CHAIN = World(_exponential, _chained, (True,) * 4, 2400.0, best=0.0)
-NOISE = World(lambda s: torch.cat([_laws(s[:4]), _letters(s[4:])]), _plain, (True,) * 4 + (False,) * 4, 4000.0, best=0.0)
+NOISE = World(
+    lambda s: torch.cat([_laws(s[:4]), _letters(s[4:])]), _plain, (True,) * 4 + (False,) * 4, 4000.0, best=0.0
+)
 COPIES = World(_copy_laws, _copies, (False, False, False, True, True, True, True), 4000.0, best=0.0)
 FAR = World(
     lambda s: torch.cat([_laws(s[:4]), _letters(s[4:])]),

@@ -134,7 +134,8 @@ class Mixture:
         exploration: ε in [0, 1], the share of the mixture that is spread evenly.
         initial_weights: before the first update, any scale; ``None``: uniform.
         targets: True = the dataset is judged in the end; ``None``: nobody said. It is passed on to the rule.
-        target_share: τ in [0, 1]; without effect where no dataset is known to be a target.
+        target_share: τ in [0, 1]; spread evenly over all datasets where none is a target, and without effect where
+            nobody said.
 
     Attributes:
         num_updates: how many measurements the weights have seen.
@@ -168,7 +169,7 @@ class Mixture:
         if targets is not None and len(targets) != num_datasets:
             raise ConfigError(f"{num_datasets} datasets need as many targets (true or false), got {len(targets)}")
         self.targets = None if targets is None else torch.tensor([bool(target) for target in targets])
-        self.target_share = target_share if targets is not None and any(targets) else 0.0
+        self.target_share = target_share
         self.rule = rule
         self.num_datasets = num_datasets
         self.exploration = exploration
@@ -215,7 +216,8 @@ class Mixture:
         shares = torch.ones_like(preferences) if self.fell_back else preferences.clamp(min=0)
         weights = (1 - self.exploration) * shares / shares.sum() + self.exploration / self.num_datasets
         if self.targets is not None and self.target_share:
-            kept = self.targets.double() / self.targets.sum()
+            kept = self.targets.double() if self.targets.any() else torch.ones_like(weights)
+            kept = kept / kept.sum()
             weights = (1 - self.target_share) * weights + self.target_share * kept
         self._weights = weights
         self._state = state
@@ -314,6 +316,8 @@ def make_mixture(
         weights = sizes if weights is None else weights
     if target_share is None:
         keeps_targets = name in ("learning_progress", "alignment", "second_order") and options.get("guard", 1)
+        if name == "alignment" and not any(targets or ()):
+            keeps_targets = False  # gradients say all there is to know about a target that no dataset holds
         target_share = TARGET_SHARE if keeps_targets else 0.0
     return Mixture(
         rule_class(**options),
@@ -344,6 +348,8 @@ def _check(difficulty: Difficulty, tokens: Float[Tensor, " choices"], *, num_dat
                 "one number for each is needed"
             )
         low = -math.inf if name in ("mean", "alignment") else 0.0
+        if name == "alignment":
+            values = values.nan_to_num(nan=0.0)  # not measured this time
         if faulty := [i for i, x in enumerate(values.tolist()) if not math.isfinite(x) or x < low]:
             raise NumericError(
                 f"{name} of dataset {faulty[0]} is {values[faulty[0]].item()}; "

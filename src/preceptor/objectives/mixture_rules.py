@@ -45,8 +45,8 @@ class Difficulty:
         mean_error: standard error of ``mean``: how far two measurements differ by the choice of documents alone.
         variance_error: the same of ``variance``.
         targets: True = the dataset is judged in the end; None where nobody said, and then all count alike.
-        alignment: by how much a step on the dataset lowers the loss of the targets, to first order, on any scale; None
-            where it was not measured.
+        alignment: by how much a step on the dataset lowers the loss of the targets, to first order, on any scale; NaN
+            for a dataset that was not measured this time, None where none was.
 
     >>> one = torch.ones(2)
     >>> Difficulty(mean=one, variance=one, mean_error=one, variance_error=one).mean

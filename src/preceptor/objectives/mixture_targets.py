@@ -96,7 +96,8 @@ class Alignment:
     Departures: the positive part in place of exponentiated gradients; Adam's preconditioner; few rows and a memory.
 
     Args:
-        memory: β in [0, 1); the first measurement is taken as it is.
+        memory: β in [0, 1); the first measurement of a dataset is taken as it is. Until then it is preferred like the
+            average of the others.
 
     Raises:
         ConfigError: an argument out of its range.
@@ -118,7 +119,8 @@ class Alignment:
 
     def initial_state(self, num_datasets: int) -> State:
         """No measurement yet."""
-        return {"memory": torch.zeros(num_datasets, dtype=torch.float64)}
+        zeros = torch.zeros(num_datasets, dtype=torch.float64)
+        return {"memory": zeros, "measured": zeros}
 
     def preferences(
         self,
@@ -132,8 +134,14 @@ class Alignment:
         """See :class:`~preceptor.objectives.mixture_rules.MixtureRule`."""
         if difficulty.alignment is None:
             raise DataError("the rule alignment needs the alignment of each dataset; give `Difficulty.alignment`")
-        measured = difficulty.alignment.double()
+        alignment = difficulty.alignment.double()
+        now = ~alignment.isnan()
+        alignment = alignment.nan_to_num(nan=0.0)
         # On any scale: gradients shrink as a model learns, and the memory must not forget the less for it.
-        scaled = measured / measured.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-        memory = scaled if num_updates == 0 else self.memory * state["memory"] + (1 - self.memory) * scaled
-        return memory.clamp(min=0), {"memory": memory}
+        scaled = alignment / alignment.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+        before = state["measured"] > 0
+        moved = torch.where(before, self.memory * state["memory"] + (1 - self.memory) * scaled, scaled)
+        memory, known = torch.where(now, moved, state["memory"]), before | now
+        preferences = memory.clamp(min=0)
+        average = (preferences * known).sum() / known.sum().clamp(min=1)
+        return torch.where(known, preferences, average), {"memory": memory, "measured": known.double()}

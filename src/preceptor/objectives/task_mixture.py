@@ -59,8 +59,8 @@ class TaskRule:
         ConfigError: an argument out of its range.
     """
 
-    exploration: float = 0.1
-    stall: float = 0.1
+    exploration: float | int = 0.1
+    stall: float | int = 0.1
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -109,8 +109,8 @@ class SuccessVariance(TaskRule):
     tensor([0.1500, 0.2000], dtype=torch.float64)
     """
 
-    decay: float = 0.9
-    neighbours: float = 0.1
+    decay: float | int = 0.9
+    neighbours: float | int = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,10 +157,10 @@ class FrontierRange(TaskRule):
     tensor([0., 1., 1.], dtype=torch.float64)
     """
 
-    exploration: float = 0.0
-    window: float = 2.0
-    threshold: float = 0.9
-    answers: float = 64.0
+    exploration: float | int = 0.0
+    window: float | int = 2.0
+    threshold: float | int = 0.9
+    answers: float | int = 64.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -210,9 +210,9 @@ class MeanAdvantage(TaskRule):
         temperature: of the softmax, above 0.
     """
 
-    exploration: float = 0.0
-    rate: float = 0.5
-    temperature: float = 0.1
+    exploration: float | int = 0.0
+    rate: float | int = 0.5
+    temperature: float | int = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -247,9 +247,9 @@ class UpperConfidence(TaskRule):
         temperature: of the softmax, above 0.
     """
 
-    exploration: float = 0.0
-    rate: float = 0.05
-    temperature: float = 0.1
+    exploration: float | int = 0.0
+    rate: float | int = 0.05
+    temperature: float | int = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -298,9 +298,9 @@ class Staged(TaskRule):
         hardest_first: 1 opens the highest level first.
     """
 
-    exploration: float = 0.0
-    horizon: float = 0.25
-    hardest_first: float = 0.0
+    exploration: float | int = 0.0
+    horizon: float | int = 0.25
+    hardest_first: float | int = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -426,7 +426,7 @@ class TaskMixture:
         self._state = {name: torch.tensor(values, dtype=torch.float64) for name, values in state["rule"].items()}
 
 
-def make_task_mixture(name: str, *, num_levels: Sequence[int], **settings: float) -> TaskMixture:
+def make_task_mixture(name: str, *, num_levels: Sequence[int], **settings: float | int) -> TaskMixture:
     """The mixture whose rule is called ``name`` in :data:`TASK_RULES`.
 
     Raises:

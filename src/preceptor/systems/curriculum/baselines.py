@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from preceptor.systems.curriculum.config import FIXED_RULES, CurriculumConfig
+from preceptor.systems.curriculum.config import FIXED_RULES, CurriculumConfig, DifficultyOptions
 
 FROZEN_POLICY = "frozen_policy"
 """Name of the baseline whose learning rates are 0."""
@@ -43,6 +43,10 @@ class Method:
     def measures_difficulty(self) -> bool:
         """Whether difficulty is measured: a rule whose weights never move is spared the cost."""
         return self.rule not in FIXED_RULES
+
+    def reads_gradients(self, options: DifficultyOptions) -> bool:
+        """Whether the weights follow the gradients of the training batch itself."""
+        return self.rule == "alignment" and not options.alignment_rows
 
 
 def plan_methods(config: CurriculumConfig) -> list[Method]:
@@ -79,8 +83,10 @@ def measured_rows(config: CurriculumConfig, rule: str) -> int:
     """Rows that ``rule`` reads at one measurement, at most."""
     options, datasets = config.difficulty, config.data.datasets
     num_mixed = sum(dataset.train for dataset in datasets)
-    if rule == "alignment":
+    if rule == "alignment" and options.alignment_rows:
         return options.alignment_rows * (num_mixed + sum(dataset.target for dataset in datasets))
+    if rule == "alignment":  # from the training batch
+        return options.target_rows * sum(not dataset.train for dataset in datasets)
     return options.sample_size * num_mixed
 
 

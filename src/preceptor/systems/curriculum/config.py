@@ -167,7 +167,13 @@ class DifficultyOptions(Options):
     refresh_every: int = Field(10, ge=1, description="K: number of steps between refreshes of the frozen model.")
     sample_size: int = Field(24, ge=1, description="Maximum number of rows of each dataset that are scored.")
     alignment_rows: int = Field(
-        2, ge=1, description="Number of rows of each dataset and target whose gradient is taken (rule: alignment)."
+        0,
+        ge=0,
+        description="Number of rows of each dataset and target whose gradient is taken (rule: alignment); 0 takes "
+        "the gradients of the training batch itself, at every step and no cost.",
+    )
+    target_rows: int = Field(
+        2, ge=1, description="Number of rows of each target that is not learned from (rule: alignment, from the batch)."
     )
     resample: bool = Field(
         False, description="Draw a new sample for each measurement instead of keeping the first one."

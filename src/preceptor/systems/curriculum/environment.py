@@ -9,6 +9,7 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -161,26 +162,36 @@ def gradient_alignment(
         the alignment of each dataset, float64 on the CPU; for each dataset one loss per row, nats per token.
     """
     parameters = list(lm.trainable_parameters().values())
-    directions = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
-    for rows in targets:
-        for direction, gradient in zip(directions, _loss_gradient(lm, rows, parameters)[1], strict=True):
-            direction += gradient / len(targets)
-    if optimizer is not None:
-        for direction, parameter in zip(directions, parameters, strict=True):
-            direction /= _adam_scale(optimizer, parameter)
-    alignments, losses = [], []
-    for rows in samples:
-        row_losses, gradients = _loss_gradient(lm, rows, parameters)
-        products = [(gradient * direction).sum() for gradient, direction in zip(gradients, directions, strict=True)]
-        alignments.append(torch.stack(products).double().sum().cpu())
-        losses.append(row_losses)
-    return torch.stack(alignments), losses
+    target_gradients = [loss_gradient(lm, rows)[1] for rows in targets]
+    losses, gradients = zip(*(loss_gradient(lm, rows) for rows in samples), strict=True)
+    return aligned(gradients, target_gradients, parameters=parameters, optimizer=optimizer), list(losses)
 
 
-def _loss_gradient(
-    lm: LanguageModel, rows: Sequence[Sequence[int]], parameters: Sequence[nn.Parameter]
-) -> tuple[Float[Tensor, " text"], Sequence[Tensor]]:
+Gradient: TypeAlias = Sequence[Tensor]
+"""One tensor for each trainable parameter, in their order."""
+
+
+def aligned(
+    gradients: Sequence[Gradient],
+    target_gradients: Sequence[Gradient],
+    *,
+    parameters: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Float[Tensor, " choices"]:
+    """⟨g_k, P·mean of ``target_gradients``⟩ for each of ``gradients``; see :func:`gradient_alignment`."""
+    products = torch.zeros(len(gradients), dtype=torch.float64)
+    for place, parameter in enumerate(parameters):
+        direction = torch.stack([gradient[place] for gradient in target_gradients]).mean(0)
+        if optimizer is not None:
+            direction = direction / _adam_scale(optimizer, parameter)
+        for index, gradient in enumerate(gradients):
+            products[index] += float((gradient[place] * direction).sum())
+    return products
+
+
+def loss_gradient(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> tuple[Float[Tensor, " text"], Gradient]:
     """The loss of each row in nats per token, and the gradient of their mean over the tokens."""
+    parameters = list(lm.trainable_parameters().values())
     batch = pad_blocks([torch.as_tensor(row) for row in rows], filler=lm.begin_token)
     tokens, mask = batch.tokens.to(lm.device), batch.token_mask.clone().to(lm.device)
     mask[:, 0] = False  # nothing predicts the first token of a row

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,14 @@ from preceptor.runs.device import peak_memory_mib
 from preceptor.runs.export import save_model
 from preceptor.runs.random import derived_seed
 from preceptor.systems.curriculum.config import CurriculumConfig
-from preceptor.systems.curriculum.environment import document_losses, draw_prompts, gradient_alignment
+from preceptor.systems.curriculum.environment import (
+    Gradient,
+    aligned,
+    document_losses,
+    draw_prompts,
+    gradient_alignment,
+    loss_gradient,
+)
 from preceptor.systems.curriculum.evaluate import evaluate, measure
 from preceptor.systems.curriculum.policy import (
     Rollouts,
@@ -49,7 +57,14 @@ from preceptor.systems.curriculum.rewards import Rewards, score_rollouts, token_
 from preceptor.systems.curriculum.setup import Setup, prepare
 from preceptor.systems.curriculum.state import State, learning_rate_scale
 from preceptor.systems.curriculum.tasks.loop import train_on_tasks
-from preceptor.systems.curriculum.update import Documents, Experience, autocast, kl_reference_model, update
+from preceptor.systems.curriculum.update import (
+    Documents,
+    Experience,
+    UpdateResult,
+    autocast,
+    kl_reference_model,
+    update,
+)
 from preceptor.systems.curriculum.verify import mixture_row, rollout_rows
 
 if TYPE_CHECKING:
@@ -127,7 +142,8 @@ def step(setup: Setup, state: State, n: int) -> dict[str, Any]:
     # 1. Difficulty, as measured by the frozen model, moves the mixture's weights.
     if method_step > 1 and (method_step - 1) % config.difficulty.refresh_every == 0:
         state.refresh_frozen_model()
-    if method.measures_difficulty and (method_step - 1) % config.difficulty.every == 0:
+    by_dataset = method.reads_gradients(config.difficulty)
+    if method.measures_difficulty and not by_dataset and (method_step - 1) % config.difficulty.every == 0:
         measurement = measure_alignment if method.rule == "alignment" else measure_difficulty
         decision = measurement(setup, state, n)
         run.record([decision])
@@ -156,7 +172,10 @@ def step(setup: Setup, state: State, n: int) -> dict[str, Any]:
 
     # 4. One loss.
     state.set_learning_rate(learning_rate_scale(method_step, config.update, num_steps=method.num_steps))
-    updated = update(setup, state, documents, experience)
+    target_gradients = far_target_gradients(setup, state, method_step) if by_dataset else []
+    updated = update(setup, state, documents, experience, by_dataset=by_dataset)
+    if by_dataset:
+        run.record([follow_gradients(setup, state, n, updated, target_gradients)])
     for reason in updated.nonfinite:
         run.notice(state.guard.skip(n, reason))
     row |= updated.metrics
@@ -219,6 +238,38 @@ def measure_alignment(setup: Setup, state: State, n: int) -> dict[str, Any]:
     alignment, losses = gradient_alignment(setup.lm, samples, targets, optimizer=state.optimizer)
     count_rows(state, num_rows * (len(samples) + len(targets)), backward=True)
     return move_mixture(setup, state, n, replace(document_difficulty(losses), alignment=alignment))
+
+
+def far_target_gradients(setup: Setup, state: State, method_step: int) -> list[Gradient]:
+    """Gradients of the targets that are not learned from, on a few rows of each, taken every M steps and kept."""
+    if (method_step - 1) % setup.config.difficulty.every == 0:
+        num_rows, generator = setup.config.difficulty.target_rows, setup.run.streams["difficulty"]
+        state.target_gradients = []
+        for corpus in setup.judged:
+            if corpus.target and not corpus.learned_from:
+                indices = torch.randint(len(corpus.difficulty), (num_rows,), generator=generator)
+                rows = [corpus.difficulty[index].tolist() for index in indices.tolist()]
+                state.target_gradients.append(list(loss_gradient(setup.lm, rows)[1]))
+                count_rows(state, num_rows, backward=True)
+    return list(state.target_gradients)
+
+
+def follow_gradients(
+    setup: Setup, state: State, n: int, updated: UpdateResult, target_gradients: Sequence[Gradient]
+) -> dict[str, Any]:
+    """Moves the mixture's weights by the gradients of the batch just trained on; gives the decision's row.
+
+    A target that is learned from stands for itself, so that what chance put into its gradient counts for it too.
+    """
+    datasets, gradients = list(updated.gradients), list(updated.gradients.values())
+    targets = [*target_gradients, *(updated.gradients[k] for k in datasets if setup.corpora[k].target)]
+    alignment = torch.full((len(setup.corpora),), math.nan, dtype=torch.float64)
+    if targets:
+        parameters = list(setup.lm.trainable_parameters().values())
+        alignment[datasets] = aligned(gradients, targets, parameters=parameters, optimizer=state.optimizer)
+    mean = updated.losses.nan_to_num(nan=float(updated.losses.nanmean()))
+    zeros = torch.zeros_like(mean)
+    return move_mixture(setup, state, n, Difficulty(mean, zeros, zeros, zeros, alignment=alignment))
 
 
 def move_mixture(setup: Setup, state: State, n: int, difficulty: Difficulty) -> dict[str, Any]:

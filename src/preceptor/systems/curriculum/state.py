@@ -43,6 +43,7 @@ class State:
         sample: indices of the rows of each dataset that difficulty is measured on.
         sample_losses: of those rows at the last measurement, nats per token.
         tokens_since: tokens of each dataset trained on since the last measurement, float64.
+        target_gradients: of each target that is not learned from, where the rule follows gradients.
         best_loss: smallest macro mean of the validation losses, nats per token.
         outcomes: of each method so far, this one included, by name.
     """
@@ -104,6 +105,7 @@ class State:
         self.sample: list[list[int]] = []  # drawn at the first measurement
         self.sample_losses: list[Tensor] = []
         self.tokens_since = torch.zeros(len(setup.corpora), dtype=torch.float64)
+        self.target_gradients: list[list[Tensor]] = []
         self.best_loss = math.inf
         self.outcomes[method.name] = Outcome()
 
@@ -139,6 +141,7 @@ class State:
             "sample": self.sample,
             "sample_losses": self.sample_losses,
             "tokens_since": self.tokens_since,
+            "target_gradients": self.target_gradients,
             "best_loss": self.best_loss,
             "outcomes": {name: asdict(outcome) for name, outcome in self.outcomes.items()},
         }
@@ -168,6 +171,7 @@ class State:
         self.sample = state["sample"]
         self.sample_losses = state["sample_losses"]
         self.tokens_since = state["tokens_since"]
+        self.target_gradients = state["target_gradients"]
         self.best_loss = state["best_loss"]
         self.outcomes = {name: Outcome(**outcome) for name, outcome in state["outcomes"].items()}
 

@@ -54,10 +54,10 @@ def mixture_row(
 
 def difficulty_of(row: dict[str, Any]) -> Difficulty:
     """The measurement in a mixture row."""
-    measured = {**row["difficulty"], "alignment": row.get("alignment")}
-    return Difficulty(
-        **{name: torch.tensor(values, dtype=torch.float64) for name, values in measured.items() if values is not None}
-    )
+    measured = dict(row["difficulty"])
+    if row.get("alignment") is not None:  # a dataset that was not measured is written as null
+        measured["alignment"] = [math.nan if value is None else value for value in row["alignment"]]
+    return Difficulty(**{name: torch.tensor(values, dtype=torch.float64) for name, values in measured.items()})
 
 
 def rollout_rows(
