@@ -10,17 +10,15 @@ import pytest
 import torch
 
 from preceptor.errors import CheckpointError, ConfigError
-from preceptor.objectives.task_mixture import (
-    TASK_RULES,
+from preceptor.objectives.task_mixture import TASK_RULES, TaskMixture, make_task_mixture
+from preceptor.objectives.task_rules import (
     FrontierRange,
     Groups,
     MeanAdvantage,
     Staged,
     SuccessVariance,
-    TaskMixture,
     UpperConfidence,
     is_stalled,
-    make_task_mixture,
 )
 
 

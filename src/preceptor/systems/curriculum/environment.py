@@ -353,7 +353,7 @@ def _symbols() -> list[str]:
 def _salad() -> list[str]:
     words = " ".join(_manual()).split()
     chooser = random.Random(4)
-    return [" ".join(chooser.choices(words, k=80)) for _ in range(200)]
+    return [" ".join(chooser.choices(words, k=60)) for _ in range(200)]
 
 
 _BUILTIN: dict[str, Callable[[], list[str]]] = {

@@ -190,10 +190,6 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         config: the resolved configuration.
         seeds: of the runs.
     """
-    if config["tasks"]["tasks"]:
-        from preceptor.systems.curriculum.tasks.result import task_result  # which imports this module
-
-        return task_result(records, config=config, seeds=seeds)
     units = units_of(records)
     methods = summarise(records, units=units, split=_SPLIT)
     comparisons = list(_comparisons(records, methods=list(methods), units=units))

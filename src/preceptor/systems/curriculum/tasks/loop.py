@@ -23,17 +23,17 @@ from torch import nn
 
 from preceptor.config import to_dict
 from preceptor.errors import CheckpointError
-from preceptor.objectives.task_mixture import Groups
+from preceptor.objectives.task_rules import Groups
 from preceptor.runs.export import save_model
 from preceptor.runs.guard import first_nonfinite
 from preceptor.runs.random import derived_seed
 from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.policy import build_policy, rollout_sampling
 from preceptor.systems.curriculum.rewards import token_advantages
-from preceptor.systems.curriculum.tasks.result import records_of, task_charts, task_result
+from preceptor.systems.curriculum.tasks.result import mean_success, records_of, task_charts, task_result
 from preceptor.systems.curriculum.tasks.rollouts import Answers, draw_sources, longest_answer, sample_answers
 from preceptor.systems.curriculum.tasks.sources import Source, build_sources
-from preceptor.systems.curriculum.tasks.state import TaskSetup, TaskState, mean_success
+from preceptor.systems.curriculum.tasks.state import TaskSetup, TaskState
 from preceptor.systems.curriculum.update import Experience, Sums, accumulate_ppo
 
 if TYPE_CHECKING:

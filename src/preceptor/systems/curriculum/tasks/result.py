@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 from preceptor.evaluation.summary import Comparison, compare, summarise
+from preceptor.systems.curriculum import result as datasets_result
 from preceptor.systems.curriculum.result import first_reached
-
-if TYPE_CHECKING:
-    from preceptor.systems.curriculum.tasks.state import TaskOutcome
 
 LEVELS = (0.5, 0.8)
 """Mean success rates whose cost is reported."""
@@ -28,13 +27,34 @@ TABLE = ("success", *(f"tokens_to_{level}" for level in LEVELS), "reached_0.8", 
 _ITEM, _SPLIT = "all tasks", "held_out"
 
 
+@dataclass
+class TaskOutcome:
+    """What a rule achieved and what it cost, as plain values.
+
+    Attributes:
+        curve: (answer tokens so far, success rate of each source) at each validation.
+        weights: (answer tokens so far, weights of the sources) at each validation.
+        drawn: nominal tokens drawn of each source.
+        counts: ``rollout_tokens`` sampled for training (and by the oracle), ``steps`` taken, ``groups`` drawn and
+            ``groups_that_teach``, those with right and wrong answers both.
+    """
+
+    curve: list[tuple[int, list[float]]] = field(default_factory=list)
+    weights: list[tuple[int, list[float]]] = field(default_factory=list)
+    drawn: list[float] = field(default_factory=list)
+    counts: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("rollout_tokens", "steps", "groups", "groups_that_teach"), 0)
+    )
+
+
+def mean_success(rates: Sequence[float], counted: Sequence[bool]) -> float:
+    """Over the sources that count."""
+    return sum(rate for rate, counts in zip(rates, counted, strict=True) if counts) / sum(counted)
+
+
 def success_curve(outcome: TaskOutcome, counted: Sequence[bool]) -> list[tuple[int, float]]:
     """(answer tokens, mean success over the sources that count) at each validation."""
-    num = sum(counted)
-    return [
-        (tokens, sum(rate for rate, counts in zip(rates, counted, strict=True) if counts) / num)
-        for tokens, rates in outcome.curve
-    ]
+    return [(tokens, mean_success(rates, counted)) for tokens, rates in outcome.curve]
 
 
 def records_of(outcomes: Mapping[str, TaskOutcome], *, counted: Sequence[bool], seed: int) -> list[dict[str, Any]]:
@@ -63,6 +83,12 @@ def records_of(outcomes: Mapping[str, TaskOutcome], *, counted: Sequence[bool], 
         record |= {"rollout_tokens": counts["rollout_tokens"], "steps": counts["steps"]}
         records.append(record)
     return records
+
+
+def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
+    """``result.json`` of curriculum runs: on tasks where ``config`` has any, else on datasets."""
+    of = task_result if config["tasks"]["tasks"] else datasets_result.result
+    return of(records, config=config, seeds=seeds)
 
 
 def task_result(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from preceptor.errors import CheckpointError
@@ -18,6 +17,7 @@ from preceptor.runs.random import derived_seed
 from preceptor.runs.state import copy_tensors, load_optimizer, optimizer_state
 from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.state import build_optimizer
+from preceptor.systems.curriculum.tasks.result import TaskOutcome
 from preceptor.systems.curriculum.tasks.sources import Source
 
 if TYPE_CHECKING:
@@ -55,26 +55,6 @@ class TaskSetup:
     def counted(self) -> list[bool]:
         """Of each source, whether its success counts in the mean: not where a coin decides."""
         return [not source.random_reward for source in self.sources]
-
-
-@dataclass
-class TaskOutcome:
-    """What a rule achieved and what it cost, as plain values.
-
-    Attributes:
-        curve: (answer tokens so far, success rate of each source) at each validation.
-        weights: (answer tokens so far, weights of the sources) at each validation.
-        drawn: nominal tokens drawn of each source.
-        counts: ``rollout_tokens`` sampled for training (and by the oracle), ``steps`` taken, ``groups`` drawn and
-            ``groups_that_teach``, those with right and wrong answers both.
-    """
-
-    curve: list[tuple[int, list[float]]] = field(default_factory=list)
-    weights: list[tuple[int, list[float]]] = field(default_factory=list)
-    drawn: list[float] = field(default_factory=list)
-    counts: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys(("rollout_tokens", "steps", "groups", "groups_that_teach"), 0)
-    )
 
 
 class TaskState:
@@ -148,9 +128,3 @@ class TaskState:
 def _outcome(saved: Mapping[str, Any]) -> TaskOutcome:
     curve, weights = ([(int(tokens), list(values)) for tokens, values in saved[name]] for name in ("curve", "weights"))
     return TaskOutcome(curve, weights, list(saved["drawn"]), dict(saved["counts"]))
-
-
-def mean_success(rates: Sequence[float], counted: Sequence[bool]) -> float:
-    """Over the sources that count."""
-    kept = torch.tensor([rate for rate, counts in zip(rates, counted, strict=True) if counts], dtype=torch.float64)
-    return float(kept.mean())
