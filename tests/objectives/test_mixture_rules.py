@@ -257,23 +257,13 @@ def test_learning_progress_says_that_nothing_is_learnt():
 # --- exp3 -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("noise", "guard", "low", "high"),
-    [
-        ("fresh", False, 0.13, 0.18),
-        ("same", False, 0.05, 0.10),
-        ("walk", False, 0.36, 0.46),
-        ("fresh", True, 0.01, 0.04),
-        ("same", True, 0.01, 0.05),
-        ("walk", True, 0.30, 0.40),
-    ],
-)
-def test_how_often_learning_progress_sees_what_is_not_there(noise: str, guard: bool, low: float, high: float) -> None:
-    """The figures of its docstring, over 40 runs of 40 measurements of four datasets of 32 documents."""
+@pytest.mark.parametrize(("noise", "low", "high"), [("fresh", 0.01, 0.04), ("same", 0.01, 0.05), ("walk", 0.30, 0.40)])
+def test_how_often_learning_progress_sees_what_is_not_there(noise: str, low: float, high: float) -> None:
+    """The three figures of its docstring, over 40 runs of 40 measurements of four datasets of 32 documents."""
     rng = np.random.default_rng(0)
     seen = []
     for _ in range(40):
-        rule = LearningProgress(doubt=0.0, share_exponent=0.0, guard=guard)
+        rule = LearningProgress(doubt=0.0, share_exponent=0.0)
         state, previous, walk = rule.initial_state(4), None, np.zeros((4, 32))
         level = rng.normal(3, 1, size=(4, 32))
         for n in range(40):

@@ -287,10 +287,11 @@ class LearningProgress:
         slow: rate of the slow one, in (0, fast).
         warm_up: t₀ ≥ 0, updates: the slow rate is never below t₀/(t + t₀) at update t, the fast one never below twice
             that (nor above 1); see :class:`SecondOrder` for why.
-        threshold: z ≥ 0, in standard errors. The error is that of measurements whose noise is independent. With
-            the guard, a dataset that is not being learnt clears z = 1 in 2 % of measurements on fresh documents and in
-            3 % on the same documents each time (16 % and 8 % without it); but in 35 % where their losses walk at
-            random, as under training that moves them to and fro (41 % without). One document a dataset gives no error at all, and z no meaning.
+        threshold: z ≥ 0, in standard errors. The error is that of measurements whose noise is independent. A dataset
+            that is not being learnt clears z = 1 in 2 % of measurements on fresh documents and in 3 % on the same ones
+            each time (a fall that undoes a rise does not count; 16 % and 8 % if it did); but in 35 % where their losses
+            walk at random, as under training that moves them to and fro (41 % if it did).
+            One document a dataset gives no error at all, and z no meaning.
         doubt: d ≥ 0, in standard errors; see :class:`SecondOrder`.
         share_exponent: of h, in [0, 1]: 0 is progress as it is, 1 progress per token.
 
