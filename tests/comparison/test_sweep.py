@@ -79,6 +79,8 @@ def test_a_sweep_runs_every_cell_once_and_concludes(tmp_path: Path, starts: Path
     said: list[str] = []
     planned = cells(6, inputs="uvwxy")
     run_cells(planned, tmp_path / "s", num_jobs=4, program=FAKE, say=said.append)
+    manifests = [json.loads((tmp_path / "s" / cell.name / "manifest.json").read_text()) for cell in planned]
+    assert {manifest["group"] for manifest in manifests} == {"s"}
     assert sorted(starts.read_text().splitlines()) == sorted(f"{cell.name} run" for cell in planned)
     assert said[0] == "0 of 30 runs are finished"
     assert said[-1].endswith("(30 of 30)")

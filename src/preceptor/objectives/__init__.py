@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from preceptor.objectives.statistics import *  # noqa: F403
     from preceptor.objectives.value import *  # noqa: F403
 
+# Imported on demand, so that a program which wants one loss does not pay for the mixtures.
 _NAMES = {
     "advantages": (
         "against_baseline gae group_normalised leave_one_out mean_reward_to_go reinforce_plus_plus reward_to_go"

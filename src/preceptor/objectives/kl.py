@@ -62,6 +62,7 @@ def kl_exact(
         return _kl(p_logits, q_logits)
     if mask.shape != p_logits.shape[:-1]:
         raise ShapeError(f"mask has shape {tuple(mask.shape)}; these logits need {tuple(p_logits.shape[:-1])}")
+    # [counted, vocab]: the vocabulary is the large axis, so masked positions are dropped before it is touched.
     counted = _kl(p_logits[mask], q_logits[mask])
     return counted.new_zeros(mask.shape).masked_scatter(mask, counted)
 
@@ -94,6 +95,8 @@ def kl_k2(p_log_probs: Float[Tensor, "*shape"], q_log_probs: Float[Tensor, "*sha
     >>> kl_k2(torch.tensor([-1.0]), torch.tensor([-1.5]))
     tensor([0.1250])
     """
+    # (ln p − ln q) · ∇ln p is its gradient: the score function weighted by the log-ratio, which is ∇KL(p‖q) in the
+    # mean.
     return 0.5 * kl_k1(p_log_probs, q_log_probs).square()
 
 
@@ -110,6 +113,7 @@ def kl_k3(p_log_probs: Float[Tensor, "*shape"], q_log_probs: Float[Tensor, "*sha
     tensor([0.1065])
     """
     log_ratio = -kl_k1(p_log_probs, q_log_probs)
+    # expm1, since for nearby distributions q/p − 1 would lose all its digits.
     return torch.expm1(log_ratio) - log_ratio
 
 
@@ -156,6 +160,7 @@ class AdaptiveKLController:
         """
         if not math.isfinite(kl):
             raise NumericError(f"the KL coefficient cannot follow a divergence of {kl}; skip this step.")
+        # Clipped at 20 %, so that one strange batch cannot move the coefficient far.
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         # Horizon by horizon: in one step of more than five, 1 − 0.2 · n/horizon would be negative.
         horizons, rest = divmod(num_samples, self.horizon)
@@ -177,7 +182,7 @@ class AdaptiveKLController:
 
 
 def _kl(p_logits: Float[Tensor, "*shape vocab"], q_logits: Float[Tensor, "*shape vocab"]) -> Float[Tensor, "*shape"]:
-    p_log_probs = torch.log_softmax(p_logits, dim=-1)
+    p_log_probs = torch.log_softmax(p_logits, dim=-1)  # [..., vocab]
     q_log_probs = torch.log_softmax(q_logits, dim=-1)
     # Where p is 0 the term is 0, in value and gradient; (−∞) − q and 0·(−∞) would make NaN of it.
     excluded = p_logits == float("-inf")

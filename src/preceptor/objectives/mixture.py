@@ -81,6 +81,7 @@ def document_difficulty(
     >>> d.mean.tolist(), d.variance.tolist(), d.mean_error.tolist()
     ([2.0, 2.0], [2.0, 0.0], [1.0, 0.0])
     """
+    # Float64 on the CPU, so that every device arrives at the same weights.
     now = [values.detach().to("cpu", torch.float64) for values in losses]
     if empty := [index for index, values in enumerate(now) if values.numel() == 0]:
         raise ShapeError(f"datasets {empty} have no measured documents; each needs at least one")
@@ -88,6 +89,7 @@ def document_difficulty(
     variance = torch.stack([_variance(values) for values in now])
     counts = torch.tensor([values.numel() for values in now], dtype=torch.float64)
     if previous is None:
+        # Independent samples: the textbook errors.
         mean_error = (variance / counts).sqrt()
         return Difficulty(mean, variance, mean_error, variance * (2 / (counts - 1).clamp(min=1)).sqrt())
     before = [values.detach().to("cpu", torch.float64) for values in previous]
@@ -96,6 +98,7 @@ def document_difficulty(
             f"previous has {[len(values) for values in before]} documents a dataset and losses "
             f"{[len(values) for values in now]}; they must be losses of the same documents"
         )
+    # Per document: its change in loss, and its change in squared distance from the mean.
     changes = [new - old for new, old in zip(now, before, strict=True)]
     spread_changes = [_squares(new) - _squares(old) for new, old in zip(now, before, strict=True)]
     return Difficulty(
@@ -181,19 +184,32 @@ class Mixture:
             NumericError: a number that is not finite, measured or preferred, or a negative variance, error or count;
                 nothing has changed then.
         """
+        # Before the first update nothing was trained on; afterwards weights are as good as counts, for only ratios
+        # matter.
         if tokens is None:
             tokens = self.weights if self.num_updates else torch.zeros_like(self._weights)
         tokens = tokens.detach().to("cpu", torch.float64)
         _check(difficulty, tokens, num_datasets=self.num_datasets)
-        preferences, state = self.rule.preferences(
+        # A copy of the state's dictionary: a rule that raises must not have changed half of it.
+        given: tuple[Any, dict[str, Tensor]] = self.rule.preferences(
             difficulty, dict(self._state), tokens=tokens, weights=self.weights, num_updates=self.num_updates
         )
+        preferences, state = given  # of a user's rule, which may give anything
+        # Checked before anything is assigned, so that the caller may catch the error and go on.
+        if not isinstance(preferences, Tensor) or preferences.shape != (self.num_datasets,):
+            got = tuple(preferences.shape) if isinstance(preferences, Tensor) else type(preferences).__name__
+            raise ShapeError(
+                f"{type(self.rule).__name__}.preferences must give a number for each of {self.num_datasets} datasets, "
+                f"got {got}"
+            )
         if not torch.isfinite(preferences).all():
             raise NumericError(
                 f"{type(self.rule).__name__} prefers {preferences.tolist()}; a rule must give finite numbers"
             )
+        # All preferences at or below 0 say nothing; dividing by their sum would be 0/0.
         self.fell_back = not bool((preferences > 0).any())
         shares = torch.ones_like(preferences) if self.fell_back else preferences.clamp(min=0)
+        # (1 − ε) · p + ε/K
         self._weights = (1 - self.exploration) * shares / shares.sum() + self.exploration / self.num_datasets
         self._state = state
         self.num_updates += 1
@@ -205,6 +221,7 @@ class Mixture:
             "weights": self._weights.tolist(),
             "num_updates": self.num_updates,
             "fell_back": self.fell_back,
+            # Python writes a float64 so that it reads back bit for bit.
             "rule": {name: values.tolist() for name, values in self._state.items()},
         }
 
@@ -214,6 +231,7 @@ class Mixture:
         Raises:
             CheckpointError: the state is of another rule or another number of datasets; nothing has changed then.
         """
+        # Names of parts identify the rule; checked before anything is taken over.
         own = self.state_dict()
         rule = state.get("rule", {})
         if state.keys() != own.keys() or rule.keys() != own["rule"].keys():
@@ -228,6 +246,7 @@ class Mixture:
             )
         self._weights = torch.tensor(state["weights"], dtype=torch.float64)
         self._state = {
+            # An empty history, (0, num_datasets), is [] in JSON and would come back with one axis.
             name: torch.tensor(values, dtype=torch.float64).reshape(-1, self.num_datasets)
             if self._state[name].ndim == 2
             else torch.tensor(values, dtype=torch.float64)
@@ -267,6 +286,7 @@ def make_mixture(
             f"unknown mixture rule '{name}'{did_you_mean(name, MIXTURE_RULES)}; use one of {', '.join(MIXTURE_RULES)}"
         )
     rule_class = _ADAPTIVE.get(name, Fixed)
+    # `prior` comes from `sizes` and is no option of its own.
     allowed = [field.name for field in fields(rule_class) if field.name != "prior"]  # type: ignore[arg-type]
     if unknown := sorted(set(options) - set(allowed)):
         hint = did_you_mean(unknown[0], allowed)
@@ -278,10 +298,12 @@ def make_mixture(
         shares = {"proportional": sizes, "uniform": [1.0] * num_datasets, "static": weights}[name]
         if shares is None:
             raise ConfigError(f"the mixture rule '{name}' needs `{'sizes' if name == 'proportional' else 'weights'}`")
+        # No exploration: a control that is called static must be static.
         return Mixture(Fixed(), num_datasets=num_datasets, exploration=0.0, initial_weights=shares)
     if name == "ado" and sizes is not None:
         prior = _checked_weights(sizes, num_datasets)
         return Mixture(
+            # Sizes serve twice: as the prior of the law and, unless weights are given, as the start.
             Ado(prior=tuple(prior.tolist()), **options),
             num_datasets=num_datasets,
             exploration=exploration,
@@ -301,6 +323,7 @@ def _checked_weights(values: Sequence[float | int], num_datasets: int) -> Float[
 
 def _check(difficulty: Difficulty, tokens: Float[Tensor, " choices"], *, num_datasets: int) -> None:
     measured = {field.name: getattr(difficulty, field.name) for field in fields(difficulty)}
+    # A mean may have any sign; a variance, an error or a count below 0 is a mistake of the caller.
     for name, values in {**measured, "tokens": tokens}.items():
         if values.shape != (num_datasets,):
             raise ShapeError(

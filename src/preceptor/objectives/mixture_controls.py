@@ -59,15 +59,20 @@ class Exp3:
         num_updates: int,
     ) -> tuple[Float[Tensor, " choices"], State]:
         """See :class:`~preceptor.objectives.mixture_rules.MixtureRule`."""
+        # The paper counts updates from 1.
         num_datasets, update = len(tokens), num_updates + 1
+        # Importance weighting: a dataset drawn with probability w shows its loss only in a share w of the steps. The
+        # tiny floor keeps 0/0 out; a dataset with weight 0 is not trained on, so its estimate is dropped below.
         estimates = difficulty.mean.double() / weights.double().clamp(min=torch.finfo(torch.float64).tiny)
         smoothed = self.smoothing * state["rewards"] + (1 - self.smoothing) * estimates
         rewards = torch.where(tokens > 0, smoothed, state["rewards"])
+        # The exponent uses the rate of the update before, the floor that of this one, as in algorithm 1.
         rate, before = self._exploration(update, num_datasets), self._exploration(update - 1, num_datasets)
         return (1 - num_datasets * rate) * torch.softmax(before * rewards, dim=0) + rate, {"rewards": rewards}
 
     @staticmethod
     def _exploration(update: int, num_datasets: int) -> float:
+        # K·E ≤ 1 by the first bound, so the softmax's share is never negative.
         return min(1 / num_datasets, math.sqrt(math.log(num_datasets) / (num_datasets * max(update, 1))))
 
 
@@ -137,6 +142,7 @@ class Ado:
         if not tokens.any():  # a law of n has nothing to say at n = 0
             return weights, state
         tokens = tokens.double()
+        # Exponential average of the dataset's share.
         share = state["share"] + self.history_rate * (tokens / tokens.sum() - state["share"])
         state = state | {
             "tokens": torch.cat([state["tokens"], tokens[None]]),
@@ -145,19 +151,23 @@ class Ado:
         }
         if len(state["losses"]) < self.min_points:
             return weights, state
-        trained_on = state["tokens"].sum(dim=1).cumsum(dim=0)
+        trained_on = state["tokens"].sum(dim=1).cumsum(dim=0)  # [step], n of the law: all datasets together
         speed = forecast_fall(state["losses"], trained_on)
         prior = torch.tensor(self.prior or [1.0] * len(tokens), dtype=torch.float64)
-        preference = prior * share.sqrt() * speed
+        preference = prior * share.sqrt() * speed  # [choices]
+        # No loss is forecast to fall: the mixture then falls back to uniform weights.
         if not preference.any():
             return torch.zeros_like(preference), state
         preference = preference / preference.sum()
+        # Mean of the preferences *before* this one.
         mean = state["mean_preference"]
         num_fits = len(state["losses"]) - self.min_points + 1
+        # The +1 counts the prior, which stands in as the first of them.
         state["mean_preference"] = mean + (preference - mean) / (num_fits + 1)
         return self.mixing * preference + (1 - self.mixing) * mean, state
 
 
+# 76 exponents. Published ones for data lie inside: 0.095 (Kaplan et al. 2020), 0.28 (Hoffmann et al. 2022).
 _EXPONENTS = torch.arange(0.05, 0.801, 0.01, dtype=torch.float64)
 
 
@@ -172,16 +182,22 @@ def forecast_fall(
     >>> forecast_fall((2 + n**-0.5)[:, None], n)  # A·B·n^(−A) = 0.5·16^(−0.5)
     tensor([0.1250], dtype=torch.float64)
     """
+    # Another unit of n changes B and nothing else.
     relative = num_tokens.double() / num_tokens[-1]  # so that B is the part of the last loss that can still fall
     powers = relative[:, None, None] ** -_EXPONENTS  # step, 1, exponent
     targets = losses.double()[:, :, None]  # step, choices, 1
+    # Simple linear regression of the loss on n^(−A), for each dataset and each exponent at once: [choices, exponent].
     mean_power, mean_target = powers.mean(dim=0), targets.mean(dim=0)
     spread = (powers - mean_power).square().sum(dim=0)
     slope = ((powers - mean_power) * (targets - mean_target)).sum(dim=0) / spread.clamp(min=1e-300)
+    # A loss that rises is no progress: slope 0, and the floor is the mean.
     slope = slope.clamp(min=0)
     floor = mean_target - slope * mean_power
+    # Where the intercept comes out negative the best E is its bound 0, and the line goes through the origin.
     through_zero = (powers * targets).sum(dim=0) / powers.square().sum(dim=0)
     slope, floor = torch.where(floor < 0, through_zero, slope), floor.clamp(min=0)
     error = (targets - floor - slope * powers).square().sum(dim=0)
+    # [choices, 1], the exponent with the least squared error.
     best = error.argmin(dim=1, keepdim=True)
+    # n is 1 at the last step after scaling, so A·B·n^(−A) is A·B.
     return _EXPONENTS[best[:, 0]] * slope.gather(1, best)[:, 0]

@@ -174,26 +174,35 @@ class SecondOrder:
         metric = difficulty.mean.double() + self.variance_weight * difficulty.variance.double()
         # The two errors are not independent (they come from the same documents); their sum bounds that of the metric.
         error = difficulty.mean_error.double() + self.variance_weight * difficulty.variance_error.double()
+        # Nothing to compare with yet.
         if num_updates == 0:
             return weights, state | {
                 "position": weights,
                 "average": metric,
                 "average_variance": error.square(),
             }
+        # 1 − μ in the long run, larger in the first updates: see `warm_up`.
         rate = max(1 - self.momentum, self.warm_up / (num_updates + self.warm_up))
         # As the distance from a running average, the smoothed change has an error that is a sum over independent
         # measurements.
+        # A fall of the metric is positive.
         velocity = rate * (state["average"] - metric)
         velocity_error = rate * (state["average_variance"] + error.square()).sqrt()
+        # Soft threshold: towards 0 by z standard errors, and 0 within them.
         beyond = velocity.sign() * (velocity.abs() - self.threshold * velocity_error).clamp(min=0)
+        # The same for all: it matters little where progress is clear and decides where there is none.
         force = beyond + self.doubt * velocity_error.mean()
         uniform = torch.full_like(beyond, 1 / len(beyond))
+        # Scaled to Σ|step| = 1: `step_size` is a share of the mixture, whatever the unit of the loss.
         step = force / force.abs().sum() if force.any() else uniform
+        # Clipped at 0 but not yet scaled: preferences may have any scale.
         position = (state["position"] + self.step_size * step).clamp(min=0)
         shares = position / position.sum() if position.any() else uniform
         return position, {
             "position": shares,
+            # average − velocity is the exponential average: (1 − rate) · average + rate · metric.
             "average": state["average"] - velocity,
+            # Variance of a weighted sum of independent measurements.
             "average_variance": (1 - rate) ** 2 * state["average_variance"] + rate**2 * error.square(),
         }
 
@@ -283,7 +292,9 @@ class LearningProgress:
                 "share": weights,
             }
             return weights, state | first
+        # t₀/(t + t₀), so that young averages remember a share of their age.
         young = self.warm_up / (num_updates + self.warm_up)
+        # Fast must stay ahead of slow, or progress would be 0 by construction.
         slow, fast = max(self.slow, young), min(max(self.fast, 2 * young), 1.0)
         new = {
             "fast": state["fast"] + fast * (mean - state["fast"]),
@@ -294,9 +305,12 @@ class LearningProgress:
             "covariance": (1 - fast) * (1 - slow) * state["covariance"] + fast * slow * variance,
             "share": state["share"] + slow * (weights - state["share"]),
         }
+        # The slow average lags behind: above the fast one it says that the loss has been falling.
         progress = new["slow"] - new["fast"]
+        # Var(slow − fast); clamped because rounding can make it −1e−20.
         error = (new["fast_variance"] + new["slow_variance"] - 2 * new["covariance"]).clamp(min=0).sqrt()
         beyond = (progress - self.threshold * error).clamp(min=0) + self.doubt * error.mean()
+        # A dataset that was never drawn has share 0; its preference becomes large, not infinite.
         share = new["share"].clamp(min=torch.finfo(torch.float64).tiny)
         return beyond / share**self.share_exponent, new
 

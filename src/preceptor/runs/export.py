@@ -11,12 +11,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from preceptor.errors import ConfigError, MissingExtraError, ModelError, ServiceError
 from preceptor.runs.files import TEMPORARY, replace_file, storage_errors
 from preceptor.runs.model_card import model_card
+from preceptor.runs.seal import require_unchanged
 
 MODEL = "model"
 """Folder of a run with what it learned."""
@@ -60,11 +63,12 @@ def export_model(folder: Path, destination: Path, *, merge: bool = False) -> Pat
     Raises:
         ConfigError: the run has no model, ``destination`` is in use, or there is no adapter to merge.
         ModelError: the base model cannot be loaded.
-        StorageError: the disk is full or refuses.
+        StorageError: the run has changed since it ended, or the disk is full or refuses.
     """
     source = folder / MODEL
     if not (source / "config.json").is_file() and not (source / ADAPTER_CONFIG).is_file():
         raise ConfigError(f"{folder} has no {MODEL}/ to export; a run writes it at its end: preceptor resume {folder}")
+    require_unchanged(folder, models=True)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConfigError(f"{destination} is not empty; give a folder that does not exist yet")
     if merge and not (source / ADAPTER_CONFIG).is_file():
@@ -102,6 +106,8 @@ def load_model(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
         with _without_progress_bar(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft uses what Transformers deprecates
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+            if base is not None:
+                options["dtype"] = _adapter_dtype(folder)
             model = AutoModelForCausalLM.from_pretrained(base or folder, use_safetensors=True, **options)
             return (model if base is None else PeftModel.from_pretrained(model, folder)), tokenizer
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -134,6 +140,13 @@ def _base_model(folder: Path) -> str | None:
     if not (folder / ADAPTER_CONFIG).is_file():
         return None
     return str(_read(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
+
+
+def _adapter_dtype(folder: Path) -> torch.dtype:
+    """The type that the adapter was trained in, and so its base too, whatever type the base's own file is in."""
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        dtype: torch.dtype = file.get_tensor(next(iter(file.keys()))).dtype
+    return dtype
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ decisions.jsonl   every action of the teacher
 checkpoints/      step-NNNNNN/
 notices.log       what was worth telling, with the time
 result.json       at the end
+seal.json         what all of these were at the end
 run.lock          who is at work here
 """
 
@@ -36,10 +37,15 @@ from preceptor.runs.metrics import JsonlLog
 from preceptor.runs.progress import COLUMNS, PLAN_NAME, Progress
 from preceptor.runs.random import RandomStreams, derived_seed, global_random_state, load_global_random_state
 from preceptor.runs.record import RECORD, plain_config, read_config, read_manifest, require_free, write_record
+from preceptor.runs.seal import SEAL_NAME, seal
 from preceptor.runs.signals import StopSignals
 from preceptor.runs.state import Stateful
 from preceptor.runs.strict_json import row_json
 from preceptor.runs.trackers import Tracker, check_trackers, open_tracker
+
+FORMAT = 1
+"""Of a run folder's files (``manifest.json`` and ``result.json`` name it): raised when a reader of one form could not
+read the other. Folders without a number are of the time before it, and are read like form 1."""
 
 
 class Run:
@@ -136,8 +142,20 @@ class Run:
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Writes ``result.json`` in one step; numbers that are not finite become ``null`` and are named."""
-        text = json.dumps(json.loads(row_json(result)), indent=2, ensure_ascii=False)
+        text = json.dumps(json.loads(row_json({"format": FORMAT, **result})), indent=2, ensure_ascii=False)
         replace_file(self.path / "result.json", text + "\n")
+
+    def conclude_trackers(self, result: Mapping[str, Any]) -> None:
+        """Shows the trackers what came of the run, with ``report.html`` where it has been written."""
+        page = self.path / "report.html"
+        for tracker in self._open_trackers(self.step + 1):
+            tracker.conclude(result, page if page.is_file() else None)
+
+    def seal(self) -> None:
+        """Notes sizes, rows and hashes of what the run leaves behind, as its last act."""
+        self.metrics.sync()
+        self.decisions.sync()
+        seal(self.path)
 
     # The loop: stopping and going on
 
@@ -227,7 +245,7 @@ class Run:
         if self._trackers is None:
             self._trackers = []
             for name in self.manifest["trackers"]:
-                self._trackers.append(open_tracker(name, self.path, first_step=first_step, config=self.config))
+                self._trackers.append(open_tracker(name, self.path, first_step=first_step, manifest=self.manifest))
         return self._trackers
 
 
@@ -248,14 +266,15 @@ def create_run(
     name: str | None = None,
     tags: Sequence[str] = (),
     project: str = "preceptor",
+    group: str | None = None,
     quiet: bool = False,
 ) -> Run:
     """A new run in ``path``, which must be absent or empty; locks it, writes ``config.yaml`` and ``manifest.json``.
 
     Sets torch's threads (``None``: see ``set_threads``), its float32 matmul precision (``None``: see
-    ``exact_matmul_precision``) and the
-    seed of its own generators, and records them. ``config`` holds plain values; ``save_every`` counts steps. ``name``,
-    ``tags`` and ``project`` are what trackers and the page call the run; by default its name is the folder's.
+    ``exact_matmul_precision``) and the seed of its own generators, and records them. ``config`` holds plain values;
+    ``save_every`` counts steps. ``name``, ``tags``, ``project`` and ``group`` are what trackers and the page call the
+    run; by default its name is the folder's.
 
     Raises ``ConfigError`` for a folder that is in use for something else or already a run, and for bad arguments;
     ``MissingExtraError`` for a tracker that is not installed; ``LockedError``; ``StorageError``.
@@ -264,6 +283,7 @@ def create_run(
     if save_every < 1:
         raise ConfigError(f"save_every must be at least 1 step, got {save_every}")
     manifest: dict[str, Any] = {
+        "format": FORMAT,
         "system": system,
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "seed": seed,
@@ -275,6 +295,7 @@ def create_run(
         "name": name or path.name,
         "tags": list(tags),
         "project": project,
+        "group": group,
         "device": str(choose_device(device)),
         "code": env.code_version(),
         "config": plain_config(config),
@@ -324,6 +345,8 @@ def open_run(
         if differing and not allow_inexact:
             raise ConfigError(f"not bit-exact: {', '.join(differing)}; pass --allow-inexact to resume all the same")
         check_trackers(manifest["trackers"])
+        with storage_errors(f"unseal {path}"):
+            (path / SEAL_NAME).unlink(missing_ok=True)  # from here on its files change
         if extended is not None:
             config = _extend(path, manifest, extended)
         run = Run(path, manifest | {"environment": here, "config": config}, lock, quiet=quiet)

@@ -14,6 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from preceptor.lm.sampling import draw
+from preceptor.systems.bandit.environment import BanditFamily, sample_beta
+
 Rewards = Float[Tensor, "runs pulls arms"]
 Pulls = Int[Tensor, "runs pulls"]
 
@@ -29,10 +32,23 @@ def greedy(rewards: Rewards, *, generator: torch.Generator) -> Pulls:
     return _by_index(rewards, lambda means, counts, pull: means, generator=generator)
 
 
-def ucb1(rewards: Rewards, *, generator: torch.Generator) -> Pulls:
-    """Each arm once, then the largest mean + √(2 ln t / n) (Auer et al. 2002); its bound needs rewards in [0, 1]."""
+def epsilon_greedy(rewards: Rewards, *, generator: torch.Generator, epsilon: float = 0.05) -> Pulls:
+    """As :func:`greedy`, but with probability ``epsilon`` any arm at random."""
+
+    def index(means: Tensor, counts: Tensor, pull: int) -> Tensor:
+        explores = torch.rand(len(means), 1, generator=generator) < epsilon
+        return torch.where(explores, torch.zeros_like(means), means)  # equal indices are a random arm
+
+    return _by_index(rewards, index, generator=generator)
+
+
+def ucb1(rewards: Rewards, *, generator: torch.Generator, width: float = 2.0) -> Pulls:
+    """Each arm once, then the largest mean + √(c ln t / n), c = ``width`` (Auer et al. 2002, where it is 2).
+
+    Its bound needs rewards in [0, 1].
+    """
     return _by_index(
-        rewards, lambda means, counts, pull: means + (2 * math.log(pull) / counts).sqrt(), generator=generator
+        rewards, lambda means, counts, pull: means + (width * math.log(pull) / counts).sqrt(), generator=generator
     )
 
 
@@ -45,11 +61,43 @@ def thompson(rewards: Rewards, *, generator: torch.Generator, kind: str = "berno
     def index(means: Tensor, counts: Tensor, pull: int) -> Tensor:
         if kind == "bernoulli":
             successes = means * counts  # [runs, arms], as are all statistics here
-            return _beta(1 + successes, 1 + counts - successes, generator)
+            return sample_beta(1 + successes, 1 + counts - successes, generator)
         noise = torch.randn(means.shape, dtype=means.dtype, generator=generator)
         return means + deviation * noise / counts.sqrt()
 
     return _by_index(rewards, index, generator=generator, each_arm_first=kind != "bernoulli")
+
+
+def thompson_for(family: BanditFamily, rewards: Rewards, *, generator: torch.Generator) -> Pulls:
+    """Thompson sampling that knows the prior from which the bandits of ``family`` are drawn."""
+
+    def index(means: Tensor, counts: Tensor, pull: int) -> Tensor:
+        return posterior_draws(family, means * counts, counts, generator)
+
+    return _by_index(rewards, index, generator=generator, each_arm_first=False)
+
+
+def posterior_draws(
+    family: BanditFamily,
+    sums: Float[Tensor, "*shape arms"],
+    counts: Float[Tensor, "*shape arms"],
+    generator: torch.Generator,
+) -> Float[Tensor, "*shape arms"]:
+    """One draw of the means of each bandit from its posterior, given sum and number of each arm's rewards."""
+    if family.prior == "normal":  # N(0, 1) means and unit noise: posterior N(sum / (n + 1), 1 / (n + 1))
+        noise = torch.randn(sums.shape, dtype=sums.dtype, generator=generator)
+        return sums / (counts + 1) + noise / (counts + 1).sqrt()
+    if family.beta is not None:
+        a, b = family.beta
+        return sample_beta(a + sums, b + counts - sums, generator)
+    assert family.dealt is not None
+    # One arm is good. Its log-odds are linear in its successes and failures; draw which one it is.
+    good, bad = family.dealt
+    floor = 1e-9  # what certain rewards rule out is all but impossible, so that no log-odds are infinite
+    of_success, of_failure = (math.log(max(p, floor) / max(q, floor)) for p, q in ((good, bad), (1 - good, 1 - bad)))
+    log_odds = sums * of_success + (counts - sums) * of_failure
+    best = draw(log_odds.log_softmax(-1), generator)[..., None]
+    return torch.full_like(sums, bad).scatter(-1, best, good)
 
 
 def gradient_bandit(
@@ -102,12 +150,6 @@ def _largest(values: Tensor, generator: torch.Generator) -> Tensor:
     """Index of the largest value of each row, [rows, 1]; where several are equal, one of them at random."""
     is_largest = values == values.amax(-1, keepdim=True)  # exact: equal statistics come from equal counts and sums
     return torch.multinomial(is_largest.double(), 1, generator=generator)
-
-
-def _beta(a: Tensor, b: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws from Beta(a, b) as a ratio of gammas, since torch's own Beta takes no generator."""
-    first, second = torch._standard_gamma(a, generator=generator), torch._standard_gamma(b, generator=generator)
-    return first / (first + second)
 
 
 def play_all(

@@ -15,14 +15,19 @@ FLAGS = {"model": "model.name", "tokenizer": "model.tokenizer", "seed": "seed"}
 
 CHOICES = {
     "arms": {
-        "learned": "the language model while REINFORCE moves it, and as it ends",
+        "learned": "the language model while rewards move it, and as it ends",
         "pretrained": "the same model before the first reward",
         "uniform": "every word alike",
         "greedy": "the best mean so far (every word once first)",
+        "epsilon_greedy": "greedy, but any word in a twentieth of the pulls (mode: in-context)",
         "ucb1": "the best upper confidence bound",
+        "ucb1_tuned": "the same with the constant 0.3 instead of √2 (mode: in-context)",
         "thompson": "a draw from the posterior of every word",
         "gradient_bandit": "softmax preferences moved by their gradient, with a baseline",
         "optimum": "the word of the highest expected reward",
+        "optimal": "the Bayes-optimal player of two Bernoulli arms, by dynamic programming (mode: in-context)",
+        "warm_start": "the model when its warm start ends (mode: in-context)",
+        "untrained": "the model before any update (mode: in-context)",
     },
     "rewards": {"bernoulli": "the base reward, or nothing", "gaussian": "normal around the mean of the word"},
     "baselines": {
@@ -166,12 +171,89 @@ class HistoryOptions(Options):
     evaluation_episodes: int = Field(200, ge=2, description="Number of episodes of every baseline at the end.")
 
 
+def _pool(letters: str) -> tuple[str, ...]:
+    """Words of a consonant, a vowel and a consonant, which mean nothing."""
+    return tuple(f"{first}{vowel}{last}" for first in letters for vowel in "aeiou" for last in "lnr" if first != last)
+
+
+class InContextOptions(Options):
+    """Learning to explore bandits that were never seen, from the rewards in the context (mode: in-context)."""
+
+    text: Literal["tokens", "words"] = Field(
+        "tokens",
+        description="A round is one token for arm and reward together, or a word drawn afresh for the episode and a "
+        "reward.",
+    )
+    num_arms: int = Field(2, ge=2, le=5, description="Number of arms of every bandit.")
+    kind: Literal["bernoulli", "gaussian"] = Field("bernoulli", description="Distribution of an arm's reward.")
+    prior: Literal["uniform", "low", "three_in_four", "close", "certain", "normal"] = Field(
+        "uniform",
+        description="Prior of the means: uniform, Beta(2, 8), dealt 3/4 and 1/4, dealt 0.6 and 0.4, dealt 1 and 0; "
+        "normal is for gaussian rewards.",
+    )
+    rounds: int = Field(100, ge=2, description="Number of rounds of an episode.")
+    words: tuple[str, ...] = Field(_pool("bdfg")[:64], description="Words that are dealt in training (text: words).")
+    held_out_words: tuple[str, ...] = Field(
+        _pool("kmpt")[:16], description="Words that are dealt in evaluation alone (text: words)."
+    )
+    template: str = Field(
+        "{options}", description="How an episode begins; {options} is where the words stand, each after its number."
+    )
+    warm_start: Literal["none", "best_arm", "thompson"] = Field(
+        "none",
+        description="Supervised start: nothing, labels of the best arm, or these until rewards are as uncertain as in "
+        "the prior and then Thompson sampling's choices.",
+    )
+    warm_steps: int = Field(0, ge=0, description="Number of updates of the warm start.")
+    warm_learning_rate: float = Field(3e-3, ge=0, description="Learning rate of the warm start.")
+    algorithm: Literal["ppo", "reinforce"] = Field("ppo", description="How rewards move the model.")
+    steps: int = Field(60, ge=0, description="Number of batches of episodes that the model plays and learns from.")
+    batch_size: int = Field(192, ge=4, description="Number of episodes of a batch; more while they are short.")
+    epochs: int = Field(3, ge=1, description="Number of passes over a batch (algorithm: ppo).")
+    minibatches: int = Field(3, ge=1, description="Number of updates in a pass over a batch.")
+    learning_rate: float = Field(2e-3, ge=0, description="Largest learning rate of AdamW.")
+    first_rounds: int = Field(15, ge=2, description="Number of rounds of the first episodes.")
+    ramp: float = Field(0.5, ge=0, le=1, description="Share of the steps in which episodes grow to `rounds`.")
+    entropy_coefficient: float = Field(0.02, ge=0, description="Weight of the entropy bonus; 0 after 4/5 of the steps.")
+    discount: float = Field(1.0, ge=0, le=1, description="Discount of later rewards, per round.")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="λ of the advantage estimates (algorithm: ppo).")
+    clip_epsilon: float = Field(0.2, gt=0, lt=1, description="How far a probability ratio may move (algorithm: ppo).")
+    reward_coefficient: float = Field(
+        0.2, ge=0, description="Weight of the cross-entropy of reward tokens, which keeps words bound to rewards."
+    )
+    clip_norm: float = Field(0.5, gt=0, description="Maximum global gradient norm.")
+    shuffle_rewards: bool = Field(
+        False, description="A control: each episode shows the rewards of another bandit, which say nothing."
+    )
+    evaluation_bandits: int = Field(2000, ge=40, description="Number of unseen bandits, in twenty blocks.")
+    horizons: tuple[int, ...] = Field((1, 2, 6), description="Horizons of the evaluation, in multiples of `rounds`.")
+
+    def conflicts(self) -> Iterator[str]:
+        """Why these bandits cannot be played."""
+        if (self.prior == "normal") != (self.kind == "gaussian"):
+            yield f"`prior` normal is for `kind` gaussian and no other, got {self.prior} with {self.kind}"
+        if self.text == "words":
+            for name, words in (("words", self.words), ("held_out_words", self.held_out_words)):
+                if len(words) < self.num_arms:
+                    yield f"`{name}` must hold one for each of {self.num_arms} arms, got {len(words)}"
+            if both := sorted(set(self.words) & set(self.held_out_words)):
+                yield f"`held_out_words` must not be dealt in training, got '{both[0]}' in `words` too"
+            if self.template.count(OPTIONS) != 1:
+                yield f"`template` must hold {OPTIONS} once, got '{self.template}'"
+        if self.warm_steps and self.warm_start == "none":
+            yield f"`warm_steps` needs a `warm_start`, got {self.warm_steps} with none"
+        if self.first_rounds > self.rounds:
+            yield f"`first_rounds` must be at most `rounds` {self.rounds}, got {self.first_rounds}"
+
+
 class BanditConfig(Options):
     """Configuration of ``preceptor run bandit``."""
 
     seed: int = Field(0, description="Seed of every random stream.")
-    mode: Literal["prompt", "history"] = Field(
-        "prompt", description="Learn which words pay in the weights, or find it out from rewards in the context."
+    mode: Literal["prompt", "history", "in-context"] = Field(
+        "prompt",
+        description="Learn which words pay in the weights, find it out from rewards in the context, or learn to "
+        "explore bandits never seen.",
     )
     bandits: tuple[BanditOptions, ...] = Field(
         (
@@ -185,6 +267,7 @@ class BanditConfig(Options):
     pretraining: PretrainingOptions = PretrainingOptions()
     update: UpdateOptions = UpdateOptions()
     history: HistoryOptions = HistoryOptions()
+    in_context: InContextOptions = InContextOptions()
     save_every: int = Field(50, ge=1, description="Number of steps between checkpoints.")
 
     def conflicts(self) -> Iterator[str]:

@@ -27,7 +27,7 @@ from preceptor.objectives.advantages import reward_to_go
 from preceptor.runs.device import peak_memory_mib
 from preceptor.runs.export import MODEL, save_model
 from preceptor.runs.random import derived_seed
-from preceptor.systems.bandit import evaluate, history
+from preceptor.systems.bandit import evaluate, history, in_context, unseen
 from preceptor.systems.bandit.config import BanditConfig
 from preceptor.systems.bandit.environment import sample_tables
 from preceptor.systems.bandit.policy import Context, decide
@@ -40,8 +40,8 @@ from preceptor.systems.bandit.pretraining import (
 )
 from preceptor.systems.bandit.result import result
 from preceptor.systems.bandit.rewards import LossMetrics, policy_gradient_loss
-from preceptor.systems.bandit.setup import Setup, prepare
-from preceptor.systems.bandit.state import State
+from preceptor.systems.bandit.setup import Setup, prepare, prepare_in_context
+from preceptor.systems.bandit.state import InContextState, State
 
 if TYPE_CHECKING:
     from preceptor.runs.folder import Run
@@ -55,6 +55,8 @@ def train(config: BanditConfig, run: Run, services: Services) -> dict[str, Any]:
 
     The model before the first reward is saved as ``pretrained``, the trained one as ``model`` in the run's folder.
     """
+    if config.mode == "in-context":
+        return train_in_context(config, run)
     setup = prepare(config, run, services)
     state = State(setup)
     run.restore(state)
@@ -79,6 +81,16 @@ def train(config: BanditConfig, run: Run, services: Services) -> dict[str, Any]:
         records, charts = evaluate.evaluate(setup, state)
     save_model(setup.lm.model, setup.lm.tokenizer, run.path / MODEL)
     return result(records, config=to_dict(config), seeds=[config.seed]) | {"charts": charts}
+
+
+def train_in_context(config: BanditConfig, run: Run) -> dict[str, Any]:
+    """The same for mode ``in-context``: learns to explore sampled bandits and is judged on unseen ones."""
+    setup = prepare_in_context(config, run)
+    state = InContextState(setup)
+    in_context.learn(setup, state)
+    records, episode = unseen.evaluate(setup, state)
+    save_model(setup.lm.model, setup.lm.tokenizer, run.path / MODEL)
+    return result(records, config=to_dict(config), seeds=[config.seed]) | {"episode": episode}
 
 
 def num_updates(setup: Setup) -> int:

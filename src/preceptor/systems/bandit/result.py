@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from preceptor.evaluation.intervals import crossed_degrees_of_freedom, crossed_sums, percentile_interval
 from preceptor.evaluation.summary import SPLITS, Comparison, Estimate, compare, summarise
 from preceptor.evaluation.verdict import Conclusion, verdict
 from preceptor.systems.bandit.evaluate import PREFERS, UNITS
+from preceptor.systems.bandit.unseen import unit_of
+
+_KEYS = ("arm", "item", "split", "seed")
 
 TABLE = ("best_word", "reward", "regret", "value", "winner", "prompt")
 """Metrics that the terminal shows; the page shows all."""
@@ -39,8 +44,11 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         config: the resolved configuration.
         seeds: of the runs.
     """
+    if config["mode"] == "in-context":
+        return _in_context_result(records, config=config, seeds=seeds)
     splits = [split for split in SPLITS if any(record["split"] == split for record in records)]
     averaged = _over_items(records)
+    # Training templates and held-out ones side by side; the latter carry a prefix.
     methods: dict[str, dict[str, Any]] = {}
     for split in splits:
         prefix = "held_out_" if split == "held_out" else ""
@@ -50,6 +58,7 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         compare(averaged, metric=metric, arm="learned", baseline=baseline, unit=UNITS[metric], split=split)
         for split in splits
         for metric, baseline in COMPARED
+        # Only where both methods have the metric: baselines have no words to prefer.
         if {"learned", baseline} <= {r["arm"] for r in averaged if r["split"] == split and metric in r}
     ]
     crossing = _crossed_pairs(records, splits)
@@ -82,6 +91,76 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         "records": list(records),
         "paired_records": averaged,
     }
+
+
+def _in_context_result(
+    records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], seeds: Sequence[int]
+) -> dict[str, Any]:
+    """The result of learning to explore: regrets on unseen bandits, with intervals over seeds and bandits."""
+    units = {metric: unit_of(metric) for record in records for metric in record.keys() - {*_KEYS}}
+    methods: dict[str, dict[str, Any]] = {}
+    for split, prefix in (("train", ""), ("held_out", "held_out_")):
+        for method, metrics in summarise(records, units=units, split=split).items():
+            methods.setdefault(method, {}).update({prefix + metric: estimate for metric, estimate in metrics.items()})
+    regret: dict[str, dict[str, Any]] = {}
+    for method, metrics in methods.items():
+        for metric, estimate in metrics.items():
+            if (found := re.fullmatch(r"regret_at_(\d+)", metric)) is not None:
+                ends = {end: estimate[end] for end in ("mean", "low", "high")}
+                regret.setdefault(method, {})[found[1]] = ends
+        if method in regret:  # in the order of the rounds
+            regret[method] = dict(sorted(regret[method].items(), key=lambda pair: int(pair[0])))
+    baselines = [name for name in ("thompson", "greedy", "uniform", "optimal") if "regret" in methods.get(name, {})]
+    comparisons = [
+        compare(records, metric="regret", arm="learned", baseline=baseline, unit="reward") for baseline in baselines
+    ]
+    ratios = {
+        metric: regret_ratio(records, metric=metric)
+        for metric in sorted(units)
+        if metric == "regret" or re.fullmatch(r"regret_(\d+x|[a-z_]+)", metric)
+        if {"learned", "thompson"} <= {record["arm"] for record in records if metric in record}
+    }
+    ratio = ratios["regret"]
+    return {
+        "system": "bandit",
+        "status": "finished",
+        "config": config,
+        "seeds": list(seeds),
+        "arms": methods,
+        "table": ["regret", "suffix_failure", "greediness", "optimal_share"],
+        "oracles": ["optimal"],
+        "baseline": "thompson",
+        "lower_is_better": ["regret", "suffix_failure"],
+        "comparisons": comparisons,
+        "regret": regret,
+        "of_thompson": ratios,
+        "verdict": verdict(comparisons) + f" Regret of Thompson sampling's: {_ratio_text(ratio)}.",
+        "records": list(records),
+        "paired_records": list(records),
+    }
+
+
+def regret_ratio(records: Sequence[Mapping[str, Any]], *, metric: str, baseline: str = "thompson") -> dict[str, Any]:
+    """The learned model's regret over the baseline's, a ratio of sums; seeds and blocks of bandits are resampled."""
+    learned, theirs = (
+        {
+            (record["seed"], record["item"]): float(record[metric])
+            for record in records
+            if record["arm"] == method and record["split"] == "train" and metric in record
+        }
+        for method in ("learned", baseline)
+    )
+    ratio = sum(learned.values()) / sum(theirs.values())
+    sums, of_baseline = crossed_sums(learned, theirs, num_resamples=10_000, seed=0)
+    residuals = {cell: value - ratio * theirs[cell] for cell, value in learned.items()}
+    low, high = percentile_interval(
+        sums / of_baseline, level=0.95, degrees_of_freedom=crossed_degrees_of_freedom(residuals)
+    )
+    return {"mean": ratio, "low": low, "high": high, "unit": "share", "n": len(learned)}
+
+
+def _ratio_text(ratio: Mapping[str, Any]) -> str:
+    return f"{ratio['mean']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
 def _over_items(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -147,14 +226,17 @@ def word_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any
     scores_of: dict[str, dict[str, Any]] = {}
     crossed = [record for record in records if "first_word" in record and record["split"] == "train"]
     words = list(dict.fromkeys(word for record in crossed for word in record["item"].split(" / ")))
+    # Fitted for each seed alone, so that the interval over seeds includes the error of the fit.
     for method in dict.fromkeys(record["arm"] for record in crossed):
         fitted: list[dict[str, Any]] = []
         for seed in dict.fromkeys(record["seed"] for record in crossed if record["arm"] == method):
             own = [record for record in crossed if record["arm"] == method and record["seed"] == seed]
+            # [pairs, words]: +1 for the pair's first word, −1 for its second.
             design = np.array([[_side(word, record["item"]) for word in words] for record in own], dtype=float)
             odds = np.array([_log_odds(record["first_word"]) for record in own])
             scores = np.linalg.lstsq(design, odds, rcond=None)[0]  # the shortest solution, whose sum is 0
             left = float(((odds - design @ scores) ** 2).sum())
+            # All log-odds 0: the scores are 0 and explain everything.
             total = float((odds**2).sum())
             cells = {**dict(zip(words, scores.tolist(), strict=True)), "explained": 1 - left / total if total else 1.0}
             fitted.append({"arm": method, "item": "all", "split": "train", "seed": seed, **cells})

@@ -13,8 +13,10 @@ from torch import Tensor
 from preceptor.errors import ConfigError
 from preceptor.lm.model import LanguageModel
 from preceptor.runs.random import derived_seed
+from preceptor.systems.bandit import episodes
 from preceptor.systems.bandit.config import BanditConfig, BanditOptions
-from preceptor.systems.bandit.environment import Bandit
+from preceptor.systems.bandit.environment import Bandit, BanditFamily
+from preceptor.systems.bandit.episodes import Layout
 from preceptor.systems.bandit.policy import Context, Vocabulary
 from preceptor.systems.bandit.pretraining import build_language_model
 from preceptor.systems.bandit.prompts import Prompt, corpus, literal_prompts, prompts_for, training_word_sets
@@ -72,6 +74,7 @@ def prepare(config: BanditConfig, run: Run, services: Services) -> Setup:
         name: [vocabulary.context(lm, prompt) for prompt in of_bandit if not prompt.held_out]
         for name, of_bandit in prompts.items()
     }
+    # The longest prompt with its longest answer.
     num_tokens = max(
         len(context.tokens) + max(map(len, options))
         for of_bandit in contexts.values()
@@ -122,12 +125,64 @@ def reward_tables(config: BanditConfig) -> dict[str, Float[Tensor, "pulls arms"]
     for options in config.bandits:
         # Every epoch pulls once under every training prompt.
         num_pulls = config.update.epochs * sum(not prompt.held_out for prompt in prompts[options.label])
+        # Named after the bandit, so that another bandit in the configuration changes no reward of this one.
         generator = torch.Generator().manual_seed(derived_seed(config.seed, f"rewards of {options.label}"))
         # torch draws normal numbers in blocks of 16 and the rest differently. Whole blocks make the table of a run
         # that goes on for more epochs begin with the table that it had.
         num_drawn = math.ceil(num_pulls / 16) * 16
         tables[options.label] = build_bandit(options).rewards(num_drawn, generator)[:num_pulls]
     return tables
+
+
+@dataclass(frozen=True)
+class InContextSetup:
+    """The same for mode ``in-context``.
+
+    Attributes:
+        config: the whole configuration.
+        run: folder, random streams and logs.
+        lm: the model that plays; training moves its weights in place.
+        layout, held_out_layout: how episodes are written, with the words of training and with those held out.
+        family: the bandits that are sampled.
+        initial_model: ``lm`` before any update, frozen.
+    """
+
+    config: BanditConfig
+    run: Run
+    lm: LanguageModel
+    layout: Layout
+    held_out_layout: Layout | None
+    family: BanditFamily
+    initial_model: LanguageModel
+
+
+def prepare_in_context(config: BanditConfig, run: Run) -> InContextSetup:
+    """The setup of ``run``; a model built from random weights draws them from torch's global generator.
+
+    Raises:
+        ConfigError: a word or a reward is not one token, or the longest episode does not fit into the context.
+        ModelError: no such model.
+    """
+    options = config.in_context
+    lm = episodes.build_language_model(config, device=run.device)
+    layout = episodes.build_layout(lm, config, options.words)
+    per_round = 1 if layout.joint else 2
+    num_tokens = layout.prompt(layout.words[None, : options.num_arms]).shape[1]
+    num_tokens += per_round * options.rounds * max(options.horizons)
+    if num_tokens > lm.context_length:
+        raise ConfigError(
+            f"the longest episode takes {num_tokens} tokens and the context of {lm.name} holds {lm.context_length}; "
+            "lower `in_context.rounds` or `in_context.horizons`, or raise `model.context_length`"
+        )
+    return InContextSetup(
+        config=config,
+        run=run,
+        lm=lm,
+        layout=layout,
+        held_out_layout=None if layout.joint else episodes.build_layout(lm, config, options.held_out_words),
+        family=BanditFamily(options.num_arms, options.kind, options.prior),
+        initial_model=lm.frozen_copy(),
+    )
 
 
 def _corpus_lines(

@@ -6,15 +6,19 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from preceptor.lm.model import LanguageModel
 from preceptor.runs.guard import NonFiniteGuard, guarded_step
 from preceptor.runs.state import copy_tensors, load_optimizer, optimizer_state
 from preceptor.systems.bandit.config import PretrainingOptions, UpdateOptions
 from preceptor.systems.bandit.environment import Bandit
+from preceptor.systems.bandit.episodes import Scored
 from preceptor.systems.bandit.rewards import RewardBaseline
-from preceptor.systems.bandit.setup import Setup
+from preceptor.systems.bandit.setup import InContextSetup, Setup
+
+VALUE_SCALE = 5.0
+"""Regrets are divided by this, so that the values of a first state are of the order of 1."""
 
 
 class State:
@@ -110,3 +114,86 @@ class State:
         self.num_pulls, self.num_best, self.reward_sum = (
             state[name] for name in ("num_pulls", "num_best", "reward_sum")
         )
+
+
+class InContextState:
+    """The same for mode ``in-context``: through its warm start and its updates on rewards.
+
+    Attributes:
+        parameters: of model and value head, by name.
+        value_head: from a layer's output to the expected sum of later rewards, in ``VALUE_SCALE``.
+        warm_model: the model when its warm start ended, frozen; None before, and without one.
+        difficulty: of the warm start, from 0 (nearly certain rewards) to 1 (the prior).
+        agreement: running mean of how often the model's favorite was the better arm by the rewards so far.
+        num_pulls, num_teacher_pulls: rounds that the model played, and that were played or labeled by others.
+    """
+
+    def __init__(self, setup: InContextSetup) -> None:
+        self.setup = setup
+        width = int(setup.lm.model.config.get_text_config().hidden_size)
+        value = nn.Linear(width, 1)
+        nn.init.zeros_(value.weight)
+        nn.init.zeros_(value.bias)
+        self.value_head = nn.Sequential(nn.LayerNorm(width), value).to(setup.lm.device)
+        self.parameters: dict[str, nn.Parameter] = {
+            **setup.lm.trainable_parameters(),
+            **{f"value_head.{name}": parameter for name, parameter in self.value_head.named_parameters()},
+        }
+        self.optimizer = self._fresh_optimizer()
+        self.guard = NonFiniteGuard()
+        self.warm_model: LanguageModel | None = None
+        self.difficulty = self.agreement = 0.0
+        self.num_pulls = self.num_teacher_pulls = 0
+
+    def _fresh_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters.values(), lr=0.0, weight_decay=0.0, betas=(0.9, 0.98))
+
+    def begin_rewards(self) -> None:
+        """Passes from the warm start to rewards: keeps the model as it is now, and starts a fresh optimizer."""
+        self.warm_model = self.setup.lm.frozen_copy()
+        self.optimizer = self._fresh_optimizer()
+
+    def descend(self, loss: Tensor, step: int, *, learning_rate: float) -> float:
+        """One optimizer step down ``loss``; the gradient's norm before clipping, NaN for a step that was skipped."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss.backward()
+        return guarded_step(
+            self.guard,
+            self.optimizer,
+            self.parameters,
+            step=step,
+            clip_norm=self.setup.config.in_context.clip_norm,
+            notice=self.setup.run.notice,
+        )
+
+    def values(self, scored: Scored) -> Float[Tensor, "episodes rounds"]:
+        """Expected sum of the rewards from each round on, in ``VALUE_SCALE``."""
+        values: Tensor = self.value_head(scored.states.float())[..., 0]
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimizer, and everything counted."""
+        state = {
+            "parameters": {name: parameter.detach() for name, parameter in self.parameters.items()},
+            "optimizer": optimizer_state(self.optimizer),
+            "guard": self.guard.state_dict(),
+            "difficulty": self.difficulty,
+            "agreement": self.agreement,
+            "num_pulls": self.num_pulls,
+            "num_teacher_pulls": self.num_teacher_pulls,
+        }
+        if self.warm_model is not None:
+            state["warm_model"] = dict(self.warm_model.model.named_parameters())
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over :meth:`state_dict`; raises ``CheckpointError`` for another model's."""
+        copy_tensors(state["parameters"], self.parameters)
+        load_optimizer(self.optimizer, state["optimizer"])
+        if "warm_model" in state:
+            self.warm_model = self.setup.lm.frozen_copy()
+            copy_tensors(state["warm_model"], dict(self.warm_model.model.named_parameters()))
+        self.guard.load_state_dict(state["guard"])
+        self.difficulty, self.agreement = state["difficulty"], state["agreement"]
+        self.num_pulls, self.num_teacher_pulls = state["num_pulls"], state["num_teacher_pulls"]

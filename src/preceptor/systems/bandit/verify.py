@@ -10,7 +10,8 @@ from preceptor.errors import DataError
 from preceptor.runs.metrics import read_jsonl
 from preceptor.runs.random import RandomStreams
 from preceptor.systems.bandit.config import BanditConfig
-from preceptor.systems.bandit.environment import sample_tables
+from preceptor.systems.bandit.environment import BanditFamily, sample_tables
+from preceptor.systems.bandit.in_context import sampled_tables, shown_tables
 from preceptor.systems.bandit.setup import build_bandit, reward_tables
 from preceptor.systems.base import Replayed, Services
 
@@ -22,7 +23,8 @@ def verify(config: BanditConfig, folder: Path, services: Services) -> Iterator[R
         DataError: ``decisions.jsonl`` is missing or malformed.
     """
     rows = read_jsonl(folder / "decisions.jsonl")
-    return _history_rewards(config, rows) if config.mode == "history" else _prompt_rewards(config, rows)
+    replayed = {"prompt": _prompt_rewards, "history": _history_rewards, "in-context": _in_context_rewards}
+    return replayed[config.mode](config, rows)
 
 
 def _prompt_rewards(config: BanditConfig, rows: Iterator[dict[str, Any]]) -> Iterator[Replayed]:
@@ -53,6 +55,25 @@ def _history_rewards(config: BanditConfig, rows: Iterator[dict[str, Any]]) -> It
             where = f"step {step}, episode {episode}, round {round_ + 1}"
             yield Replayed(where, reward, float(tables.rewards[episode, round_, _arm(bandit.words, word, where)]))
         episode += 1
+
+
+def _in_context_rewards(config: BanditConfig, rows: Iterator[dict[str, Any]]) -> Iterator[Replayed]:
+    options = config.in_context
+    family = BanditFamily(options.num_arms, options.kind, options.prior)
+    step, tables = None, None
+    for row in rows:
+        if row["step"] != step:
+            step = row["step"]
+            tables = sampled_tables(
+                config, family, step, num_episodes=options.batch_size, num_rounds=len(row["actions"])
+            )
+        assert tables is not None
+        paid = shown_tables(config, tables).rewards[row["episode"]]  # [rounds, arms]
+        for round_, (arm, reward) in enumerate(zip(row["actions"], row["rewards"], strict=True)):
+            where = f"step {step}, episode {row['episode']}, round {round_ + 1}"
+            if not 0 <= arm < options.num_arms:
+                raise DataError(f"decisions.jsonl, {where}: there is no arm {arm}; the last is {options.num_arms - 1}")
+            yield Replayed(where, reward, float(paid[round_, arm]))
 
 
 def _arm(words: Sequence[str], word: str, where: str) -> int:

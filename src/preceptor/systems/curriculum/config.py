@@ -169,6 +169,9 @@ class RewardOptions(Options):
 
     name: str = Field("", description="A built-in term or module:function.")
     weight: float = Field(1.0, description="Factor of the term.")
+    timeout: float = Field(
+        300.0, ge=0, description="Seconds that one call of a function of your own may take; 0 sets no limit."
+    )
 
 
 class PPOOptions(Options):

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -152,6 +152,8 @@ def step(setup: Setup, state: State, n: int) -> dict[str, Any]:
     # 4. One loss.
     state.set_learning_rate(learning_rate_scale(method_step, config.update))
     updated = update(setup, state, documents, experience)
+    for text in setup.lm.take_notices():
+        run.notice(f"step {n}: {text}")
     for reason in updated.nonfinite:
         run.notice(state.guard.skip(n, reason))
     row |= updated.metrics
@@ -261,6 +263,10 @@ def sample_rollouts(setup: Setup, state: State) -> RolloutBatch:
             sampling=sampling,
             generator=streams["rollout"],
         )
+        if config.update.bf16 or lm.dtype not in (torch.float32, torch.float64):
+            # In few digits two ways to the same number part by more than a small policy step; PPO's ratio must begin
+            # at 1, so both of its sides come from the scorer.
+            rollouts = replace(rollouts, log_probs=rollout_log_probs(lm, rollouts, sampling))
     rewards = score_rollouts(rollouts, state.terms)
     finite = rewards.finite_rows
     usable = rollouts.without(~finite.to(rollouts.mask.device))  # the rows stay, so groups keep their size

@@ -185,12 +185,12 @@ def end_token(lm: LanguageModel) -> int:
 
 
 def rollout_sampling(lm: LanguageModel, temperature: float) -> Sampling:
-    """The distribution of rollouts: no control token but the end token, and no truncation.
+    """The distribution of rollouts: no control token but the end token, no token without text, and no truncation.
 
     With truncation, the two policies of PPO's ratio would have different supports.
     """
     end = end_token(lm)
-    return Sampling(temperature=temperature, suppressed=[token for token in lm.special_tokens if token != end])
+    return Sampling(temperature=temperature, suppressed=[token for token in lm.never_drawn if token != end])
 
 
 # ---- scoring rollouts -----------------------------------------------------------------------------------------------

@@ -62,7 +62,9 @@ def prepare(config: CurriculumConfig, run: Run, services: Services) -> Setup:
         DataError: a dataset is missing, unreadable or too small.
         ModelError: the model cannot be loaded.
     """
+    # The seed of the weights is derived, so that another number of draws elsewhere leaves them as they are.
     lm = build_policy(config.model, device=run.device, seed=derived_seed(config.seed, "weights"))
+    # Before the datasets are read, which may take minutes.
     check_lengths(config, lm)
     corpora = read_corpora(config.data, lm)
     for corpus in corpora:
@@ -70,12 +72,14 @@ def prepare(config: CurriculumConfig, run: Run, services: Services) -> Setup:
             f"{corpus.name}: {corpus.train.num_tokens:,} tokens to train on in {len(corpus.documents):,} documents, "
             f"{len(corpus.validation)} rows to validate on{'' if corpus.target else '; not a target'}"
         )
+    # Before the first update: afterwards there is no untrained model to copy.
     initial_model = lm.initial_model()
     return Setup(
         config=config,
         run=run,
         methods=plan_methods(config),
         lm=lm,
+        # Copies: the live weights are trained in place and go back to these when a method begins.
         initial_weights={name: parameter.detach().clone() for name, parameter in lm.trainable_parameters().items()},
         initial_model=initial_model,
         corpora=corpora,
@@ -96,6 +100,7 @@ def check_lengths(config: CurriculumConfig, lm: LanguageModel) -> None:
         ConfigError: names every length that is too large.
     """
     lengths = {"`data.block_tokens`": config.data.block_tokens}
+    # Both lengths are reported at once, if both are too large.
     if config.ppo.weight:
         total = config.ppo.prompt_tokens + config.ppo.continuation_tokens
         lengths["`ppo.prompt_tokens` and `ppo.continuation_tokens` together"] = total

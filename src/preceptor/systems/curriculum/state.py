@@ -129,6 +129,7 @@ class State:
         return {
             "method": self.method.name,
             **self._live_tensors(),
+            "engine": self.lm.engine_state(),
             "optimizer": optimizer_state(self.optimizer),
             "mixture": self.mixture.state_dict(),
             "sampler": self.sampler.state_dict(),
@@ -157,6 +158,7 @@ class State:
         self.begin(by_name[state["method"]])
         for name, tensors in self._live_tensors().items():
             copy_tensors(state[name], tensors)
+        self.lm.load_engine_state(state["engine"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.mixture.load_state_dict(state["mixture"])
         self.sampler.load_state_dict(state["sampler"])

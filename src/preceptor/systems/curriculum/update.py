@@ -36,6 +36,9 @@ from preceptor.systems.curriculum.setup import Setup
 from preceptor.systems.curriculum.state import State
 from preceptor.systems.curriculum.value_network import ValueNetwork
 
+MAX_SAMPLER_KL = 1e-6
+"""KL(sampler ‖ scorer) of the same weights, nats a token, above which they are not the same: rounding gives 1e-11."""
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -154,6 +157,13 @@ def update(setup: Setup, state: State, documents: Documents, experience: Experie
                 bf16=options.bf16,
                 sums=sums,
             )
+            if (
+                num_used == 0 and kl_from_old_policy > MAX_SAMPLER_KL
+            ):  # no step yet, so the ratio is 1 but for the engine
+                state.lm.give_up_engine(
+                    f"sampler and scorer are {kl_from_old_policy:.1e} nats a token apart before any step, "
+                    f"{MAX_SAMPLER_KL:.0e} are allowed"
+                )
             num_used += 1
             stopped_early = ppo.kl_early_stop > 0 and kl_from_old_policy > ppo.kl_early_stop
         if (reason := optimizer_step(state, clip_norm=options.clip_norm, sums=sums)) is not None:

@@ -89,6 +89,7 @@ def rollouts_of(rows: Sequence[dict[str, Any]]) -> Rollouts:
             Prompt(row["dataset"], tuple(row["prompt_token_ids"]), tuple(row["reference_token_ids"])) for row in rows
         ),
         tokens=tokens,
+        # [batch, token]: the first `num_counted` tokens count.
         mask=torch.arange(tokens.shape[1]) < num_counted,
         log_probs=not_recorded,
         entropy=not_recorded,
@@ -115,10 +116,12 @@ def verify(config: CurriculumConfig, folder: Path, services: Services) -> Iterat
     Raises:
         DataError: a decision is of a method that the configuration does not have.
     """
+    # The model itself decodes and scores here; the trained policy is not needed for any of these numbers.
     lm = build_policy(config.model, device=torch.device("cpu"), seed=derived_seed(config.seed, "weights"))
     methods = {method.name: (number, method) for number, method in enumerate(plan_methods(config))}
     sizes = [float(corpus.train.num_tokens) for corpus in read_corpora(config.data, lm)]
     rows = read_jsonl(folder / "decisions.jsonl")
+    # Methods are trained one after the other, so their rows are next to each other.
     for name, method_rows in groupby(rows, key=lambda row: row["arm"]):
         if name not in methods:
             raise DataError(
@@ -153,6 +156,7 @@ def _verify_method(
         if kind == "mixture":
             for row in group:
                 mixture.update(difficulty_of(row), tokens=torch.tensor(row["tokens"], dtype=torch.float64))
+                # The weights after each measurement, one number a dataset.
                 for dataset, recorded, weight in zip(row["datasets"], row["weights"], mixture.weights, strict=True):
                     yield Replayed(f"{method.name}, step {step}, weight of {dataset}", recorded, float(weight))
         elif kind == "rollout":
@@ -165,6 +169,7 @@ def _verify_method(
                 for index, row in enumerate(rollout_group):
                     where = f"{method.name}, step {step}, continuation {index}, {name}"
                     yield Replayed(where, _number(row["terms"][name]), float(values[index]))
+            # Without the likelihood term the sum is not the reward that was earned.
             if len(known_terms) == len(terms):
                 for index, row in enumerate(rollout_group):
                     where = f"{method.name}, step {step}, continuation {index}, reward"

@@ -146,7 +146,7 @@ def scores_after_initial_queries(
         for (start, _), pair, query in zip(sequence.ranges("query"), order, queries, strict=True):
             # The branch starts where the policy's own query stands; the other query is given, the value is scored.
             given = (*reader.query_tokens(query), *article.chat_markers.before_value)
-            branches.append((start, (*given, *article.values[pair]), len(given)))
+            branches.append((start, (*given, *article.turns[pair]), len(given)))
         scores.append(SequenceScores(sequence, tuple(reader.branches(sequence, branches))))
     return scores
 

@@ -78,6 +78,7 @@ class State:
         return {
             "policy": {name: parameter.detach() for name, parameter in self.parameters.items()},
             "snapshot": self._snapshot(),
+            "engine": self._policy_lm.engine_state(),
             "optimizer": optimizer_state(self.optimizer),
             "moments": self.moments.state_dict(),
             "pair_baseline": self.pair_baseline.state_dict(),
@@ -97,6 +98,7 @@ class State:
         # Copied in place: the optimizer and the decoder hold these very tensors.
         copy_tensors(state["policy"], self.parameters)
         copy_tensors(state["snapshot"], self._snapshot())
+        self._policy_lm.load_engine_state(state["engine"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.moments.load_state_dict(state["moments"])
         self.pair_baseline.load_state_dict(state["pair_baseline"])

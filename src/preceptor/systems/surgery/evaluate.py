@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from preceptor.evaluation.summary import Comparison, Gap, compare, gap_closed, summarise
 from preceptor.evaluation.verdict import MINIMUM_SEEDS, Conclusion, verdict
 from preceptor.objectives.kl import entropy
+from preceptor.systems.surgery import repaired
+from preceptor.systems.surgery.config import EDITING_ARMS
 from preceptor.systems.surgery.reference_lm import NGram
 from preceptor.systems.surgery.rewards import next_token_logits
 from preceptor.systems.surgery.setup import Setup
@@ -48,6 +50,9 @@ RIVALS = ("no_edit", "shuffled", "evolution", "random", "best_of_n", "gradient")
 DECIDING = ("evolution", "shuffled")
 """Baselines that SAC must beat before the verdict says that the surgeon helps."""
 
+PRETRAINED_PAIRS = [("pretrained", "no_edit"), ("pretrained", "learned"), ("joint_pretrained", "training")]
+"""What is compared where a surgeon that was trained before takes part."""
+
 CHARTS: list[dict[str, Any]] = [
     {
         "kind": "lines",
@@ -80,7 +85,7 @@ CHARTS: list[dict[str, Any]] = [
             "unit": unit,
             "columns": {
                 f"{arm}.{metric}": arm.replace("_", " ")
-                for arm in ("learned", "shuffled", "evolution", "random", "best_of_n", "joint")
+                for arm in (*EDITING_ARMS, "joint", "pretrained", "joint_pretrained")
             },
         }
         for title, unit, metric in (
@@ -141,6 +146,7 @@ def score_text(model: PreTrainedModel, tokens: Int[Tensor, " token"], *, block_s
     for start, end in ((0, num_in_blocks), (num_in_blocks, len(inputs))):
         if start == end:
             continue
+        # A text shorter than a block is one row of its own length.
         length = block_size if start == 0 and num_in_blocks else end - start
         blocks, next_tokens = (part[start:end].view(-1, length) for part in (inputs, targets))  # [block, length]
         for first in range(0, len(blocks), BLOCKS_PER_PASS):
@@ -156,10 +162,12 @@ def score_text(model: PreTrainedModel, tokens: Int[Tensor, " token"], *, block_s
 def evaluate(state: State) -> dict[str, Any]:
     """The record of the method whose phase has ended: its student on the whole held-out text, and what it has cost."""
     setup, student, phase = state.setup, state.student, state.phase
+    # On the whole held-out text, not on windows: this number is compared across methods and seeds.
     score = score_text(
         student.model, setup.corpus.held_out.to(setup.device), block_size=setup.config.student.block_size
     )
     examiner = setup.held_out_examiner
+    # The same prompts and noise for every method, since this stream is made anew each time.
     quality = examiner.examine(student.model, examiner.draw(setup.generator("judgement")))
     record: dict[str, Any] = {
         "arm": phase.method,
@@ -174,6 +182,7 @@ def evaluate(state: State) -> dict[str, Any]:
         "distinct": quality.distinct,
         "model_calls": student.costs.evaluations,
         "tokens": student.costs.tokens,
+        # An objective that uses the reference model is charged for that model's training too.
         "gflops": (student.costs.flops + state.reference_flops(phase.objective)) / 1e9,
     }
     if phase.surgeon is not None:
@@ -186,6 +195,7 @@ def evaluate(state: State) -> dict[str, Any]:
 def ladder_records(setup: Setup) -> list[dict[str, Any]]:
     """A record for each n-gram of the ladder, fitted on the training text; the same under every seed."""
     order, corpus = setup.config.evaluation.ladder_order, setup.corpus
+    # One model holds all lower orders, so the ladder is counted once.
     ngram = NGram(corpus.train, order=order, vocab_size=corpus.vocab_size)
     names = {1: "unigram", 2: "bigram", 3: "trigram"}
     records = []
@@ -213,9 +223,11 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         config: the resolved configuration.
         seeds: of the runs.
     """
+    if config.get("training") == "amortised":
+        return repaired.result(records, config=config, seeds=seeds)
     unique = list({(r["arm"], r["item"], r["split"], r["seed"]): r for r in records}.values())
     arms = {record["arm"] for record in unique}
-    pairs = [("learned", rival) for rival in RIVALS] + [("joint", "training")]
+    pairs = [("learned", rival) for rival in RIVALS] + [("joint", "training")] + PRETRAINED_PAIRS
     comparisons = [
         compare(unique, metric=metric, arm=arm, baseline=baseline, unit=UNITS[metric], split="held_out")
         for arm, baseline in pairs
@@ -313,9 +325,10 @@ def _conclusions(records: Sequence[Mapping[str, Any]], comparisons: Sequence[Com
         helps = f"The surgeon helps: SAC's held-out quality is above that of {measured}."
         conclusions.append(Conclusion(comparisons=deciding, claimed=helps, otherwise=unclaimed))
     for c in comparisons:
-        if c["arm"] == "joint" and c["metric"] == "log_prob":
+        if c["arm"] in ("joint", "joint_pretrained") and c["metric"] == "log_prob":
+            who = "surgery" if c["arm"] == "joint" else "the pretrained surgeon"
             # A loss is claimed as a gain of the other arm.
-            arms = ("joint", "training") if c["mean"] > 0 else ("training", "joint")
+            arms = (c["arm"], c["baseline"]) if c["mean"] > 0 else (c["baseline"], c["arm"])
             tested = compare(
                 records, metric="log_prob", arm=arms[0], baseline=arms[1], unit=c["unit"], split="held_out"
             )
@@ -323,8 +336,8 @@ def _conclusions(records: Sequence[Mapping[str, Any]], comparisons: Sequence[Com
             conclusions.append(
                 Conclusion(
                     comparisons=[tested],
-                    claimed=f"Learning with surgery is {figures}.",
-                    otherwise=f"Learning with surgery is measured at {figures}; no difference can be claimed.",
+                    claimed=f"Learning with {who} is {figures}.",
+                    otherwise=f"Learning with {who} is measured at {figures}; no difference can be claimed.",
                 )
             )
     return conclusions

@@ -51,15 +51,18 @@ def edit_figures(decisions: Path, config: Mapping[str, Any]) -> list[Figure]:
             by_surgeon.setdefault(str(row.get("arm", "")), []).append(row)
     if not by_surgeon:
         return []
-    size = max(len(row["action"]) for rows in by_surgeon.values() for row in rows)
+    own = [rows for rows in by_surgeon.values() if "sites" not in rows[0]] or list(by_surgeon.values())
+    size = max(len(row["action"]) for rows in own for row in rows)
     names = action_names(size, config)
     figures: list[Figure] = [
-        _squares(surgeon, rows, names, first=index == 0) for index, (surgeon, rows) in enumerate(by_surgeon.items())
+        _squares(surgeon, rows, [tuple(site) for site in rows[0].get("sites", names)], first=index == 0)
+        for index, (surgeon, rows) in enumerate(by_surgeon.items())
     ]
+    by_surgeon = {surgeon: rows for surgeon, rows in by_surgeon.items() if "sites" not in rows[0]}
     groups: dict[str, list[int]] = {}
     for index, (group, _) in enumerate(names):
         groups.setdefault(group, []).append(index)
-    if len(groups) <= MAXIMUM_GROUPS:
+    if by_surgeon and len(groups) <= MAXIMUM_GROUPS:
         figures.append(
             Matrix(
                 "Mean size of the edits by matrix",
