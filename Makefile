@@ -5,25 +5,31 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The torch that `make constraints` resolves everything else around.
 TORCH ?= 2.13.0
-# The lowest one that pyproject.toml allows, for `make lowest`.
+# The lowest one that pyproject.toml allows, for `make lowest`, and how it is installed.
 TORCH_LOWEST ?= $(shell sed -nE 's/^  "torch>=([0-9.]+)".*/\1.0/p' pyproject.toml)
+LOWEST_TORCH ?= build/lowest/bin/pip install --quiet --disable-pip-version-check --no-deps
 # A demo never overwrites an earlier one.
 DEMO_OUT := $(or $(DEMO_OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: help demo test test-all bench docs lint check format constraints lowest clean
+.PHONY: help demo test quick test-all mutants bench docs lint check format constraints lowest clean
 
 help: ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
 
 demo: $(VENV)/installed-demo ## Learn a reading order on the bundled model and article
 	$(BIN)/preceptor run reading --preset default --threads 2 --out $(DEMO_OUT)
-	@echo "The page of this run: $(DEMO_OUT)/report.html"
 
 test: $(VENV)/installed-test ## All tests but the slow ones, with the examples of docstrings and docs
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
 
+quick: $(VENV)/installed-test ## The mathematics and one system, in under a minute
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow" src/preceptor/objectives tests/objectives tests/systems/bandit
+
 test-all: $(VENV)/installed-test ## The slow tests too
 	$(BIN)/python -m pytest
+
+mutants: $(VENV)/installed-test ## Plant every fault of tools/mutants/faults.yaml: hours, resumable (MUTANTS="--only lm --jobs 2")
+	nice -n 15 $(BIN)/python -m tools.mutants $(MUTANTS)
 
 bench: $(VENV)/installed-test ## Every benchmark beside its peer (BENCH=decode for one); a clean commit adds lines to benchmarks/history.jsonl
 	$(BIN)/python -m benchmarks $(BENCH)
@@ -69,7 +75,7 @@ lowest: ## Every system's smoke run with the lowest versions that pyproject.toml
 	rm -rf build/lowest
 	$(PYTHON) -m venv build/lowest
 	build/lowest/bin/pip install --quiet --disable-pip-version-check uv
-	build/lowest/bin/pip install --quiet --disable-pip-version-check --no-deps torch==$(TORCH_LOWEST)
+	$(LOWEST_TORCH) torch==$(TORCH_LOWEST)
 	build/lowest/bin/uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct -e .
 	for system in reading bandit curriculum surgery; do \
 	  build/lowest/bin/preceptor run $$system --preset smoke --threads 1 --out build/lowest/runs/$$system || exit 1; \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import pydoc
 import subprocess
 import sys
@@ -58,3 +59,17 @@ def test_import_is_light() -> None:
     program = f"import sys, preceptor; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("verdict", "headline"),
+    [
+        ("It wins by 0.5 nats; one seed. On this", "It wins by 0.5 nats; one seed."),
+        ("Only this.", "Only this."),
+        ("No point", "No point"),
+        ("", ""),
+    ],
+)
+def test_the_headline_is_the_first_sentence(verdict: str, headline: str, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(json.dumps({"verdict": verdict}))
+    assert preceptor.load(tmp_path).headline == headline

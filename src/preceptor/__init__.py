@@ -21,9 +21,10 @@ from preceptor.version import __version__
 if TYPE_CHECKING:
     import preceptor.mixtures as mixtures
     from preceptor.result import Result
+    from preceptor.systems.surgery.repair import Repair
     from preceptor.systems.surgery.theater import SurgicalTheater
 
-__all__ = ["Result", "SurgicalTheater", "__version__", "compare", "load", "mixtures", "resume", "run"]
+__all__ = ["Result", "SurgicalTheater", "__version__", "compare", "load", "mixtures", "repair", "resume", "run"]
 
 _LAZY = {"Result": "preceptor.result", "SurgicalTheater": "preceptor.systems.surgery.theater"}
 
@@ -40,6 +41,8 @@ def run(
     trackers: Sequence[str] = (),
     name: str | None = None,
     tags: Sequence[str] = (),
+    project: str = "preceptor",
+    group: str | None = None,
     report: bool = True,
     quiet: bool = False,
     **flags: Any,
@@ -57,6 +60,8 @@ def run(
         trackers: ``tensorboard``, ``wandb``, ``trackio``, besides ``metrics.jsonl``.
         name: what trackers and the page call the run; the folder's name by default.
         tags: of the run, for trackers and the page.
+        project: where trackers put the run.
+        group: of runs that trackers show together, such as the seeds of a comparison.
         report: write ``report.html`` at the end.
         quiet: show no progress.
         **flags: the system's own: ``model="path/to/model"``, ``article="page.txt"``, ``seed=3``, …
@@ -82,6 +87,8 @@ def run(
         trackers=trackers,
         name=name,
         tags=tags,
+        project=project,
+        group=group,
         report=report,
         quiet=quiet,
     )
@@ -128,6 +135,43 @@ def compare(*folders: str | Path, methods: Sequence[str] = (), out: str | Path |
     from preceptor import api
 
     return api.compare([Path(folder) for folder in folders], methods=methods, out=None if out is None else Path(out))
+
+
+def repair(
+    model: str,
+    *,
+    surgeon: str | Path,
+    text: str | Path,
+    out: str | Path | None = None,
+    evaluations: int = 3,
+    seed: int = 0,
+    device: str = "auto",
+    threads: int | None = None,
+) -> Repair:
+    """Repairs a model in a few edits of its attention, each accepted by a test on text the surgeon has not seen.
+
+    Args:
+        model: ``starter`` or a model folder, which is left as it is.
+        surgeon: folder of a finished ``preceptor run surgery --preset planted``.
+        text: a file of text that the model should predict.
+        out: where the repaired model goes; ``MODEL-repaired`` by default.
+        evaluations: edits that may be tried.
+        seed: of the windows of text.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
+        threads: CPU threads.
+    """
+    from preceptor import api
+
+    return api.repair(
+        model,
+        surgeon=Path(surgeon),
+        text=Path(text),
+        out=None if out is None else Path(out),
+        evaluations=evaluations,
+        seed=seed,
+        device=device,
+        threads=threads,
+    )
 
 
 def load(folder: str | Path) -> Result:

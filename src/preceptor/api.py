@@ -19,6 +19,7 @@ from preceptor.systems.configuration import extended_configuration
 if TYPE_CHECKING:
     from preceptor.comparison.runs import FinishedRun
     from preceptor.runs.folder import Run
+    from preceptor.systems.surgery.repair import Repair
 
 
 def services(environ: Mapping[str, str]) -> Services:
@@ -31,7 +32,7 @@ def services(environ: Mapping[str, str]) -> Services:
 
 
 def cache_dir(environ: Mapping[str, str]) -> Path:
-    """Where downloads and bought embeddings are kept: PRECEPTOR_CACHE_DIR, else the XDG cache folder."""
+    """The cache folder: PRECEPTOR_CACHE_DIR, else ``preceptor`` in the XDG cache folder."""
     if own := environ.get("PRECEPTOR_CACHE_DIR"):
         return Path(own)
     shared = environ.get("XDG_CACHE_HOME", "")
@@ -52,6 +53,7 @@ def start(
     name: str | None = None,
     tags: Sequence[str] = (),
     project: str = "preceptor",
+    group: str | None = None,
     report: bool = True,
     quiet: bool = False,
 ) -> Result:
@@ -62,8 +64,11 @@ def start(
     Raises:
         PreceptorError: of the kind that says what is wrong; ``Interrupted`` after Ctrl-C, when the run can be resumed.
     """
+    from preceptor.lm.cpu.kernels import keep_kernels_in
     from preceptor.runs.folder import create_run, default_run_path, discard_unbegun
 
+    keep_kernels_in(services.cache_dir / "kernels")
+    # Dated and numbered: two runs started on one day do not collide.
     path = out or default_run_path(Path("runs"), system.name, date.today())
     try:
         run = create_run(
@@ -80,23 +85,24 @@ def start(
             name=name,
             tags=tags,
             project=project,
+            group=group,
             quiet=quiet,
         )
     except PreceptorError:
+        # The folder was made for this run and is empty; one that the user named is left to the user.
         if out is None:
             with contextlib.suppress(OSError):  # no longer empty: then it holds something to look at
                 path.rmdir()
         raise
     try:
+        # On entry: signal handlers. On exit: logs and trackers are closed and the lock is released.
         with run:
-            _record(run, system.train(config, run, services))
+            _record(run, system.train(config, run, services), report=report)
     except Interrupted:
         raise
     except PreceptorError:
         discard_unbegun(path)  # what was refused must not block the next try
         raise
-    if report:
-        write_page(path)
     return Result(path)
 
 
@@ -126,11 +132,14 @@ def go_on(
     Raises:
         ConfigError: no run, another machine or version without ``allow_inexact``, or a key that may not change.
     """
+    from preceptor.lm.cpu.kernels import keep_kernels_in
     from preceptor.runs.folder import open_run
     from preceptor.runs.record import read_manifest
 
     if not (folder / "manifest.json").is_file():
         raise ConfigError(f"{folder} is not a run folder (no manifest.json); start one with: preceptor run SYSTEM")
+    keep_kernels_in(services.cache_dir / "kernels")
+    # The manifest is the record of the run; whether config.yaml was edited since then is checked on opening.
     manifest = read_manifest(folder)
     system = find_system(manifest["system"])
     config = from_dict(system.Config, manifest["config"])
@@ -145,21 +154,24 @@ def go_on(
     )
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(run.close)
+        # Read again, since a resume may have extended it; closed if even that fails, or the lock would stay.
         config = from_dict(system.Config, run.config)
         on_failure.pop_all()
     with run:
-        _record(run, system.train(config, run, services))
-    if report:
-        write_page(folder)
+        _record(run, system.train(config, run, services), report=report)
     return Result(folder)
 
 
-def _record(run: Run, result: Mapping[str, Any]) -> None:
-    """Writes what came of ``run`` beside its model."""
+def _record(run: Run, result: Mapping[str, Any], *, report: bool) -> None:
+    """Writes what came of ``run`` beside its model, and shows it to the trackers."""
     from preceptor.runs.export import write_model_card
 
     run.write_result(result)
     write_model_card(run.path)
+    run.seal()
+    if report:
+        write_page(run.path)
+    run.conclude_trackers(result)
 
 
 def compare(folders: Sequence[Path], *, methods: Sequence[str] = (), out: Path | None = None) -> Result:
@@ -179,6 +191,47 @@ def compare(folders: Sequence[Path], *, methods: Sequence[str] = (), out: Path |
     return result
 
 
+def repair(
+    model: str,
+    *,
+    surgeon: Path,
+    text: Path,
+    out: Path | None = None,
+    evaluations: int = 3,
+    seed: int = 0,
+    device: str = "auto",
+    threads: int | None = None,
+) -> Repair:
+    """Edits the attention of ``model`` with the surgeon of a finished run, and writes it to ``out``.
+
+    Args:
+        model: ``starter`` or a model folder, which is left as it is.
+        surgeon: folder of a finished run with ``training=amortised``.
+        text: a file of text that the model should predict.
+        out: ``MODEL-repaired`` in the current folder by default; ``repair.json`` is written beside the weights.
+        evaluations: edits that may be tried.
+        seed: of the windows of text.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
+        threads: CPU threads.
+
+    Raises:
+        PreceptorError: of the kind that says what is wrong.
+    """
+    from preceptor.runs.device import choose_device, set_threads
+    from preceptor.systems.surgery.repair import repair_model
+
+    set_threads(threads)
+    return repair_model(
+        model,
+        surgeon_run=surgeon,
+        text=text,
+        out=out or Path(f"{Path(model).name}-repaired"),
+        evaluations=evaluations,
+        seed=seed,
+        device=choose_device(device),
+    )
+
+
 def compared(
     runs: Sequence[FinishedRun], *, methods: Sequence[str] = (), out: Path | None = None
 ) -> tuple[dict[str, Any], Result | None]:
@@ -190,12 +243,14 @@ def compared(
     system = find_system(runs[0].system)
     if system.result is None:
         raise ConfigError(f"runs of {system.name} have no baselines to compare")
+    # Runs may differ in their inputs within a group; in anything else they are groups of their own.
     groups = grouped(runs, inputs=list(system.inputs.values()))
     merged = merged_result(groups, system.result)
+    # "articles" -> "article": how the verdict calls one item.
     noun = next(iter(system.inputs), "").removesuffix("s").replace("_", " ")
     comparison = comparison_of(groups, merged, arms=list(methods), noun=noun)
     if out is None:
         return comparison, None
-    write_comparison(out, comparison, {"verdict": comparison["verdict"], **merged}, runs, sections=system.sections)
+    write_comparison(out, comparison, {**merged, "verdict": comparison["verdict"]}, runs, sections=system.sections)
     write_page(out)
     return comparison, Result(out)

@@ -34,6 +34,7 @@ from pydantic.fields import FieldInfo
 from preceptor.errors import ConfigError, did_you_mean, short_repr
 from preceptor.strict_yaml import read_yaml, write_yaml
 
+# No configuration comes near it; a data file given by mistake does.
 MAX_BYTES = 64 * 1024
 
 _BROKEN_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL ends a path early; half a surrogate pair has no UTF-8
@@ -57,6 +58,7 @@ class Options(BaseModel):
         """
         return iter(())
 
+    # Before pydantic's own checks, and on the elements of lists as well.
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_broken_text(cls, value: Any) -> Any:
@@ -74,6 +76,7 @@ def schema(cls: type[Options]) -> dict[str, FieldInfo]:
     """Every key of ``cls`` by its dotted name, in the order of the fields; a section appears as its keys only."""
     keys: dict[str, FieldInfo] = {}
     for name, field in cls.model_fields.items():
+        # Sections are flattened into dotted names, which is how overrides and messages speak of keys.
         if (section := _options_class(field.annotation)) is not None:
             keys |= {f"{name}.{key}": inner for key, inner in schema(section).items()}
         else:
@@ -95,6 +98,7 @@ def load_config(
             reader.add_file(path)
     for text in overrides:
         reader.add_override(text)
+    # Validated once more as a whole: single layers were checked without what lies below them.
     return cls.model_validate(reader.checked())
 
 
@@ -123,6 +127,7 @@ class _Reader:
 
     def __init__(self, cls: type[Options]) -> None:
         self.cls = cls
+        # The defaults are the lowest layer, as plain values like those of a file.
         self.values: dict[str, Any] = _with_tuples(to_dict(cls()))
         self.faults: list[str] = []
         self.refused: set[str] = set()
@@ -131,6 +136,7 @@ class _Reader:
         """Puts the YAML file at ``path`` on top."""
         try:
             with path.open("rb") as stream:
+                # One byte more than allowed is enough to know that a file is too long.
                 content = stream.read(MAX_BYTES + 1)
             if len(content) > MAX_BYTES:
                 raise ValueError(f"it is larger than {MAX_BYTES // 1024} KiB, and a configuration is a short file")
@@ -148,10 +154,12 @@ class _Reader:
         """Puts one ``a.b=value`` on top."""
         key, equals, value = text.partition("=")
         keys = schema(self.cls)
+        # A key of the past is typed like the one it became, and renamed by `add`.
         today = self.cls.renamed.get(key, key)
         if not equals:
             self.faults.append(f"override {short_repr(text)} has no '='; write it as key=value")
         elif today in keys:
+            # a.b.c=x becomes {a: {b: {c: x}}}, a layer like that of a file.
             layer = _typed(keys[today].annotation, value)
             for name in reversed(key.split(".")):
                 layer = {name: layer}
@@ -168,6 +176,7 @@ class _Reader:
         lines = dict(lines or {})
         found: dict[str, str] = {}  # the first fault of each key
 
+        # pydantic names places, the file has lines; this leads from one to the other.
         def line(key: str) -> int:
             while key and key not in lines:  # an element of a list is found under the key that holds the list
                 key = key[: max(key.rfind("."), key.rfind("["), 0)]
@@ -179,14 +188,18 @@ class _Reader:
             layer = {key: {} if key in empty else _with_tuples(value) for key, value in given.items()}
         else:
             layer, found[""] = {}, f"a configuration must be a section with keys, got {short_repr(given)}"
+        # Renamed keys first, so that nothing below meets an old name.
         for old, new in self.cls.renamed.items():
             if (value := _taken(layer, old.split("."))) is not _ABSENT:
                 lines[new] = lines.get(old, 1)
                 if _taken(layer, new.split(".")) is not _ABSENT:
+                    # Both names given: the old one's value is put in place and the fault says which to keep.
                     found[old] = f"`{old}` is now called `{new}`, and both are given; keep `{new}`"
                 _put(layer, new.split("."), value)
                 if announce:
                     _logger.warning("`%s` is now called `%s`; the old name still works", old, new)
+        # Validated alone, for its faults; what is faulty is taken out, so that the layers still combine and their
+        # conflicts are found in the same run of the program.
         try:
             self.cls.model_validate(layer)
         except ValidationError as error:
@@ -195,12 +208,14 @@ class _Reader:
                 found.setdefault(key, message)  # each member of a union has a problem of its own
                 _taken(layer, path)
         self.refused |= found.keys()
+        # In the order of the file, which is how a reader will mend them.
         for key in sorted(found, key=line):
             self.faults.append(found[key] if file is None else f"{file}:{line(key)}: {found[key]}")
         self.values = _merged(self.cls, self.values, layer)
 
     def checked(self) -> dict[str, Any]:
         """The values of all layers; raises ConfigError with all faults, conflicts between the values among them."""
+        # Conflicts between values that were accepted; a field that was refused has its own fault already.
         for conflict in _conflicts(self.cls.model_validate(self.values)):
             named = re.findall(r"`([^`]+)`", conflict)
             if not any(f"{key}[".startswith((f"{name}[", f"{name}.")) for name in named for key in self.refused):
@@ -229,8 +244,10 @@ def _conflicts(config: Options, prefix: str = "") -> Iterator[str]:
 def _typed(wanted: Any, text: str) -> Any:
     """What ``text`` typed on the command line means: it has no quotes of its own, so the field's type decides."""
     kinds = get_args(wanted) if get_origin(wanted) in (Union, UnionType) else (wanted,)
+    # "none" on a command line means no value, unless the field takes text only.
     if NoneType in kinds and text in ("", "null", "none"):
         return None
+    # Text stays as typed: "1e5" and "true" are titles where the field is text.
     if str in kinds or any(text in get_args(kind) for kind in kinds if get_origin(kind) is Literal):
         return text
     document = read_yaml(text)
@@ -248,6 +265,7 @@ def _described(cls: type[Options], problem: Mapping[str, Any]) -> tuple[str, Seq
         if (options := _options_class(field.annotation)) is not None:
             prefix = f"{key}." if key else ""
             key = f"{prefix}{part}"
+            # A list is replaced whole, so the path into a layer ends at the key that holds it.
             if "[" not in prefix:
                 path.append(part)
             if part not in options.model_fields:
@@ -266,6 +284,7 @@ def _refusal(key: str, field: FieldInfo, kind: str, given: Any) -> str:
     if kind == "missing":
         return f"`{key}` is required; give it a value"
     demand = allowed = _allowed(field.annotation)
+    # The message says what would be right and not only what is wrong.
     if kind == "finite_number":
         demand = " and ".join(filter(None, (_bounds(field), "finite")))
     elif kind.startswith(("greater_than", "less_than")):
@@ -307,6 +326,7 @@ def _bounds(field: FieldInfo) -> str:
 
 def _unknown_key(key: str, known: Sequence[str]) -> str:
     """The fault for a ``key`` that is not among the ``known`` dotted keys, with the nearest that is."""
+    # Dotted in a file: YAML takes it for one word.
     if key in known:
         return f"unknown key {short_repr(key)}; in a file, nest it: '{key.partition('.')[0]}:' and the rest below"
     section, dot, leaf = key.rpartition(".")
@@ -346,6 +366,7 @@ def _with_tuples(value: Any) -> Any:
 def _taken(values: Any, path: Sequence[Any]) -> Any:
     """What stands at ``path`` in nested ``values``, taken out of them."""
     for name in path[:-1]:
+        # A path that leaves the mapping is absent and no error.
         values = values.get(name) if isinstance(values, dict) else None
     return values.pop(path[-1], _ABSENT) if isinstance(values, dict) else _ABSENT
 
@@ -358,6 +379,7 @@ def _put(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
 
 def _merged(cls: type[Options], below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """``above`` on top of ``below``, key by key; a list or a mapping that is a value is replaced whole."""
+    # `|` would replace a whole section by its few given keys, so sections are merged below.
     values = below | above
     for key in above:
         if (section := _options_class(cls.model_fields[key].annotation)) is not None:

@@ -6,6 +6,7 @@ import contextlib
 import html
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preceptor.errors import ConfigError, DataError
+from preceptor.runs.seal import require_unchanged
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -65,14 +67,17 @@ class Result:
 
         Raises:
             ConfigError: it holds no result: no run, or one that has not ended.
+            StorageError: a file of the run has changed since it ended.
             DataError: its ``result.json`` is damaged.
         """
         self.folder = Path(folder)
         path = self.folder / "result.json"
         if not path.is_file():
+            # Two reasons, two remedies.
             begun = (self.folder / "manifest.json").is_file()
             reason = f"has not ended; go on with: preceptor resume {self.folder}" if begun else "is no run folder"
             raise ConfigError(f"{self.folder} {reason}")
+        require_unchanged(self.folder)
         try:
             data = json.loads(path.read_bytes())
         except ValueError as error:
@@ -90,6 +95,13 @@ class Result:
     def verdict(self) -> str:
         """What may be claimed, in words; its first sentence says what happened."""
         return str(self.data.get("verdict", ""))
+
+    @property
+    def headline(self) -> str:
+        """The verdict's first sentence: what happened, in plain words."""
+        # A point ends a sentence only before a capital letter: numbers have points too.
+        found = re.match(r".*?\.(?= +[A-Z]|$)", self.verdict, re.DOTALL)
+        return found[0] if found else self.verdict
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -117,6 +129,7 @@ class Result:
         """
         if "order" not in self.data:
             raise ConfigError(f"{self.folder} has no reading order; runs of `reading` have one, this is {self.system}")
+        # articles.json holds the texts; the order in result.json is indices into them.
         articles = json.loads((self.folder / "articles.json").read_bytes())
         return Order(
             {
@@ -132,6 +145,7 @@ class Result:
         """The trained model, loaded with Transformers (a PEFT model where the run trained an adapter)."""
         from preceptor.runs.export import MODEL, load_model
 
+        require_unchanged(self.folder, models=True)
         return load_model(self.folder / MODEL)[0]
 
     def tokenizer(self) -> Any:
@@ -152,6 +166,7 @@ class Result:
         """The tables for a terminal of ``width`` characters, for ``rich.print``."""
         comparison = self.folder / "comparison.json"
         if comparison.is_file():
+            # Imported here: a script that reads numbers from a result should not load Rich or Jinja.
             from preceptor.comparison.table import comparison_tables
 
             yield from comparison_tables(json.loads(comparison.read_bytes()))
@@ -164,6 +179,7 @@ class Result:
     def __repr__(self) -> str:
         from rich.console import Console
 
+        # Wider than most terminals, so that a notebook or a REPL wraps no table.
         console = Console(file=io.StringIO(), width=100, force_terminal=False)
         for table in self.renderables():
             console.print(table)
@@ -183,6 +199,7 @@ class Result:
         )
 
     def _table_rows(self) -> Iterator[tuple[Any, ...]]:
+        # What the system shows by default; `table` itself has every metric.
         shown = set(self.data.get("table", []))
         for row in self.table:
             if shown and row["metric"] not in shown:
@@ -201,9 +218,12 @@ def write_page(folder: Path) -> Path:
 
     Raises:
         DataError: a malformed file.
-        StorageError: the page cannot be written; an older one is then untouched.
+        StorageError: a file has changed since the run ended, or the page cannot be written; an older one is then
+            untouched.
     """
     from preceptor.report.page import build_report
+
+    require_unchanged(folder)
     from preceptor.systems import find_system, known_systems
 
     name = ""

@@ -35,6 +35,7 @@ _VALUES: dict[str, Callable[[str], Any]] = {
     "null": lambda text: None,
     "bool": lambda text: text.lower() == "true",
     "int": int,
+    # "inf" is accepted for limits that may be switched off; there is no NaN.
     "float": lambda text: float(text.lower().replace(".inf", "inf")),
 }
 
@@ -59,9 +60,11 @@ def read_yaml(text: str) -> Document:
     """
     document = Document(None, {}, [])
     try:
+        # Composed only, to nodes and not to Python objects: YAML's tags never run.
         return document._replace(value=_value(_Loader(text).get_single_node(), "", document))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
+        # PyYAML's messages have several lines.
         problem = " ".join((getattr(error, "problem", None) or str(error)).split())
         return Document(None, {}, [f"{mark.line + 1 if mark else 1}: not valid YAML: {problem}"])
 
@@ -75,6 +78,7 @@ def write_yaml(value: Any) -> str:
     text = yaml.dump(
         value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf, sort_keys=False
     )
+    # PyYAML ends a lone scalar with "..." on a line of its own.
     return text.removesuffix("...\n").rstrip("\n")
 
 
@@ -91,6 +95,7 @@ class _Loader(yaml.SafeLoader):
             problem = "anchors and aliases are not allowed; write the value out"
         elif getattr(event, "tag", None) is not None:
             problem = f"the tag {short_repr(event.tag)} is not allowed; leave it out"
+        # Nesting is bounded, or a short text of brackets would exhaust the stack.
         elif self.depth == MAX_DEPTH:
             problem = f"nested deeper than {MAX_DEPTH} levels"
         if problem:
@@ -123,6 +128,7 @@ def _value(node: Any, path: str, document: Document) -> Any:
     if node is None:
         return None
     if isinstance(node, yaml.SequenceNode):
+        # Line and path go along, so that a fault can say where it is.
         return [_value(item, f"{path}[{index}]", document) for index, item in enumerate(node.value)]
     if isinstance(node, yaml.ScalarNode):
         return _VALUES.get(node.tag.removeprefix(_TAG), str)(node.value)

@@ -26,7 +26,7 @@ def candidates(*words: str) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["re"], ["resume", "replay", "report"]),
+        (["re"], ["resume", "replay", "report", "repair"]),
         (["run", "rea"], ["reading"]),
         (["run", "reading", "--pre"], ["--preset"]),
         (["run", "reading", "--preset", "sm"], ["smoke"]),

@@ -229,10 +229,39 @@ def test_a_run_of_a_system_that_is_gone_is_refused(toy: ModuleType, capsys: pyte
 
 
 def test_name_tags_and_project_are_recorded(toy: ModuleType) -> None:
-    words = ["--name", "first", "--tag", "a", "--tag", "b", "--project", "mine", "--log-level", "info"]
+    words = [
+        "--name",
+        "first",
+        "--tag",
+        "a",
+        "--tag",
+        "b",
+        "--project",
+        "mine",
+        "--group",
+        "ten",
+        "--log-level",
+        "info",
+    ]
     assert main(["run", "toy", "--out", "r", "--no-report", *words]) == 0
     manifest = json.loads(Path("r/manifest.json").read_text())
     assert (manifest["name"], manifest["tags"], manifest["project"]) == ("first", ["a", "b"], "mine")
+    assert manifest["group"] == "ten"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_trackers_get_the_result_and_the_page(toy: ModuleType) -> None:
+    pytest.importorskip("tensorboard", reason="needs the extra 'tensorboard'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert main(["run", "toy", "--out", "r", "--tracker", "tensorboard"]) == 0
+    reader = EventAccumulator("r/tensorboard")
+    reader.Reload()
+    tags = ("configuration", "result", "page")
+    shown = {tag: reader.Tensors(f"{tag}/text_summary")[-1].tensor_proto.string_val[0].decode() for tag in tags}
+    assert shown["page"] == f"`{Path('r/report.html').resolve()}`"
+    assert '"steps"' in shown["configuration"]
+    assert shown["result"].startswith(json.loads(Path("r/result.json").read_text()).get("verdict", ""))
 
 
 def test_options_may_stand_before_the_system(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -292,7 +321,20 @@ def test_help_teaches(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     "words",
     [
-        *("", "run", "resume", "watch", "replay", "report", "export", "pretrain", "list", "doctor", "compare"),
+        *(
+            "",
+            "run",
+            "resume",
+            "watch",
+            "replay",
+            "report",
+            "export",
+            "repair",
+            "pretrain",
+            "list",
+            "doctor",
+            "compare",
+        ),
         *("completion", *(f"{command} {system}" for command in ("run", "doctor", "compare") for system in SYSTEMS)),
     ],
 )
@@ -317,8 +359,8 @@ def test_help_fits_eighty_columns_and_shows_only_what_belongs(
         (["rn"], "unknown command 'rn' (did you mean 'run'?)"),
         (
             ["zzz"],
-            "unknown command 'zzz'; there are run, resume, compare, watch, replay, report, export, list, doctor, "
-            "completion",
+            "unknown command 'zzz'; there are run, resume, compare, watch, replay, report, export, repair, list, "
+            "doctor, completion",
         ),
         (["--hlp"], "unknown option '--hlp' (did you mean '--help'?)"),
         (["run"], "missing SYSTEM; see preceptor run --help"),

@@ -77,18 +77,21 @@ def conclude(root: Path, names: Sequence[str], **options: Any) -> dict[str, Any]
 
 def test_a_sweep_runs_every_cell_once_and_concludes(tmp_path: Path, starts: Path) -> None:
     said: list[str] = []
-    planned = cells(inputs=("x", "y"))
+    planned = cells(6, inputs="uvwxy")
     run_cells(planned, tmp_path / "s", num_jobs=4, program=FAKE, say=said.append)
+    manifests = [json.loads((tmp_path / "s" / cell.name / "manifest.json").read_text()) for cell in planned]
+    assert {manifest["group"] for manifest in manifests} == {"s"}
     assert sorted(starts.read_text().splitlines()) == sorted(f"{cell.name} run" for cell in planned)
-    assert said[0] == "0 of 20 runs are finished"
-    assert said[-1].endswith("(20 of 20)")
+    assert said[0] == "0 of 30 runs are finished"
+    assert said[-1].endswith("(30 of 30)")
     comparison = conclude(tmp_path / "s", [cell.name for cell in planned])
     assert [(c["baseline"], c["n"], c["claimed"]) for c in comparison["comparisons"]] == [
-        ("random", 20, True),
-        ("untrained", 20, True),
+        ("random", 30, True),
+        ("untrained", 30, True),
     ]
     assert comparison["arms"]["train"]["learned"]["tokens"]["mean"] == 100.0
-    assert comparison["verdict"].startswith("On these 2 training inputs alone (10 seeds; 95 % intervals), learned is ")
+    assert comparison["verdict"].startswith("Learned beats random by 0.")
+    assert " On 5 training inputs (6 seeds; 95 % intervals), learned is " in comparison["verdict"]
     assert "seconds" not in json.dumps(comparison)
     assert set(json.loads((tmp_path / "s" / "seconds.json").read_text())["runs"]) == {cell.name for cell in planned}
     tables = list(comparison_tables(comparison))
@@ -96,10 +99,10 @@ def test_a_sweep_runs_every_cell_once_and_concludes(tmp_path: Path, starts: Path
     printed = io.StringIO()
     Console(width=80, file=printed).print(*tables)
     assert "\N{HORIZONTAL ELLIPSIS}" not in printed.getvalue()  # nothing is cut
-    # Every run adds its seed to the reward, and the curves of the seeds 0 to 9 are one with a band.
+    # Every run adds its seed to the reward, and the curves of the seeds 0 to 5 are one with a band.
     (reward,) = json.loads((tmp_path / "s" / "result.json").read_text())["charts"]
-    assert (reward["x"], reward["lines"]) == ([1, 2, 3, 4], {"reward": [5.5, 6.5, 7.5, 8.5]})
-    assert reward["bands"] == {"reward": [[1, 2, 3, 4], [10, 11, 12, 13]]}
+    assert (reward["x"], reward["lines"]) == ([1, 2, 3, 4], {"reward": [3.5, 4.5, 5.5, 6.5]})
+    assert reward["bands"] == {"reward": [[1, 2, 3, 4], [6, 7, 8, 9]]}
     starts.unlink()
     run_cells(planned, tmp_path / "s", program=FAKE)
     assert not starts.exists()  # finished cells are not run again

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import preceptor
 from preceptor.cli import main
 from preceptor.cli.watch import _table
 from preceptor.doctor.forecast import _time
+from preceptor.errors import ConfigError, StorageError
+from preceptor.runs.lock import FolderLock, is_locked
 from preceptor.runs.watching import MetricsTail, is_at_work, planned_steps
 
 QUICK = ["--set", "update.steps=2", "--set", "evaluation.num_episodes=2", "--set", "save_every=1"]
@@ -35,11 +40,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy whose last process has ended; the real one is this process, which lives."""
-    copy = Path(shutil.copytree(finished, tmp_path / "copy"))
-    note = json.loads((copy / "run.lock").read_text())
-    (copy / "run.lock").write_text(json.dumps({**note, "pid": 2**22 + 1}))  # above every process id of Linux
-    return copy
+    """A copy to damage."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
 def edit(path: Path, number: int, change: Callable[[dict[str, Any]], object]) -> None:
@@ -57,7 +59,7 @@ def test_a_whole_run_passes_every_check(run: Path, capsys: pytest.CaptureFixture
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     code, out = said(capsys, "doctor", run)
     assert code == 0
-    assert out.endswith("11 ok, 0 warn, 0 fail\n"), out
+    assert out.endswith("12 ok, 0 warn, 0 fail\n"), out
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
@@ -75,7 +77,7 @@ def test_every_damage_has_its_line(run: Path, capsys: pytest.CaptureFixture[str]
     code, out = said(capsys, "doctor", run)
     assert code == 7
     failed = [line.split(":")[0].removeprefix("fail").strip() for line in out.splitlines() if line.startswith("fail")]
-    assert failed == ["configuration", "metrics.jsonl", "checkpoint of step 2", "result", "torch"]
+    assert failed == ["configuration", "metrics.jsonl", "checkpoint of step 2", "result", "seal", "torch"]
     assert "warn  environment: torch 2.9.1 → " in out
     assert "update.steps 2 → 3" in out
 
@@ -129,9 +131,41 @@ def test_watch_prints_a_line_a_step_and_ends_with_the_run(run: Path, capsys: pyt
     assert lines[2] == f"finished at step 2; results: {run}"
 
 
-def test_the_tail_follows_a_resume_and_the_lock_tells_who_is_at_work(finished: Path, run: Path) -> None:
-    assert is_at_work(finished)  # this process held it last
+def test_the_lock_and_the_result_tell_who_is_at_work(run: Path) -> None:
     assert not is_at_work(run)
+    (run / "result.json").rename(run / "aside")
+    note = {"pid": os.getpid(), "host": "another", "since": "2026-01-01T00:00:00+00:00"}
+    (run / "run.lock").write_text(json.dumps(note))  # of a run that was copied here while it was at work there
+    assert not is_at_work(run)
+    lock = FolderLock(run)
+    assert is_at_work(run)
+    (run / "aside").rename(run / "result.json")
+    assert not is_at_work(run)
+    lock.release()
+    assert not is_at_work(run)
+
+
+def test_a_run_begins_while_others_look_on(run: Path) -> None:
+    """Looking takes the lock for an instant; who wants it in earnest tries again."""
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            is_locked(run)
+
+    onlookers = [threading.Thread(target=look) for _ in range(3)]
+    for onlooker in onlookers:
+        onlooker.start()
+    try:
+        for _ in range(100):
+            FolderLock(run).release()
+    finally:
+        stop.set()
+        for onlooker in onlookers:
+            onlooker.join()
+
+
+def test_the_tail_follows_a_resume(run: Path) -> None:
     tail = MetricsTail(run / "metrics.jsonl")
     assert tail.look()
     assert not tail.look()
@@ -158,6 +192,83 @@ def test_the_forecast_is_the_pace_after_the_first_step() -> None:
     )
     assert _time([(1, 20.0), (2, 21.0)], None).line() == "ok    time: 1 s a step"
     assert _time([(3, 20.0)], 13).status == "warn"
+
+
+# ---- the seal -------------------------------------------------------------------------------------------------------
+
+SEALED = ("metrics.jsonl", "decisions.jsonl", "result.json", "manifest.json", "config.yaml", "articles.json")
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 4
+    path.write_bytes(content)
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        *((name, flip) for name in (*SEALED, "model/model.safetensors", "seal.json")),
+        *(("metrics.jsonl", change) for change in (empty, shorten, Path.unlink)),
+        *(("seal.json", change) for change in (empty, Path.unlink)),
+        ("model/config.json", shorten),
+    ],
+)
+def test_a_change_after_the_end_is_told_by_all(
+    run: Path, capsys: pytest.CaptureFixture[str], name: str, change: Callable[[Path], None]
+) -> None:
+    change(run / name)
+    code, out = said(capsys, "doctor", run)
+    if name == "manifest.json" and code == 7:
+        assert out.startswith("fail  manifest") or "fail  seal: manifest.json" in out
+        return
+    if name == "seal.json" and change is Path.unlink:
+        assert "warn  seal: there is none" in out
+        return
+    assert code == 7
+    assert "fail  seal: " in out
+    line = next(line for line in out.splitlines() if line.startswith("fail  seal"))
+    assert name in line or name == "seal.json"
+    if "/" not in name:  # the models are read by what loads them
+        for command in ("report", "compare"):
+            assert main([command, str(run)]) in (2, 5)
+            said_so = capsys.readouterr().err
+            assert "Traceback" not in said_so
+        with pytest.raises((StorageError, ConfigError)):
+            preceptor.load(run)
+    else:
+        with pytest.raises(StorageError, match=re.escape(name)):
+            preceptor.load(run).model()
+
+
+def test_a_replay_of_emptied_metrics_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty(run / "metrics.jsonl")
+    code, out = said(capsys, "replay", run)
+    assert code == 7
+    assert "changed since the run ended: metrics.jsonl has changed (size " in out
+
+
+def test_without_its_seal_a_run_is_used_as_it_is(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shorten(run / "notices.log")
+    with pytest.raises(StorageError, match=r"notices\.log has changed \(size .*remove seal\.json"):
+        preceptor.load(run)
+    (run / "seal.json").unlink()
+    assert preceptor.load(run).records
+
+
+def test_a_resume_seals_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "result.json").unlink()
+    assert main(["resume", str(run), "--no-report"]) == 0
+    capsys.readouterr()
+    assert preceptor.load(run).records
 
 
 @pytest.mark.slow

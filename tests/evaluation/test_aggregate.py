@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,8 @@ from scipy import stats
 from preceptor.errors import DataError
 from preceptor.evaluation.aggregate import aggregate, improvement, scores_by_item, stratified_resamples
 from preceptor.evaluation.intervals import crossed_p_value, expanded_tail, interquartile_mean
-from preceptor.evaluation.summary import compare
-from preceptor.evaluation.verdict import claims
+from preceptor.evaluation.summary import Comparison, compare
+from preceptor.evaluation.verdict import claims, verdict
 
 NUM_SEEDS, ITEMS = 10, ("a", "b", "c")
 OURS = {item: list(np.random.default_rng(k).normal(0.3 * k, 1.0, NUM_SEEDS)) for k, item in enumerate(ITEMS, start=1)}
@@ -115,20 +116,80 @@ def test_with_one_item_the_p_value_is_scipys_paired_t_test(num_seeds: int) -> No
     assert crossed_p_value(cells) == pytest.approx(stats.ttest_rel(x, y).pvalue, rel=1e-9)
 
 
-def test_the_crossed_p_value_by_a_slow_reference() -> None:
-    table = np.random.default_rng(3).normal(0.5, 1.0, size=(6, 4))
-    parts = [(table.mean(1).var(ddof=1) / 6, 5), (table.mean(0).var(ddof=1) / 4, 3)]
+@pytest.mark.parametrize("num_items", [7, 4])
+def test_the_crossed_p_value_by_a_slow_reference(num_items: int) -> None:
+    """Satterthwaite's degrees of freedom over seven items; over four those of the items, 3."""
+    table = np.random.default_rng(3).normal(0.5, 1.0, size=(6, num_items))
+    parts = [(table.mean(1).var(ddof=1) / 6, 5), (table.mean(0).var(ddof=1) / num_items, num_items - 1)]
     variance = sum(part for part, _ in parts)
-    degrees = int(variance**2 / sum(part**2 / degree for part, degree in parts))
+    degrees = 3 if num_items == 4 else int(variance**2 / sum(part**2 / degree for part, degree in parts))
     expected = 2 * stats.t.sf(abs(table.mean()) / np.sqrt(variance), degrees)
-    got = crossed_p_value({(s, i): float(table[s, i]) for s in range(6) for i in range(4)})
+    got = crossed_p_value({(s, i): float(table[s, i]) for s in range(6) for i in range(num_items)})
     assert got == pytest.approx(expected, rel=1e-9)
 
 
 def test_p_values_at_the_edges() -> None:
     assert crossed_p_value({(0, "a"): 0.3}) is None
     assert crossed_p_value({(seed, "a"): 0.0 for seed in range(5)}) == 1.0
-    assert crossed_p_value({(seed, "a"): 0.25 for seed in range(5)}) == 0.0
+    assert crossed_p_value({(seed, "a"): 0.25 for seed in range(5)}) == 2 / 2**5  # both ways of five equal signs
+
+
+def test_equal_differences_are_tested_by_their_signs() -> None:
+    """Ten differences of 0.1, one of them negative, by hand: 22 of 1,024 sign patterns have nine or ten alike."""
+    nine = {(seed, "a"): 0.1 if seed else -0.1 for seed in range(10)}
+    assert crossed_p_value(nine) == pytest.approx(22 / 1024)
+    # What is equal but for rounding, as differences of two measured values are, is equal.
+    rounded = {(seed, "a"): (0.1 * seed + 0.1) - 0.1 * seed for seed in range(5)}
+    assert len(set(rounded.values())) > 1
+    assert crossed_p_value(rounded) == pytest.approx(0.0625)
+    # Twenty of one sign: too many patterns to try all, and p is the smallest that the drawn ones can give.
+    assert crossed_p_value({(seed, "a"): 0.1 for seed in range(20)}) == 1 / 2**14
+
+
+def test_two_valued_noise_claims_in_at_most_one_family_of_twenty() -> None:
+    """Eight comparisons whose every difference is +0.1 or -0.1 by a fair coin."""
+    generator = np.random.default_rng(23)
+    for num_seeds in (5, 10):
+        claimed = 0
+        for signs in generator.choice([-0.1, 0.1], size=(300, 8, num_seeds)):
+            cells = [{(seed, "a"): float(d) for seed, d in enumerate(row)} for row in signs]
+            claimed += any(claims([_measured(grid) for grid in cells]))
+        assert claimed <= 15
+
+
+def test_a_grid_with_holes_is_not_tested_and_says_why() -> None:
+    """One article with ten seeds and nine with one, of which 18 % were claimed without an effect."""
+    unbalanced = {(seed, "a"): 0.1 + 0.01 * seed for seed in range(10)} | {(0, item): 0.1 for item in "bcdefghij"}
+    assert crossed_p_value(unbalanced) is None
+    measured = _measured(unbalanced)
+    assert claims([measured]) == [False]
+    assert "only 19 of 100 pairs of seed and item were measured" in verdict([measured], noun="article")
+
+
+@pytest.mark.parametrize(("num_seeds", "num_items"), [(5, 2), (10, 3), (5, 5), (10, 10)])
+@pytest.mark.parametrize("scales", [(0.5, 1.0, 0.3), (1.0, 0.0, 1.0), (0.0, 1.0, 0.01), (1.0, 1.0, 0.3)])
+def test_crosses_hold_their_level(num_seeds: int, num_items: int, scales: tuple[float, float, float]) -> None:
+    """Whatever the seeds, the items and a cell alone add to a difference."""
+    generator = np.random.default_rng(24)
+    false = 0
+    for _ in range(400):
+        table = (
+            scales[0] * generator.normal(size=(num_seeds, 1))
+            + scales[1] * generator.normal(size=(1, num_items))
+            + scales[2] * generator.normal(size=(num_seeds, num_items))
+        )
+        p_value = crossed_p_value({(s, i): float(table[s, i]) for s in range(num_seeds) for i in range(num_items)})
+        false += p_value is not None and p_value <= 0.05
+    assert false <= 30  # 20 expected at most, standard error 4.4
+
+
+def _measured(cells: Mapping[tuple[int, str], float]) -> Comparison:
+    records = [
+        {"arm": arm, "item": item, "split": "train", "seed": seed, "m": d if arm == "ours" else 0.0}
+        for (seed, item), d in cells.items()
+        for arm in ("ours", "theirs")
+    ]
+    return compare(records, metric="m", arm="ours", baseline="theirs", unit="u", num_resamples=2)
 
 
 def trial(generator: np.random.Generator, *, effect: float, num_items: int) -> list[bool]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from preceptor.errors import ModelError
 from preceptor.lm.chat import ChatMarkers
@@ -81,6 +83,7 @@ def test_without_a_template_there_are_no_turns(lm: LanguageModel) -> None:
         ("{% for m in messages %}{{ m['content'] }}{{ m['content'] }}{% endfor %}", "does not keep its texts"),
         ("{% for message in messages | reverse %}{{ message['content'] }}\n{% endfor %}", "does not keep its texts"),
         ("{% for m in messages %}{{ loop.index }}: {{ m['content'] }}\n{% endfor %}", "later turns unlike earlier"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "fails"),
         ("{{ raise_exception('system turn needed') }}", r"fails \(system turn needed\)"),
     ],
 )
@@ -88,3 +91,34 @@ def test_templates_that_cannot_grow_are_refused(lm: LanguageModel, template: str
     lm.tokenizer.chat_template = template
     with pytest.raises(ModelError, match=f"chat template of tiny chat .*{message}.*use_chat_template"):
         ChatMarkers.of(lm)
+
+
+def test_turns_have_the_tokens_of_the_whole_conversation(test_data: Path, make_lm: object) -> None:
+    """A tokenizer that puts a space in front of every text does so at the beginning alone."""
+    tokenizer = AutoTokenizer.from_pretrained(test_data / "lm" / "stories260k", local_files_only=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    lm = LanguageModel(make_lm(vocab_size=len(tokenizer)).model, tokenizer, name="tiny chat")
+    markers = ChatMarkers.of(lm)
+    tokens = [
+        *markers.opening(lm, "One?"),
+        *lm.encode("x"),
+        *markers.before_value,
+        *markers.value(lm, "Two ships sail."),
+    ]
+    rendered = lm.decode(tokens)
+    assert rendered.endswith("user\nTwo ships sail.")
+    assert "user\nOne?<|im_end|>" in rendered
+
+
+def test_without_a_template_a_value_follows_a_space(lm: LanguageModel) -> None:
+    assert lm.decode(ChatMarkers().value(lm, "Ships sail.")) == " Ships sail."
+
+
+def test_markers_of_another_day_are_those_that_were_rendered(lm: LanguageModel) -> None:
+    lm.tokenizer.chat_template = CHATML
+    markers = ChatMarkers.of(lm)
+    assert markers.texts is not None
+    lm.tokenizer.chat_template = CHATML.replace("Be brief.", "Another day.")
+    assert ChatMarkers.of(lm) != markers
+    assert ChatMarkers.rendered(lm, markers.texts) == markers

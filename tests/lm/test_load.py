@@ -176,6 +176,44 @@ def test_weights_that_lack_a_layer(folder: Path) -> None:
     assert "lack 9 tensors, the first of them model.layers.2." in refusal(folder)
 
 
+def test_weights_of_more_layers(folder: Path) -> None:
+    change_config(folder, num_hidden_layers=1)
+    assert "hold 9 tensors that config.json has no place for, the first of them model.layers.1." in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "is quantized (bitsandbytes)",
+        ),
+        ({"attn_implementation": "kernels-community/flash-attn"}, "asks for code from the hub (attn_implementation"),
+        ({"_attn_implementation": "someone/kernel@main"}, "asks for code from the hub"),
+        ({"text_config": {"attn_implementation": "a/b"}}, "asks for code from the hub"),
+        ({"num_hidden_layers": 0}, "has num_hidden_layers 0, it must be 1 to 1,000 layers"),
+        ({"num_hidden_layers": 10**9}, "has num_hidden_layers 1000000000, it must be 1 to 1,000 layers"),
+        ({"num_hidden_layers": -2}, "has num_hidden_layers -2"),
+        ({"num_attention_heads": 0}, "has num_attention_heads 0"),
+        ({"num_key_value_heads": 0}, "has num_key_value_heads 0"),
+        ({"hidden_size": 0}, "has hidden_size 0"),
+        ({"hidden_size": "32"}, "has hidden_size 32, it must be 1 to"),
+        ({"vocab_size": 10**12}, "has vocab_size 1000000000000"),
+        ({"intermediate_size": 10**9}, "cannot be loaded"),
+        ({"head_dim": 0}, "cannot be"),
+        ({"hidden_act": "no_such"}, "cannot be"),
+        ({"rope_parameters": {"rope_type": "no_such"}}, "cannot be"),
+        ({"max_position_embeddings": "many"}, "cannot be"),
+        ({"dtype": "no_such"}, "cannot be"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused_soon(folder: Path, changes: dict[str, Any], message: str) -> None:
+    change_config(folder, **changes)
+    began = time.monotonic()
+    assert message in refusal(folder)
+    assert time.monotonic() - began < 10
+
+
 def test_weights_of_another_shape(folder: Path) -> None:
     change_config(folder, hidden_size=64)
     assert "cannot be loaded" in refusal(folder)

@@ -30,7 +30,10 @@ from transformers import (
 )
 
 from preceptor.errors import ModelError
-from preceptor.lm.model import LanguageModel, _context_length
+from preceptor.lm.context_length import context_length
+from preceptor.lm.decode import Decoder
+from preceptor.lm.model import LanguageModel
+from preceptor.lm.sampling import Sampling
 
 MakeLM = Callable[..., LanguageModel]
 TINY = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -157,7 +160,7 @@ def test_the_window_of_mistral_and_gemma2_ends_the_context(make_lm: MakeLM) -> N
 
 def test_a_context_that_nobody_states_is_refused() -> None:
     with pytest.raises(ModelError, match="configuration of it states no context length"):
-        _context_length(PreTrainedConfig(), "it")
+        context_length(PreTrainedConfig(), "it")
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------
@@ -243,6 +246,49 @@ def test_text_never_becomes_a_control_token_of_a_unigram_vocabulary(
         assert not {1, 2} & set(tokens)
         assert lm.decode(tokens).replace(" ", "") == text.replace(" ", "")
     assert lm.encode("a漢b").count(0) == 1  # what is unknown is text
+
+
+def test_a_unigram_control_token_is_spelled_out_and_the_rest_stays(
+    unigram: PreTrainedTokenizerFast, with_tokenizer: Any
+) -> None:
+    lm = with_tokenizer(unigram)
+    for before, after in (("xy 12", "abc"), ("a" * 30, "cab " * 9)):
+        cut = unigram(before + "</s>" + after, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        at = cut.index(1)
+        spelled_out = [unigram.convert_tokens_to_ids(character) for character in "</s>"]
+        assert lm.encode(before + "</s>" + after) == [*cut[:at], *spelled_out, *cut[at + 1 :]]
+
+
+@pytest.mark.parametrize("role", ["pad_token", "eos_token", "unk_token"])
+@pytest.mark.parametrize(
+    ("name", "spelling"), [("lm/stories3m", "!"), ("tokenizers/gpt2", "."), ("tokenizers/gpt2", "the")]
+)
+def test_a_named_token_that_is_ordinary_text_stays_text(
+    name: str, spelling: str, role: str, test_data: Path, tmp_path: Path, with_tokenizer: Any
+) -> None:
+    """Whatever a tokenizer names as pad or end is listed as added and special when it is loaded again."""
+    own = AutoTokenizer.from_pretrained(test_data / name, local_files_only=True)
+    named = AutoTokenizer.from_pretrained(test_data / name, local_files_only=True)
+    setattr(named, role, spelling)
+    named.save_pretrained(tmp_path)
+    lm = with_tokenizer(AutoTokenizer.from_pretrained(tmp_path, local_files_only=True))
+    token = int(lm.tokenizer.convert_tokens_to_ids(spelling))
+    assert token == getattr(lm.tokenizer, f"{role}_id")
+    assert token not in lm.special_tokens
+    text = f"The ship sailed{spelling} It saw the sea! Nobody knew{spelling}\nthe end.{spelling}"
+    assert lm.encode(text) == own(text, add_special_tokens=False)["input_ids"]
+    assert token in lm.encode(text)
+
+
+def test_ids_without_a_token_are_known_and_never_drawn(make_lm: MakeLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    lm = LanguageModel(make_lm(vocab_size=450).model, tokenizer, name="tiny")
+    assert lm.nameless_tokens == tuple(range(len(tokenizer), 450))
+    assert lm.never_drawn == (0, 1, 2, *range(len(tokenizer), 450))
+    decoder = Decoder(lm, batch_size=8)
+    decoder.append([[0]] * 8)
+    sampling = Sampling(suppressed=lm.never_drawn)
+    drawn = decoder.generate(40, sampling=sampling, generator=torch.Generator().manual_seed(0)).tokens
+    assert 3 <= int(drawn.min()) <= int(drawn.max()) < len(tokenizer)
 
 
 @pytest.mark.parametrize("name", ["lm/stories260k", "lm/stories3m", "tokenizers/gpt2"])

@@ -86,6 +86,12 @@ def test_a_case_by_hand() -> None:
     assert Sampling(suppressed=(0,)).log_probs(logits).exp().tolist() == shares(0, 4, 2, 1, 1)
 
 
+def test_top_p_stops_where_it_is_reached_exactly() -> None:
+    """Four tokens of probability 1/4: two of them reach one half, and the third is not needed."""
+    log_probs = Sampling(top_p=0.5).log_probs(torch.zeros(4))
+    assert log_probs.isfinite().tolist() == [True, True, False, False]
+
+
 def test_top_p_keeps_at_least_the_most_probable_token() -> None:
     log_probs = Sampling(top_p=1e-9).log_probs(torch.zeros(2, 7))
     assert log_probs.exp().tolist() == [[1, 0, 0, 0, 0, 0, 0]] * 2

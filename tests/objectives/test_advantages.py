@@ -171,7 +171,9 @@ def slow_gae(rewards, values, mask, discount, gae_lambda, next_values, ends_epis
             weight = 1.0
             for j in range(i, len(steps)):
                 now, last = steps[j], j + 1 == len(steps)
-                ends = ends_episode is not None and ends_episode[row, now]
+                # An end counts on a step that does not count too, up to the next one that does.
+                until = len(mask[row]) if last else steps[j + 1]
+                ends = ends_episode is not None and ends_episode[row, now:until].any()
                 if next_values is not None:
                     next_value = next_values[row, now]
                 else:
@@ -191,9 +193,14 @@ def test_gae_by_hand():
     advantages = gae(rewards, values, mask=mask, discount=0.5, gae_lambda=0.5)
     assert advantages.tolist() == [[1.5625, 0.0, 2.25, 1.0]]
     # The episode ends with the third step: δ = 1; 2 − 1 = 1; 1. Â = 1; 1; 1 + ¼·1
-    ends = torch.tensor([[False, True, True, False]])  # an end that does not count is none
+    ends = torch.tensor([[False, False, True, False]])
     assert gae(rewards, values, mask=mask, discount=0.5, gae_lambda=0.5, ends_episode=ends).tolist() == [
         [1.25, 0, 1, 1]
+    ]
+    # It ends with the second too, which does not count: δ = 1 − ½ of the first, and nothing follows it.
+    masked_end = torch.tensor([[False, True, True, False]])
+    assert gae(rewards, values, mask=mask, discount=0.5, gae_lambda=0.5, ends_episode=masked_end).tolist() == [
+        [0.5, 0, 1, 1]
     ]
     # A time limit there, in a state worth 4: δ = 1; 2 + ½·4 − 1 = 3; and the last continues into a state worth 6:
     # 3 + ½·6 − 2 = 4. Â = 4; 3; 1 + ¼·3

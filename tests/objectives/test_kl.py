@@ -76,6 +76,19 @@ def test_mask_leaves_out_what_it_does_not_count():
     assert grad(nothing.sum(), p)[0].abs().max() == 0.0
 
 
+def test_what_q_alone_excludes_is_infinitely_far_however_unlikely():
+    """exp(−200) is 0 in float32, and 0 · ∞ would be NaN."""
+    p = torch.tensor([[0.0, -200.0], [0.0, -1.0], [0.0, -INF], [0.0, -1.0]], requires_grad=True)
+    q = torch.tensor([[0.0, -INF], [0.0, -INF], [0.0, -INF], [0.0, 0.0]])
+    found = kl_exact(p, q)
+    assert found[:2].tolist() == [INF, INF]
+    assert found[2].item() == 0.0
+    assert found[3].item() == pytest.approx(0.1110, abs=1e-4)
+    (gradient,) = grad(found[2:].sum(), p)
+    assert gradient.isfinite().all()
+    assert not gradient[:3].any()
+
+
 def test_gradients_in_float64():
     p, q = random_logits(0, 2, 3, 4).requires_grad_(), random_logits(1, 2, 3, 4).requires_grad_()
     mask = torch.tensor([[True, False, True], [False, True, True]])
@@ -207,6 +220,14 @@ def test_controller_holds_a_target():
     for _ in range(200):
         controller.update(1 / controller.coefficient, num_samples=20)
     assert controller.coefficient == pytest.approx(2.0, rel=1e-3)
+
+
+def test_controller_stays_positive_however_many_samples_come_at_once():
+    controller = AdaptiveKLController(coefficient=0.1, target=6.0, horizon=100.0)
+    controller.update(0.0, num_samples=650)  # six horizons of −20 %, and half of one
+    assert controller.coefficient == pytest.approx(0.1 * 0.8**6 * 0.9, rel=1e-14)
+    controller.update(600.0, num_samples=200)
+    assert controller.coefficient == pytest.approx(0.1 * 0.8**6 * 0.9 * 1.2**2, rel=1e-14)
 
 
 def test_controller_state_and_errors():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
 import math
@@ -369,3 +370,15 @@ def test_arguments(tmp_path: Path) -> None:
         CheckpointStore(tmp_path, keep_last=0)
     with pytest.raises(CheckpointError, match="a step cannot be negative, got -1"):
         CheckpointStore(tmp_path).save(-1, {})
+
+
+def test_a_checkpoint_of_an_earlier_version_is_whole_but_cannot_be_resumed(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 7)
+    manifest = tmp_path / "step-000007" / "manifest.json"
+    body = {key: value for key, value in json.loads(manifest.read_bytes()).items() if key != "sha256"} | {"schema": 1}
+    sha256 = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    manifest.write_bytes(json.dumps(body | {"sha256": sha256}).encode())
+    assert store.faults() == {7: None}
+    with pytest.raises(CheckpointError, match="earlier version of Preceptor"):
+        store.latest()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from preceptor.errors import CheckpointError, ConfigError, NumericError
-from preceptor.runs.guard import NonFiniteGuard, first_nonfinite
+from preceptor.runs.guard import NonFiniteGuard, first_nonfinite, guarded_step
 
 
 @pytest.mark.parametrize(("value", "kind"), [(math.nan, "NaN"), (math.inf, "+Inf"), (-math.inf, "-Inf")])
@@ -68,3 +68,26 @@ def test_counters_are_state() -> None:
         other.skip(3, "x is NaN")
     with pytest.raises(CheckpointError, match="counters differ"):
         other.load_state_dict({"num_in_a_row": 1})
+
+
+def test_a_finite_step_ends_the_row_and_one_that_is_not_changes_no_weight() -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    guard, said = NonFiniteGuard(limit=1), list[str]()
+
+    def step(number: int, gradient: float) -> float:
+        model.weight.grad = torch.full_like(model.weight, gradient)
+        return guarded_step(
+            guard, optimizer, dict(model.named_parameters()), step=number, clip_norm=0.5, notice=said.append
+        )
+
+    torch.nn.init.constant_(model.weight, 3.0)
+    # With a limit of one in a row, a third skipped step is fatal only where the finite ones between did not count.
+    for number, gradient in enumerate([math.nan, 2.0, math.nan, 2.0, math.inf]):
+        norm = step(number, gradient)
+        assert norm == 2.0 if gradient == 2.0 else math.isnan(norm)
+        assert model.weight.grad is None
+    assert model.weight.item() == pytest.approx(3.0 - 2 * 0.5, abs=1e-5)  # two steps, each clipped to a norm of 0.5
+    assert len(said) == guard.num_skipped == 3
+    with pytest.raises(NumericError, match="2 steps in a row"):
+        step(5, math.nan)

@@ -89,6 +89,7 @@ def _compared(first: Path) -> Any:
     ) -> int:
         from preceptor.comparison.runs import read_finished, run_folders
 
+        # A folder that holds runs, such as a sweep's, stands for all of them.
         runs = [read_finished(path) for path in run_folders([first, *(folders or [])])]
         return _conclude(runs, arms=_names(arms), out=out)
 
@@ -133,14 +134,18 @@ def _cells(
     from preceptor.comparison.sweep import Cell
 
     cells: list[Cell] = []
+    # An input that is given twice would be the same run twice.
     combinations = product(*(dict.fromkeys(given) for given in inputs.values()))
     for values, seed in product(combinations, seeds):
+        # One thread each: several runs share the cores, and a fixed number keeps their results exact.
         words = ["--preset", preset, *passed, "--seed", str(seed), "--threads", "1"]
         for flag, value in zip(inputs, values, strict=True):
             words += ["--set", f"{system.inputs[flag]}={value}"]
         config = _configuration_of_run(system, words)
+        # Folder names in characters that every file system takes.
         stems = [re.sub(r"[^A-Za-z0-9._-]+", "-", Path(value).stem)[:40] for value in values]
         name = "-".join([f"seed{seed}", *stems])
+        # Inputs may share a stem (a/x.txt and b/x.txt); the later one gets a number.
         number = sum(cell.name == name or cell.name.startswith(f"{name}~") for cell in cells)
         name += f"~{number + 1}" if number else ""
         cells.append(Cell(name, to_dict(config), (system.name, *words)))
@@ -150,9 +155,11 @@ def _cells(
 def _configuration_of_run(system: System, words: Sequence[str]) -> Any:
     """The configuration of ``preceptor run SYSTEM WORDS``, whose words must leave to the sweep what is the sweep's."""
     for flag in ("--seed", "--threads", "--preset"):
+        # Once is right: the sweep's own is among the words.
         if sum(word == flag or word.startswith(f"{flag}=") for word in words) > 1:
             raise ConfigError(f"{flag} cannot stand after --; a sweep gives it to each run")
     try:
+        # Parsed as `preceptor run` would parse it, so that a wrong option is found before any run starts.
         given = run_command(system).make_context(f"preceptor run {system.name}", list(words)).params
     except typer.TyperException as error:
         raise ConfigError(f"after --: {explained(error)}") from error
@@ -164,9 +171,11 @@ def _configuration_of_run(system: System, words: Sequence[str]) -> Any:
 
 
 def _seeds(words: Sequence[str]) -> list[int]:
+    # A dictionary keeps the order given and drops repetitions.
     seeds: dict[int, None] = {}
     for word in [part for given in words for part in given.split(",") if part]:
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", word)
+        # At most 10,001 seeds in a range: a slip of the finger should not ask for a billion runs.
         if match is None or int(match[2] or match[1]) < int(match[1]) or int(match[2] or 0) - int(match[1]) > 10_000:
             raise ConfigError(f"--seeds must be numbers or ranges such as 0-9, got {short_repr(word)}")
         seeds |= dict.fromkeys(range(int(match[1]), int(match[2] or match[1]) + 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from preceptor.api import cache_dir
 from preceptor.cli import options
 from preceptor.cli.parsing import SystemGroup, made, system_command
 from preceptor.cli.replay import CHECK_FAILED
@@ -88,6 +90,7 @@ def _check_run(folder: Path) -> int:
 
 def _told(checks: Iterable[Check]) -> int:
     counts = dict.fromkeys(("ok", "warn", "fail"), 0)
+    # Printed one by one: the forecast at the end can take minutes.
     for check in checks:
         counts[check.status] += 1
         print(check.line(), flush=True)
@@ -108,6 +111,7 @@ def _before(name: str, config: Any, *, device: str, threads: int | None, forecas
         yield Check("warn", "model", "made from random weights by the run itself", "only the first steps are checked")
     if forecasts:
         with tempfile.TemporaryDirectory(prefix="preceptor-doctor-") as parent:
+            # Through a file, so that the run reads exactly the configuration that was checked.
             file = Path(parent) / "config.yaml"
             file.write_text(dump_yaml(config), encoding="utf-8")
             words = [name, "--config", str(file), "--device", device]
@@ -118,11 +122,13 @@ def _before(name: str, config: Any, *, device: str, threads: int | None, forecas
 def _model(model: Any, episode: Any, *, device: str, threads: int | None) -> Iterator[Check]:
     from preceptor.doctor.check import Check
     from preceptor.doctor.model import check_model
+    from preceptor.lm.cpu.kernels import keep_kernels_in
     from preceptor.lm.load import Adapter, load_language_model
     from preceptor.lm.sampling import Sampling
     from preceptor.runs.device import choose_device, parse_dtype, set_threads
 
     set_threads(threads)
+    keep_kernels_in(cache_dir(os.environ) / "kernels")
     rank = getattr(model, "adapter_rank", 0)
     try:
         lm = load_language_model(
@@ -139,5 +145,4 @@ def _model(model: Any, episode: Any, *, device: str, threads: int | None) -> Ite
     yield Check("ok", "model", f"{model.name}, {learn:,} weights to learn, {dtype}, context {lm.context_length}")
     # A system that samples otherwise than by an episode's keys has its own tests of that.
     keys = {key: getattr(episode, key) for key in ("temperature", "top_k", "top_p") if hasattr(episode, key)}
-    suppressed = tuple(token for token in lm.special_tokens if token < lm.vocab_size)
-    yield from check_model(lm, Sampling(**keys, suppressed=suppressed))
+    yield from check_model(lm, Sampling(**keys, suppressed=lm.never_drawn))

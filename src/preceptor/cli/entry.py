@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _bug()
         what = "disk full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
         where = f": {error.filename}" if error.filename else ""
+        # Nothing more can be printed where output itself failed, so it is dropped before the complaint goes to stderr.
         _drop_unwritable_output()
         return _complain([f"{what}{where}; what was saved is safe"], StorageError.exit_code)
     except Exception:  # noqa: BLE001 - shown whole, with a request to report it
@@ -78,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _complain(messages: Sequence[str], exit_code: int, *, label: str = "error: ") -> int:
     for message in messages:
+        # A path or an article's title may hold control characters, which a terminal would obey.
         line = "".join(character if character.isprintable() else " " for character in message)
         print(f"preceptor: {label}{line if len(line) <= 1000 else line[:997] + '...'}", file=sys.stderr)
     return exit_code
@@ -88,6 +90,7 @@ def _drop_unwritable_output() -> None:
     try:
         sys.stdout.flush()
     except OSError:
+        # The descriptor is replaced, not Python's object: the interpreter flushes the former at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -100,6 +103,7 @@ def _bug() -> int:
 def _context(argv: Sequence[str]) -> Any:
     """The command line as typer reads it: the command, to be invoked, and its parameters."""
     for argument in argv:
+        # Surrogates are how Python passes bytes that are not UTF-8; they could not be printed or saved later.
         if "\0" in argument or any("\ud800" <= character <= "\udfff" for character in argument):
             raise ConfigError(f"argument {short_repr(argument)} is not valid UTF-8 text")
     command = get_command(_app())
@@ -114,8 +118,10 @@ COMMANDS = {
     "compare": "compare:APP",
     "watch": "watch:watch",
     "replay": "replay:replay",
+    "study": "study:study",
     "report": "run:report",
     "export": "run:export",
+    "repair": "repair:repair",
     "pretrain": "run:pretrain",
     "list": "listing:list_choices",
     "doctor": "doctor:APP",

@@ -24,6 +24,7 @@ def list_choices(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
 ) -> int:
     """Name the systems and what can be chosen in each, a line each."""
+    # A system that is named is loaded alone.
     chosen = {name: find_system(name) for name in (known_systems() if system is None else [system])}
     everything = {name: {"presets": presets(each), **each.choices} for name, each in chosen.items()}
     if as_json:

@@ -42,6 +42,7 @@ _CONFIGURATION, _EXECUTION = "Configuration", "Execution"
 
 def _system_of(context: typer.Context) -> Any:
     """The system that a half-typed command is about, if it is known already."""
+    # Half a word is no error while it is being typed.
     try:
         return find_system(str(context.info_name))
     except PreceptorError:
@@ -60,6 +61,7 @@ def _keys(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def arms_completed(ctx: typer.Context, incomplete: str) -> list[str]:
     """The arms that can continue a list of them."""
+    # A list is completed in its last entry; what stands before the comma is repeated, for the shell replaces the word.
     before, comma, begun = incomplete.rpartition(",")
     arms = getattr(_system_of(ctx), "choices", {}).get("arms", {})
     return [f"{before}{comma}{arm}" for arm in arms if arm.startswith(begun)]
@@ -75,6 +77,7 @@ def num_threads(text: str) -> int:
 def _set_log_level(level: str) -> str:
     if level not in (names := ("debug", "info", "warning", "error")):
         raise typer.BadParameter(f"must be one of {', '.join(names)}, got {short_repr(level)}")
+    # force, because an imported library may have configured logging already.
     logging.basicConfig(level=level.upper(), format="preceptor: %(message)s", force=True)
     return level
 
@@ -172,6 +175,16 @@ Tags = Annotated[
 ]
 Project = Annotated[
     str, typer.Option("--project", metavar="NAME", help="Project in trackers.", rich_help_panel=_EXECUTION)
+]
+Group = Annotated[
+    str | None,
+    typer.Option(
+        "--group",
+        metavar="NAME",
+        help="Group of the run in trackers; the seeds of a comparison form one.",
+        show_default=False,
+        rich_help_panel=_EXECUTION,
+    ),
 ]
 NoReport = Annotated[
     bool, typer.Option("--no-report", help="Do not write report.html at the end.", rich_help_panel=_EXECUTION)

@@ -33,6 +33,7 @@ class Command(TyperCommand):
     """A command whose help groups its options, and some of whose options take several values."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # Options that may be given several times take several words after one flag, which typer does not.
         several = {flag for option in self.params if getattr(option, "multiple", False) for flag in option.opts}
         return super().parse_args(ctx, _one_by_one(args, several - ONE_EACH))
 
@@ -51,6 +52,7 @@ class PassingCommand(Command):
     """A command that keeps the words after ``--`` for other commands, in ``context.meta["passed"]``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # Split off before typer reads the line: it would drop the "--".
         end = args.index("--") if "--" in args else len(args)
         ctx.meta["passed"] = args[end + 1 :]
         return super().parse_args(ctx, args[:end])
@@ -61,6 +63,7 @@ def _one_by_one(words: Sequence[str], several: set[str]) -> list[str]:
     found: list[str] = []
     option, num_values = "", 0
     for word in words:
+        # A lone "-" is a value (standard input), not an option.
         if word.startswith("-") and len(word) > 1:
             option, num_values = word, 0
         else:
@@ -75,6 +78,7 @@ class Group(TyperGroup):
     """A group of commands that names the nearest when there is none of that name."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        # While a shell completes, an unknown word is one that is not finished.
         if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
             known = self.list_commands(ctx)
             hint = did_you_mean(args[0][:100], known) or f"; there are {', '.join(known)}"
@@ -119,6 +123,7 @@ def _first_word_first(words: list[str]) -> list[str]:
     """``words`` with the first that is neither an option nor its value in front; options may stand before it."""
     for index, word in enumerate(words):
         before = words[index - 1] if index else ""
+        # A word after an option is its value, unless the option is a switch or carries its value after "=".
         is_value = before.startswith("-") and "=" not in before and before not in SWITCHES
         if not word.startswith("-") and not is_value:
             return [word, *words[:index], *words[index + 1 :]]
@@ -137,6 +142,7 @@ def system_command(
     hints = get_type_hints(function, include_extras=True)
     keys = schema(system.Config)
     parameters = []
+    # Help in the option is the key's own description, so that the two cannot differ.
     for flag, key in flags.items():
         text = (keys[key].description or "").rstrip(".").replace("\n", " ")
         is_list = several or get_origin(keys[key].annotation) in (tuple, list)
@@ -166,6 +172,7 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 def made(function: Callable[..., int], *, name: str, cls: type[Command] = Command, **settings: Any) -> Any:
     """The typer command of ``function``."""
+    # An app for one command: typer makes commands from functions through an app only.
     app = typer.Typer(rich_markup_mode=None, add_completion=False)
     app.command(name, cls=cls, context_settings=SETTINGS, **settings)(function)
     return get_command(app)
@@ -176,6 +183,7 @@ def explained(error: typer.TyperException) -> str:
     context = getattr(error, "ctx", None)
     help_of = f"; see {context.command_path} --help" if context is not None else ""
     option = getattr(error, "option_name", None)
+    # typer's own message suggests nothing; name the nearest option.
     if option is not None and "No such option" in error.message:
         flags = [flag for each in context.command.get_params(context) for flag in each.opts] if context else []
         return f"unknown option {short_repr(option)}{did_you_mean(option[:100], flags) or help_of}"

@@ -49,12 +49,15 @@ def replay(
     It computes the rewards anew without the policy. A recorded and a recomputed number count as equal if they differ by
     at most the tolerance, absolutely or relative to the larger one. The default, 1e-4, is above the rounding of float32
     in another batch or on another machine and far below what any other decision would earn. If they differ anywhere,
-    the command says where and ends with exit code 7.
+    the command says where and ends with exit code 7; so it does if a file has changed since the run ended.
     """
     if not (folder / "manifest.json").is_file():
         raise ConfigError(f"{folder} is not a run folder (no manifest.json); give the folder of a run")
+    # Imported late, for torch comes with them and the check above needs none.
+    from preceptor.lm.cpu.kernels import keep_kernels_in
     from preceptor.runs.device import set_threads
     from preceptor.runs.record import read_manifest
+    from preceptor.runs.seal import seal_faults
 
     manifest = read_manifest(folder)
     name = str(manifest["system"])
@@ -63,17 +66,25 @@ def replay(
         raise ConfigError(f"runs of {name} cannot be replayed: it has no teacher and records no decisions")
     if not (folder / "decisions.jsonl").is_file():
         raise DataError(f"{folder} has no decisions.jsonl; without the recorded decisions there is nothing to replay")
+    from_environment = services(os.environ)
+    keep_kernels_in(from_environment.cache_dir / "kernels")
+    # Another number of threads sums in another order, and last bits would part.
     set_threads(manifest["environment"]["threads"])
     config = from_dict(system.Config, manifest["config"])
     count, largest, partings = 0, 0.0, 0
-    for where, recorded, recomputed in system.verify(config, folder, services(os.environ)):
+    for where, recorded, recomputed in system.verify(config, folder, from_environment):
         count += 1
         difference = _difference(recorded, recomputed)
         largest = max(largest, difference)
+        # NaN against a number is infinitely far (see `_difference`), so it cannot pass as equal.
         if difference > tolerance:
             partings += 1
             if partings <= SHOWN:
                 print(f"parted: {where}: recorded {recorded:.9g}, recomputed {recomputed:.9g}")
+    # After the partings: where a reward was changed, that says more.
+    changed = seal_faults(folder)
+    for fault in changed:
+        print(f"changed since the run ended: {fault}")
     if not count:
         raise DataError(f"{folder / 'decisions.jsonl'} holds no decision; there is nothing to replay")
     if partings:
@@ -81,7 +92,7 @@ def replay(
         print(f"{partings} of {count} numbers part by more than {tolerance:g}{further}")
         return CHECK_FAILED
     print(f"{count} numbers recomputed, all equal within {tolerance:g} (largest difference {largest:.2g})")
-    return 0
+    return CHECK_FAILED if changed else 0
 
 
 def _difference(recorded: float, recomputed: float) -> float:

@@ -64,10 +64,12 @@ def _run(
     name: options.Name = None,
     tag: options.Tags = None,
     project: options.Project = "preceptor",
+    group: options.Group = None,
     no_report: options.NoReport = False,
     log_level: options.LogLevel = "warning",
     **flags: Any,
 ) -> int:
+    # Every fault of the configuration is reported before anything heavy is imported or written.
     resolved = configuration(system, preset=preset, file=config, flags=flags, overrides=overrides or ())
     if print_config:
         print(dump_yaml(resolved), end="")
@@ -84,6 +86,7 @@ def _run(
         name=name,
         tags=tag or (),
         project=project,
+        group=group,
         report=not no_report,
     )
     return _show(result)
@@ -174,14 +177,16 @@ def export(
 
 
 def _show(result: Result) -> int:
-    """The table of methods, the verdict below it, and where everything lies."""
+    """The table of methods, the details of the verdict, and at the end its first sentence and where everything lies."""
     from rich.console import Console
 
+    # Rich draws the tables at the terminal's width; the plain lines below can be copied and parsed.
     console = Console()
     for table in result.renderables(width=console.width):
         console.print(table)
     if result.verdict:
-        print(f"\n{result.verdict}\n")
+        details = result.verdict.removeprefix(result.headline).strip()
+        print(f"\n{details}\n\n{result.headline}\n" if details else f"\n{result.headline}\n")
     print(f"results: {result.folder}")
     if (result.folder / "report.html").is_file():
         print(f"report:  {result.folder / 'report.html'}")

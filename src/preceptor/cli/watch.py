@@ -91,6 +91,7 @@ def _print_rows(folder: Path, tail: MetricsTail, *, metrics: Sequence[str], ever
     while True:
         ended = _has_ended(folder)
         if tail.look():
+            # Steps went back: the run was resumed from a checkpoint and has rewritten its log from there.
             if tail.rows and tail.rows[-1]["step"] < last:
                 last = int(tail.rows[-1]["step"])
                 print(f"resumed after step {last}")
@@ -98,6 +99,7 @@ def _print_rows(folder: Path, tail: MetricsTail, *, metrics: Sequence[str], ever
                 figures = [f"{name} {value:.5g}" for name, value in numbers(row).items() if _wanted(name, metrics)]
                 print("  ".join([f"step {row['step']}", *figures]))
                 last = row["step"]
+            # Flushed each round, so that `| grep` sees rows as they come.
             sys.stdout.flush()
         if ended:
             return
@@ -137,6 +139,7 @@ def _table(folder: Path, rows: Sequence[Mapping[str, Any]], wanted: Sequence[str
             if _wanted(name, wanted):
                 columns.setdefault(name, []).append(value)
     for name, values in columns.items():
+        # A mean of the last steps next to the last value, since single rewards are noisy.
         recent = values[-WINDOW:]
         mean = sum(recent) / len(recent)
         table.add_row(Text(name), f"{values[-1]:.5g}", f"{mean:.5g}", curve(values))
@@ -153,8 +156,10 @@ def curve(values: Sequence[float], width: int = CURVE) -> str:
     >>> curve([0.0, 1.0, 2.0, 4.0])
     '▁▂▄█'
     """
+    # As many means as characters, over slices that differ in length by at most one.
     edges = [round(k * len(values) / min(width, len(values))) for k in range(min(width, len(values)) + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
     blocks = "▁▂▃▄▅▆▇█"
+    # The full block is for the greatest value alone.
     return "".join(blocks[int(7 * (mean - low) / (high - low))] if high > low else blocks[0] for mean in means)

@@ -14,7 +14,7 @@ from preceptor.comparison.runs import Group, merged_records, shared_config
 from preceptor.errors import ConfigError, did_you_mean
 from preceptor.evaluation.aggregate import aggregate, improvement, scores_by_item
 from preceptor.evaluation.summary import SPLITS, compare, summarise
-from preceptor.evaluation.verdict import claims, verdict
+from preceptor.evaluation.verdict import claims, family, verdict
 
 COSTS = ("tokens", "model_calls", "flops", "gflops")
 """Counted costs: shown for every arm and never compared."""
@@ -33,6 +33,7 @@ def merged_result(groups: Sequence[Group], make_result: MakeResult) -> dict[str,
     results = [
         make_result(merged_records(group), config=shared_config(group.runs), seeds=group.seeds) for group in groups
     ]
+    # A single configuration needs no labels: its result is the system's own.
     if len(groups) == 1:
         return results[0]
     labelled = list(zip(groups, results, strict=True))
@@ -40,7 +41,9 @@ def merged_result(groups: Sequence[Group], make_result: MakeResult) -> dict[str,
         "system": groups[0].runs[0].system,
         "status": "finished",
         "config": shared_config(groups[0].runs),
+        # Seeds of all groups, once each: groups may have been run with different ones.
         "seeds": sorted({seed for group in groups for seed in group.seeds}),
+        # Same-named arms of two groups would be merged as if they were seeds of one; the label keeps them apart.
         "arms": {
             _labelled(arm, group.label): metrics
             for group, result in labelled
@@ -80,20 +83,24 @@ def comparison_of(
     Raises:
         ConfigError: an arm that no run has, or fewer than two.
     """
+    # 1. What is compared: arms, metrics, splits.
     records = _paired(merged)
     units = _units(merged)
     chosen = _chosen(groups, merged, arms)
     reference, *others = chosen
+    # Each metric once, in the order in which the system names them.
     metrics = list(dict.fromkeys(comparison["metric"] for comparison in merged.get("comparisons", ())))
     if not metrics:
         raise ConfigError(f"runs of {merged['system']} compare no arms in their result; there is nothing to compare")
     splits = [split for split in SPLITS if any(record["split"] == split for record in records)]
+    # 2. The first arm against each other one, paired by item.
     comparisons = []
     for split in splits:
         for metric in metrics:
             ours = scores_by_item(records, arm=reference, metric=metric, split=split)
             for other in others:
                 theirs = scores_by_item(records, arm=other, metric=metric, split=split)
+                # Paired differences need common items; arms that share none are left out here and reported below.
                 if ours.keys() & theirs.keys():
                     comparisons.append(
                         {
@@ -113,7 +120,22 @@ def comparison_of(
         raise ConfigError(
             f"arm {reference!r} shares no item with {', '.join(others)}; compare runs over the same inputs"
         )
-    claimed = claims(comparisons, level=level)  # type: ignore[arg-type]  # each has one key more
+    # What the system itself concludes is about its own arms, so that of several groups it says nothing.
+    own = merged if len(groups) == 1 else {}
+    conclusions, text = own.get("conclusions", ()), own.get("query_text")
+    members = family(comparisons, conclusions, text)  # type: ignore[arg-type]  # each has one key more
+    claimed = claims(members, level=level)[: len(comparisons)]
+    said = verdict(
+        comparisons,  # type: ignore[arg-type]
+        conclusions=conclusions,
+        query_text=text,
+        gaps={split: gap for split, gap in own.get("gap_closed", {}).items() if gap["n"]},
+        measured=own.get("measured", ()),
+        noun=noun,
+        subject=_subject(merged, reference),
+        lower_is_better=merged.get("lower_is_better", ()),
+        level=level,
+    )
     runs = [run for group in groups for run in group.runs]
     return {
         "system": merged["system"],
@@ -122,12 +144,13 @@ def comparison_of(
         "seeds": merged["seeds"],
         "runs": [run.path.name for run in runs],
         "groups": [{"label": group.label, "runs": [run.path.name for run in group.runs]} for group in groups],
+        # A set of commits: more than one says that the runs were not made by the same code.
         "code": sorted({run.code for run in runs}),
         "config": merged["config"],
         "table": list(merged.get("table", [])),
         "arms": {split: _arms(records, chosen, units, split, level) for split in splits},
         "comparisons": [{**c, "claimed": claim} for c, claim in zip(comparisons, claimed, strict=True)],
-        "verdict": verdict(comparisons, noun=noun, level=level),  # type: ignore[arg-type]
+        "verdict": said,
     }
 
 
@@ -145,6 +168,7 @@ def _arms(
                 scores = scores_by_item(records, arm=arm, metric=metric, split=split)
                 own["interquartile_mean"] = aggregate(scores, level=level)
             found[arm][metric] = own
+    # In the order that was asked for; `summarise` has its own.
     return {arm: found[arm] for arm in arms if arm in found}
 
 
@@ -154,17 +178,25 @@ def _chosen(groups: Sequence[Group], merged: Mapping[str, Any], arms: Sequence[s
     if not arms:
         compared = merged.get("comparisons", ())
         arms = (
+            # Within one configuration the system's own comparisons; across several, what differs is the learned arm.
             [name for c in compared for name in (c["arm"], c["baseline"])] if len(groups) == 1 else [compared[0]["arm"]]
         )
     names: list[str] = []
     for arm in arms:
         if arm not in [*present, *own]:
             raise ConfigError(f"no run has an arm {arm!r}{did_you_mean(arm, own) or '; there are ' + ', '.join(own)}")
+        # A name without a label stands for that arm of every group.
         names += [arm] if arm in present else [name for name in present if name in _names(arm, groups)]
     names = list(dict.fromkeys(names))
     if len(names) < 2:
         raise ConfigError(f"a comparison needs at least two arms, got {', '.join(names)}; give --arms A,B")
     return names
+
+
+def _subject(merged: Mapping[str, Any], reference: str) -> str:
+    """What the system calls its own arm in words; another arm, or that of one group among several, has its name."""
+    own = merged["comparisons"][0]["arm"]
+    return str(merged.get("subject", "")) if reference == own else reference.replace("_", " ")
 
 
 def _names(arm: str, groups: Sequence[Group]) -> set[str]:

@@ -14,6 +14,7 @@ from preceptor.runs.environment import flattened
 from preceptor.runs.files import storage_errors
 from preceptor.runs.metrics import read_jsonl
 from preceptor.runs.record import read_manifest
+from preceptor.runs.seal import require_unchanged
 from preceptor.systems import find_system
 
 TIMES = ("seconds",)
@@ -51,14 +52,16 @@ class Group(NamedTuple):
 def read_finished(path: Path) -> FinishedRun:
     """The finished run in ``path``.
 
-    Raises :class:`ConfigError` for a folder that is no run or a run that has not ended, :class:`StorageError` for a
-    damaged one, :class:`DataError` for a result without records.
+    Raises :class:`ConfigError` for a folder that is no run or a run that has not ended, :class:`StorageError` for one
+    that is damaged or has changed since it ended, :class:`DataError` for a result without records.
     """
+    # manifest.json is written first and result.json last, so the two tell "no run" and "not ended" apart.
     if not (path / "manifest.json").is_file():
         raise ConfigError(f"{path} is not a run folder (no manifest.json); give the folders of finished runs")
     manifest = read_manifest(path)
     if not (path / "result.json").is_file():
         raise ConfigError(f"{path} has not ended (no result.json); go on with: preceptor resume {path}")
+    require_unchanged(path)
     with storage_errors(f"read {path / 'result.json'}"):
         text = (path / "result.json").read_bytes()
     try:
@@ -75,6 +78,7 @@ def read_finished(path: Path) -> FinishedRun:
         seed=int(manifest["seed"]),
         code=str(manifest["code"].get("commit")),
         result=result,
+        # Seconds differ between two runs of the same seed, and would make equal results unequal.
         records=[{key: value for key, value in record.items() if key not in TIMES} for record in records],
         seconds=_seconds(path / "metrics.jsonl"),
     )
@@ -87,6 +91,7 @@ def current_config(name: str, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """
     with contextlib.suppress(ConfigError):
         return to_dict(from_dict(find_system(name).Config, recorded))
+    # An uninstalled system, or keys that it no longer takes: the record itself is all there is.
     return dict(recorded)
 
 
@@ -98,6 +103,7 @@ def _seconds(metrics: Path) -> float | None:
 def run_folders(paths: Sequence[Path]) -> list[Path]:
     """``paths`` with every folder that is no run, but holds some (a sweep's), replaced by them."""
     folders = []
+    # A folder with runs inside, such as a sweep's, stands for its runs; one level down and no further.
     for path in paths:
         inside = sorted(manifest.parent for manifest in path.glob("*/manifest.json"))
         folders += inside if inside and not (path / "manifest.json").is_file() else [path]
@@ -117,9 +123,11 @@ def grouped(runs: Sequence[FinishedRun], *, inputs: Sequence[str]) -> list[Group
     shared = {"seed", *inputs}
     kinds: dict[str, list[FinishedRun]] = {}
     for run in runs:
+        # The configuration without seed and input, as text, identifies the group.
         own = {key: value for key, value in flattened(run.config).items() if key not in shared}
         kinds.setdefault(json.dumps(own, sort_keys=True), []).append(run)
     flat = [flattened(members[0].config) for members in kinds.values()]
+    # Only keys that differ go into the labels, so that they stay readable.
     differing = [
         key for key in flat[0] if key not in shared and any(other.get(key) != flat[0][key] for other in flat[1:])
     ]
@@ -138,6 +146,8 @@ def _check_cells(group: Group) -> None:
         for record in run.records:
             cell = tuple(record.get(key) for key in ("arm", "item", "split", "seed"))
             first = owner.setdefault(cell, run.path)
+            # Seed None marks what does not depend on the seed (an oracle); every run measures that again, to the same
+            # result.
             if first != run.path and record.get("seed") is not None:
                 raise ConfigError(
                     f"{first} and {run.path} both measured arm {cell[0]!r} on item {cell[1]!r} with seed {cell[3]}; "
@@ -153,6 +163,7 @@ def merged_records(group: Group) -> list[dict[str, Any]]:
     """The group's records, one a cell: what is the same under every seed (seed null) is taken once."""
     cells: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in group.records:
+        # setdefault keeps the first of several equal ones.
         cells.setdefault(tuple(record.get(key) for key in ("arm", "item", "split", "seed")), record)
     return list(cells.values())
 

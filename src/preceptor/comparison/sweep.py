@@ -27,8 +27,11 @@ LOGS = "logs"
 """Folder of a sweep with what each cell said."""
 
 _LOCKED = LockedError.exit_code
+# Often enough that a free core is used at once, seldom enough to cost nothing.
 _POLL_SECONDS = 0.2
+# For how long a cell that another process holds is left alone.
 _LOCKED_SECONDS = 2.0
+# Room for cells that have not reached their own peak yet.
 _MEMORY_MARGIN = 1.25
 
 
@@ -74,6 +77,7 @@ def run_cells(
         CellFailed: a cell ended with an error, which the message repeats.
         Interrupted: after the cells at work have saved.
     """
+    # All of them before any is started: a mistake in the last cell should not cost the time of the others.
     for cell in cells:
         _check(root / cell.name, cell)
     waiting = [cell for cell in cells if not is_finished(root / cell.name)]
@@ -81,16 +85,20 @@ def run_cells(
     with storage_errors(f"create {root / LOGS}"):
         (root / LOGS).mkdir(parents=True, exist_ok=True)
     limit = num_jobs or os.cpu_count() or 1
+    # The state of the sweep is on disk alone; these lists are only what this process has started.
     running: list[_Running] = []
     failure: CellFailed | None = None
     locked_until: dict[str, float] = {}
     peak = 0
     with _stop_signals() as stop:
         while running or (waiting and failure is None and not stop):
+            # The peak outlives its process: cells are alike, so the largest so far predicts the next.
             peak = max([peak, *(_peak_bytes(job.process.pid) for job in running)])
             ready = [cell for cell in waiting if locked_until.get(cell.name, 0.0) <= time.monotonic()]
+            # The newest cell must have done a step before its memory says anything; until then no other is started.
             settled = not running or _has_stepped(root / running[-1].cell.name)
             fits = not running or (settled and peak * _MEMORY_MARGIN < _available_bytes())
+            # One start a round, so that every new cell is counted in the memory before the next.
             if ready and failure is None and not stop and len(running) < limit and fits:
                 waiting.remove(ready[0])
                 running.append(_start(ready[0], root, program))
@@ -99,6 +107,7 @@ def run_cells(
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 code = job.process.returncode
+                # The result decides, not the exit code: a run that wrote its result has done its work.
                 if is_finished(root / job.cell.name):
                     done = len(cells) - len(waiting) - len(running)
                     say(f"{job.cell.name} is finished ({done} of {len(cells)})")
@@ -107,9 +116,11 @@ def run_cells(
                     # first after a look at the folder; what else fails a fresh run fails its resume as well.
                     locked_until[job.cell.name] = time.monotonic() + _LOCKED_SECONDS
                     waiting.append(job.cell)
+                # The first failure is the one reported; those after it are often its consequence.
                 elif not stop:
                     failure = failure or _failure(job)
             if stop:
+                # Cells run in sessions of their own, so the signal reaches them only through here, exactly once.
                 for job in running:
                     with contextlib.suppress(ProcessLookupError):
                         job.process.send_signal(stop[0])
@@ -135,6 +146,7 @@ def _check(folder: Path, cell: Cell) -> None:
         return
     wanted = flattened(plain_config(cell.config))
     manifest = read_manifest(folder)
+    # Compared key by key in today's names, so that a run made before a key was renamed still counts as the same.
     if differing := changes(flattened(current_config(manifest["system"], manifest["config"])), wanted):
         raise ConfigError(
             f"{folder} was run with another configuration ({', '.join(differing[:3])}); choose another --out"
@@ -145,6 +157,9 @@ def _start(cell: Cell, root: Path, program: Sequence[str]) -> _Running:
     folder, log = root / cell.name, root / LOGS / f"{cell.name}.log"
     resumes = _is_begun(folder)
     words = ["resume", str(folder)] if resumes else ["run", *cell.arguments, "--out", str(folder)]
+    if not resumes and not any(word.partition("=")[0] == "--group" for word in cell.arguments):
+        words.append(f"--group={root.resolve().name}")  # trackers show the seeds together
+    # Appended: a resumed cell's log keeps what was said before it was stopped.
     with storage_errors(f"write {log}"), log.open("ab") as output:
         process = subprocess.Popen(
             [*program, *words, "--no-report"],
@@ -158,9 +173,11 @@ def _start(cell: Cell, root: Path, program: Sequence[str]) -> _Running:
 
 def _failure(job: _Running) -> CellFailed:
     lines = job.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    # The program prints its own errors as one line with this prefix; the last such line is the cause.
     said = [line.removeprefix("preceptor: error: ") for line in lines if line.startswith("preceptor: ")]
     code = job.process.returncode
     reason = said[-1] if said else f"ended by signal {-code}" if code < 0 else f"exit code {code}"
+    # Popen gives a negative code for a signal.
     return CellFailed(f"{job.cell.name}: {reason}; all it said is in {job.log}", code if code > 0 else 1)
 
 

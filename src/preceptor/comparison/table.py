@@ -25,6 +25,7 @@ def comparison_tables(comparison: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]], arms: Mapping[str, Mapping[str, Any]]) -> Table:
+    # Rich is imported inside: `--help` and the shell's completion should not wait for it.
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -55,7 +56,7 @@ def _table(rows: Sequence[Mapping[str, Any]], arms: Mapping[str, Mapping[str, An
         # Text, since rich would read a bracket as its markup.
         table.add_row(*map(Text, cells), *compared, *map(Text, _cost(arms[arm], costs)))
 
-    add(reference, Text(), Text())
+    add(reference, Text(), Text())  # the reference has nothing to be compared with
     for row in rows:
         difference = Text(_interval(row, "mean"), style="bold" if row["claimed"] else "")
         add(row["baseline"], difference, Text(_interval(row["improvement"], "probability", digits=2)))

@@ -32,6 +32,7 @@ def write_comparison(
 
     Raises :class:`ConfigError` for a folder that is a run itself, whose own result would be lost.
     """
+    # A run's result.json has the same name as a comparison's and must never be overwritten.
     if (folder / "manifest.json").exists():
         raise ConfigError(f"{folder} is a run of its own; choose another --out for the comparison")
     with storage_errors(f"create {folder}"):
@@ -39,6 +40,7 @@ def write_comparison(
     groups = grouped(runs, inputs=_inputs(comparison, runs))
     folders = [(group.label, run.path) for group in groups for run in group.runs]
     merged = {**merged, "charts": merged_charts(folders, sections)}
+    # Kept out of comparison.json, which must not depend on how fast the machine was.
     taken = {run.path.name: run.seconds for run in runs}
     seconds = {
         "what": "seconds of training steps; no two runs share them, so they are no part of the comparison",
@@ -46,6 +48,7 @@ def write_comparison(
         "runs": taken,
     }
     for name, content in (("result", merged), ("comparison", comparison), ("seconds", seconds)):
+        # Through the strict writer first: NaN becomes null, and what is no JSON is an error. Then indented for people.
         text = json.dumps(json.loads(row_json({"format": FORMAT, **content})), indent=2, ensure_ascii=False)
         replace_file(folder / f"{name}.json", text + "\n")
 

@@ -19,6 +19,7 @@ class Check(NamedTuple):
         >>> print(Check("fail", "KL at step 0", "0.3 nats", "load the same weights twice").line())
         fail  KL at step 0: 0.3 nats; load the same weights twice
         """
+        # A remedy for what is well would read like a fault.
         remedy = f"; {self.remedy}" if self.remedy and self.status != "ok" else ""
         return f"{self.status:<4}  {self.name}: {self.figure}{remedy}"
 

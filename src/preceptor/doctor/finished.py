@@ -13,6 +13,7 @@ from preceptor.runs.checkpoint import CheckpointStore
 from preceptor.runs.device import choose_device
 from preceptor.runs.metrics import read_jsonl
 from preceptor.runs.record import read_config, read_manifest
+from preceptor.runs.seal import SEAL_NAME, seal_faults
 from preceptor.runs.watching import is_at_work
 
 FLOORS = {"torch": (2, 11), "transformers": (5, 5)}
@@ -25,6 +26,7 @@ def check_run(folder: Path) -> Iterator[Check]:
         manifest = read_manifest(folder)
     except PreceptorError as error:
         yield Check("fail", "manifest", str(error))
+        # Nothing can be said of a folder without a readable manifest, so this is the only check that ends the list.
         return
     yield Check("ok", "manifest", f"{manifest['system']}, seed {manifest['seed']}, begun {manifest.get('started')}")
     try:
@@ -33,11 +35,15 @@ def check_run(folder: Path) -> Iterator[Check]:
         yield judged(not edited, "configuration", ", ".join(edited) or "as it was when the run began", remedy)
     except PreceptorError as error:
         yield Check("fail", "configuration", str(error))
+    # Early, since a run at work changes under the checks that follow.
     yield _lock(folder)
+    # Decisions have many rows a step, metrics one.
     for name in ("metrics.jsonl", "decisions.jsonl"):
         yield _log(folder / name, once=name == "metrics.jsonl")
     yield from _checkpoints(folder)
     yield _result(folder)
+    if (folder / "result.json").is_file():
+        yield _seal(folder)
     yield from _environment(manifest)
 
 
@@ -53,6 +59,7 @@ def _log(path: Path, *, once: bool) -> Check:
         return Check("warn", path.name, "there is none", "the run has not done its first step")
     count, last = 0, -1
     try:
+        # Equal steps in metrics.jsonl can mean that a resume did not cut the rows after its checkpoint.
         for row in read_jsonl(path):
             if row["step"] < last or (once and row["step"] == last):
                 figure = f"step {row['step']} after step {last}, in row {count + 1}"
@@ -64,6 +71,7 @@ def _log(path: Path, *, once: bool) -> Check:
 
 
 def _checkpoints(folder: Path) -> Iterator[Check]:
+    # Every file against the hash that was recorded when it was written.
     faults = CheckpointStore(folder / "checkpoints").faults()
     if not faults:
         yield Check("warn", "checkpoints", "there is none", "a resume starts at the first step")
@@ -84,12 +92,26 @@ def _result(folder: Path) -> Check:
     return Check("ok", "result", f"{len(records)} records" if isinstance(records, list) else "no records of arms")
 
 
+def _seal(folder: Path) -> Check:
+    """Every file as it was when the run ended."""
+    if not (folder / SEAL_NAME).is_file():
+        return Check(
+            "warn", "seal", "there is none", "changes since its end cannot be told; runs are sealed from now on"
+        )
+    faults = seal_faults(folder)
+    further = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+    figure = f"{faults[0]}{further}" if faults else "every file is as it was when the run ended"
+    return judged(not faults, "seal", figure, "restore it from a copy")
+
+
 def _environment(manifest: dict[str, object]) -> Iterator[Check]:
     recorded = manifest["environment"]
     assert isinstance(recorded, dict)
     try:
         here = env.environment(choose_device(str(manifest["device"])), recorded["threads"])
+        # A setting of the run, not of this machine.
         here["float32_matmul_precision"] = recorded.get("float32_matmul_precision")
+        # Only what changes numbers: library versions, device, threads.
         differing = env.changes(recorded, here, env.EXACT)
         remedy = "a resume here is not bit-exact; go back to these versions, or pass --allow-inexact"
         figure = ", ".join(differing) or "as when the run began"
@@ -98,6 +120,7 @@ def _environment(manifest: dict[str, object]) -> Iterator[Check]:
         yield Check("warn", "environment", str(error), "resume on a machine like the first")
     for package, floor in FLOORS.items():
         version = str(recorded.get(package))
+        # Release numbers alone: "2.11.0+cpu" is 2.11.
         numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
         least = ".".join(map(str, floor))
         yield judged(numbers >= floor, package, f"{version} (at least {least})", f"install {package}>={least}")

@@ -40,6 +40,7 @@ def check_model(lm: LanguageModel, sampling: Sampling, *, seed: int = 0) -> Iter
     yield from _tokenizer(lm)
     generator = torch.Generator().manual_seed(seed)
     prompts = [[lm.begin_token, *lm.encode(text)] for text in PROMPTS]
+    # The decoder writes on a KV cache as training does; everything below compares with what it wrote.
     decoder = Decoder(lm, batch_size=len(prompts))
     decoder.append(prompts)
     generated = decoder.generate(NUM_TOKENS, sampling=sampling, generator=generator)
@@ -49,6 +50,7 @@ def check_model(lm: LanguageModel, sampling: Sampling, *, seed: int = 0) -> Iter
     yield _draws(lm, written, sampling, generator)
     reference = lm.initial_model()
     yield _divergence(lm, reference, written)
+    # Last, since it changes weights for a moment.
     yield from _gradient(lm, reference, written, sampling)
 
 
@@ -63,11 +65,16 @@ def _tokenizer(lm: LanguageModel) -> Iterator[Check]:
     else:
         shared = ", pad is the end token (rows are masked, so that nothing depends on it)" if pad == end else ""
         yield Check("ok", "tokens", named + shared)
+    if nameless := len(lm.nameless_tokens):
+        figure = f"{nameless:,} of {lm.vocab_size:,} ids have no token in the tokenizer; they are never drawn"
+        yield Check("ok", "ids without a token", figure)
+    # Quotes and a dash outside ASCII, digits, a colon: what tokenizers normalise.
     text = "Reading and writing: 1 + 1 = 2, “é”."
     back = lm.decode(lm.encode(text))
     remedy = "what is decoded is not what was encoded; queries and texts in reports will look different"
     yield Check("ok" if back.strip() == text else "warn", "text and back", repr(back), remedy)
     control = set(lm.special_tokens)
+    # Control tokens as a malicious text would spell them, alone and inside other text.
     spelled = [str(tokenizer.convert_ids_to_tokens(token)) for token in lm.special_tokens]
     contexts = ("{}", "a {} b", "a{}b", "\n{}\n")
     found = sum(bool(control & set(lm.encode(c.replace("{}", word)))) for word in spelled for c in contexts)
@@ -80,6 +87,7 @@ def _cache(lm: LanguageModel, written: Written, sampling: Sampling) -> Check:
     worst = 0.0
     for prompt, tokens, log_probs in zip(written.prompts, written.tokens, written.log_probs, strict=True):
         row = [*prompt, *tokens.tolist()]
+        # Logits at t − 1 predict token t, hence from the prompt's last position to the last but one.
         scored = sampling.log_probs(_logits(lm, [row])[0, len(prompt) - 1 : -1], drawn=tokens)
         worst = max(worst, float((scored.gather(-1, tokens[:, None])[:, 0] - log_probs).abs().max()))
     return judged(
@@ -96,8 +104,10 @@ def _ratio(lm: LanguageModel, written: Written, sampling: Sampling) -> Check:
     logits = _logits(lm, rows)
     worst = 0.0
     for index, (prompt, tokens) in enumerate(zip(written.prompts, written.tokens, strict=True)):
+        # The rows are padded to one length; each has its own place.
         at = slice(len(prompt) - 1, len(prompt) - 1 + len(tokens))
         scored = sampling.log_probs(logits[index, at], drawn=tokens).gather(-1, tokens[:, None])[:, 0]
+        # exp(new − old) must be 1: a ratio that starts elsewhere biases every importance weight.
         worst = max(worst, float(((scored - written.log_probs[index]).exp() - 1).abs().max()))
     return judged(
         worst <= _tolerance(lm),
@@ -114,9 +124,11 @@ def _draws(lm: LanguageModel, written: Written, sampling: Sampling, generator: t
     p = log_probs[0].double().exp().cpu()
     impossible = int(drawn[p == 0].sum())
     usual = p * NUM_DRAWS >= 10  # of rarer tokens the count is not near normal
+    # Standard error of a binomial count, √(n p (1 − p)).
     errors = (drawn - p * NUM_DRAWS)[usual].abs() / (NUM_DRAWS * p * (1 - p)).sqrt()[usual].clamp_min(1e-12)
     worst = float(errors.max()) if bool(usual.any()) else 0.0
     return judged(
+        # Among hundreds of tokens the largest deviation is often near 3.5; 5 comes once in two million.
         impossible == 0 and worst < 5.0,
         "sampled distribution equals scored",
         f"{NUM_DRAWS:,} draws, largest deviation {worst:.1f} standard errors, {impossible} impossible tokens",
@@ -126,6 +138,7 @@ def _draws(lm: LanguageModel, written: Written, sampling: Sampling, generator: t
 
 def _divergence(lm: LanguageModel, reference: LanguageModel, written: Written) -> Check:
     rows = [[*p, *t] for p, t in zip(written.prompts, written.tokens.tolist(), strict=True)]
+    # Exactly 0 would be too strict: adapter and base are computed along different paths.
     divergence = float(kl_exact(_logits(lm, rows), _logits(reference, rows)).max())
     return judged(
         abs(divergence) <= _tolerance(lm),
@@ -140,14 +153,18 @@ def _gradient(lm: LanguageModel, reference: LanguageModel, written: Written, sam
     intended = lm.trainable_parameters()
     everything = dict(lm.model.named_parameters())
     rows = [[*p, *t] for p, t in zip(written.prompts, written.tokens.tolist(), strict=True)]
+    # Before the step, to see below whether the reference has moved.
     before = _logits(reference, rows)
     chosen = []
     logits = _forward(lm, rows)
     for index, (prompt, tokens) in enumerate(zip(written.prompts, written.tokens, strict=True)):
         at = slice(len(prompt) - 1, len(prompt) - 1 + len(tokens))
         chosen.append(sampling.log_probs(logits[index, at], drawn=tokens).gather(-1, tokens[:, None])[:, 0])
+    # A policy gradient with advantage 1 for every token.
     (-torch.cat(chosen).mean()).backward()
     reached = {name for name, parameter in everything.items() if parameter.grad is not None}
+    # Trainable and not reached means that it will not learn; reached and not trainable wastes memory or moves what is
+    # frozen.
     missed, astray = sorted(intended.keys() - reached), sorted(reached - intended.keys())
     num_silent = sum(not bool(everything[name].grad.any()) for name in reached)  # type: ignore[union-attr]
     figure = f"{len(reached)} of {len(intended)} tensors"
@@ -162,8 +179,10 @@ def _gradient(lm: LanguageModel, reference: LanguageModel, written: Written, sam
         "freeze or free the parameters named, or choose another model",
     )
     with torch.no_grad():
+        # A copy of each, since the weights must be as before afterwards, to the bit.
         saved = {name: parameter.clone() for name, parameter in intended.items()}
         for parameter in intended.values():
+            # Large enough to be seen in the logits, whatever the precision.
             parameter.add_(torch.full_like(parameter, 1e-2))
         moved = float((_logits(lm, rows) - before).abs().max())
         drift = float((_logits(reference, rows) - before).abs().max())

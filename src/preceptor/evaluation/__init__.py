@@ -23,7 +23,7 @@ from preceptor.evaluation.summary import (
     query_text,
     summarise,
 )
-from preceptor.evaluation.verdict import claims, verdict
+from preceptor.evaluation.verdict import claims
 
 __all__ = [
     "Comparison",
@@ -44,5 +44,4 @@ __all__ = [
     "probability_of_improvement",
     "query_text",
     "summarise",
-    "verdict",
 ]

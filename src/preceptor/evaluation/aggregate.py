@@ -47,6 +47,7 @@ class Improvement(TypedDict):
 def scores_by_item(records: Sequence[Record], *, arm: str, metric: str, split: str = "train") -> dict[str, list[float]]:
     """The scores of ``arm`` by item, seeds in order, so that the order of the records does not matter."""
     rows = [record for record in records if record["arm"] == arm and record["split"] == split and metric in record]
+    # Text of both keys: seeds may be None and items numbers, which do not sort together.
     rows.sort(key=lambda record: (str(record["item"]), repr(record["seed"])))
     scores: dict[str, list[float]] = {}
     for record in rows:
@@ -61,6 +62,7 @@ def aggregate(scores: Scores, *, level: float = 0.95, num_resamples: int = 2_000
     """
     strata = _strata(scores)
     value = float(interquartile_mean(np.concatenate(strata)))
+    # The items stay as they are; only seeds are drawn again.
     resampled = stratified_resamples(strata, num_resamples=num_resamples, seed=seed)
     low, high = _interval(interquartile_mean(resampled), [strata], level)
     return Aggregate(iqm=value, low=low, high=high)
@@ -74,14 +76,17 @@ def improvement(
     On each item it is the Mann-Whitney statistic over the number of pairs. The interval resamples each arm's seeds on
     each item. Raises :class:`DataError` where they share no item.
     """
+    # Only items of both: a score on another item says nothing about who is better.
     items = [item for item in ours if item in theirs]
     if not items:
         raise DataError("two arms that share no item cannot be compared; measure both on the same items.")
     first, second = ([np.asarray(scores[item], dtype=np.float64) for item in items] for scores in (ours, theirs))
     value = float(np.mean([probability_of_improvement(list(x), list(y)) for x, y in zip(first, second, strict=True)]))
+    # One generator for all items, so that the resamples of different items are independent.
     generator = np.random.default_rng(seed)
     total = np.zeros(num_resamples)
     for x, y in zip(first, second, strict=True):
+        # All pairs of a resample at once: xs [resample, seed of ours, 1], ys [resample, 1, seed of theirs].
         xs, ys = (_resampled(stratum, num_resamples, generator)[:, :, None] for stratum in (x, y))
         ys = ys.swapaxes(1, 2)
         total += ((xs > ys) + 0.5 * (xs == ys)).mean(axis=(1, 2))
@@ -104,6 +109,7 @@ def _interval(resampled: Array, arms: Sequence[Sequence[Array]], level: float) -
     num_seeds = min(len(stratum) for strata in arms for stratum in strata)
     if num_seeds == 1:
         return Interval(None, None)
+    # The item with the fewest seeds limits what is known.
     return percentile_interval(resampled, level=level, degrees_of_freedom=num_seeds - 1)
 
 

@@ -93,6 +93,7 @@ def summarise(
     ``units`` names the unit of every metric. The interval resamples seeds and items (:func:`paired_bootstrap`).
     Raises :class:`DataError` for a malformed record, a metric without a unit, or two records of one cell.
     """
+    # Checked first: one record that is counted twice would narrow every interval.
     _check_records(records)
     cells: dict[str, dict[str, dict[Cell, float]]] = {}
     for record in records:
@@ -132,6 +133,7 @@ def compare(
     """
     _check_records(records)
     ours, theirs = (_cells(records, arm=name, metric=metric, split=split) for name in (arm, baseline))
+    # Paired: what makes one item harder than another cancels in the difference.
     pairs = _paired(ours, theirs, names=(arm, baseline), metric=metric, split=split)
     differences = {cell: a - b for cell, (a, b) in pairs.items()}
     low, high = paired_bootstrap(differences, level=level, num_resamples=num_resamples, seed=seed)
@@ -148,6 +150,7 @@ def compare(
         n=len(differences),
         num_seeds=num_seeds,
         num_items=num_items,
+        # A tie is half a win, so two equal arms have 0.5 and not 0.
         share_improved=float(np.mean([(d > 0) + 0.5 * (d == 0) for d in differences.values()])),
         p_value=crossed_p_value(differences),
     )
@@ -180,11 +183,13 @@ def gap_closed(
     cell, or where the gap vanishes in more resamples than the interval's tail holds (the ratio is then unbounded).
     """
     _check_records(records)
+    # 1. The three ingredients, by (seed, item): the learned arm, the lower one, the oracles.
     grids = {name: _cells(records, arm=name, metric=metric, split=split) for name in (learned, lower, *upper)}
     oracles = [name for name in upper if grids[name]]
     if not oracles:
         raise DataError(f"no arm of {', '.join(upper)} has {metric!r} on split {split!r}; a gap needs an oracle.")
     pairs = _paired(grids[learned], grids[lower], names=(learned, lower), metric=metric, split=split)
+    # The best oracle of each cell, for a beam may find what a greedy search misses.
     best = {cell: max(_at(grids[name], cell) for name in oracles) for cell in pairs}
     gains = {cell: ours - floor for cell, (ours, floor) in pairs.items() if math.isfinite(best[cell])}
     gaps = {cell: best[cell] - pairs[cell][1] for cell in gains}
@@ -203,6 +208,7 @@ def gap_closed(
         oracle=f"{optimum} optimum" if exact else f"best of {', '.join(oracles)}: a lower bound of the optimum",
         reason=None,
     )
+    # 2. The share itself, where there is a gap.
     total_gap = sum(gaps.values())
     if total_gap <= 0.0:
         result["reason"] = f"the oracle is not above {lower} ({total_gap / len(gains):.3g} on average): no gap to close"
@@ -212,10 +218,13 @@ def gap_closed(
     if len(gains) == 1:
         result["reason"] = "one seed on one item has no interval"
         return result
+    # 3. Its interval: the same resamples for numerator and denominator, whose errors go together.
     gain_sums, gap_sums = crossed_sums(gains, gaps, num_resamples=num_resamples, seed=seed)
+    # The linearised ratio: gain − ratio · gap has mean 0, and its spread says how much the ratio varies.
     residuals = {cell: gains[cell] - ratio * gaps[cell] for cell in gains}
     degrees = crossed_degrees_of_freedom(residuals)
     usable = gap_sums > 0.0
+    # A resample without a gap has no ratio; a few of them may be dropped, but not as many as a tail holds.
     if 1.0 - usable.mean() > expanded_tail(level, degrees):
         share = 1.0 - float(usable.mean())
         result["reason"] = f"the gap vanishes in {share:.1%} of the resamples: too small to divide by"
@@ -242,6 +251,7 @@ def query_text(
     The same orders are scored with the policy's queries in the reader's context and without; the difference of the two
     gains, paired by cell, is query text, and the gain without is order.
     """
+    # The metric of the difference, cell by cell, so that it is compared like any other.
     both = [
         {**{key: record[key] for key in _KEYS}, "query text": record[with_queries] - record[without_queries]}
         for record in records
@@ -278,12 +288,14 @@ def _check_records(records: Sequence[Record]) -> None:
             raise DataError(f"record {number} lacks {', '.join(missing)}; it needs {', '.join(_KEYS)}.")
         if record["split"] not in SPLITS:
             raise DataError(f"record {number} has split {record['split']!r}; allowed: {', '.join(SPLITS)}.")
+        # One cell, one measurement; the same cell twice is a mistake of the caller.
         cell = tuple(record[key] for key in _KEYS)
         if cell in seen:
             raise DataError(f"two records of arm, item, split, seed = {cell}; each cell is measured once.")
         seen.add(cell)
         for metric in record.keys() - set(_KEYS):
             value = record[metric]
+            # A truth value counts as an integer in Python and would be averaged.
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise DataError(
                     f"record {number}: {metric} must be a finite number, got {value!r}; leave it out instead."
@@ -300,6 +312,7 @@ def _cells(records: Sequence[Record], *, arm: str, metric: str, split: str) -> d
 
 def _at(grid: Mapping[Cell, float], cell: Cell) -> float:
     """The value of a cell, that of every seed where it has none of its own, or -inf."""
+    # A seedless value (of an oracle under a frozen reader) stands for every seed.
     return grid.get(cell, grid.get((None, cell[1]), -math.inf))
 
 
@@ -307,6 +320,7 @@ def _paired(
     first: Mapping[Cell, float], second: Mapping[Cell, float], *, names: tuple[str, str], metric: str, split: str
 ) -> dict[Cell, tuple[float, float]]:
     """The values of both arms in every cell that both have, a seedless value paired with each seed of the other arm."""
+    # Where one arm has seeds and the other has none, pairs are formed by seed.
     seeded = {item for grid in (first, second) for seed, item in grid if seed is not None}
     cells = [c for c in {**first, **second} if c[0] is not None or c[1] not in seeded]
     pairs = {cell: (_at(first, cell), _at(second, cell)) for cell in cells}

@@ -1,12 +1,14 @@
-"""A verdict in two to four plain sentences, which claims nothing that chance could have done.
+"""A verdict in a few plain sentences, which claims nothing that chance could have done.
 
 All claims of one verdict are tested as a family (Holm 1979, Scand. J. Stat. 6:65): where nothing differs, the chance
-that it claims anything at all is at most ``1 - level``, however many arms are compared.
+that it claims anything at all is at most ``1 - level``, however many arms are compared. Every system's verdict asks
+:func:`claims`, once and about everything that its sentences could claim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import TypedDict
 
 from preceptor.evaluation.summary import SPLITS, Comparison, Gap, QueryText
 
@@ -16,40 +18,93 @@ MINIMUM_SEEDS = 5
 MINIMUM_ITEMS = 5
 """Below this a claim is made of the measured items alone."""
 
+NOTHING_COMPARED = "Nothing was compared, so no difference can be claimed."
+
+
+class Conclusion(TypedDict):
+    """A sentence that is said where each of its differences may be claimed and is above zero, and another elsewhere."""
+
+    comparisons: list[Comparison]
+    claimed: str
+    otherwise: str  # empty says nothing
+
 
 def verdict(
     comparisons: Sequence[Comparison],
     *,
-    gaps: Mapping[str, Gap] | None = None,
+    conclusions: Sequence[Conclusion] = (),
     query_text: QueryText | None = None,
+    gaps: Mapping[str, Gap] | None = None,
+    measured: Sequence[str] = (),
     noun: str = "",
+    subject: str = "",
+    lower_is_better: Collection[str] = (),
     level: float = 0.95,
 ) -> str:
-    """One paragraph: a sentence for each split, one for the gap closed, one for the part of a gain that is query text.
+    """One paragraph: what happened, a sentence for each split, then what else was measured and may be concluded.
 
-    A difference is claimed as :func:`claims` says, over all differences that the verdict names; the sentence then says
-    of how many items it speaks, calling one of them ``noun`` (``"article"``); without a noun it speaks of seeds alone.
-    ``gaps`` maps a split to its :class:`Gap`. ``level`` is that of all intervals given.
+    It opens with :func:`opening` about the first comparison. A difference is claimed as :func:`claims` says, over the
+    :func:`family` of all that the verdict could claim; the sentence then says of how many items it speaks.
+
+    Args:
+        comparisons: all that is compared, the one that matters most first.
+        conclusions: further sentences that rest on claims.
+        query_text: what a gain owes to the query text.
+        gaps: share of the gap closed, by split.
+        measured: sentences that claim nothing.
+        noun: what an item is called (``"article"``); without one the verdict speaks of seeds alone.
+        subject: who is compared first, in words ("the learned order"); the name of its arm by default.
+        lower_is_better: metrics of which less is better.
+        level: of all intervals given.
 
     >>> verdict([])
     'Nothing was compared, so no difference can be claimed.'
     """
-    family = [*comparisons]
-    if query_text is not None:
-        family += [query_text["with_queries"], query_text["without_queries"]]
-    claimed = claims(family, level=level)
+    members = family(comparisons, conclusions, query_text)
+    found = {_key(c): claim for c, claim in zip(members, claims(members, level=level), strict=True)}
     sentences = []
+    if comparisons:
+        first = comparisons[0]
+        sentences.append(
+            opening(
+                first,
+                subject=subject or _words(first["arm"]),
+                claimed=found[_key(first)],
+                place=_place(first, noun),
+                lower_is_better=first["metric"] in lower_is_better,
+            )
+        )
+    elif not measured:
+        sentences.append(NOTHING_COMPARED)
     for split in SPLITS:
-        of_split = [(c, claim) for c, claim in zip(comparisons, claimed, strict=False) if c["split"] == split]
+        of_split = [(c, found[_key(c)]) for c in comparisons if c["split"] == split]
         if of_split:
             sentences.append(_comparison_sentence(of_split, noun, level))
-    if not sentences:
-        sentences.append("Nothing was compared, so no difference can be claimed.")
+    sentences += measured
+    for conclusion in conclusions:
+        holds = all(found[_key(c)] and c["mean"] > 0 for c in conclusion["comparisons"])
+        sentences.append(conclusion["claimed"] if holds else conclusion["otherwise"])
     if closed := [(split, gaps[split]) for split in SPLITS if gaps and split in gaps]:
         sentences.append(_gap_sentence(closed, noun))
     if query_text is not None:
-        sentences.append(_query_text_sentence(query_text, gain_claimed=claimed[-2], order_claimed=claimed[-1]))
-    return " ".join(sentences)
+        sentences.append(_query_text_sentence(query_text, found))
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def family(
+    comparisons: Sequence[Comparison],
+    conclusions: Sequence[Conclusion] = (),
+    query_text: QueryText | None = None,
+) -> list[Comparison]:
+    """All that one verdict could claim, each difference once, ``comparisons`` first and in their order."""
+    members = [*comparisons, *(c for conclusion in conclusions for c in conclusion["comparisons"])]
+    if query_text is not None:
+        members += [query_text["with_queries"], query_text["without_queries"], query_text["query_text"]]
+    return list({_key(c): c for c in members}.values())
+
+
+def _key(comparison: Comparison) -> tuple[str, str, str, str]:
+    return comparison["arm"], comparison["baseline"], comparison["metric"], comparison["split"]
 
 
 def opening(
@@ -76,7 +131,7 @@ def opening(
     >>> opening({**measured, "num_seeds": 9}, subject="the learned order", claimed=False)
     'Over 9 seeds the learned order cannot be told from random (0.045 nats per value token).'
     """
-    baseline = comparison["baseline"].replace("_", " ")
+    baseline = _words(comparison["baseline"])
     size = f"{_number(abs(comparison['mean']))} {comparison['unit'].replace('/', ' per ')}"
     where = f" {place}" if place else ""
     seeds = comparison["num_seeds"]
@@ -133,9 +188,12 @@ def _comparison_sentence(comparisons: Sequence[tuple[Comparison, bool]], noun: s
 
 
 def _clause(comparison: Comparison, claimed: bool, level: float) -> str:
-    metric, figures = comparison["metric"].replace("_", " "), f"{_number(comparison['mean'])}"
+    metric, figures = _words(comparison["metric"]), f"{_number(comparison['mean'])}"
     if not claimed:
         alone = ", which alone would be claimed, but not among this many" if claimable(comparison, level=level) else ""
+        pairs = comparison["num_seeds"] * comparison["num_items"]
+        if comparison["n"] < pairs:
+            alone = f", for only {comparison['n']} of {pairs} pairs of seed and item were measured"
         return (
             f"no difference can be claimed between {comparison['arm']} and {comparison['baseline']} in {metric} "
             f"({figures} {comparison['unit']}{_interval(comparison)}{alone})"
@@ -161,17 +219,33 @@ def _gap_sentence(closed: Sequence[tuple[str, Gap]], noun: str) -> str:
     return f"Share closed of the gap from random to the oracle: {'; '.join(parts)}."
 
 
-def _query_text_sentence(split: QueryText, *, gain_claimed: bool, order_claimed: bool) -> str:
+def _query_text_sentence(split: QueryText, found: Mapping[tuple[str, str, str, str], bool]) -> str:
     gain, order, text = split["with_queries"], split["without_queries"], split["query_text"]
+    gain_claimed, order_claimed, text_claimed = (found[_key(c)] for c in (gain, order, text))
     opening = f"With the queries in the reader's context the gain over {gain['baseline']} is"
+    if gain["num_seeds"] < MINIMUM_SEEDS:
+        return (
+            f"{opening} measured as {_number(gain['mean'])} {gain['unit']}, {_number(text['mean'])} of it query text."
+        )
     if not gain_claimed:
         return f"{opening} not distinguishable from zero ({_number(gain['mean'])} {gain['unit']}{_interval(gain)})."
     share = f" ({100 * text['mean'] / gain['mean']:.0f} %)" if gain["mean"] > 0 else ""
+    owed = f"of which {_number(text['mean'])}{share} is query text"
+    if not text_claimed:
+        owed = f"and no part of it can be claimed to be query text ({_number(text['mean'])}{_interval(text)})"
     left = "order" if order_claimed else "not distinguishable from zero"
     return (
-        f"{opening} {_number(gain['mean'])} {gain['unit']}, of which {_number(text['mean'])}{share} is query text; "
+        f"{opening} {_number(gain['mean'])} {gain['unit']}, {owed}; "
         f"without the queries {_number(order['mean'])}{_interval(order)} is left, which is {left}."
     )
+
+
+def _place(comparison: Comparison, noun: str) -> str:
+    """Where the opening speaks of: ``on this article``, ``on 3 held-out articles``; nothing without a noun."""
+    if not noun:
+        return ""
+    kind = f"held-out {noun}" if comparison["split"] == "held_out" else noun
+    return f"on this {kind}" if comparison["num_items"] == 1 else f"on {_counted(comparison['num_items'], kind)}"
 
 
 def _items(comparison: Comparison, noun: str) -> str:
@@ -183,7 +257,11 @@ def _items(comparison: Comparison, noun: str) -> str:
 
 
 def _name(comparison: Comparison) -> str:
-    return f"{comparison['arm']} - {comparison['baseline']} in {comparison['metric'].replace('_', ' ')}"
+    return f"{comparison['arm']} - {comparison['baseline']} in {_words(comparison['metric'])}"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _interval(comparison: Comparison) -> str:

@@ -78,15 +78,19 @@ class Decoder:
         self.lm = lm
         self.batch_size = batch_size
         self._capture = capture
+        # Under autocast the model's products run in a lower precision; an engine, which turns autocast off, has to be
+        # told.
         autocast = lm.device.type if torch.is_autocast_enabled(lm.device.type) else None
         weights_dtype = dtype or (torch.get_autocast_dtype(autocast) if autocast else lm.dtype)
         engine = lm.engine(dtype=weights_dtype) if use_engine else None
         self._engine = engine if engine is not None and engine.can_capture(capture) else None
         if not self.uses_engine and dtype not in (None, lm.dtype):
             raise ModelError(f"{lm.name} decodes in {lm.dtype} alone, got {dtype}; load it in that dtype")
+        # The compiled step reads keys with slots innermost; the model's own attention reads rows.
         slots_innermost = self.uses_engine and lm.device.type == "cpu"
         self._layers = [KVCacheLayer(slots_innermost=slots_innermost) for _ in lm.layers]
         self._cache = Cache(layers=list(self._layers))
+        # Without holes a single new token attends to every slot, and then needs no mask at all.
         self._has_holes = False
         self._filled = torch.zeros(batch_size, 0, dtype=torch.bool, device=lm.device)
         self._lengths = torch.zeros(batch_size, dtype=torch.long, device=lm.device)
@@ -127,11 +131,13 @@ class Decoder:
             raise ModelError("a row of the batch starts empty; give every row at least one token first")
         if not bool(lengths.any()):
             return
+        # Before anything is written, so that a batch that does not fit leaves the decoder as it was.
         self._check_room(lengths)
         self._has_holes = self._has_holes or len({len(sequence) for sequence in sequences}) > 1
-        tokens = pad_rows(sequences, filler=self.lm.begin_token, device=self.lm.device)
+        tokens = pad_rows(sequences, filler=self.lm.begin_token, device=self.lm.device)  # [batch, longest new sequence]
         steps = torch.arange(tokens.shape[1], device=self.lm.device)
         # Logits only at the last token of each row: [rows with tokens, vocab].
+        # `steps < lengths` is True at real tokens and False at padding.
         logits, _ = self._advance(tokens, steps < lengths[:, None], keep=steps == lengths[:, None] - 1)
         if self._next_logits is None:
             self._next_logits = logits
@@ -151,6 +157,7 @@ class Decoder:
         if times == 1:
             return
         self.batch_size *= times
+        # One prompt is read once, then copied: a group of n continuations pays for its prompt once.
         for layer in self._layers:
             layer.batch_repeat_interleave(times)
         self._filled, self._lengths = (held.repeat_interleave(times, 0) for held in (self._filled, self._lengths))
@@ -172,6 +179,7 @@ class Decoder:
             raise ShapeError(f"`num_tokens` must be at least 1, got {num_tokens}")
         if self._next_logits is None:
             raise ModelError("nothing has been read yet; append a prompt before generating")
+        # Checked for the whole generation at once: failing half way would leave tokens nobody recorded.
         self._check_room(torch.tensor(num_tokens, device=self.lm.device))
         every = torch.ones(self.batch_size, 1, dtype=torch.bool, device=self.lm.device)
         tokens, token_log_probs, entropies, captured = [], [], [], []
@@ -197,12 +205,14 @@ class Decoder:
 
     def mark(self) -> Mark:
         """A state to :meth:`rewind` to, as often as wanted, until the decoder is rewound to before it."""
+        # No copy of keys and values: tensors here are replaced, never written to, so holding them is enough.
         return Mark(self._filled, self._lengths, self._next_logits, self._has_holes)
 
     def rewind(self, mark: Mark) -> None:
         """Forget everything read since ``mark``."""
         slots = mark.filled.shape[1]  # later slots stay in the buffers and are overwritten
         assert slots <= self._filled.shape[1], "a mark lies beyond what has been read"
+        # Keys and values of forgotten slots stay in memory; `length` alone says which slots exist.
         for layer in self._layers:
             layer.length = slots
         self._filled, self._lengths, self._next_logits = mark.filled, mark.lengths, mark.next_logits
@@ -223,7 +233,7 @@ class Decoder:
         """Read one block of tokens; ``counts`` is False at padding."""
         time = tokens.shape[1]
         # Padding repeats the position of the token before it, so that the next token continues the count.
-        positions = (self._lengths[:, None] + counts.cumsum(1) - 1).clamp_min(0)
+        positions = (self._lengths[:, None] + counts.cumsum(1) - 1).clamp_min(0)  # [batch, time]
         mask = None
         if not self.uses_engine or time > 1 or self._has_holes:
             causal = torch.ones(time, time, dtype=torch.bool, device=tokens.device).tril()
@@ -249,6 +259,7 @@ class Decoder:
                 capture=self._capture,
             )
             logits, captured = output.logits, output.captured
+        # The next call's mask must know which of these slots are padding.
         self._filled = torch.cat([self._filled, counts], dim=1)
         self._lengths = self._lengths + counts.sum(1)
         return logits, captured

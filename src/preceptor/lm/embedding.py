@@ -44,6 +44,7 @@ class HiddenStates:
 
     def __init__(self, lm: LanguageModel, *, layer: int) -> None:
         self.version = f"hidden-states/{lm.name}/layer={layer}"
+        # One module for both: a query and a key are compared in the same space.
         self.query_module = self.key_module = _layer(lm, layer)
 
     def queries(self, captured: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch dimension"]:
@@ -72,7 +73,9 @@ class AttentionProjections:
         config = lm.model.config.get_text_config()
         self._num_heads = int(config.num_attention_heads)
         self._num_key_heads = int(getattr(config, "num_key_value_heads", None) or self._num_heads)
+        # Qwen 3 and Gemma state a head_dim that is not hidden_size / num_heads.
         self._head_width = int(getattr(config, "head_dim", None) or config.hidden_size // self._num_heads)
+        # Name of the last component only: families nest attention at different depths.
         modules = {path.rsplit(".", 1)[-1]: module for path, module in _layer(lm, layer).named_modules()}
         fused = next((modules[name] for name in ("c_attn", "qkv_proj") if name in modules), None)
         if fused is None and not {"q_proj", "k_proj"} <= modules.keys():
@@ -86,7 +89,9 @@ class AttentionProjections:
 
     def queries(self, captured: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch dimension"]:
         """The queries of all heads, concatenated and divided by ``num_heads · √head_dim``."""
+        # The slice drops the keys and values of a fused projection.
         vectors = captured[..., : self._num_heads * self._head_width].float()
+        # n heads and 1/√d as in attention: ⟨query, key⟩ becomes the mean over heads of q·k / √d.
         return vectors / float(self._num_heads * self._head_width**0.5)
 
     def keys(self, captured: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch dimension"]:
@@ -118,6 +123,7 @@ def key_vectors(
         ShapeError: there are no keys, or a key is empty.
         ModelError: a key is longer than the model's context.
     """
+    # The begin token is what a row starts with in training, but its state says nothing about the key.
     rows = [[lm.begin_token, *key] for key in keys]
     if not rows or min(map(len, rows)) == 1:
         raise ShapeError(f"every key must have at least one token, got {[len(key) for key in keys]}")
@@ -135,6 +141,7 @@ def key_vectors(
         # [batch, time, dimension], without begin token and padding, summed to [batch, dimension].
         sums = (embedding.keys(captured) * counts[..., None]).sum(1)
         vectors.update(zip(batch, sums / counts.sum(1, keepdim=True), strict=True))
+    # Batches come sorted by length, so put the vectors back into the order of `keys`.
     return torch.stack([vectors[index] for index in range(len(rows))])
 
 

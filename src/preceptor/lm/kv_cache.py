@@ -24,6 +24,7 @@ class KVCacheLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, *, slots_innermost: bool = False) -> None:
+        # Transformers' constructor sets keys and values to None; they are allocated at the first update.
         super().__init__()  # type: ignore[no-untyped-call]
         self.length = 0
         self._slots_innermost = slots_innermost
@@ -40,10 +41,12 @@ class KVCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
+        # [batch, head, slot, width]: new slots follow the old ones.
         start = self.length
         self.extend(key_states.shape[-2])
         self.keys[..., start : self.length, :] = key_states
         self.values[..., start : self.length, :] = value_states
+        # Views of the used part, no copies: an append costs its own tokens, not the whole sequence.
         return self.keys[..., : self.length, :], self.values[..., : self.length, :]
 
     @property
@@ -68,6 +71,7 @@ class KVCacheLayer(CacheLayerMixin):
         if self.keys is None or self.values is None:
             return
         keys, values = (held[..., : self.length, :].repeat_interleave(repeats, 0) for held in (self.keys, self.values))
+        # The capacity stays, so that the copies grow no sooner than the original would have.
         self.keys, self.values = self._buffers(keys, values, self.capacity)
         self.keys[..., : self.length, :] = keys
         self.values[..., : self.length, :] = values

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, errors, try_to_load_from_cache
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -27,7 +27,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging as transformers_logging
 
-from preceptor.errors import ConfigError, MissingExtraError, ModelError
+from preceptor.errors import ConfigError, MissingExtraError, ModelError, PreceptorError
 from preceptor.lm.model import LanguageModel
 
 STARTER = "starter"
@@ -81,25 +81,82 @@ def load_language_model(
         MissingExtraError: ``adapter`` is given and peft is not installed.
     """
     source = _source(name)
+    # Transformers reports a bad folder through half a dozen exception types; whatever it is, the remedy is the same.
     try:
-        with _quiet():
+        with _quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice on the weights of others; what matters is checked below
+            _check_configuration(name, PreTrainedConfig.get_config_dict(**source)[0])
             tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 **source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
             model, report = loaded
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
+    except PreceptorError:
+        raise
+    except Exception as error:  # whatever Transformers meets in a folder that is not as it should be
         raise ModelError(
             f"model '{name}' cannot be loaded: {_first_line(error)}; give 'starter', a folder with config.json, "
             "model.safetensors and a tokenizer, or a hub name that this machine can reach"
         ) from error
-    if missing := sorted(report["missing_keys"]):
+    # Missing tensors would be filled with random numbers under a mere warning, hence the report.
+    for kind, keys in (("lack", report["missing_keys"]), ("hold", report["unexpected_keys"])):
+        if keys:
+            what = "tensors" if kind == "lack" else "tensors that config.json has no place for"
+            raise ModelError(
+                f"the weights of model '{name}' {kind} {len(keys)} {what}, the first of them {sorted(keys)[0]}; "
+                "config.json and model.safetensors must be of the same model"
+            )
+    try:
+        model.to(device)
+        return LanguageModel(model if adapter is None else _with_adapter(model, adapter), tokenizer, name=name)
+    except (PreceptorError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # an architecture or tokenizer of a kind that nobody has tried
         raise ModelError(
-            f"the weights of model '{name}' lack {len(missing)} tensors, the first of them {missing[0]}; "
-            "config.json and model.safetensors must be of the same model"
+            f"model '{name}' cannot be used: {_first_line(error)}; use a decoder-only transformer with its own "
+            "tokenizer"
+        ) from error
+
+
+MAX_LAYERS = 1_000
+"""More layers than any model has; a mistyped number would build modules for hours."""
+
+_COUNTS = {
+    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "heads": ("num_attention_heads", "n_head", "num_heads", "num_key_value_heads"),
+    "dimensions": ("hidden_size", "n_embd"),
+    "tokens": ("vocab_size",),
+}
+"""Numbers of a configuration that must be positive, under the names that families give them."""
+
+
+def _check_configuration(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse what would fail late, take hours or fetch code, before anything is built.
+
+    Raises:
+        ModelError: a quantized model, an attention kernel from the hub, or an impossible size.
+    """
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "") if isinstance(quantization, Mapping) else quantization
+        raise ModelError(
+            f"model '{name}' is quantized ({str(method)[:40] or 'quantization_config'}), and quantized weights cannot "
+            "be trained; give the model that it was made from"
         )
-    model.to(device)
-    return LanguageModel(model if adapter is None else _with_adapter(model, adapter), tokenizer, name=name)
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_configuration(name, value)  # such as the `text_config` of a model that also sees
+        elif key.endswith("_implementation") and "/" in str(value):
+            raise ModelError(
+                f"config.json of model '{name}' asks for code from the hub ({key}: {str(value)[:60]!r}), which is "
+                f"never run; remove {key}"
+            )
+        for what, keys in _COUNTS.items():
+            if key in keys and value is not None:
+                largest = MAX_LAYERS if what == "layers" else 2**31
+                if not isinstance(value, int) or not 1 <= value <= largest:
+                    raise ModelError(
+                        f"config.json of model '{name}' has {key} {str(value)[:30]}, it must be 1 to {largest:,} {what}"
+                    )
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -113,6 +170,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ModelError: there is no such tokenizer, or it cannot be reached.
         MissingExtraError: an encoding of tiktoken is asked for and tiktoken is not installed.
     """
+    # tiktoken's encodings come without model or configuration, so they are rebuilt as a tokenizer here.
     if name.startswith("tiktoken:"):
         return _from_tiktoken(name.removeprefix("tiktoken:"))
     path = Path(name).expanduser()
@@ -120,7 +178,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever Transformers meets in a folder that is not as it should be
         raise ModelError(
             f"tokenizer '{name}' cannot be loaded: {_first_line(error)}; give 'starter', a folder with tokenizer.json, "
             "a hub name that this machine can reach, or 'tiktoken:gpt2'"
@@ -149,6 +207,7 @@ def _from_tiktoken(name: str) -> PreTrainedTokenizerBase:
             f"tiktoken's encoding '{name}' is out of reach ({_first_line(error)}); give 'tiktoken:gpt2' where the "
             "network allows it, or a local folder with tokenizer.json"
         ) from error
+    # The converter reads a file only, so write one and throw it away.
     with tempfile.TemporaryDirectory() as folder:
         ranks = Path(folder) / "tokenizer.model"
         with ranks.open("wb") as file:  # the converter's format: a base64 token and its rank per line
@@ -173,6 +232,7 @@ def _source(name: str) -> dict[str, Any]:
         if not (path / "config.json").is_file():
             raise ModelError(f"model folder {name} has no config.json; give the folder that save_pretrained wrote")
         return _folder(path)
+    # A hub name has one slash and no leading dot: anything else is a mistyped path, and the hub would not know it.
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(f"model folder {name} does not exist; check the path")
     return _hub_source(name)
@@ -189,6 +249,7 @@ def _hub_source(name: str) -> dict[str, Any]:
     """
     remedy = "give 'starter', a folder that save_pretrained wrote, or a hub name that this machine can reach"
     try:
+        # One commit for all files: a push between two downloads would otherwise mix tokenizer and weights.
         commit = HfApi().model_info(name, timeout=HUB_TIMEOUT).sha
         return {"pretrained_model_name_or_path": name, "revision": commit}
     except errors.GatedRepoError as error:
@@ -209,6 +270,7 @@ def _hub_source(name: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences Transformers' advice and progress bars, but not those of downloads; restores every setting on exit."""
+    # Remember every switch that is thrown below, since they are global to the process.
     verbosity, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     shows_downloads = not are_progress_bars_disabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
@@ -235,6 +297,7 @@ def _with_adapter(model: PreTrainedModel, adapter: Adapter) -> Any:
     except ImportError as error:
         raise MissingExtraError("training a LoRA adapter", package="peft", extra="lora") from error
     alpha: Any = adapter.alpha  # annotated as an integer, but peft only divides it by the rank
+    # No dropout, since the probabilities trained on must be those sampled from (the model is in evaluation mode).
     settings = LoraConfig(
         r=adapter.rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )

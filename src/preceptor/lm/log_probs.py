@@ -61,6 +61,8 @@ def chosen_log_probs(
     """
     if tokens.shape != states.shape[:1]:
         raise ShapeError(f"`tokens` must hold one token for each of {len(states)} rows, got {tuple(tokens.shape)}")
+    # Cast here as autocast would for a product. The function itself turns autocast off, so that its forward and
+    # backward passes compute in the same dtype.
     if torch.is_autocast_enabled(states.device.type):
         dtype = torch.get_autocast_dtype(states.device.type)
         states, weight, bias = states.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -83,19 +85,25 @@ class _ChosenLogProbs(torch.autograd.Function):
         # A streaming log-softmax: walk over the blocks, updating each row's log-normaliser log Σ exp(logit).
         chosen = states.new_empty(len(states), dtype=_sum_dtype(states))
         normalisers = torch.full_like(chosen, -torch.inf)
+        # The exponentials of all blocks take rows × vocab numbers; above the limit they are recomputed, at one more
+        # product.
         ctx.saves_logits = any(ctx.needs_input_grad) and len(states) * len(weight) <= max_saved_logits
         saved: list[Tensor] = []
         with torch.autocast(states.device.type, enabled=False):
             for rows, columns in _blocks(len(states), len(weight), chunk_logits):
+                # [row, column]
                 logits = _logits(states[rows], weight[columns], None if bias is None else bias[columns])
+                # Each row's token lies in exactly one block of columns; there its logit is picked up.
                 in_block, index = _within(tokens[rows], columns)
                 chosen[rows] = torch.where(in_block, logits.gather(-1, index)[:, 0], chosen[rows])
                 # Clamped because in a block of nothing but −inf (tokens that a bias rules out) −inf − (−inf) is NaN.
                 largest = logits.amax(-1).clamp_min_(torch.finfo(logits.dtype).min)  # [row]
                 exponentials = logits.sub_(largest[:, None]).exp_()  # [row, column], in place of the logits
+                # log(e^a + e^b) of the normaliser so far and this block's own, log Σ exp(logit − largest) + largest.
                 normalisers[rows] = torch.logaddexp(normalisers[rows], exponentials.sum(-1).log_() + largest)
                 if ctx.saves_logits:
                     saved += exponentials, largest
+        # Saved through ctx, not as attributes: autograd then checks that nothing was changed in place in between.
         ctx.save_for_backward(states, weight, bias, tokens, normalisers, *saved)
         ctx.chunk_logits = chunk_logits
         return chosen - normalisers
@@ -117,12 +125,14 @@ class _ChosenLogProbs(torch.autograd.Function):
                 grad_logits = exponentials * ((largest - normalisers[rows]).exp_() * -gradient[rows])[:, None]
             else:
                 grad_logits = _logits(states[rows], weight[columns], None if bias is None else bias[columns])
+                # In place, −gradient · exp(logit − normaliser): the block is never held twice.
                 grad_logits.sub_(normalisers[rows, None]).exp_().mul_(-gradient[rows, None])
             in_block, index = _within(tokens[rows], columns)
             # Rows whose token lies in another block add 0 at a column of no importance.
             grad_logits.scatter_add_(-1, index, (gradient[rows] * in_block)[:, None])
             if grad_bias is not None:
                 grad_bias[columns] += grad_logits.sum(0)
+            # Products in the dtype of the forward pass, which is what makes bfloat16 training fast.
             grad_logits = grad_logits.to(states.dtype)
             if grad_states is not None:
                 _add_product(grad_states[rows], grad_logits, weight[columns])
@@ -136,6 +146,7 @@ def _blocks(num_rows: int, num_columns: int, chunk_logits: int) -> Iterator[tupl
     """Rows and columns of the logits in blocks of about ``chunk_logits``."""
     for row in range(0, num_rows, _CHUNK_ROWS):
         rows = slice(row, min(row + _CHUNK_ROWS, num_rows))
+        # Fewer rows leave room for more columns: about chunk_logits numbers in either case.
         width = max(1, chunk_logits // (rows.stop - row))
         for column in range(0, num_columns, width):
             yield rows, slice(column, min(column + width, num_columns))
@@ -144,11 +155,13 @@ def _blocks(num_rows: int, num_columns: int, chunk_logits: int) -> Iterator[tupl
 def _within(tokens: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     """Whether each token lies in a block of the vocabulary [row]; its column there, clamped to the block [row, 1]."""
     in_block = (tokens >= columns.start) & (tokens < columns.stop)
+    # A clamped index is valid for `gather` and `scatter_add_`; the caller masks what it finds there.
     return in_block, (tokens - columns.start).clamp(0, columns.stop - columns.start - 1)[:, None]
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add ``left @ right`` to ``total`` in place."""
+    # One call that adds in place where the dtypes allow it; otherwise a product is converted and then added.
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:

@@ -9,33 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from preceptor.errors import ModelError
+from preceptor.lm.context_length import context_length
 from preceptor.lm.cpu.attention import CpuAttention, kernel_is_faster
-from preceptor.lm.cpu.engine import Engine, accelerate, probe_logits
+from preceptor.lm.cpu.engine import Engine, accelerate, relative_difference
 from preceptor.lm.log_probs import chosen_log_probs
+from preceptor.lm.output import Output, additive_mask, first_tensor
 from preceptor.lm.sampling import Sampling
-
-
-@dataclass(frozen=True)
-class Output:
-    """The result of a forward pass.
-
-    Attributes:
-        logits: float32 logits at the positions marked by ``keep``, in row-major order.
-        captured: output of the module ``capture`` at every position, or None.
-    """
-
-    logits: Float[Tensor, "kept vocab"]
-    captured: Tensor | None
+from preceptor.lm.vocabulary import Vocabulary
 
 
 class LanguageModel:
@@ -50,9 +40,11 @@ class LanguageModel:
         adapter_enabled: False in a view of the model with its LoRA adapter switched off (:meth:`initial_model`).
         context_length: the most tokens a row may hold.
         has_engine: whether :meth:`engine` returns one: its logits agreed with the model's own.
+        notices: what the user should be told, such as that the engine was given up; taken out by who tells it.
         begin_token: starts a row, and pads short rows of a batch.
         special_tokens: ids of the control tokens that the model has an embedding for, ascending. Text is never encoded
-            as one of them.
+            as one of them. A pad or end token that is ordinary text ("!") is none.
+        nameless_tokens: ids that the model has a logit for and the tokenizer no text, ascending.
 
     Raises:
         ModelError: the model ignores attention masks or positions, or it does not fit its tokenizer.
@@ -63,26 +55,28 @@ class LanguageModel:
         self.name = name
         self.adapter_enabled = True
         self._bind(model)
-        self.context_length = _context_length(self._causal_model.config.get_text_config(), name)
-        control_tokens = _control_tokens(tokenizer)
-        self._check_vocabulary(control_tokens)
-        self.begin_token = self._begin_token()
-        self.special_tokens = tuple(sorted(token for token in control_tokens if token < self.vocab_size))
-        # The unknown token stands for text, unless the tokenizer ends texts with the same token (GPT-2).
-        self._never_text = control_tokens - ({tokenizer.unk_token_id} - {self.begin_token, tokenizer.eos_token_id})
-        first_piece = str(tokenizer.convert_ids_to_tokens(self._tokenize("a")[:1]))
-        self._prepends_space = "▁" in first_piece
+        self.context_length = context_length(self._causal_model.config.get_text_config(), name)
+        self._vocabulary = Vocabulary(tokenizer, size=self.vocab_size, name=name)
+        self.begin_token = self._vocabulary.begin_token
+        self.special_tokens = self._vocabulary.special_tokens
+        self.nameless_tokens = self._vocabulary.nameless_tokens
+        self.notices: list[str] = []
+        self.has_engine = False
+        self._num_changes, self._next_measurement = 0, 1
         self._measure()
 
     def _bind(self, model: Any) -> None:
         """Find decoder and head of ``model``; typed loosely, since peft's wrapper forwards Transformers' attributes."""
         self.model: PreTrainedModel = model.eval()
+        # Under peft the wrapper is trained and saved, while attributes such as `device` belong to the model inside it.
         self.has_adapter = hasattr(model, "get_base_model")  # Transformers sets `peft_config` on plain models too
         self._causal_model = model.get_base_model() if self.has_adapter else model
+        # Body and head apart: `base_model` gives hidden states, so that logits are computed only where they are wanted.
         self._decoder = self._causal_model.base_model
         self._head = self._causal_model.get_output_embeddings()
         if self._head is None or self._decoder is self._causal_model:
             raise ModelError(f"{self.name} has no output head over a decoder; use a decoder-only transformer")
+        self._measured_version = self._weights_version()
 
     @property
     def device(self) -> torch.device:
@@ -104,6 +98,8 @@ class LanguageModel:
     def layers(self) -> nn.ModuleList:
         """The decoder layers, first to last."""
         num_layers = self._causal_model.config.get_text_config().num_hidden_layers
+        # Families name the list `layers`, `h` or `blocks`; what they share is one ModuleList as long as
+        # num_hidden_layers.
         for module in self._decoder.modules():
             if isinstance(module, nn.ModuleList) and len(module) == num_layers:
                 return module
@@ -112,11 +108,20 @@ class LanguageModel:
     @property
     def skips_hidden_slots(self) -> bool:
         """Whether masked slots cost no attention time, so that packing several texts into one row saves work."""
+        # Only the kernel skips masked slots. float64 never reaches it, and `eager` attention never calls the function
+        # that it replaces.
         uses_kernel = self._causal_model.config.get_text_config()._attn_implementation == "sdpa"
         return self.device.type == "cpu" and self.dtype != torch.float64 and uses_kernel and kernel_is_faster()
 
+    @property
+    def never_drawn(self) -> tuple[int, ...]:
+        """Ids that are no text and must not be sampled as such: control tokens, and those without a token."""
+        return tuple(sorted({*self.special_tokens, *self.nameless_tokens}))
+
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that require a gradient, by name: all of them, the adapter's, or none of a frozen model."""
+        # Without its adapter the view is a frozen reference: an optimizer over its weights would train the policy
+        # instead.
         if not self.adapter_enabled:
             return {}
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
@@ -127,9 +132,7 @@ class LanguageModel:
         Text that spells a control token is encoded as plain text, never as that token. Some tokenizers put a space in
         front of every text (Llama 2); a leading space of ``text`` is then dropped, so that there is only one.
         """
-        if self._prepends_space and text.startswith(" "):
-            text = text[1:]
-        return self._encode_text(text)
+        return self._vocabulary.encode(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of ``tokens``, with control tokens spelled out."""
@@ -163,12 +166,16 @@ class LanguageModel:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._computing())
             if capture is not None:
-                hook = capture.register_forward_hook(lambda _module, _inputs, output: captured.append(_tensor(output)))
+                hook = capture.register_forward_hook(
+                    lambda _module, _inputs, output: captured.append(first_tensor(output))
+                )
                 stack.callback(hook.remove)
             if self._head_is_linear:
                 # The head only sees the marked positions: [batch, time, width] -> [kept, width] -> [kept, vocab].
                 logits = self._head(self._decoder(**arguments).last_hidden_state[keep])
             else:
+                # Logits of every position at once, [batch, time, vocab]: this family scales or caps them outside its
+                # head.
                 logits = self._causal_model(**arguments).logits[keep]
         return Output(logits=logits.float(), captured=captured[0] if captured else None)
 
@@ -180,9 +187,36 @@ class LanguageModel:
         Args:
             dtype: dtype of the matrices; None is the model's own.
         """
+        self._measure_again()
         if not self.has_engine:
             return None
         return accelerate(self._causal_model, dtype=dtype, adapter_enabled=self.adapter_enabled)
+
+    def give_up_engine(self, reason: str) -> None:
+        """Use the model itself from now on, and leave a notice that says why."""
+        if self.has_engine:
+            self.has_engine = False
+            self.notices.append(f"the fast path of {self.name} is switched off: {reason}")
+
+    def engine_state(self) -> dict[str, int]:
+        """What a resumed run needs in order to take the engine, and measure it, when this one would."""
+        return {
+            "has_engine": int(self.has_engine),
+            "num_changes": self._num_changes,
+            "next_measurement": self._next_measurement,
+            "changed": int(self._weights_version() != self._measured_version),
+        }
+
+    def load_engine_state(self, state: Mapping[str, int]) -> None:
+        """Restore :meth:`engine_state`, after the weights."""
+        self.has_engine = self.has_engine and bool(state["has_engine"])
+        self._num_changes, self._next_measurement = state["num_changes"], state["next_measurement"]
+        self._measured_version = -1 if state["changed"] else self._weights_version()
+
+    def take_notices(self) -> list[str]:
+        """The notices so far, each given once."""
+        taken, self.notices = self.notices, []
+        return taken
 
     def chosen_log_probs(
         self,
@@ -215,8 +249,11 @@ class LanguageModel:
             log_probs = (sampling or Sampling()).log_probs(logits, drawn=chosen)
             return log_probs.gather(-1, chosen[:, None])[:, 0]
         bias: Tensor | None = self._head.bias
+        # The pass itself, up to the states that predict a scored token: [batch, time, width] -> [kept, width].
         with self._computing():
             states = self._decoder(**self._arguments(tokens, attention_mask, positions, None)).last_hidden_state[keep]
+        # Dividing states and bias divides the logits, and −inf in the bias suppresses a token: softmax((Wh + b) / T).
+        # Both are cheaper than touching the logits, of which there are vocab per position.
         if sampling is not None:
             states = states / sampling.temperature
             bias = torch.zeros_like(self._head.weight[:, 0]) if bias is None else bias / sampling.temperature  # [vocab]
@@ -232,6 +269,7 @@ class LanguageModel:
         """
         if not self.has_adapter:
             return self.frozen_copy()
+        # A shallow copy: the two share every weight, so a second model costs no memory, and only the flag differs.
         view = copy.copy(self)
         view.name, view.adapter_enabled = f"{self.name} (untrained)", False
         return view
@@ -242,9 +280,11 @@ class LanguageModel:
         It shares no storage with trainable parameters. With an adapter, the frozen weights underneath are not copied.
         """
         live = list(self.model.parameters())
+        # deepcopy with a filled memo takes the frozen weights under an adapter as they are instead of copying them.
         shared = {id(parameter): parameter for parameter in live if self.has_adapter and not parameter.requires_grad}
         storages = {parameter.data_ptr() for parameter in live if id(parameter) not in shared}
         model = copy.deepcopy(self.model, dict(shared)).requires_grad_(False)
+        # A reference that shared memory with the policy would follow it, and every KL would be 0 without an error.
         assert storages.isdisjoint(parameter.data_ptr() for parameter in model.parameters()), "storage is shared"
         frozen = copy.copy(self)
         frozen.name = f"{self.name} (frozen)"
@@ -265,45 +305,13 @@ class LanguageModel:
         self, tokens: Tensor, attention_mask: Tensor | None, positions: Tensor | None, cache: Cache | None
     ) -> dict[str, Any]:
         return {
+            # An additive mask, since not every family's attention accepts a Boolean one of four dimensions.
             "input_ids": tokens,
-            "attention_mask": None if attention_mask is None else _additive(attention_mask, self.dtype),
+            "attention_mask": None if attention_mask is None else additive_mask(attention_mask, self.dtype),
             "position_ids": positions,
             "past_key_values": cache,
             "use_cache": cache is not None,
         }
-
-    # ---- text -------------------------------------------------------------------------------------------------------
-
-    def _tokenize(self, text: str) -> list[int]:
-        # `verbose` only warns about texts longer than the context.
-        return list(
-            self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        )
-
-    def _encode_text(self, text: str) -> list[int]:
-        tokens = self._tokenize(text)
-        if len(text) < 2 or self._never_text.isdisjoint(tokens):
-            return tokens
-        # A unigram vocabulary lists control tokens among its pieces. Half of such a spelling matches none of them.
-        middle = len(text) // 2
-        return self._encode_text(text[:middle]) + self._encode_text(text[middle:])
-
-    def _begin_token(self) -> int:
-        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
-            if token is not None and int(token) < self.vocab_size:
-                return int(token)
-        raise ModelError(
-            f"the tokenizer of {self.name} has no begin or end token that the model knows; set its bos_token"
-        )
-
-    def _check_vocabulary(self, control_tokens: set[int]) -> None:
-        """Refuse a tokenizer with text tokens beyond the model's embedding; control tokens there are never used."""
-        largest = max(set(self.tokenizer.get_vocab().values()) - control_tokens, default=0)
-        if largest >= self.vocab_size:
-            raise ModelError(
-                f"the tokenizer of {self.name} has {largest + 1} entries and the model {self.vocab_size}; "
-                "use the tokenizer that the model was trained with"
-            )
 
     # ---- what the model can do --------------------------------------------------------------------------------------
 
@@ -327,6 +335,8 @@ class LanguageModel:
         positions = torch.tensor([[0, 1, 1, 2, 3, 4]], device=self.device)
         seen: dict[str, Tensor] = {}
         with contextlib.ExitStack() as stack:
+            # The states that leave the decoder, and what goes into the head and comes out of it. If both ends are
+            # identical, head(states) is all there is to the logits.
             for module, note in (
                 (self._decoder, lambda _, __, output: seen.update(states=output[0])),
                 (self._head, lambda _, inputs, output: seen.update(given=inputs[0], projected=output)),
@@ -338,24 +348,49 @@ class LanguageModel:
                 and torch.equal(seen["states"], seen["given"])
                 and torch.equal(seen["projected"], logits)
             )
+        # Positions 0 1 1 2 3 4 with the third token hidden must give the logits of 0 1 2 3 4.
         try:
             masked = self.forward(with_hole, keep=keep, attention_mask=visible[None], positions=positions).logits
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ModelError(f"{self.name} {_UNFIT}") from error
-        tolerance = (
-            1e-4 if self.dtype in (torch.float32, torch.float64) else 5e-2
-        )  # rounding; a model that ignores the mask is off by far more
+        tolerance = _tolerance(self.dtype)
         largest_difference = tolerance * logits.float().abs().max()
         if (masked - logits[0].float()).abs().max() > largest_difference:
             raise ModelError(f"{self.name} {_UNFIT}")
-        self.has_engine = False
-        if self._head_is_linear and (engine := accelerate(self._causal_model)) is not None:
-            difference = probe_logits(engine, tokens, num_layers=len(self.layers)) - logits[0].float()
-            self.has_engine = bool(difference.abs().max() <= largest_difference)
+        self.has_engine = self._head_is_linear and self._engine_difference() <= tolerance
 
+    @torch.no_grad()
+    def _engine_difference(self) -> float:
+        """Largest difference of the engine's logits from the model's own, over the largest logit."""
+        engine = accelerate(self._causal_model, adapter_enabled=self.adapter_enabled)
+        if engine is None:
+            return math.inf
+        tokens = torch.arange(5, device=self.device)[None] % self.vocab_size
+        with self._computing():
+            logits = self._causal_model(input_ids=tokens, use_cache=False).logits[0].float()  # [time, vocab]
+        return relative_difference(engine, tokens, logits, num_layers=len(self.layers))
 
-_WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size", "local": "window_size"}
-"""Kind of layer, and the key of its attention window in a configuration."""
+    def _weights_version(self) -> int:
+        """A number that grows with every change of a weight in place."""
+        return sum(parameter._version for parameter in self.model.parameters())
+
+    def _measure_again(self) -> None:
+        """Measure the engine anew once the weights have moved: zeros (a pruned projection) hide what follows them.
+
+        At the 1st, 2nd, 4th, 8th, … change that is seen: what a small step hides a longer way shows, and the cost of
+        all measurements together stays small.
+        """
+        version = self._weights_version() if self.has_engine else self._measured_version
+        if version == self._measured_version:
+            return
+        self._measured_version = version
+        self._num_changes += 1
+        if self._num_changes < self._next_measurement:
+            return
+        self._next_measurement *= 2
+        if (difference := self._engine_difference()) > _tolerance(self.dtype):
+            self.give_up_engine(f"its logits have come to differ from the model's own by {difference:.1e}")
+
 
 _UNFIT = (
     "does not attend as it is told to by mask and positions (ALiBi, recurrent and bidirectional models do not); "
@@ -363,37 +398,6 @@ _UNFIT = (
 )
 
 
-def _additive(mask: Bool[Tensor, "batch time slots"], dtype: torch.dtype) -> Float[Tensor, "batch 1 time slots"]:
-    """0 where ``mask`` is True, else the lowest finite number: the form that every attention of Transformers takes."""
-    additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return additive.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
-
-
-def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of the named special tokens and of added tokens marked special, such as those of a chat template."""
-    added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
-    return added | set(tokenizer.all_special_ids)
-
-
-def _context_length(config: PreTrainedConfig, name: str) -> int:
-    """Tokens that a row may hold: the least of its position limit and of the lengths beyond which attention changes.
-
-    Up to its window (or chunk), a layer with windowed attention sees what full attention sees. Rotary positions that
-    are rescaled beyond some length would be rescaled for cached keys too, which cannot be done.
-    """
-    limits = [getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None)]
-    # A configuration that does not list the kinds of its layers means its window for all of them.
-    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or tuple(_WINDOWS)
-    limits += [getattr(config, window, None) for kind, window in _WINDOWS.items() if kind in kinds]
-    rotary = getattr(config, "rope_parameters", None) or {}
-    for parameters in (rotary, *rotary.values()):
-        if isinstance(parameters, dict) and parameters.get("rope_type") in ("dynamic", "longrope"):
-            limits.append(parameters.get("original_max_position_embeddings"))
-    known = [int(limit) for limit in limits if limit]
-    if not known:
-        raise ModelError(f"the configuration of {name} states no context length; set max_position_embeddings there")
-    return min(known)
+def _tolerance(dtype: torch.dtype) -> float:
+    """Rounding, relative to the largest logit; a model that ignores the mask is off by far more."""
+    return 1e-4 if dtype in (torch.float32, torch.float64) else 5e-2

@@ -65,10 +65,13 @@ class Sampling:
             logits = logits.index_fill(-1, torch.tensor(self.suppressed, device=logits.device), -torch.inf)
         if self.temperature == 0:
             greedy = logits.argmax(-1) if drawn is None else drawn
+            # Log-probability 0 for one token, −inf for the rest. A token sampled earlier stays certain even if rounding
+            # moved the largest logit since.
             return torch.full_like(logits, -torch.inf).scatter(-1, greedy[..., None], 0.0)
         if self.temperature != 1:  # the largest logit becomes 0, so that a tiny temperature cannot overflow
             logits = (logits - logits.detach().amax(-1, keepdim=True)) / self.temperature
         if self.top_k or self.top_p < 1:
+            # The mask is made from detached logits: which tokens are kept has no gradient.
             allowed = self._allowed(logits.detach())
             if drawn is not None:
                 allowed = allowed.scatter(-1, drawn[..., None], True)
@@ -79,6 +82,7 @@ class Sampling:
         """True = top-k and top-p keep this token."""
         allowed = torch.ones_like(logits, dtype=torch.bool)
         if 0 < self.top_k < logits.shape[-1]:
+            # `>=` keeps ties with the k-th logit, so that the result does not depend on how topk orders them.
             allowed = logits >= logits.topk(self.top_k, dim=-1).values[..., -1:]
         if self.top_p < 1:
             probabilities = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
@@ -98,6 +102,7 @@ def draw(log_probs: Float[Tensor, "batch choices"], generator: torch.Generator) 
     Raises:
         NumericError: a row is not a distribution (NaN).
     """
+    # Float64: a float32 cumulative sum over a large vocabulary loses tokens of small probability.
     cumulative = log_probs.detach().double().exp().cumsum(-1)
     total = cumulative[:, -1:]  # 1 but for rounding
     if not bool((total > 0).all()):

@@ -39,6 +39,7 @@ def batches_by_length(lengths: Sequence[int], *, max_tokens: int) -> list[list[i
     [[1, 3, 2], [0]]
     """
     batches: list[list[int]] = []
+    # Sorted by length, a batch pads little: at worst the difference between neighbours.
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
         # Lengths ascend, so the row that would join is the longest of its batch and sets the padded width.
         if batches and (len(batches[-1]) + 1) * lengths[index] <= max_tokens:
@@ -79,6 +80,7 @@ def token_log_probs(
         raise ShapeError(f"`spans` must hold one list for each of {len(rows)} rows, got {len(spans)}")
     for row, row_spans in zip(rows, spans, strict=True):
         _check_length(lm, len(row), "row")
+        # Sorted edges say all at once: spans in order, disjoint, none at position 0, none beyond the row.
         edges = [1, *(edge for span in row_spans for edge in span), len(row)]
         if edges != sorted(edges):
             raise ShapeError(
@@ -86,11 +88,13 @@ def token_log_probs(
             )
     results = [torch.empty(0)] * len(rows)
     for batch in batches_by_length([len(row) for row in rows], max_tokens=max_tokens or _max_tokens(lm)):
+        # Both [batch, longest row]; `scored` is True at the tokens of the spans.
         tokens = pad_rows([rows[index] for index in batch], filler=lm.begin_token, device=lm.device)
         scored = span_mask([spans[index] for index in batch], width=tokens.shape[1], device=lm.device)
         # The logits at t - 1 predict the token at t, so the mask moves one to the left. No span starts at 0, hence
         # nothing wraps around.
         log_probs = lm.chosen_log_probs(tokens, keep=scored.roll(-1, dims=1), chosen=tokens[scored]).cpu()
+        # One flat tensor in row-major order, cut into rows again.
         for index, values in zip(batch, torch.split(log_probs, scored.sum(1).tolist()), strict=True):
             results[index] = values
     return results
@@ -131,7 +135,9 @@ def branch_log_probs(
         if not 0 <= given <= len(tokens):
             raise ShapeError(f"of a branch of {len(tokens)} tokens 0..{len(tokens)} can be given, got {given}")
         _check_length(lm, at + len(tokens), "branch")
+    # Attention over a pack costs its length squared, so packs stay below a few thousand tokens.
     budget = max_tokens or min(2_048, _max_tokens(lm))
+    # Filled in the given order: neighbours usually branch off at the same place and share logits there.
     packs: list[list[tuple[int, Sequence[int], int]]] = []
     room = 0
     for branch in branches:
@@ -148,6 +154,7 @@ def _packed_branches(
     lm: LanguageModel, trunk: Sequence[int], branches: Sequence[tuple[int, Sequence[int], int]]
 ) -> list[Tensor]:
     """One pass over a single row: the trunk, then all ``branches`` one after the other."""
+    # Row layout: trunk | branch 1 | branch 2 | … Causality hides later branches; earlier ones are masked below.
     length = len(trunk) + sum(len(tokens) for _, tokens, _ in branches)
     visible = torch.ones(length, length, dtype=torch.bool).tril()  # [query, key]
     packed, positions = list(trunk), list(range(len(trunk)))
@@ -157,11 +164,12 @@ def _packed_branches(
         begin, size = len(packed), len(tokens)
         visible[begin : begin + size, at:begin] = False  # neither the rest of the trunk nor earlier branches
         packed += tokens
+        # Positions restart at `at`, as if the branch followed the trunk directly.
         positions += range(at, at + size)
         # The first token of a branch is predicted at the trunk's token before it, the others inside the branch.
         predictors += [at - 1, *range(begin, begin + size - 1)][given:size]
         targets += tokens[given:]
-    keep = torch.zeros(length, dtype=torch.bool)
+    keep = torch.zeros(length, dtype=torch.bool)  # [trunk + branches]
     keep[predictors] = True
     logits = lm.forward(
         torch.tensor([packed], device=lm.device),
@@ -171,6 +179,7 @@ def _packed_branches(
     ).logits
     # [positions marked, vocab]: branches that start at the same place share one row of logits, so look up which.
     row = (keep.cumsum(0) - 1)[predictors].to(lm.device)
+    # log-softmax of single entries: logit − log Σ exp(logits), without the [kept, vocab] matrix of a full one.
     log_probs = logits[row, torch.tensor(targets, dtype=torch.long, device=lm.device)] - logits.logsumexp(-1)[row]
     return list(torch.split(log_probs.cpu(), [len(tokens) - given for _, tokens, given in branches]))
 
@@ -184,4 +193,5 @@ def _check_length(lm: LanguageModel, length: int, what: str) -> None:
 
 
 def _max_tokens(lm: LanguageModel) -> int:
+    # At least one row of ordinary length, however large the vocabulary.
     return max(MAX_LOGITS // lm.vocab_size, 512)

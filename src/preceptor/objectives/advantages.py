@@ -35,7 +35,8 @@ def reward_to_go(
     check_same_shape(rewards=rewards, mask=mask)
     rewards = rewards.detach()
     returns = torch.zeros_like(rewards)
-    following = rewards.new_zeros(rewards.shape[0])
+    following = rewards.new_zeros(rewards.shape[0])  # [batch], G_{t+1}
+    # Backwards, one column at a time; a masked step hands the next return on untouched, neither added nor discounted.
     for step in reversed(range(rewards.shape[1])):
         following = torch.where(mask[:, step], rewards[:, step] + discount * following, following)
         returns[:, step] = following
@@ -56,7 +57,9 @@ def mean_reward_to_go(
     >>> mean_reward_to_go(torch.tensor([[1.0, 2.0, 4.0]]), torch.ones(1, 3, dtype=torch.bool))
     tensor([[2.3333, 3.0000, 4.0000]])
     """
+    # A reversed cumulative sum: counted steps at t and after it.
     num_following = mask.flip(-1).cumsum(dim=-1).flip(-1)
+    # clamp avoids 0/0 after the last counted step, where the numerator is 0 as well.
     return reward_to_go(rewards, mask) / num_following.clamp(min=1)
 
 
@@ -77,6 +80,7 @@ def leave_one_out(rewards: Float[Tensor, "*shape"], *, dim: int = 0) -> Float[Te
     """
     num_members = rewards.shape[dim]
     # r_i − mean of the others = n/(n−1) · (r_i − mean of all).
+    # A group of one has deviation 0, and the factor 1 keeps 0/0 out.
     return _deviations(rewards, dim=dim) * (num_members / max(num_members - 1, 1))
 
 
@@ -108,8 +112,10 @@ def group_normalised(
     deviations = _deviations(rewards, dim=dim)
     if not with_standard_deviation:
         return deviations
+    # n − 1, as torch.std and TRL have it; 1 for a group of one, whose deviations are 0 anyway.
     degrees_of_freedom = max(rewards.shape[dim] - 1, 1)
     standard_deviation = (deviations.square().sum(dim=dim, keepdim=True) / degrees_of_freedom).sqrt()
+    # Equal rewards: 0 / (0 + ε) = 0.
     return deviations / (standard_deviation + epsilon)
 
 
@@ -177,8 +183,8 @@ def gae(
         next_values: V of the state after each step: 0 where that state is terminal, and the true one where a time
             limit or the end of a rollout cut the episode. ``None``: the ``values`` of the next counted step, and 0
             after the last, which is right for sequences that end by themselves, as texts do.
-        ends_episode: True = an episode ends with this step, so nothing after it counts for what was before. ``None``:
-            every row is one episode.
+        ends_episode: True = an episode ends with this step, whether it counts or not, so nothing after it counts for
+            what was before. ``None``: every row is one episode.
 
     Raises:
         ConfigError: ``discount`` or ``gae_lambda`` outside [0, 1].
@@ -194,14 +200,16 @@ def gae(
     given = {"next_values": next_values, "ends_episode": ends_episode}
     check_same_shape(rewards=rewards, values=values, mask=mask, **{k: t for k, t in given.items() if t is not None})
     rewards, values = rewards.detach(), values.detach()
-    ends = torch.zeros_like(mask) if ends_episode is None else ends_episode & mask
+    ends = torch.zeros_like(mask) if ends_episode is None else ends_episode
     if next_values is None:
-        following = _scan_backward(torch.where(mask, values, 0.0), (~mask).to(values.dtype))
+        # The value of the next counted step, looked for no further than the end of the episode.
+        following = _scan_backward(torch.where(mask, values, 0.0), (~mask & ~ends).to(values.dtype))
         following = torch.cat([following[:, 1:], torch.zeros_like(following[:, :1])], dim=1).masked_fill(ends, 0.0)
     else:
         following = next_values.detach()
-    errors = rewards + discount * following - values
-    decay = torch.where(mask, discount * gae_lambda * (~ends).to(rewards.dtype), torch.ones_like(rewards))
+    errors = rewards + discount * following - values  # δ_t, [batch, step]
+    # A step that does not count is passed over, unless the episode ends with it.
+    decay = torch.where(mask, discount * gae_lambda, torch.ones_like(rewards)) * (~ends).to(rewards.dtype)
     return _scan_backward(errors.masked_fill(~mask, 0.0), decay).masked_fill(~mask, 0.0)
 
 
@@ -211,10 +219,12 @@ def _scan_backward(
     """x with x_t = terms_t + factors_t x_{t+1}, in log₂(steps) passes over all steps at once (Blelloch 1990)."""
     terms, factors = terms.clone(), factors.clone()
     reach = 1
+    # Doubling: after k rounds each entry stands for 2^k steps, so 1,000 steps take 10 rounds instead of 1,000.
     while reach < terms.shape[1]:
         # x_t = terms_t + factors_t x_{t + reach}, where both stand for `reach` steps by now.
         terms[:, :-reach] = terms[:, :-reach] + factors[:, :-reach] * terms[:, reach:]
         factors[:, :-reach] = factors[:, :-reach] * factors[:, reach:]
+        # The last `reach` entries have taken in everything that follows them.
         factors[:, -reach:] = 0.0
         reach *= 2
     return terms
@@ -222,6 +232,7 @@ def _scan_backward(
 
 def _deviations(rewards: Float[Tensor, "*shape"], *, dim: int) -> Float[Tensor, "*shape"]:
     """r − mean along ``dim``, exactly 0 for equal rewards (their computed mean may differ from them by rounding)."""
+    # Shifted by the group's first member: equal rewards become exact zeros, whose mean is exactly 0.
     shifted = rewards.detach() - rewards.detach().narrow(dim, 0, 1)
     return shifted - shifted.mean(dim=dim, keepdim=True)
 

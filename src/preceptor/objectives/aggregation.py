@@ -58,6 +58,7 @@ def aggregate(
         raise ConfigError(f"aggregation must be one of {allowed}, got '{aggregation}'{hint}.")
     if aggregation != "constant" and divisor is not None:
         raise ConfigError(f"divisor goes with the aggregation 'constant' alone, got {divisor} with '{aggregation}'.")
+    # Masked before any arithmetic, so that a NaN where nothing counts reaches neither value nor gradient.
     counted = values.masked_fill(~mask, 0.0)
     if aggregation == "constant":
         if divisor is None or not divisor > 0:
@@ -65,8 +66,9 @@ def aggregate(
         return counted.sum() / divisor
     if aggregation == "token_mean":
         return counted.sum() / mask.sum().clamp(min=1)
-    num_tokens = mask.sum(dim=-1)
+    num_tokens = mask.sum(dim=-1)  # [batch]
     per_sequence = counted.sum(dim=-1)
     if aggregation == "sequence_mean":
+        # Rows without a counted token are 0/1 here and do not enter the divisor below.
         per_sequence = per_sequence / num_tokens.clamp(min=1)
     return per_sequence.sum() / torch.count_nonzero(num_tokens).clamp(min=1)

@@ -48,6 +48,7 @@ def above_standard_deviations(
         faults.append(f"num_warm_up must be at least 0, got {num_warm_up}.")
     if faults:
         raise ConfigError(*faults)
+    # Before warm-up the moments are too noisy to call a reward exceptional.
     if moments.count < max(num_warm_up, 1):
         return torch.zeros_like(rewards, dtype=torch.bool)
     threshold = moments.mean + num_standard_deviations * moments.standard_deviation
@@ -75,6 +76,7 @@ def best_fraction(rewards: Float[Tensor, " batch"], *, fraction: float) -> Bool[
     finite = rewards.isfinite()
     # 0.07 · 100 is 7.000000000000001 in float64 and means 7, hence the small slack.
     num_passed = math.ceil(fraction * int(finite.sum()) - 1e-9)
+    # −∞ sorts last, and a stable sort keeps earlier trajectories first among equals.
     order = rewards.masked_fill(~finite, float("-inf")).argsort(descending=True, stable=True)
     passed = torch.zeros_like(finite)
     passed[order[:num_passed]] = True

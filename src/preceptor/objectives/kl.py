@@ -62,6 +62,7 @@ def kl_exact(
         return _kl(p_logits, q_logits)
     if mask.shape != p_logits.shape[:-1]:
         raise ShapeError(f"mask has shape {tuple(mask.shape)}; these logits need {tuple(p_logits.shape[:-1])}")
+    # [counted, vocab]: the vocabulary is the large axis, so masked positions are dropped before it is touched.
     counted = _kl(p_logits[mask], q_logits[mask])
     return counted.new_zeros(mask.shape).masked_scatter(mask, counted)
 
@@ -94,6 +95,8 @@ def kl_k2(p_log_probs: Float[Tensor, "*shape"], q_log_probs: Float[Tensor, "*sha
     >>> kl_k2(torch.tensor([-1.0]), torch.tensor([-1.5]))
     tensor([0.1250])
     """
+    # (ln p − ln q) · ∇ln p is its gradient: the score function weighted by the log-ratio, which is ∇KL(p‖q) in the
+    # mean.
     return 0.5 * kl_k1(p_log_probs, q_log_probs).square()
 
 
@@ -110,13 +113,15 @@ def kl_k3(p_log_probs: Float[Tensor, "*shape"], q_log_probs: Float[Tensor, "*sha
     tensor([0.1065])
     """
     log_ratio = -kl_k1(p_log_probs, q_log_probs)
+    # expm1, since for nearby distributions q/p − 1 would lose all its digits.
     return torch.expm1(log_ratio) - log_ratio
 
 
 class AdaptiveKLController:
     """A KL coefficient β that is moved until the measured KL meets a target.
 
-    After n samples with mean divergence KL: β ← β · (1 + clip(KL/target − 1, −0.2, 0.2) · n / horizon).
+    After n samples with mean divergence KL: β ← β · (1 + clip(KL/target − 1, −0.2, 0.2) · n / horizon), where n is more
+    than a horizon, horizon by horizon, so that β stays positive.
 
     Args:
         coefficient: the first β, > 0, in reward units per nat.
@@ -155,8 +160,11 @@ class AdaptiveKLController:
         """
         if not math.isfinite(kl):
             raise NumericError(f"the KL coefficient cannot follow a divergence of {kl}; skip this step.")
+        # Clipped at 20 %, so that one strange batch cannot move the coefficient far.
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.coefficient *= 1 + error * num_samples / self.horizon
+        # Horizon by horizon: in one step of more than five, 1 − 0.2 · n/horizon would be negative.
+        horizons, rest = divmod(num_samples, self.horizon)
+        self.coefficient *= (1 + error) ** horizons * (1 + error * rest / self.horizon)
 
     def state_dict(self) -> dict[str, float]:
         """What changes over a run, as JSON numbers; target and horizon are configuration."""
@@ -174,12 +182,16 @@ class AdaptiveKLController:
 
 
 def _kl(p_logits: Float[Tensor, "*shape vocab"], q_logits: Float[Tensor, "*shape vocab"]) -> Float[Tensor, "*shape"]:
-    p_log_probs = torch.log_softmax(p_logits, dim=-1)
+    p_log_probs = torch.log_softmax(p_logits, dim=-1)  # [..., vocab]
     q_log_probs = torch.log_softmax(q_logits, dim=-1)
     # Where p is 0 the term is 0, in value and gradient; (−∞) − q and 0·(−∞) would make NaN of it.
     excluded = p_logits == float("-inf")
-    log_ratios = p_log_probs.masked_fill(excluded, 0.0) - q_log_probs.masked_fill(excluded, 0.0)
-    return (p_log_probs.exp() * log_ratios).sum(dim=-1)
+    # Where q alone is 0 the divergence is +∞, however small p is there: its exponential may have come out as 0.
+    unbounded = (q_logits == float("-inf")) & ~excluded
+    left_out = excluded | unbounded
+    log_ratios = p_log_probs.masked_fill(left_out, 0.0) - q_log_probs.masked_fill(left_out, 0.0)
+    divergence = (p_log_probs.exp() * log_ratios).sum(dim=-1)
+    return divergence.masked_fill(unbounded.any(dim=-1), float("inf"))
 
 
 def entropy(logits: Float[Tensor, "*shape vocab"]) -> Float[Tensor, "*shape"]:

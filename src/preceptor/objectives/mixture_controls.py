@@ -1,4 +1,4 @@
-"""Published rules for mixing data online, as controls: Exp3 on the loss (ODM) and scaling-law forecasts (ADO)."""
+"""Controls: mixtures that never move, the loss itself, and two published rules, Exp3 (ODM) and scaling laws (ADO)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,60 @@ from jaxtyping import Float
 from torch import Tensor
 
 from preceptor.objectives.mixture_rules import Difficulty, State, check_ranges
+
+
+@dataclass(frozen=True)
+class ByDifficulty:
+    """Weights in proportion to the mean loss: the harder, the more. A control, since noise is hardest of all.
+
+    >>> zeros = torch.zeros(2)
+    >>> measured = Difficulty(torch.tensor([3.0, 1.0]), zeros, zeros, zeros)
+    >>> ByDifficulty().preferences(measured, {}, tokens=zeros, weights=zeros, num_updates=0)[0]
+    tensor([3., 1.], dtype=torch.float64)
+    """
+
+    def initial_state(self, num_datasets: int) -> State:
+        """Nothing is remembered."""
+        return {}
+
+    def preferences(
+        self,
+        difficulty: Difficulty,
+        state: State,
+        *,
+        tokens: Float[Tensor, " choices"],
+        weights: Float[Tensor, " choices"],
+        num_updates: int,
+    ) -> tuple[Float[Tensor, " choices"], State]:
+        """See :class:`~preceptor.objectives.mixture_rules.MixtureRule`."""
+        return difficulty.mean.double(), state
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The weights as they are: ``uniform``, ``proportional``, ``static`` and ``targets`` differ in where they start.
+
+    >>> weights, zeros = torch.tensor([0.75, 0.25]), torch.zeros(2)
+    >>> measured = Difficulty(zeros, zeros, zeros, zeros)
+    >>> Fixed().preferences(measured, {}, tokens=zeros, weights=weights, num_updates=0)[0]
+    tensor([0.7500, 0.2500])
+    """
+
+    def initial_state(self, num_datasets: int) -> State:
+        """Nothing is remembered."""
+        return {}
+
+    def preferences(
+        self,
+        difficulty: Difficulty,
+        state: State,
+        *,
+        tokens: Float[Tensor, " choices"],
+        weights: Float[Tensor, " choices"],
+        num_updates: int,
+    ) -> tuple[Float[Tensor, " choices"], State]:
+        """See :class:`~preceptor.objectives.mixture_rules.MixtureRule`."""
+        return weights, state
 
 
 @dataclass(frozen=True)
@@ -59,15 +113,20 @@ class Exp3:
         num_updates: int,
     ) -> tuple[Float[Tensor, " choices"], State]:
         """See :class:`~preceptor.objectives.mixture_rules.MixtureRule`."""
+        # The paper counts updates from 1.
         num_datasets, update = len(tokens), num_updates + 1
+        # Importance weighting: a dataset drawn with probability w shows its loss only in a share w of the steps. The
+        # tiny floor keeps 0/0 out; a dataset with weight 0 is not trained on, so its estimate is dropped below.
         estimates = difficulty.mean.double() / weights.double().clamp(min=torch.finfo(torch.float64).tiny)
         smoothed = self.smoothing * state["rewards"] + (1 - self.smoothing) * estimates
         rewards = torch.where(tokens > 0, smoothed, state["rewards"])
+        # The exponent uses the rate of the update before, the floor that of this one, as in algorithm 1.
         rate, before = self._exploration(update, num_datasets), self._exploration(update - 1, num_datasets)
         return (1 - num_datasets * rate) * torch.softmax(before * rewards, dim=0) + rate, {"rewards": rewards}
 
     @staticmethod
     def _exploration(update: int, num_datasets: int) -> float:
+        # K·E ≤ 1 by the first bound, so the softmax's share is never negative.
         return min(1 / num_datasets, math.sqrt(math.log(num_datasets) / (num_datasets * max(update, 1))))
 
 
@@ -84,7 +143,9 @@ class Ado:
 
     Source: Jiang et al., arXiv 2410.11820, section 3, with its γ = 0.1. Departures: least squares on the loss over a
     grid of A in [0.05, 0.8], E ≥ 0 and B ≥ 0, in place of a Huber loss of its logarithm from a grid of starts (one
-    exact answer, nothing to tune); measured losses in place of those of the batches; the floor is the mixture's.
+    exact answer, nothing to tune); measured losses in place of those of the batches; the floor is the mixture's;
+    the prior counts once in the mean of ρ (a weight of 1/(k + 1) after k fits), where the paper's code takes it in at
+    every step of its warm-up, and so leaves it later.
 
     Args:
         prior: μ, a share for each dataset; empty: uniform.
@@ -135,6 +196,7 @@ class Ado:
         if not tokens.any():  # a law of n has nothing to say at n = 0
             return weights, state
         tokens = tokens.double()
+        # Exponential average of the dataset's share.
         share = state["share"] + self.history_rate * (tokens / tokens.sum() - state["share"])
         state = state | {
             "tokens": torch.cat([state["tokens"], tokens[None]]),
@@ -143,19 +205,23 @@ class Ado:
         }
         if len(state["losses"]) < self.min_points:
             return weights, state
-        trained_on = state["tokens"].sum(dim=1).cumsum(dim=0)
+        trained_on = state["tokens"].sum(dim=1).cumsum(dim=0)  # [step], n of the law: all datasets together
         speed = forecast_fall(state["losses"], trained_on)
         prior = torch.tensor(self.prior or [1.0] * len(tokens), dtype=torch.float64)
-        preference = prior * share.sqrt() * speed
+        preference = prior * share.sqrt() * speed  # [choices]
+        # No loss is forecast to fall: the mixture then falls back to uniform weights.
         if not preference.any():
             return torch.zeros_like(preference), state
         preference = preference / preference.sum()
+        # Mean of the preferences *before* this one.
         mean = state["mean_preference"]
         num_fits = len(state["losses"]) - self.min_points + 1
+        # The +1 counts the prior, which stands in as the first of them.
         state["mean_preference"] = mean + (preference - mean) / (num_fits + 1)
         return self.mixing * preference + (1 - self.mixing) * mean, state
 
 
+# 76 exponents. Published ones for data lie inside: 0.095 (Kaplan et al. 2020), 0.28 (Hoffmann et al. 2022).
 _EXPONENTS = torch.arange(0.05, 0.801, 0.01, dtype=torch.float64)
 
 
@@ -170,16 +236,22 @@ def forecast_fall(
     >>> forecast_fall((2 + n**-0.5)[:, None], n)  # A·B·n^(−A) = 0.5·16^(−0.5)
     tensor([0.1250], dtype=torch.float64)
     """
+    # Another unit of n changes B and nothing else.
     relative = num_tokens.double() / num_tokens[-1]  # so that B is the part of the last loss that can still fall
     powers = relative[:, None, None] ** -_EXPONENTS  # step, 1, exponent
     targets = losses.double()[:, :, None]  # step, choices, 1
+    # Simple linear regression of the loss on n^(−A), for each dataset and each exponent at once: [choices, exponent].
     mean_power, mean_target = powers.mean(dim=0), targets.mean(dim=0)
     spread = (powers - mean_power).square().sum(dim=0)
     slope = ((powers - mean_power) * (targets - mean_target)).sum(dim=0) / spread.clamp(min=1e-300)
+    # A loss that rises is no progress: slope 0, and the floor is the mean.
     slope = slope.clamp(min=0)
     floor = mean_target - slope * mean_power
+    # Where the intercept comes out negative the best E is its bound 0, and the line goes through the origin.
     through_zero = (powers * targets).sum(dim=0) / powers.square().sum(dim=0)
     slope, floor = torch.where(floor < 0, through_zero, slope), floor.clamp(min=0)
     error = (targets - floor - slope * powers).square().sum(dim=0)
+    # [choices, 1], the exponent with the least squared error.
     best = error.argmin(dim=1, keepdim=True)
+    # n is 1 at the last step after scaling, so A·B·n^(−A) is A·B.
     return _EXPONENTS[best[:, 0]] * slope.gather(1, best)[:, 0]

@@ -52,13 +52,15 @@ def next_token_rewards(
     tensor([[[-0.5000,  0.7000, -0.2000]]])
     """
     _check_targets(logits, targets)
-    probs = logits.detach().softmax(-1)
+    probs = logits.detach().softmax(-1)  # [batch, time, vocab]
+    # One-hot of the true token.
     rewards = torch.zeros_like(probs).scatter_(-1, targets[..., None], 1.0)
     if partial_reward:
         if referee_probs is None:
             raise ConfigError(f"`partial_reward` {partial_reward} needs the referee's probabilities; got none")
         check_same_shape(logits=logits, referee_probs=referee_probs)
         rewards = rewards + partial_reward * referee_probs
+    # κ (1 + c) rather than κ: the reward sums to 1 + c over the vocabulary, and the tax has to match it.
     return rewards - confidence_penalty * (1 + partial_reward) * probs
 
 
@@ -80,6 +82,7 @@ def expected_reward_loss(
     (-0.5, tensor([[[-0.2500,  0.2500]]]))
     """
     check_same_shape(logits=logits, rewards=rewards)
+    # Σ over the vocabulary, so no sampling noise; only positions are averaged.
     return -(logits.softmax(-1) * rewards.detach()).sum(-1).mean()
 
 
@@ -116,8 +119,10 @@ def sampled_reward_loss(
     estimators = {"leave_one_out": leave_one_out, "group_normalised": group_normalised}
     if advantage not in estimators:
         raise ConfigError(f"`advantage` must be one of {', '.join(estimators)}, got {advantage!r}")
+    # Each position is a group of its own: [batch, time, choices] -> [batch · time, choices], rows of "sequences".
     advantages = estimators[advantage](rewards.gather(-1, samples), dim=-1).flatten(0, 1)
     log_probs = logits.log_softmax(-1).gather(-1, samples).flatten(0, 1)
+    # Every sample counts, and all groups are equally large, so the token mean is the mean of the groups' means.
     mask = torch.ones_like(samples, dtype=torch.bool).flatten(0, 1)
     return reinforce_loss(log_probs, advantages, mask=mask, aggregation="token_mean")
 
@@ -157,9 +162,12 @@ def avatarl_loss(
     """
     _check_targets(logits, targets)
     check_same_shape(logits=logits, referee_probs=referee_probs)
+    # ε is spread over the V − 1 false tokens.
     others = label_smoothing / (logits.shape[-1] - 1)
     reality = torch.full_like(referee_probs, others).scatter_(-1, targets[..., None], 1 - label_smoothing)
+    # A geometric mean of the two, unnormalised, which is fine since the scale is set below.
     mixed = reality.pow(reality_exponent) * referee_probs.pow(1 - reality_exponent)
+    # Only tokens above the vocabulary's mean are rewarded.
     kept = torch.where(mixed > mixed.mean(-1, keepdim=True), mixed, 0.0)
     rewards = max_reward * kept / kept.amax(-1, keepdim=True)
     return -(rewards.detach() * logits.log_softmax(-1)).sum(-1).mean()

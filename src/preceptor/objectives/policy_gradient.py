@@ -104,10 +104,11 @@ def ppo_clip_loss(
     _check_clip(clip_epsilon_low, clip_epsilon_high)
     if dual_clip is not None and not dual_clip > 1:
         raise ConfigError(f"dual_clip must be greater than 1, got {dual_clip}.")
-    ratios = _log_ratios(log_probs, old_log_probs, mask).exp()
+    ratios = _log_ratios(log_probs, old_log_probs, mask).exp()  # ρ, [batch, time]
     objective = _clipped_objective(ratios, advantages.detach(), clip_epsilon_low, clip_epsilon_high)
     if dual_clip is not None:
         bounded = torch.maximum(objective, dual_clip * advantages.detach())
+        # The bound is on the side of negative advantages alone; positive ones are bounded by the clip.
         objective = torch.where(advantages < 0, bounded, objective)
     return aggregate(-objective, mask, aggregation=aggregation, divisor=divisor)
 
@@ -134,6 +135,8 @@ def clip_fraction(
     check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask)
     _check_clip(clip_epsilon_low, clip_epsilon_high)
     ratios = _log_ratios(log_probs, old_log_probs, mask).exp().detach()
+    # Past the clip *in the direction that the advantage asks for*; a ratio beyond it the other way still has a
+    # gradient.
     too_high = (ratios > 1 + clip_epsilon_high) & (advantages > 0)
     too_low = (ratios < 1 - clip_epsilon_low) & (advantages < 0)
     return masked_mean((too_high | too_low).to(ratios.dtype), mask)
@@ -177,6 +180,7 @@ def cispo_loss(
     check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask)
     if not max_ratio > 0:
         raise ConfigError(f"max_ratio must be positive, got {max_ratio}.")
+    # Bounded above only: a small ratio already has a small weight.
     weights = _log_ratios(log_probs, old_log_probs, mask).exp().clamp(max=max_ratio)
     # No gradient goes into the weights: reinforce_loss lets none into its advantages.
     return reinforce_loss(log_probs, weights * advantages, mask=mask, aggregation=aggregation, divisor=divisor)
@@ -220,6 +224,7 @@ def gspo_loss(
         raise ShapeError(f"advantages has shape {tuple(advantages.shape)}; {len(log_probs)} sequences need one each")
     _check_clip(clip_epsilon_low, clip_epsilon_high)
     num_tokens = mask.sum(dim=-1)
+    # [batch]: mean over counted tokens of ln ρ, the logarithm of a geometric mean.
     mean_log_ratios = _log_ratios(log_probs, old_log_probs, mask).sum(dim=-1) / num_tokens.clamp(min=1)
     objective = _clipped_objective(mean_log_ratios.exp(), advantages.detach(), clip_epsilon_low, clip_epsilon_high)
     return masked_mean(-objective, num_tokens > 0)
@@ -227,10 +232,12 @@ def gspo_loss(
 
 def _log_ratios(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> Tensor:
     """ln π − ln π_old within ±20, and 0 where nothing counts: masked first, or their infinities reach the gradient."""
+    # ±20 is a factor of 5e8, far beyond every clip; exp overflows in float32 from 88 on.
     return (log_probs.masked_fill(~mask, 0.0) - old_log_probs.detach().masked_fill(~mask, 0.0)).clamp(-20.0, 20.0)
 
 
 def _clipped_objective(ratios: Tensor, advantages: Tensor, epsilon_low: float, epsilon_high: float) -> Tensor:
+    # The minimum is pessimistic: it takes the clipped side only where that makes the objective smaller.
     return torch.minimum(ratios * advantages, ratios.clamp(1 - epsilon_low, 1 + epsilon_high) * advantages)
 
 

@@ -32,6 +32,7 @@ def gaussian_log_prob(
     tensor([-1.4189])
     """
     check_same_shape(actions=actions, mean=mean, log_standard_deviation=log_standard_deviation)
+    # The network gives ln σ, so 1/σ is exp(−ln σ).
     standardised = (actions - mean) * torch.exp(-log_standard_deviation)
     return (-0.5 * standardised.square() - log_standard_deviation - 0.5 * math.log(2 * math.pi)).sum(dim=-1)
 
@@ -54,6 +55,7 @@ def squashed_gaussian_log_prob(
     >>> squashed_gaussian_log_prob(zero, zero, zero)  # at 0 the squashing has slope 1
     tensor([-0.9189])
     """
+    # ln |da/du| per dimension, [..., action].
     log_slopes = 2 * (math.log(2) - unsquashed - softplus(-2 * unsquashed))
     return gaussian_log_prob(unsquashed, mean, log_standard_deviation) - log_slopes.sum(dim=-1)
 
@@ -82,8 +84,10 @@ def sample_squashed_gaussian(
     tensor([[ 0.4621, -0.7616]])
     """
     check_same_shape(mean=mean, log_standard_deviation=log_standard_deviation)
+    # Noise is drawn first and scaled after, so that the gradient reaches mean and standard deviation.
     noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
     unsquashed = mean + log_standard_deviation.exp() * noise
+    # The density is taken at u, not at atanh(a): near ±1 the inverse loses all digits.
     return torch.tanh(unsquashed), squashed_gaussian_log_prob(unsquashed, mean, log_standard_deviation)
 
 
@@ -127,11 +131,12 @@ def soft_q_targets(
         faults.append(f"temperature must be at least 0, got {temperature}.")
     if faults:
         raise ConfigError(*faults)
-    smallest = next_q_values.amin(dim=0)
+    smallest = next_q_values.amin(dim=0)  # [batch], the more pessimistic critic
     check_same_shape(
         rewards=rewards, next_q_values_of_a_critic=smallest, next_log_probs=next_log_probs, terminated=terminated
     )
-    next_values = smallest - temperature * next_log_probs
+    next_values = smallest - temperature * next_log_probs  # in the mean over a′: Q plus α times the entropy
+    # Masked, not multiplied by 0: 0 · inf of a diverged critic would be NaN.
     return (rewards + discount * next_values.masked_fill(terminated, 0.0)).detach()
 
 
@@ -149,6 +154,7 @@ def sac_critic_loss(q_values: Float[Tensor, "critics batch"], targets: Float[Ten
     tensor(0.5000)
     """
     check_same_shape(targets=targets, q_values_of_a_critic=q_values[0])
+    # Mean over the batch, sum over the critics.
     return 0.5 * (q_values - targets.detach()).square().mean(dim=-1).sum()
 
 
@@ -178,6 +184,7 @@ def sac_actor_loss(
         raise ConfigError(f"temperature must be at least 0, got {temperature}.")
     smallest = q_values.amin(dim=0)
     check_same_shape(log_probs=log_probs, q_values_of_a_critic=smallest)
+    # Entropy is −ln π, so minimising α ln π − Q raises both value and entropy.
     return (temperature * log_probs - smallest).mean()
 
 
@@ -200,4 +207,6 @@ def sac_temperature_loss(
     >>> sac_temperature_loss(torch.tensor(-1.0), torch.tensor([0.5, 1.5]), target_entropy=-2.0)
     tensor(-1.)
     """
+    # d/d(ln α) = −(ln π + target) in the mean: negative while entropy is short of the target, so a descent step raises
+    # α.
     return -log_temperature * (log_probs.detach() + target_entropy).mean()

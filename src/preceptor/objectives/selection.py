@@ -48,7 +48,7 @@ def selection_log_probs(
     """
     if not (math.isfinite(temperature) and temperature > 0):
         raise ConfigError(f"temperature must be positive and finite, got {temperature}.")
-    scores = _inner_products(queries, keys, available_mask=available_mask) / temperature
+    scores = _inner_products(queries, keys, available_mask=available_mask) / temperature  # [..., pairs]
     # Rows without an available key go through the softmax unmasked, because softmax(−∞, …, −∞) is NaN, and the last
     # masking replaces them. It also stops gradients at the unavailable entries.
     some_available = available_mask.any(dim=-1, keepdim=True)
@@ -72,12 +72,14 @@ def sample_selection(
     >>> sample_selection(certain, generator=torch.Generator().manual_seed(0))
     tensor([1])
     """
+    # multinomial would report a row of zeros as a device-side assert on a GPU.
     exhausted = (log_probs == float("-inf")).all(dim=-1)
     if exhausted.any():
         raise ShapeError(
             f"{int(exhausted.sum())} of {exhausted.numel()} rows have no available key left; "
             "stop an episode when all its keys are read"
         )
+    # [rows, pairs]: multinomial takes two axes at most.
     probabilities = log_probs.detach().exp().reshape(-1, log_probs.shape[-1])
     return torch.multinomial(probabilities, num_samples=1, generator=generator).reshape(log_probs.shape[:-1])
 
@@ -93,6 +95,7 @@ def selection_entropy(
     >>> selection_entropy(log_probs, torch.tensor([[True, True, False]]))
     tensor([0.6931])
     """
+    # Masked again, since the caller may pass log-probabilities from before a key was taken.
     return entropy(log_probs.masked_fill(~available_mask, float("-inf")))
 
 
@@ -109,7 +112,7 @@ def relative_selection_entropy(
     tensor([1., 1.])
     """
     num_available = available_mask.sum(dim=-1)
-    maximum = num_available.clamp(min=2).to(log_probs.dtype).log()
+    maximum = num_available.clamp(min=2).to(log_probs.dtype).log()  # ln n; at least ln 2, so never a division by 0
     return (selection_entropy(log_probs, available_mask) / maximum).masked_fill(num_available < 2, 1.0)
 
 
@@ -151,7 +154,7 @@ def calibrated_temperature(
     if not 0 < target_fraction < 1:
         raise ConfigError(f"target_fraction must lie in (0, 1), got {target_fraction}.")
     scores = _inner_products(queries.detach().double(), keys.detach().double(), available_mask=available_mask)
-    has_choice = available_mask.sum(dim=-1) > 1
+    has_choice = available_mask.sum(dim=-1) > 1  # rows with something to choose
     scores, available = scores[has_choice], available_mask[has_choice]
     if len(scores) == 0:
         raise DataError("no row has two available keys, so no temperature can be calibrated; give at least two keys.")
@@ -159,6 +162,7 @@ def calibrated_temperature(
         raise DataError("an inner product of a query and a key is not finite; check the embedder's vectors.")
 
     unavailable = ~available
+    # Distance of each score from the row's best: subtracting it keeps exp from overflowing at tiny temperatures.
     best = scores.masked_fill(unavailable, float("-inf")).amax(dim=-1, keepdim=True)
     gaps = (best - scores).masked_fill(unavailable, 0.0)
     # Equal keys give inner products that differ by the rounding of float64 sums; a gap must be well above that.
@@ -183,6 +187,7 @@ def calibrated_temperature(
             f"{fraction_at(low):.6f} and {fraction_at(high):.6f} of its maximum; "
             "choose a target in between, or keys that differ more."
         )
+    # Each step halves an interval of ln(temperature) some tens wide; after 60 it is below float64's spacing.
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if fraction_at(middle) < target_fraction else (low, middle)
@@ -198,5 +203,6 @@ def _inner_products(queries: Tensor, keys: Tensor, *, available_mask: Tensor) ->
     expected = (*queries.shape[:-1], keys.shape[0])
     if available_mask.shape != expected:
         raise ShapeError(f"available_mask has shape {tuple(available_mask.shape)}; queries and keys need {expected}")
+    # float32 at least: see `selection_log_probs` on cosines in bfloat16.
     dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
     return queries.to(dtype) @ keys.to(dtype).T

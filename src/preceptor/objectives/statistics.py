@@ -43,7 +43,9 @@ def masked_variance(
     >>> masked_variance(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]))
     tensor(2.)
     """
+    # Deviations from the mean first: E[x²] − E[x]² would cancel digits.
     squared_deviations = (values - masked_mean(values, mask)).masked_fill(~mask, 0.0).square().sum()
+    # At least 1, so that an empty mask, or one value, gives 0 rather than 0/0.
     return squared_deviations / (mask.sum() - int(unbiased)).clamp(min=1)
 
 
@@ -103,6 +105,7 @@ class RunningMoments:
 
     def update(self, values: Float[Tensor, "*shape"]) -> None:
         """Take in every element of ``values``, in order."""
+        # In float64 and one at a time, so that the result does not depend on how a stream is cut into batches.
         for value in values.detach().double().flatten().tolist():
             if not math.isfinite(value):
                 self.num_excluded += 1
@@ -110,6 +113,7 @@ class RunningMoments:
             self.count += 1
             deviation = value - self._mean
             self._mean += deviation / self.count
+            # Welford: the product of the deviations from the old and the new mean.
             self._sum_squared_deviations += deviation * (value - self._mean)
 
     def state_dict(self) -> dict[str, int | float]:

@@ -49,6 +49,7 @@ def value_loss(
     if (old_values is None) != (clip_epsilon is None):
         raise ConfigError("clip_epsilon and old_values belong together; give both for a clipped loss, or neither.")
     check_same_shape(values=values, returns=returns, mask=mask)
+    # Masked here too, although `aggregate` masks the errors: the gradient of a square at NaN is NaN, even times 0.
     values, returns = values.masked_fill(~mask, 0.0), returns.detach()
     squared_errors = (values - returns).square()
     if old_values is not None and clip_epsilon is not None:
@@ -57,6 +58,7 @@ def value_loss(
         check_same_shape(values=values, old_values=old_values)
         old_values = old_values.detach().masked_fill(~mask, 0.0)
         clipped = old_values + (values - old_values).clamp(-clip_epsilon, clip_epsilon)
+        # The larger error, as in PPO: clipping may only take progress away.
         squared_errors = torch.maximum(squared_errors, (clipped - returns).square())
     return aggregate(0.5 * squared_errors, mask, aggregation=aggregation, divisor=divisor)
 
@@ -76,6 +78,7 @@ def explained_variance(
     tensor(0.7500)
     """
     check_same_shape(values=values, returns=returns, mask=mask)
+    # No gradient: this is a diagnostic.
     values, returns = values.detach(), returns.detach()
     total = masked_variance(returns, mask)
     if total == 0:

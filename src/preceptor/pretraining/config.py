@@ -77,11 +77,13 @@ class PretrainConfig(Options):
         """Values that do not go together."""
         if not self.data.sources:
             yield "`data.sources` is empty; name at least one text file"
+        # Rotary embeddings turn pairs of coordinates, so each head needs an even width.
         if self.model.width % (2 * self.model.num_heads):
             yield (
                 "`model.width` must be an even multiple of `model.num_heads`, got "
                 f"{self.model.width} and {self.model.num_heads}"
             )
+        # Each key-value head serves the same number of query heads.
         if self.model.num_heads % self.model.num_key_value_heads:
             yield (
                 f"`model.num_heads` must be a multiple of `model.num_key_value_heads`, got {self.model.num_heads} and "

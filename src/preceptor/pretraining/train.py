@@ -39,6 +39,7 @@ def train(config: PretrainConfig, run: Run, services: Services) -> dict[str, Any
 
     The model folder is ``run.path / "model"``.
     """
+    # 1. Texts and tokenizer.
     root = Path(config.data.root)
     held_out = held_out_documents(config.data)
     corpora = [
@@ -48,14 +49,17 @@ def train(config: PretrainConfig, run: Run, services: Services) -> dict[str, Any
     tokenizer = _tokenizer(run.path, corpora, config)
     streams = [_encode(tokenizer, documents) for documents in corpora]
     shares = torch.tensor([source.share for source in config.data.sources])
+    # Token counts in the log: a share far above a source's size means many repetitions.
     for source, stream in zip(config.data.sources, streams, strict=True):
         run.notice(f"{source.path}: {len(stream):,} tokens, share {source.share / float(shares.sum()):.2f}")
 
+    # 2. Model and optimizers; the first weights are a function of the seed alone.
     torch.manual_seed(config.seed)
     model = build_model(config.model, tokenizer)
     torch.nn.Module.to(model, run.device)
     optimizers = build_optimizers(model, config.optimisation)
     state = State(model, optimizers)
+    # 3. The loop.
     for step in run.loop(config.optimisation.steps, state, columns=PROGRESS_COLUMNS):
         began = time.perf_counter()
         tokens = draw_windows(
@@ -66,6 +70,7 @@ def train(config: PretrainConfig, run: Run, services: Services) -> dict[str, Any
             begin=tokenizer.bos_token_id,
             generator=run.streams["data"],
         )
+        # Step and not a scheduler object: there is no state to save.
         scale = learning_rate_scale(step, config.optimisation)
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
@@ -75,13 +80,14 @@ def train(config: PretrainConfig, run: Run, services: Services) -> dict[str, Any
             "loss": loss,
             "gradient_norm": gradient_norm,
             "learning_rate": config.optimisation.matrix_learning_rate * scale,
-            "tokens": step * tokens.numel(),
+            "tokens": step * tokens.numel(),  # seen so far
             "tokens_per_second": tokens.numel() / (time.perf_counter() - began),
         }
         if held_out and (step % config.evaluate_every == 0 or step == config.optimisation.steps):
             row["bits_per_byte"] = bits_per_byte(model, tokenizer, held_out, context_length=config.model.context_length)
         run.log(step, row)
 
+    # 4. The model as it ships.
     folder = run.path / "model"
     torch.nn.Module.to(model, torch.bfloat16)
     model.save_pretrained(folder)
@@ -113,6 +119,7 @@ class State:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over :meth:`state_dict`; raises ``CheckpointError`` for another model's."""
+        # strict: a missing tensor would keep its random values.
         self.model.load_state_dict(state["model"], strict=True)
         for name, optimizer in self.optimizers.items():
             load_optimizer(optimizer, state[name])
@@ -145,12 +152,14 @@ def build_optimizers(model: torch.nn.Module, optimisation: Optimisation) -> dict
     matrices: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        # Embeddings have two axes as well, but Muon's orthogonalisation is meant for maps between layers.
         (matrices if parameter.ndim == 2 and "embed" not in name else rest).append(parameter)
     optimizers: dict[str, torch.optim.Optimizer] = {
         "muon": torch.optim.Muon(
             matrices,
             lr=optimisation.matrix_learning_rate,
             weight_decay=optimisation.weight_decay,
+            # Scales Muon's update to AdamW's typical size, so that one weight decay suits both.
             adjust_lr_fn="match_rms_adamw",
         ),
         "adamw": torch.optim.AdamW(
@@ -159,6 +168,7 @@ def build_optimizers(model: torch.nn.Module, optimisation: Optimisation) -> dict
     }
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
+            # The scale of a step multiplies this, never the last step's rate.
             group["initial_lr"] = group["lr"]
     return optimizers
 
@@ -166,6 +176,7 @@ def build_optimizers(model: torch.nn.Module, optimisation: Optimisation) -> dict
 def learning_rate_scale(step: int, optimisation: Optimisation) -> float:
     """Factor in (0, 1] on the learning rates at ``step`` (from 1): linear warm-up, constant, linear decay to zero."""
     decay_steps = optimisation.decay_fraction * optimisation.steps
+    # The smallest of the three decides: rising, constant, falling. +1, so that the last step still learns.
     return min(1.0, step / optimisation.warm_up_steps, (optimisation.steps + 1 - step) / decay_steps)
 
 
@@ -180,6 +191,7 @@ def draw_windows(
     rows = []
     for source in sources.tolist():
         stream = streams[source]
+        # length − 1 tokens after the begin token, so the last offset is len(stream) − length + 1.
         offset = int(torch.randint(len(stream) - length + 2, (), generator=generator))
         rows.append(torch.cat([torch.tensor([begin], dtype=stream.dtype), stream[offset : offset + length - 1]]))
     return torch.stack(rows).long()
@@ -198,6 +210,7 @@ def held_out_documents(data: Data) -> list[str]:
 def _training_documents(root: Path, data: Data, path: str, adapter: str, join: int) -> list[str]:
     source = root / path
     if source.is_dir():
+        # By name, in every source: a held-out article may lie in a training folder as well.
         files: Iterable[Path] = sorted(file for file in source.iterdir() if file.name not in data.held_out_names)
     else:
         files = [source]
@@ -229,9 +242,12 @@ def _step(
     optimisation: Optimisation,
 ) -> tuple[float, float]:
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=optimisation.bf16):
+        # Every token but the last is given, every token but the first predicted.
         logits = model(tokens[:, :-1]).logits
+    # In float32: a softmax over thousands of entries in bfloat16 loses what the loss measures.
     loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()
+    # A step with NaN would ruin weights and both optimizers; better to stop.
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimisation.clip_norm, error_if_nonfinite=True)
     for optimizer in optimizers.values():
         optimizer.step()

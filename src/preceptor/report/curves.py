@@ -56,6 +56,7 @@ def panels(rows: Sequence[JsonObject], figures: Sequence[Lines]) -> tuple[list[P
     Where a run trains one method after the other, each has a curve of its own over its own steps.
     """
     drawn, left_out = [], []
+    # Methods that train one after the other share the run's step counter; their own counters make them comparable.
     x = next((name for name in STEPS_OF_AN_ARM if any(name in row for row in rows)), "step")
     for lines in figures:
         curves = _curves(rows, lines, x)
@@ -63,6 +64,7 @@ def panels(rows: Sequence[JsonObject], figures: Sequence[Lines]) -> tuple[list[P
             left_out.append(lines.title)
             continue
         bound = curve(rows, lines.maximum[0], label=lines.maximum[1], x=x) if lines.maximum else None
+        # The constant needs a point wherever a curve begins or ends, and no others.
         steps = sorted({step for c in curves for step in (c.steps[0], c.steps[-1])})
         levels = [level(label, value, steps) for label, value in lines.constants.items()]
         drawn.append(
@@ -81,6 +83,7 @@ def panels(rows: Sequence[JsonObject], figures: Sequence[Lines]) -> tuple[list[P
 
 def series_panel(series: Series) -> Panel | None:
     """The panel of a :class:`Series`, thinned to ``MAXIMUM_POINTS``; points that are not finite are left out."""
+    # Thinned first: points that are not finite then leave a shorter line, never another spacing.
     kept = evenly_spaced(len(series.x), MAXIMUM_POINTS)
     curves = []
     for label, values in series.lines.items():
@@ -99,6 +102,8 @@ def series_panel(series: Series) -> Panel | None:
 def _curves(rows: Sequence[JsonObject], lines: Lines, x: str) -> list[Curve]:
     found = []
     for column, label in lines.columns.items():
+        # A row without the column is another kind of row; a row with a NaN in it is a missing value. They are told
+        # apart.
         having = [row for row in rows if value_at(row, column) is not ABSENT]
         for part, own in _parts(having, "arm" if x != "step" else lines.split_by):
             name = label if part is None else part if len(lines.columns) == 1 else f"{label}, {part}"
@@ -117,6 +122,7 @@ def _parts(rows: Sequence[JsonObject], key: str | None) -> list[tuple[str | None
 
 def legible(curves: Sequence[Curve]) -> list[Curve]:
     """``curves`` with fewer points each where there are many, and then without bands."""
+    # Fewer points each where there are many curves, yet enough of each to show its shape.
     kept = max(50, MAXIMUM_POINTS_OF_A_CHART // max(1, len(curves)))
     thinned = []
     for c in curves:
@@ -143,6 +149,7 @@ def other_lines(rows: Sequence[JsonObject], figures: Sequence[Lines]) -> list[Li
     methods = {str(row["arm"]) for row in rows if "arm" in row}
     found: dict[str, dict[str, str]] = {}
     for row in rows:
+        # Order of first appearance, which is the order in which the system computes them.
         for column, value in row.items():
             if column in COUNTERS:
                 continue
@@ -161,6 +168,7 @@ def value_at(row: JsonObject, column: str) -> Any:
     >>> value_at({"weights": {"books": 0.5}}, "weights.books")
     0.5
     """
+    # The whole name comes first: a dot may belong to it.
     if column in row:
         return row[column]
     for dot in (at for at, character in enumerate(column) if character == "."):  # a name may have dots of its own
@@ -181,14 +189,18 @@ def curve(rows: Sequence[JsonObject], column: str, *, label: str, x: str = "step
     points = [(step, float(value)) for step, value in present if is_finite(value)]
     if not points:
         return None
+    # Half a window: a fortieth of the run on either side, and none at all in runs of fewer than 40 steps.
     half = len(points) // (2 * WINDOWS_PER_RUN)
     centres = evenly_spaced(len(points), MAXIMUM_POINTS)
     values, low, high = [], [], []
     for centre in centres:
+        # Shorter at both ends, where the window would leave the run.
         window = [value for _, value in points[max(0, centre - half) : centre + half + 1]]
         mean = sum(window) / len(window)
+        # Divided by n: the spread of these very points, not an estimate of something beyond them.
         deviation = math.sqrt(sum((value - mean) ** 2 for value in window) / len(window))
         values.append(mean)
+        # A skewed window would otherwise have a band where there are no points, such as below a loss of 0.
         low.append(max(mean - deviation, min(window)))
         high.append(min(mean + deviation, max(window)))
     return Curve(label, [points[centre][0] for centre in centres], values, low, high, len(present) - len(points))
@@ -202,4 +214,5 @@ def evenly_spaced(count: int, maximum: int) -> list[int]:
     """
     if count <= maximum:
         return list(range(count))
+    # Rounded positions of an even grid, so that the first and the last index are exact.
     return [round(k * (count - 1) / (maximum - 1)) for k in range(maximum)]

@@ -14,6 +14,7 @@ from typing import Any
 from preceptor.report.arms import Arms, title_case
 from preceptor.report.curves import Curve, Panel
 
+# Units of a viewBox: the browser scales the drawing, so proportions matter here and pixels do not.
 WIDTH, HEIGHT = 340, 204
 LEFT, RIGHT, TOP, BOTTOM = 46, 18, 10, 38
 ROW, FOOT = 22, 24
@@ -94,26 +95,34 @@ class ArmChart:
 
 def line_chart(panel: Panel, name: str) -> LineChart:
     """The coordinates of a curve panel; the page's script finds its data by ``name``."""
+    # Everything that is drawn decides the range: the band's ends, and the bounds as well.
     ends = [end for c in panel.curves for end in (*c.low, *c.high)] + [v for c in panel.bounds for v in c.values]
     low, high = panel.limits or (min(ends), max(ends))
     y_values = ticks(low, high, 4)
+    # The unit may say more than its kind ("share of 12 articles"); its first word is the kind.
     if panel.unit.partition(" ")[0] in SHARES and low >= 0 and high <= 1:
         y_values = _share_ticks(y_values)
+    # Round ticks may lie outside the data; the axis goes out to them.
     low, high = min(low, y_values[0]), max(high, y_values[-1])
     steps = [step for c in panel.curves for step in c.steps]
     first, last = min(steps), max(steps)
+    # Steps are whole numbers, and a tick before the first or after the last step names no step.
     x_values = [tick for tick in ticks(first, last, 4) if first <= tick <= last and tick == int(tick)]
 
     def x(step: float) -> float:
+        # A single step has no span to divide by; it stands in the middle.
         return LEFT + (WIDTH - LEFT - RIGHT) * ((step - first) / (last - first) if last > first else 0.5)
 
     def y(value: float) -> float:
+        # SVG counts y downwards. Clamped, because fixed limits may leave points outside the axis.
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (min(max(value, low), high) - low) / (high - low)
 
     def line(c: Curve) -> Line:
+        # Along the upper ends and back along the lower ones, closed with Z: one filled area.
         above = _path([(x(s), y(v)) for s, v in zip(c.steps, c.high, strict=True)])
         below = _path([(x(s), y(v)) for s, v in zip(reversed(c.steps), reversed(c.low), strict=True)])
         band = f"M{above}L{below}Z" if c.low != c.values else ""
+        # A path of one point draws nothing; the same point twice is a dot, with a round line cap.
         points = [(x(s), y(v)) for s, v in zip(c.steps, c.values, strict=True)]
         return Line(
             title_case(c.label), "M" + _path(points if len(points) > 1 else points * 2), band, number(c.values[-1])
@@ -133,6 +142,7 @@ def line_chart(panel: Panel, name: str) -> LineChart:
             "from": first,
             "to": last,
             "curves": [
+                # Four digits are all that the pointer shows, and they keep the page small.
                 {"label": title_case(c.label), "steps": c.steps, "values": [float(f"{v:.4g}") for v in c.values]}
                 for c in (*panel.curves, *panel.bounds)
             ],
@@ -155,6 +165,7 @@ def arm_chart(arms: Arms, metric: str) -> ArmChart:
 
 def difference_chart(title: str, unit: str, rows: Sequence[tuple[str, bool, Mapping[str, Any]]]) -> ArmChart:
     """Differences (name, whether one may be claimed, estimate) about zero."""
+    # The classes of arms, so that a difference which may be claimed looks like a learned arm.
     named = [(name, "learned" if claimed else "control", estimate) for name, claimed, estimate in rows]
     return _intervals(title, unit, named, zero=True)
 
@@ -168,6 +179,7 @@ def _intervals(
     oracle: float | None = None,
     zero: bool = False,
 ) -> ArmChart:
+    # A chart of differences always shows 0, without which they mean little.
     ends = [e[key] for _, _, e in named for key in ("mean", "low", "high") if e[key] is not None] + [0.0] * zero
     x_values = ticks(min(ends), max(ends), 4)
     if unit.partition(" ")[0] in SHARES and min(ends) >= 0 and max(ends) <= 1:
@@ -176,6 +188,7 @@ def _intervals(
     wrapped = [textwrap.wrap(name, LINE_OF_NAME) or [name] for name, _, _ in named]
     longest = max(len(line) for lines in wrapped for line in lines)
     label = min(MOST_LABEL, max(LEAST_LABEL, 12 + CHARACTER * longest))
+    # Edges between the rows; a name of several lines makes its row taller.
     tops = [TOP, *itertools.accumulate((ROW + LEADING * (len(lines) - 1) for lines in wrapped), initial=TOP)][1:]
 
     def x(value: float) -> float:
@@ -186,7 +199,9 @@ def _intervals(
         ArmRow(
             name=name,
             lines=[
-                Tick(middle + 4 + LEADING * (place - (len(lines) - 1) / 2), line) for place, line in enumerate(lines)
+                # Lines of a name are centred on the row's middle; 4 puts the base line under the middle of a character.
+                Tick(middle + 4 + LEADING * (place - (len(lines) - 1) / 2), line)
+                for place, line in enumerate(lines)
             ],
             kind=kind,
             y=middle,
@@ -203,6 +218,7 @@ def _intervals(
         label=label,
         height=tops[-1] + FOOT,
         rows=rows,
+        # An arm without an interval has no band: with one seed there is nothing to draw.
         band=(x(baseline["low"]), x(baseline["high"])) if baseline and baseline["low"] is not None else None,
         oracle=None if oracle is None else x(oracle),
         zero=x(0.0) if zero else None,
@@ -224,6 +240,7 @@ def tick_labels(values: Sequence[float]) -> list[str]:
     """
     labels = [number(value) for value in values]
     digits = 5
+    # Nearly equal ticks would have equal labels; take more digits until they differ (float64 has about 16).
     while len(set(labels)) < len(set(values)) and digits < 16:
         labels = [f"{value:,.{digits}g}".replace("-", "\N{MINUS SIGN}") for value in values]
         digits += 1
@@ -246,13 +263,17 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     >>> ticks(3.0, 3.0, 4)[0] < 3.0 < ticks(3.0, 3.0, 4)[-1]
     True
     """
+    # Constant data has no range: a tenth of its size on both sides, or 1 around 0.
     if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
         margin = abs(low) / 10 or 1.0
         low, high = low - margin, high + margin
+    # Steps of 1, 2, 5 or 10 times a power of ten, whichever comes nearest to `count` ticks.
     magnitude = 10.0 ** math.floor(math.log10((high - low) / count))
     step = magnitude * min((m for m in (1, 2, 5, 10)), key=lambda m: abs((high - low) / (m * magnitude) - count))
+    # 1e-9 lets a value that is a tick but for rounding count as one.
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     digits = max(0, 1 - math.floor(math.log10(step)))
+    # Rounded, so that 3 · 0.1 is the label 0.3 and not 0.30000000000000004.
     return [round(k * step, digits) for k in range(first, last + 1)]
 
 
@@ -274,6 +295,7 @@ def fixed(value: float, span: float) -> str:
     """
     if span <= 0:
         return _three(value)
+    # Three digits below the span: neighbours that differ by a thousandth of it stay apart.
     digits = min(12, max(0, 3 - math.floor(math.log10(span))))
     least: float = 10.0**-digits
     if 0 < abs(value) < least / 2:
@@ -290,6 +312,7 @@ def interval_text(estimate: Any) -> str:
     mean, low, high = (estimate[key] for key in ("mean", "low", "high"))
     if low is None:
         return f"{number(mean)} (no interval)"
+    # Digits follow from the interval, since decimals below a hundredth of its width say nothing.
     span = 100 * (high - low) or 10 * abs(mean)
     return f"{fixed(mean, span)} ({fixed(low, span)} to {fixed(high, span)})"
 
@@ -299,6 +322,7 @@ def _three(value: float) -> str:
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:
+    # One decimal: a tenth of a unit is less than a pixel.
     return "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
@@ -315,6 +339,7 @@ def unique_name(title: str, taken: set[str]) -> str:
     >>> unique_name("Loss/Gain", names), unique_name("loss gain", names)
     ('loss-gain', 'loss-gain-2')
     """
+    # Letters, digits and hyphens are safe in a file's name, an id and a URL.
     stem = name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:60] or "figure"
     number = 2
     while name in taken:

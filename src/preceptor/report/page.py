@@ -89,10 +89,12 @@ def build_report(run_dir: Path, sections: Sections | None = None) -> Path:
     when the page cannot be written; an older page is replaced only by a complete one.
     """
     run_dir = Path(run_dir)
+    # A lone surrogate or a NUL would make the file invalid UTF-8 or HTML; model output can hold either.
     page = (
         render(read_run(run_dir), sections).replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", errors="replace")
     )
     target = run_dir / "report.html"
+    # Written beside the target and renamed: a reader sees the old page or the new one, never half of one.
     temporary = target.with_suffix(".html.tmp")
     try:
         temporary.write_bytes(page)
@@ -115,12 +117,15 @@ def drawn_sections(run: RunFolder, sections: Sections | None = None) -> list[Dra
         else []
     )
     if run.comparison is None:
+        # A comparison has many runs behind it, so it shows what their results declare and no single run's curves.
         own += sections(run) if sections else [Section("Training", GENERAL_LINES), *decisions_section(run)]
+    # Columns that any section draws are not drawn again among "the others".
     lines = [figure for section in own for figure in section.figures if isinstance(figure, Lines)]
     taken: set[str] = set()
     names: set[str] = set()
     drawn = [_drawn(section, number, run, taken, names) for number, section in enumerate(own)]
     with_curves = [d for d, s in zip(drawn, own, strict=True) if any(isinstance(f, Lines) for f in s.figures)]
+    # Whatever nobody named: a column added to metrics.jsonl appears on the page without any change here.
     others = panels(run.metrics, other_lines(run.metrics, lines))[0]
     if with_curves:
         with_curves[-1].more.extend(line_chart(panel, unique_name(panel.title, names)) for panel in others)
@@ -150,7 +155,7 @@ def _drawn(section: Section, place: int, run: RunFolder, taken: set[str], names:
             case Passages():
                 drawn.passages.append(figure)
             case Episodes():
-                drawn = replace(drawn, episodes=figure)
+                drawn = replace(drawn, episodes=figure)  # frozen, hence a copy
     return drawn
 
 
@@ -173,12 +178,14 @@ def render(run: RunFolder, sections: Sections | None = None) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
+    # Read as text and inlined; their hashes go into the policy, so the bytes must be exactly these.
     style, script = (
         files("preceptor.report").joinpath("templates", name).read_text(encoding="utf-8")
         for name in ("report.css", "report.js")
     )
     environment = Environment(
         loader=PackageLoader("preceptor.report", "templates"),
+        # Escaping is on for everything; StrictUndefined makes a misspelt name an error instead of an empty cell.
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -189,10 +196,13 @@ def render(run: RunFolder, sections: Sections | None = None) -> str:
     result = run.result or {}
     drawn = drawn_sections(run, sections)
     charts = [chart for section in drawn for chart in (*section.charts, *section.more)]
+    # At most one section has episodes (see `Episodes`).
     viewed = next((section.episodes for section in drawn if section.episodes is not None), Episodes([], 0, {}))
     arms = Arms.of(run.result)
     drawn_metrics = [metric for metric in arms.metrics if metric not in COUNTS]
+    # Held-out metrics carry a prefix; without it they belong to the same entry of the system's table.
     short = [metric for metric in drawn_metrics if arms.base_name(metric) in arms.table] or drawn_metrics
+    # An unfinished run has no result yet, only a manifest.
     run_config = result.get("config") or run.manifest.get("config") or {}
     labels = group_labels(run.comparison or {})
     return environment.get_template("report.html.j2").render(
@@ -239,6 +249,8 @@ def embedded_json(value: object) -> Markup:
     """
     from markupsafe import Markup
 
+    # "</script>", "<!--" and the line separators are the only texts that could end the element or the script; escaped
+    # as \uXXXX they are still the same JSON.
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -252,6 +264,7 @@ def content_security_policy(style: str, script: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
     return (
+        # Each hash stands for the inlined text itself, so injected script would not run even if escaping failed.
         f"default-src 'none'; style-src {source(style)}; script-src {source(script)}; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
@@ -328,6 +341,7 @@ def flattened(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
         elif isinstance(entry, list) and all(isinstance(part, str | int | float) for part in entry):
             yield name, clipped(", ".join(title_case(str(part)) for part in entry) or "none", 500)
         else:
+            # True and 1 are equal as keys, so the words are looked up for Booleans and None alone.
             words = {None: "unknown", True: "yes", False: "no"} if entry is None or isinstance(entry, bool) else {}
             text = words.get(entry) or (entry if isinstance(entry, str) else json.dumps(entry))
             yield name, clipped(text, 500)

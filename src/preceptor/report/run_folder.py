@@ -40,6 +40,7 @@ def read_run(run_dir: Path) -> RunFolder:
     if not metrics.is_file() and not result.is_file():
         raise DataError(f"{run_dir} is not a run folder: it has neither metrics.jsonl nor result.json.")
     config = run_dir / "config.yaml"
+    # Rows are read whole: a metrics file is small. decisions.jsonl may be gigabytes and is only pointed at.
     rows = [row for _, row in read_rows(metrics)] if metrics.is_file() else []
     for number, row in enumerate(rows, start=1):
         step = row.get("step")
@@ -61,6 +62,7 @@ def read_run(run_dir: Path) -> RunFolder:
 def read_rows(path: Path) -> Iterator[tuple[int, JsonObject]]:
     """The byte offset and the object of every line of a JSONL file; an empty line or a non-object is an error."""
     offset = 0
+    # Offsets in bytes, hence binary mode; text mode translates and cannot seek.
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             yield offset, parse_row(line, where=f"{path}:{number}")
@@ -96,6 +98,7 @@ def _read_result(path: Path) -> JsonObject | None:
     arms = result.get("arms", {})
     if not isinstance(arms, dict):
         raise DataError(f"{path}: 'arms' must be an object, got {type(arms).__name__}.")
+    # The page computes with these numbers, so they are checked here, where the file can be named.
     for arm, metrics in arms.items():
         for metric, estimate in metrics.items() if isinstance(metrics, dict) else [("", None)]:
             if not isinstance(estimate, dict) or {"mean", "low", "high", "unit", "n"} - estimate.keys():
@@ -103,6 +106,7 @@ def _read_result(path: Path) -> JsonObject | None:
             for key in ("mean", "low", "high"):
                 if not (is_finite(estimate[key]) or (estimate[key] is None and key != "mean")):
                     raise DataError(f"{path}: arms.{arm}.{metric}.{key} must be a number, got {estimate[key]!r}.")
+            # Half an interval is none.
             if (estimate["low"] is None) != (estimate["high"] is None):
                 raise DataError(f"{path}: arms.{arm}.{metric}: low and high must both be numbers or both be null.")
     gaps = result.get("gap_closed") or {}
@@ -127,4 +131,5 @@ def _read_articles(path: Path) -> dict[str, JsonObject]:
 
 def is_finite(value: object) -> TypeGuard[float]:
     """Whether ``value`` is a finite number and not a truth value."""
+    # bool is a kind of int in Python, and True would be drawn as 1.
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -176,6 +176,7 @@ def declared_figures(charts: Sequence[Any]) -> list[Lines | Series | Matrix]:
 
 def _declared(chart: Any) -> Lines | Series | Matrix:
     kind = chart.get("kind") if isinstance(chart, Mapping) else None
+    # `title` and `unit` for all, and what the kind needs besides.
     missing = [key for key in ("title", "unit", *_NEEDED.get(str(kind), ())) if key not in chart] if kind else []
     if kind not in _NEEDED or missing:
         lack = f"lacks {', '.join(missing)}" if missing else f"is of no kind of {', '.join(_NEEDED)}"

@@ -35,9 +35,11 @@ def merged_charts(
         run = read_run(folder)
         declared = declared_figures((run.result or {}).get("charts", []))
         for panel in _panels(run, declared, sections):
+            # The first run's panel gives title, unit and axis; later ones add curves to it.
             drawn.setdefault(panel.title, panel)
             of_panel = curves.setdefault(panel.title, {})
             for curve in (*panel.curves, *panel.bounds):
+                # Runs of one group share a label and so become one curve; groups stay apart.
                 of_panel.setdefault(f"{curve.label} ({label})" if label else curve.label, []).append(curve)
         for matrix in (figure for figure in declared if isinstance(figure, Matrix)):
             matrices.setdefault(f"{matrix.title}: {label}" if label else matrix.title, []).append(matrix)
@@ -72,11 +74,13 @@ def _panels(
 
 
 def _series(panel: Panel, lines: dict[str, list[Curve]]) -> JsonObject:
+    # Runs may have logged different steps (stopped early, other schedules): take all of them, then thin.
     steps = sorted({step for found in lines.values() for curve in found for step in curve.steps})
     grid = [steps[k] for k in evenly_spaced(len(steps), MAXIMUM_POINTS)]
     drawn: dict[str, list[float | None]] = {}
     bands: dict[str, list[list[float | None]]] = {}
     for label, found in lines.items():
+        # A run contributes where it has data and is not extrapolated beyond.
         at = [[value for curve in found if (value := interpolated(curve, step)) is not None] for step in grid]
         drawn[label] = [sum(values) / len(values) if values else None for values in at]
         bands[label] = [[choose(values) if values else None for values in at] for choose in (min, max)]
@@ -87,6 +91,7 @@ def _series(panel: Panel, lines: dict[str, list[Curve]]) -> JsonObject:
         "x_label": panel.x_label,
         "x": grid,
         "lines": drawn,
+        # Lowest and highest run, not an interval: with few seeds that is all that can be said.
         "bands": bands,
     }
 
@@ -110,9 +115,11 @@ def interpolated(curve: Curve, step: float) -> float | None:
 def _mean_matrix(title: str, found: Sequence[Matrix]) -> JsonObject:
     """Cell by cell over the runs that have the same rows and columns as the first; a cell that one lacks is lacking."""
     first = found[0]
+    # Matrices of another shape are no measurement of the same thing.
     same = [matrix for matrix in found if (matrix.rows, matrix.columns) == (first.rows, first.columns)]
     values = [
         [
+            # A mean over fewer runs than the title says would mislead, so one missing cell blanks it.
             sum(cells) / len(cells) if all(map(is_finite, cells)) else None
             for cells in zip(*(matrix.values[row] for matrix in same), strict=True)
         ]
@@ -128,6 +135,7 @@ def _mean_matrix(title: str, found: Sequence[Matrix]) -> JsonObject:
         "rows": first.rows,
         "columns": first.columns,
         "values": values,
+        # Bounds of the colours hold only if every run states them.
         "low": min(lows) if len(lows) == len(same) else None,
         "high": max(highs) if len(highs) == len(same) else None,
     }

@@ -56,10 +56,12 @@ def square_chart(squares: Squares) -> SquareChart:
     actions, rows = squares.actions, squares.rows[:MAXIMUM_NUMBERS]
     drawn = _chosen(actions)
     bottom = TOP + CELL * len(rows)
+    # One path string for all filled squares and one for all hollow ones: thousands of elements would slow the page.
     above: list[str] = []
     below: list[str] = []
     for column, action in enumerate(drawn):
         for line, value in enumerate(action.values[: len(rows)]):
+            # The area is the number's size, so the side is its root.
             side = (CELL - 2) * math.sqrt(min(1.0, abs(value)))
             x, y = LEFT + CELL * (column + 0.5) - side / 2, TOP + CELL * (line + 0.5) - side / 2
             square = f"M{x:.1f} {y:.1f}h{side:.1f}v{side:.1f}h{-side:.1f}Z"
@@ -76,6 +78,7 @@ def square_chart(squares: Squares) -> SquareChart:
         notes.append(f"{len(drawn)} are drawn, evenly spaced, marked ones by preference")
     if num_left_out > 0:
         notes.append(f"the last {num_left_out} numbers of each are left out")
+    # About eight labels, however many columns there are.
     every = max(1, round(len(drawn) / 8))
     return SquareChart(
         title=squares.title,
@@ -96,6 +99,7 @@ def square_chart(squares: Squares) -> SquareChart:
 
 def _chosen(actions: Sequence[Action]) -> list[Action]:
     marked = [k for k, action in enumerate(actions) if action.marked]
+    # Half the columns at most for marked actions, so that the unmarked ones are seen too; the rest is filled evenly.
     kept = {marked[k] for k in evenly_spaced(len(marked), MAXIMUM_ACTIONS // 2)}
     others = [k for k in range(len(actions)) if k not in kept]
     kept |= {others[k] for k in evenly_spaced(len(others), MAXIMUM_ACTIONS - len(kept))}

@@ -63,6 +63,7 @@ def drawings(html: str) -> dict[str, str]:
     found: dict[str, str] = {}
     names: set[str] = set()
     for match in _DRAWING.finditer(html):
+        # A figure of the page is valid XML once characters that XML forbids are gone, so a parser can be trusted here.
         figure = ElementTree.fromstring(_NO_XML.sub("\N{REPLACEMENT CHARACTER}", match[0]))
         title, unit = _title(figure)
         name = unique_name(title, names)
@@ -94,6 +95,7 @@ def light_style(css: str, svg: Element) -> str:
 
 
 def _is_used(selector: str, used: set[str]) -> bool:
+    # Other selectors (`:root`, `:hover`, those of the page's text) would style nothing in the file.
     classes = set(re.findall(r"\.([\w-]+)", selector))
     return ":" not in selector and classes <= used and (bool(classes) or selector.split()[0] == "svg")
 
@@ -111,6 +113,7 @@ def _standalone(figure: Element, title: str, unit: str) -> Element:
     """The drawing of ``figure`` between its title and its legend, without a style."""
     drawing = figure.find("svg")
     assert drawing is not None, "a figure of the page without a drawing"
+    # viewBox is "0 0 width height".
     width, height = (float(size) for size in drawing.get("viewBox", "").split()[2:])
     legend, legend_height = _legend(figure, width)
     total_width, total_height = width + 2 * MARGIN, HEAD + height + legend_height + MARGIN
@@ -141,6 +144,7 @@ def _legend(figure: Element, width: float) -> tuple[Element, float]:
     """The names of the lines beside a piece of each, wrapped to ``width``, and how high they are together."""
     legend, x, y = _element("g"), 0.0, 0.0
     for key, label in _keys(figure):
+        # There is no font to measure with, so a line's width is guessed from its characters.
         needed = SWATCH + 6 + CHARACTER * len(label) + 14
         if x and x + needed > width:
             x, y = 0.0, y + LEGEND_ROW
@@ -154,6 +158,7 @@ def _legend(figure: Element, width: float) -> tuple[Element, float]:
 def _keys(figure: Element) -> Iterator[tuple[str, str]]:
     """Class and name of every line in the page's legend."""
     for key in figure.iterfind(".//span[@class='key']"):
+        # The swatch's first child is the line; what follows the swatch is the name.
         swatch = key.find("svg")
         if swatch is not None and len(swatch):
             yield swatch[0].get("class", ""), (swatch.tail or "").strip()

@@ -27,6 +27,8 @@ from preceptor.runs.files import TEMPORARY, Digest, file_digest, storage_errors,
 from preceptor.runs.tensors import join_state, num_bytes, read_tensors, split_state, write_tensors
 
 SCHEMA = 2
+EARLIER_SCHEMAS = (1,)
+"""Whose bytes can still be verified, but whose parts are laid out otherwise: such a run cannot go on."""
 _REPLACED = ".replaced-"
 _SPARE_BYTES = 1 << 20  # headers, the manifest, and what the file system adds
 
@@ -66,8 +68,10 @@ class CheckpointStore:
         """
         if step < 0:
             raise CheckpointError(f"a step cannot be negative, got {step}")
+        # Keys become file names, so nothing in them may leave the folder.
         if faulty := [key for key in state if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", str(key))]:
             raise CheckpointError(f"a state cannot have a part named {faulty[0]!r}; allowed are letters, digits, . _ -")
+        # Everything is split and measured before the first byte is written: most failures happen here.
         parts = {key: split_state(part, key) for key, part in state.items()}
         rest = {key: plain for key, (_, plain) in parts.items()}
         text = json.dumps(rest).encode()
@@ -77,6 +81,7 @@ class CheckpointStore:
         with storage_errors(f"save checkpoint {_name(step)} in {self.root}", safe=self._safe()):
             self.root.mkdir(parents=True, exist_ok=True)
             self._clear_leftovers()
+            # Asked in advance, since a full disk in the middle of a save is slow to find and slow to clear.
             self._require_space(num_needed, step)
             with contextlib.ExitStack() as on_failure:
                 # Gives the space back, whatever failed; on success the folder has its final name by then.
@@ -87,16 +92,20 @@ class CheckpointStore:
                     if tensors:
                         files[f"{key}.safetensors"] = write_tensors(temporary / f"{key}.safetensors", tensors)
                 files["state.json"] = write_file(temporary / "state.json", [text])
+                # The manifest comes after the files it lists, and lists their hashes.
                 write_file(temporary / "manifest.json", [_manifest_text(step, files)])
+                # Names are in the folder, not in the files: without this fsync a power cut may lose them.
                 sync_folder(temporary)
                 if final.exists():
                     os.rename(final, self.root / f"{_REPLACED}{_name(step)}")  # `_paths` finds it if we die here
+                # The one moment at which the new checkpoint appears; a rename is atomic.
                 os.rename(temporary, final)
                 sync_folder(self.root)
                 on_failure.pop_all()
         self._damaged.discard(step)
         with storage_errors(f"remove old checkpoints in {self.root}", safe=f"checkpoint {_name(step)} is saved"):
             self._clear_leftovers()
+            # Only now: until here the old checkpoints are the only ones that are sure.
             self._prune(step)
         return final
 
@@ -109,11 +118,17 @@ class CheckpointStore:
         faults: dict[int, str] = {}
         self.notices = []
         paths = self._paths()
+        # Newest first; verification reads every byte, so it stops at the first sound one.
         for step in sorted(paths, reverse=True):
             fault = _fault(paths[step], step)
             if fault:
                 faults[step] = fault
                 continue
+            if _schema(paths[step]) in EARLIER_SCHEMAS:
+                raise CheckpointError(
+                    f"{paths[step]} was saved by an earlier version of Preceptor, which lays state out otherwise; "
+                    "resume the run with that version, or start a new one"
+                )
             self._damaged = set(faults)
             for damaged, reason in faults.items():
                 self.notices.append(f"checkpoint {_name(damaged)} is damaged ({reason}); using {_name(step)}")
@@ -139,6 +154,7 @@ class CheckpointStore:
         paths: dict[int, Path] = {}
         with storage_errors(f"list the checkpoints in {self.root}"):
             names = os.listdir(self.root) if self.root.is_dir() else []
+        # Replaced ones first, so that a checkpoint under its own name takes their place in the dictionary.
         for prefix in (_REPLACED, ""):
             for name in names:
                 if match := re.fullmatch(rf"{re.escape(prefix)}step-(\d{{6,}})", name):
@@ -172,6 +188,7 @@ class CheckpointStore:
     def _prune(self, saved: int) -> None:
         """Keeps the newest ``keep_last`` checkpoints and the one just ``saved``; by step, never by time."""
         paths = self._paths()
+        # A damaged one must not take the place of a sound one.
         candidates = [step for step in sorted(paths, reverse=True) if step not in self._damaged]
         kept = {saved, *candidates[: self.keep_last]}
         for step in sorted(set(paths) - kept):
@@ -205,10 +222,11 @@ def _fault(path: Path, step: int) -> str | None:
     try:
         raw = (path / "manifest.json").read_bytes()
         manifest = json.loads(raw)
+        # The manifest's own hash covers everything but itself.
         del manifest["sha256"]
         if raw != _signed(manifest):
             return "manifest.json: sha256 differs"
-        if manifest["schema"] != SCHEMA:
+        if manifest["schema"] not in (SCHEMA, *EARLIER_SCHEMAS):
             return f"manifest.json: schema {manifest['schema']}, this version reads {SCHEMA}"
         if manifest["step"] != step:
             return f"manifest.json: it is of step {manifest['step']}"
@@ -227,8 +245,13 @@ def _fault(path: Path, step: int) -> str | None:
     return None
 
 
+def _schema(path: Path) -> int:
+    return int(json.loads((path / "manifest.json").read_bytes())["schema"])
+
+
 def _read(path: Path, step: int) -> Checkpoint:
     with storage_errors(f"read checkpoint {path}"):
+        # Named after the keys of the state, as `save` wrote them.
         tensors = {file.stem: read_tensors(file) for file in sorted(path.glob("*.safetensors"))}
         rest = json.loads((path / "state.json").read_bytes())
     return Checkpoint(step, path, {key: join_state(tensors.get(key, {}), plain) for key, plain in rest.items()})

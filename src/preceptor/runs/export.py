@@ -19,6 +19,7 @@ from transformers.utils import logging
 from preceptor.errors import ConfigError, MissingExtraError, ModelError, ServiceError
 from preceptor.runs.files import TEMPORARY, replace_file, storage_errors
 from preceptor.runs.model_card import model_card
+from preceptor.runs.seal import require_unchanged
 
 MODEL = "model"
 """Folder of a run with what it learned."""
@@ -62,11 +63,12 @@ def export_model(folder: Path, destination: Path, *, merge: bool = False) -> Pat
     Raises:
         ConfigError: the run has no model, ``destination`` is in use, or there is no adapter to merge.
         ModelError: the base model cannot be loaded.
-        StorageError: the disk is full or refuses.
+        StorageError: the run has changed since it ended, or the disk is full or refuses.
     """
     source = folder / MODEL
     if not (source / "config.json").is_file() and not (source / ADAPTER_CONFIG).is_file():
         raise ConfigError(f"{folder} has no {MODEL}/ to export; a run writes it at its end: preceptor resume {folder}")
+    require_unchanged(folder, models=True)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConfigError(f"{destination} is not empty; give a folder that does not exist yet")
     if merge and not (source / ADAPTER_CONFIG).is_file():

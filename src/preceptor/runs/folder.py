@@ -9,6 +9,7 @@ decisions.jsonl   every action of the teacher
 checkpoints/      step-NNNNNN/
 notices.log       what was worth telling, with the time
 result.json       at the end
+seal.json         what all of these were at the end
 run.lock          who is at work here
 """
 
@@ -36,6 +37,7 @@ from preceptor.runs.metrics import JsonlLog
 from preceptor.runs.progress import COLUMNS, PLAN_NAME, Progress
 from preceptor.runs.random import RandomStreams, derived_seed, global_random_state, load_global_random_state
 from preceptor.runs.record import RECORD, plain_config, read_config, read_manifest, require_free, write_record
+from preceptor.runs.seal import SEAL_NAME, seal
 from preceptor.runs.signals import StopSignals
 from preceptor.runs.state import Stateful
 from preceptor.runs.strict_json import row_json
@@ -143,6 +145,18 @@ class Run:
         text = json.dumps(json.loads(row_json({"format": FORMAT, **result})), indent=2, ensure_ascii=False)
         replace_file(self.path / "result.json", text + "\n")
 
+    def conclude_trackers(self, result: Mapping[str, Any]) -> None:
+        """Shows the trackers what came of the run, with ``report.html`` where it has been written."""
+        page = self.path / "report.html"
+        for tracker in self._open_trackers(self.step + 1):
+            tracker.conclude(result, page if page.is_file() else None)
+
+    def seal(self) -> None:
+        """Notes sizes, rows and hashes of what the run leaves behind, as its last act."""
+        self.metrics.sync()
+        self.decisions.sync()
+        seal(self.path)
+
     # The loop: stopping and going on
 
     def loop(self, num_steps: int, state: Stateful, *, columns: Mapping[str, str] = COLUMNS) -> Iterator[int]:
@@ -231,7 +245,7 @@ class Run:
         if self._trackers is None:
             self._trackers = []
             for name in self.manifest["trackers"]:
-                self._trackers.append(open_tracker(name, self.path, first_step=first_step, config=self.config))
+                self._trackers.append(open_tracker(name, self.path, first_step=first_step, manifest=self.manifest))
         return self._trackers
 
 
@@ -252,14 +266,15 @@ def create_run(
     name: str | None = None,
     tags: Sequence[str] = (),
     project: str = "preceptor",
+    group: str | None = None,
     quiet: bool = False,
 ) -> Run:
     """A new run in ``path``, which must be absent or empty; locks it, writes ``config.yaml`` and ``manifest.json``.
 
     Sets torch's threads (``None``: see ``set_threads``), its float32 matmul precision (``None``: see
-    ``exact_matmul_precision``) and the
-    seed of its own generators, and records them. ``config`` holds plain values; ``save_every`` counts steps. ``name``,
-    ``tags`` and ``project`` are what trackers and the page call the run; by default its name is the folder's.
+    ``exact_matmul_precision``) and the seed of its own generators, and records them. ``config`` holds plain values;
+    ``save_every`` counts steps. ``name``, ``tags``, ``project`` and ``group`` are what trackers and the page call the
+    run; by default its name is the folder's.
 
     Raises ``ConfigError`` for a folder that is in use for something else or already a run, and for bad arguments;
     ``MissingExtraError`` for a tracker that is not installed; ``LockedError``; ``StorageError``.
@@ -280,6 +295,7 @@ def create_run(
         "name": name or path.name,
         "tags": list(tags),
         "project": project,
+        "group": group,
         "device": str(choose_device(device)),
         "code": env.code_version(),
         "config": plain_config(config),
@@ -329,6 +345,8 @@ def open_run(
         if differing and not allow_inexact:
             raise ConfigError(f"not bit-exact: {', '.join(differing)}; pass --allow-inexact to resume all the same")
         check_trackers(manifest["trackers"])
+        with storage_errors(f"unseal {path}"):
+            (path / SEAL_NAME).unlink(missing_ok=True)  # from here on its files change
         if extended is not None:
             config = _extend(path, manifest, extended)
         run = Run(path, manifest | {"environment": here, "config": config}, lock, quiet=quiet)

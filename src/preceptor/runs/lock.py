@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -15,6 +16,9 @@ from preceptor.runs.files import storage_errors
 
 LOCK_NAME = "run.lock"
 
+_PATIENCE = 0.2
+"""Seconds for which a lock is tried: an onlooker (``is_locked``) may hold it for an instant."""
+
 
 class FolderLock:
     """Holds ``folder`` for this process until ``release`` or its death, ``kill -9`` included.
@@ -27,7 +31,7 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         path = folder / LOCK_NAME
         # Released by whichever thread closes the run, so its state is not one thread's.
-        self._lock = FileLock(path, blocking=False, thread_local=False)
+        self._lock = FileLock(path, timeout=_PATIENCE, poll_interval=0.01, thread_local=False)
         with storage_errors(f"lock {folder}"):
             os.stat(folder)  # raises where there is none: the lock would make it
             try:
@@ -40,6 +44,21 @@ class FolderLock:
     def release(self) -> None:
         """Lets the next process in; a second call does nothing."""
         self._lock.release()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the lock of ``folder``; tried by taking it for an instant, with other onlookers."""
+    try:
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDONLY)
+    except OSError:  # none was ever taken, or it is not ours to look at
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _holder(path: Path) -> str:

@@ -40,11 +40,13 @@ class JsonlLog:
         ``StorageError`` when the disk refuses (the file is as before) and ``ValueError`` for a step out of order.
         """
         step = self.last_step
+        # All rows are checked before any is written.
         for row in rows:
             if "step" not in row or row["step"] < step or (row["step"] == step and self.one_row_per_step):
                 order = "strictly increasing" if self.one_row_per_step else "never decreasing"
                 raise ValueError(f"{self.path.name}: step {row.get('step')} after step {step}; steps must be {order}")
             step = row["step"]
+        # One write for all rows: with O_APPEND a kill leaves whole rows or a cut last one.
         data = "".join(row_json(row) + "\n" for row in rows).encode()
         with storage_errors(f"append to {self.path}", safe=f"its rows up to step {self.last_step} are intact"):
             descriptor = self._open()
@@ -81,6 +83,7 @@ class JsonlLog:
             self._count(line)
         with storage_errors(f"shorten {self.path}"):
             if self.path.exists():
+                # The descriptor cuts to `_size` as it opens; a second cut is harmless.
                 descriptor = self._open()
                 os.ftruncate(descriptor, self._size)
                 os.fsync(descriptor)
@@ -126,6 +129,7 @@ def _lines(path: Path) -> Iterator[_Line]:
     with storage_errors(f"read {path}"), open(path, "rb") as file:
         end = 0
         for number, raw in enumerate(file, start=1):
+            # Offsets in bytes, to which the file can be cut.
             end += len(raw)
             try:
                 line = _Line(json.loads(raw), end)

@@ -96,6 +96,7 @@ class Progress:
 
     def _seconds_left(self, step: int) -> float | None:
         done = step - self._first_step
+        # No step of this process yet, so nothing is known of its pace.
         if done <= 0 or step >= self.total:
             return None
         return (self._clock() - self._started) / done * (self.total - step)
@@ -104,6 +105,7 @@ class Progress:
 def _short(value: Any) -> str:
     """A number in at most seven characters or so; NaN stays visible."""
     if not isinstance(value, int | float):
+        # numpy numbers and tensors of one element.
         value = float(value)
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}" if math.isfinite(value) else str(value)

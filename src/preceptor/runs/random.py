@@ -19,6 +19,7 @@ def derived_seed(seed: int, name: str) -> int:
     >>> derived_seed(1, "sampling") == derived_seed(1, "sampling") != derived_seed(1, "evaluation")
     True
     """
+    # A hash and not an addition: seeds 1 and 2 must not share streams, whatever their names.
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big")
 
 
@@ -37,6 +38,7 @@ class RandomStreams(Mapping[str, torch.Generator]):
             raise ConfigError(f"seed must lie in [0, 2^63), got {seed}")
         if len(set(names)) < len(names):
             raise ConfigError(f"names of random streams must differ, got {', '.join(names)}")
+        # On the CPU, whose generator gives the same numbers on every machine.
         self._generators = {name: torch.Generator().manual_seed(derived_seed(seed, name)) for name in names}
 
     def __getitem__(self, name: str) -> torch.Generator:
@@ -66,6 +68,7 @@ class RandomStreams(Mapping[str, torch.Generator]):
             raise CheckpointError(
                 f"random streams differ: the state lacks {missing or 'none'}, adds {unknown or 'none'}"
             )
+        # All of them are read before any is set.
         states = {
             name: _from_text(state[name], f"random stream {name!r}", like=generator.get_state())
             for name, generator in self._generators.items()
@@ -108,6 +111,7 @@ def _from_text(text: str, name: str, *, like: Tensor) -> Tensor:
         data = bytearray(base64.b64decode(text, validate=True))
     except binascii.Error as error:
         raise CheckpointError(f"the state of {name} is not base64: {error}") from error
+    # Another version of torch may keep a state of another size.
     if len(data) != like.numel():
         raise CheckpointError(f"the state of {name} has {len(data)} bytes, this torch uses {like.numel()}")
     return torch.frombuffer(data, dtype=torch.uint8)

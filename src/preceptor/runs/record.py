@@ -25,6 +25,7 @@ _FIELDS = ("seed", "streams", "save_every", "keep_last", "trackers", "device", "
 def write_record(path: Path, manifest: Mapping[str, Any]) -> None:
     """Writes ``config.yaml`` and then ``manifest.json``, whose presence means that the run has begun."""
     config = yaml.safe_dump(manifest["config"], sort_keys=False, allow_unicode=True)
+    # This order: with the manifest there, config.yaml is there too.
     replace_file(path / "config.yaml", config)
     text = json.dumps({**manifest, "schema": _SCHEMA}, indent=2, ensure_ascii=False)
     replace_file(path / "manifest.json", text + "\n")
@@ -38,6 +39,7 @@ def require_free(path: Path) -> None:
         names = set(os.listdir(path)) if path.is_dir() else set()
     if "manifest.json" in names:
         raise ConfigError(f"{path} already holds a run; go on with: preceptor resume {path}, or choose another folder")
+    # What a `create_run` that was killed may have left; anything else is somebody's file.
     unfinished = {LOCK_NAME, "config.yaml", f"{TEMPORARY}config.yaml", f"{TEMPORARY}manifest.json"}
     if names and not (LOCK_NAME in names and names <= unfinished):
         raise ConfigError(f"{path} is not empty and not a run (it has {sorted(names)[0]!r}); choose another folder")
@@ -52,6 +54,7 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
         return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
     copy: dict[str, Any] = plain(config)
+    # Before the run begins and not when it ends: what cannot be written down cannot be resumed.
     if fault := json_fault(copy, "config"):
         raise ConfigError(
             f"the configuration cannot be written down: {fault}; use finite numbers, text, lists, mappings"

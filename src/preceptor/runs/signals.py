@@ -44,8 +44,10 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
+        # The first signal only sets a number; the run looks at it between two steps.
         name = signal.Signals(number).name
         if self.requested:
+            # Handlers go back first, so that a third Ctrl-C ends the process in any state.
             self._restore()
             raise Interrupted(f"stopped at once by {name}; what was saved is safe, resume continues from there", number)
         self.signal_number = number

@@ -30,11 +30,13 @@ def copy_tensors(saved: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> Non
 
     Raises ``CheckpointError`` when the names differ; then nothing is changed.
     """
+    # Names first: a checkpoint of another model must not change half of this one.
     if saved.keys() != live.keys():
         name = sorted(saved.keys() ^ live.keys())[0]
         raise CheckpointError(
             f"the checkpoint's parameters are not this model's ('{name}'); resume with the same model"
         )
+    # In place: the optimizer and its callers hold these very tensors.
     for name, tensor in live.items():
         tensor.copy_(saved[name])
 
@@ -53,6 +55,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     kind = type(optimizer).__name__
     if state["kind"] != kind:
         raise CheckpointError(f"the checkpoint's optimizer is {state['kind']}, this run's is {kind}")
+    # Shapes and not names: torch's optimizers know parameters by their place.
     if state["shapes"] != _shapes(optimizer):
         raise CheckpointError(f"the checkpoint's {kind} has other parameters: {_first_difference(state, optimizer)}")
     saved = state["state"]

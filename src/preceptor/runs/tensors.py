@@ -60,6 +60,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Digest:
         if tensor.layout != torch.strided or tensor.dtype not in _DTYPE_NAMES or tensor.device.type == "meta":
             kind = f"{tensor.dtype}, {tensor.layout}, {tensor.device}"
             raise CheckpointError(f"tensor {name!r} ({kind}) cannot be saved; allowed are dense real tensors with data")
+        # The same memory seen in the same way: a tied weight, written once.
         memory = (tensor.device, tensor.dtype, tensor.data_ptr(), tensor.shape, tensor.stride())
         # Tensors without elements all have the address 0 and share nothing.
         original = first_with.setdefault(memory, name) if tensor.numel() else name
@@ -77,12 +78,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Digest:
         dtype = _DTYPE_NAMES[stored[name].dtype]
         header[name] = {"dtype": dtype, "shape": list(stored[name].shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
+    # The data begins at a multiple of eight bytes, as the format recommends; spaces are valid JSON.
     text += b" " * (-len(text) % 8)
 
     def chunks() -> Iterator[bytes | memoryview]:
+        # Layout: length of the header (8 bytes, little-endian), header, data.
         yield len(text).to_bytes(8, "little")
         yield text
         for name in order:
+            # One tensor at a time leaves its device; flattened, its bytes can be read without a copy.
             yield stored[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
     return write_file(path, chunks())
@@ -119,16 +123,19 @@ def split_state(state: Any, name: str = "") -> tuple[dict[str, Tensor], JSON]:
 
     def split(value: Any, name: str) -> JSON:
         if isinstance(value, Tensor):
+            # Two places may give the same name ("a.b" as a key, "b" below "a"); a number keeps them apart.
             unique = name if name not in tensors else f"{name}#{len(tensors)}"
             tensors[unique] = value
             return {"$tensor": unique}
         if isinstance(value, Mapping):
+            # JSON would turn other keys into text, and they would not come back.
             if faulty := [key for key in value if not isinstance(key, str | int)]:
                 raise CheckpointError(f"state {name!r} has the key {faulty[0]!r}; allowed are text and integers")
             return {"$dict": [[key, split(item, f"{name}.{key}".lstrip("."))] for key, item in value.items()]}
         if isinstance(value, list | tuple):
             items = [split(item, f"{name}.{index}".lstrip(".")) for index, item in enumerate(value)]
             return {"$tuple": items} if isinstance(value, tuple) else items
+        # JSON has no word for NaN and the infinities.
         if isinstance(value, float) and not math.isfinite(value):
             return {"$float": str(value)}
         if value is None or isinstance(value, bool | int | float | str):
@@ -160,9 +167,11 @@ def join_state(tensors: Mapping[str, Tensor], rest: JSON) -> Any:
                 return tuple(join(item) for item in items)
             case [("$dict", list(items))]:
                 return {key: join(item) for key, item in items}
+        # A name that no tensor has ends here too.
         raise CheckpointError(f"saved state is not readable at {str(value)[:80]}")
 
     state = join(rest)
+    # A tensor too many means that state.json and the tensors are not of one save.
     if unused := sorted(set(tensors) - used):
         raise CheckpointError(f"saved state has tensors that nothing refers to: {', '.join(unused[:5])}")
     return state

@@ -1,15 +1,13 @@
-"""Looking at a run at work from outside: its newest rows and whether anybody is at it. Reads only, locks nothing."""
+"""Looking at a run at work from outside: its newest rows and whether anybody is at it. It changes nothing."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from preceptor.runs.lock import LOCK_NAME
+from preceptor.runs.lock import is_locked
 from preceptor.runs.metrics import read_jsonl
 from preceptor.runs.progress import PLAN_NAME
 
@@ -39,24 +37,8 @@ class MetricsTail:
 
 
 def is_at_work(folder: Path) -> bool:
-    """Whether the process that last locked the run still lives; of another machine's it is taken to.
-
-    The lock itself is not tried: for that moment a run that is being started would find its folder in use.
-    """
-    try:
-        note = json.loads((folder / LOCK_NAME).read_text())
-        pid, host = int(note["pid"]), str(note["host"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    if host != socket.gethostname():
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True  # somebody else's process, so there is one
-    return True
+    """Whether a process holds the run's lock and has not finished: no note in a copied folder can say otherwise."""
+    return not (folder / "result.json").is_file() and is_locked(folder)
 
 
 def planned_steps(folder: Path) -> int | None:

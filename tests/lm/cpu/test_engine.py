@@ -113,6 +113,70 @@ def test_a_model_that_says_something_else_is_not_taken_for_known(make_lm: MakeLM
     assert not LanguageModel(lm.model, lm.tokenizer, name="other").has_engine
 
 
+def silenced(make_lm: MakeLM, family: str, **changes: Any) -> LanguageModel:
+    """A model whose feed-forward networks give nothing yet, so that what is in them does not show."""
+    lm = make_lm(family, **changes)
+    for layer in lm.layers:
+        last: Any = layer.mlp.c_proj if family == "gpt2" else layer.mlp.down_proj
+        last.weight.data.zero_()
+    return LanguageModel(lm.model, lm.tokenizer, name="silenced")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gpt2", {"activation_function": "relu"}),
+        ("gpt2", {"activation_function": "gelu"}),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        ("llama", {"hidden_act": "gelu"}),
+        ("qwen2", {"hidden_act": "relu"}),
+    ],
+)
+def test_another_activation_is_read_from_the_configuration(name: str, changes: dict[str, Any], make_lm: MakeLM) -> None:
+    assert silenced(make_lm, name).has_engine
+    assert not silenced(make_lm, name, **changes).has_engine
+
+
+def test_agreement_is_measured_again_once_weights_have_moved(make_lm: MakeLM, random_tokens: Any) -> None:
+    lm = silenced(make_lm, "llama")
+    for layer in lm.layers:
+        mlp: Any = layer.mlp
+        mlp.act_fn = nn.GELU()  # unknown to the configuration, and hidden by the zeros behind it
+    assert Decoder(lm, batch_size=1).uses_engine
+    optimizer = torch.optim.SGD(lm.trainable_parameters().values(), lr=0.1)
+    for _ in range(3):
+        lm.model(input_ids=torch.tensor([random_tokens(9)])).logits.log_softmax(-1)[..., 7].sum().backward()
+        optimizer.step()
+    assert lm.engine() is None
+    assert not Decoder(lm, batch_size=1).uses_engine
+    (notice,) = lm.take_notices()
+    assert notice.startswith("the fast path of silenced is switched off: its logits have come to differ")
+    assert lm.take_notices() == []
+
+
+def test_a_resumed_run_measures_when_the_first_would(make_lm: MakeLM) -> None:
+    def move(lm: LanguageModel) -> None:
+        with torch.no_grad():
+            next(iter(lm.trainable_parameters().values())).add_(1e-3)
+
+    def measured(lm: LanguageModel) -> bool:
+        """Whether the next call for an engine measures."""
+        before = lm._next_measurement
+        assert lm.engine() is not None
+        return lm._next_measurement != before
+
+    lm, found = make_lm(), []
+    for number in range(9):
+        move(lm)
+        resumed = make_lm()
+        resumed.model.load_state_dict(lm.model.state_dict())
+        resumed.load_engine_state(lm.engine_state())
+        found.append(measured(lm))
+        assert measured(resumed) == found[-1], number
+        assert not measured(lm)
+    assert found == [True, True, False, True, False, False, False, True, False]  # changes 1, 2, 4 and 8
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("enabled", [True, False])
 def test_an_adapter_is_part_of_the_weights(name: str, enabled: bool, make_lora: MakeLM, random_tokens: Any) -> None:

@@ -71,6 +71,7 @@ def test_the_rules_are_those_of_the_objectives() -> None:
         ("mixture.weights=[1, 2]", "go with the rule static alone"),
         ("ppo.rewards=[{name: repetitions}]", "has no term 'repetitions'; use repetition"),
         ("ppo.rewards=[{name: length, weight: .inf}]", "`ppo.rewards[0].weight` must be finite, got inf"),
+        ("difficulty.sample_size=1", "`difficulty.sample_size` must be at least 2, got 1"),
         ("ppo.rewards=[]", "`ppo.rewards` is empty"),
         ("ppo.rewards=[{name: length}, {name: length}]", "names a term twice"),
         ("ppo.advantage=rloo", "`ppo.group_size` must be at least 2"),

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from preceptor.cli import main
 from preceptor.config import from_dict
+from preceptor.lm.cpu import engine as cpu_engine
 from preceptor.lm.model import LanguageModel
 from preceptor.runs.export import load_model
 from preceptor.systems.curriculum.baselines import Method
@@ -247,3 +249,46 @@ def test_a_reward_that_is_not_finite_is_left_out_and_told(tiny_folder: Path, tmp
     assert math.isfinite(logged[0]["gradient_norm"])
     config = from_dict(CurriculumConfig, result_of(tmp_path / "run")["config"])
     assert all(math.isnan(e.recorded) == math.isnan(e.recomputed) for e in verify(config, tmp_path / "run", SERVICES))
+
+
+# ---- sampler and scorer ---------------------------------------------------------------------------------------------
+
+
+ONE_MINIBATCH = ("ppo.epochs=1", "ppo.minibatches=1", "controls.rules=[]", "update.steps=3")
+
+
+def ratio_run(folder: Path, out: Path, *changes: str) -> list[float]:
+    """KL from the policy that sampled, before each step's first update: 0 but for rounding."""
+    assert main(arguments(folder, out, (*ONE_MINIBATCH, *changes))) == 0
+    return [row["old_policy_kl"] for row in rows(out / "metrics.jsonl") if row["arm"] == METHODS[0]]
+
+
+def test_a_ratio_that_does_not_begin_at_one_switches_the_fast_path_off(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        cpu_engine, "_gated_silu", lambda x: 1.3 * functional.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]
+    )
+    monkeypatch.setattr(cpu_engine, "kernel_library", lambda: None)
+    monkeypatch.setattr(LanguageModel, "_engine_difference", lambda _: 0.0)  # nothing has been noticed so far
+    first, *later = ratio_run(tiny_folder, tmp_path / "run")
+    assert first > 1e-6
+    assert max(later) < 1e-8
+    assert "fast path of" in (tmp_path / "run" / "notices.log").read_text()
+
+
+def test_an_unusual_activation_gives_a_ratio_of_one(tiny_folder: Path, tmp_path: Path) -> None:
+    """GPT-2 with ReLU whose feed-forward networks give nothing at first; the shared position makes it exact."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": 400}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, activation_function="relu", initializer_range=0.2, bos_token_id=0))
+    for layer in model.transformer.h:
+        layer.mlp.c_proj.weight.data.zero_()
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "model")
+    assert max(ratio_run(tmp_path / "model", tmp_path / "run", "update.learning_rate=0.05")) < 1e-8
+
+
+@pytest.mark.parametrize("change", ["model.dtype=bfloat16", "update.bf16=true"])
+def test_in_bfloat16_the_ratio_begins_at_one(tiny_folder: Path, tmp_path: Path, change: str) -> None:
+    assert max(ratio_run(tiny_folder, tmp_path / "run", change)) < 1e-6

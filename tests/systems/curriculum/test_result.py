@@ -97,13 +97,20 @@ def test_the_share_of_the_gap() -> None:
 
 def test_one_seed_claims_nothing() -> None:
     found = result(outcome_records(OUTCOMES, targets=TARGETS, seed=0), config={}, seeds=[0])
-    assert found["verdict"].startswith("With 1 seed no difference can be claimed")
+    assert found["verdict"].startswith(
+        "Learning progress beats uniform by 1 nats per token; one seed proves nothing yet. "
+    )
+    assert " With 1 seed no difference can be claimed" in found["verdict"]
 
 
 def test_no_gap_to_close_is_said() -> None:
     without = {name: OUTCOMES[name] for name in ("learning_progress", "uniform")}
     found = result(outcome_records(without, targets=TARGETS, seed=0), config={}, seeds=[0])
     assert found["static_gap_closed"]["learning_progress"]["mean"] is None
+    assert found["static_gap_closed"]["learning_progress"]["reason"] == "no static mixture but uniform was run"
+    assert "the best static mixture" not in found["verdict"]  # it would speak of an oracle that never ran
+    worse = without | {"static_a": outcome((0, 4.0, 6.0), (20, 3.0, 4.0))}
+    found = result(outcome_records(worse, targets=TARGETS, seed=0), config={}, seeds=[0])
     assert "learning progress is undefined (the oracle is not above uniform" in found["verdict"]
 
 

@@ -203,3 +203,24 @@ def test_equal_rewards_teach_nothing_in_groups() -> None:
     rewards, mask = torch.full((4, 3), 0.7), torch.ones(4, 3, dtype=torch.bool)
     for kind in ("rloo", "grpo", "dr_grpo"):
         assert (token_advantages(rewards, mask, kind=kind, group_size=4)[0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("rloo", [0.75, -0.75, 0.0, 0.0]),  # of -2, -3 and -2.5: less the mean of the other two
+        ("dr_grpo", [0.5, -0.5, 0.0, 0.0]),  # less the mean of the three, -2.5
+        ("grpo", [0.9998, -0.9998, 0.0, 0.0]),  # over their standard deviation 0.5 and 1e-4
+    ],
+)
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_continuation_without_a_finite_reward_leaves_its_group(
+    kind: str, expected: list[float], masked: bool
+) -> None:
+    rewards = torch.tensor([[-2.0, 0.0], [-1.0, -2.0], [0.0, math.nan], [-2.5, 0.0]])
+    mask = torch.ones(4, 2, dtype=torch.bool)
+    mask[2] = not masked
+    found, _ = token_advantages(rewards, mask, kind=kind, group_size=4)
+    torch.testing.assert_close(found, torch.tensor(expected)[:, None].expand(4, 2) + 0.0, rtol=0, atol=1e-4)
+    nobody, _ = token_advantages(rewards, torch.zeros_like(mask), kind=kind, group_size=4)
+    assert not nobody.any()

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preceptor.cli import main
+from preceptor.lm.load import load_language_model
 from preceptor.lm.model import LanguageModel
 from preceptor.runs.export import load_model
 from preceptor.runs.folder import open_run
@@ -447,3 +448,56 @@ def test_what_was_learned_comes_out(
     assert trajectories.order.tolist() == [order]
     assert sorted(order) == [0, 1, 2]
     capsys.readouterr()
+
+
+# ---- chat templates -------------------------------------------------------------------------------------------------
+
+CLOCK = (
+    "{% for message in messages %}{% if loop.first %}<|begin|>{{ strftime_now('%H:%M:%S.%f') }}\n{% endif %}"
+    "{{ message['role'] }}:\n{{ message['content'] }}\n{% endfor %}"
+)
+
+
+def test_a_template_that_reads_the_clock_is_rendered_once(
+    tiny_folder: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CLOCK
+    tokenizer.save_pretrained(folder)
+    assert main(command("--model", str(folder))) == 0
+    run = tmp_path / "run"
+    kept = json.loads((run / "chat_markers.json").read_text())
+    assert list(kept) == [str(folder)]
+    result = (run / "result.json").read_bytes()
+    assert main(["replay", str(run)]) == 0
+    # A resume goes on under the prompt that the run began with.
+    (run / "result.json").unlink()
+    for checkpoint in sorted((run / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(checkpoint)
+    assert main(["resume", str(run), "--no-report"]) == 0
+    assert json.loads((run / "chat_markers.json").read_text()) == kept
+    assert (run / "result.json").read_bytes() == result
+    assert main(["replay", str(run)]) == 0
+    capsys.readouterr()
+
+
+def test_chat_values_read_as_the_template_renders_them(tiny_folder: Path) -> None:
+    lm = load_language_model(str(tiny_folder), device=torch.device("cpu"))
+    lm.tokenizer.chat_template = CLOCK.replace("strftime_now('%H:%M:%S.%f')", "'noon'")
+    pairs = select_pairs(bundled_article(), DataOptions(num_pairs=4), lm, name="it")
+    article = tokenize_article(pairs, lm, prompt="Read {title}.", use_chat_template=True)
+    tokens = article.policy_sequence([2, 0], [lm.encode("one"), lm.encode("two")]).tokens
+    texts = [f"Read {pairs.title}.", "one", pairs.values[2], "two", pairs.values[0]]
+    conversation = [{"role": "assistant" if n % 2 else "user", "content": text} for n, text in enumerate(texts)]
+    rendered = lm.tokenizer.apply_chat_template(conversation, tokenize=False)
+    assert lm.decode(tokens) == rendered.removesuffix("\n")
+    assert tokens == tuple(lm.tokenizer(rendered.removesuffix("\n"), add_special_tokens=False)["input_ids"])
+
+
+def test_keys_that_all_read_the_same_are_told(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "page.txt").write_text("It tells of boats and lamps. " * 30)
+    assert main(command("--article", "page.txt")) == 0
+    assert "every key of 'page' reads the same" in capsys.readouterr().err

@@ -33,7 +33,7 @@ from preceptor.runs.tensors import split_state
 from preceptor.systems.reading import loop
 from preceptor.systems.reading.articles import bundled_article
 from preceptor.systems.reading.config import UpdateOptions
-from preceptor.systems.reading.rewards import PairBaseline
+from preceptor.systems.reading.rewards import PairBaseline, ReturnBaseline
 from preceptor.systems.reading.setup import Setup
 from preceptor.systems.reading.state import CollapseWatch, State
 from tests.systems.reading.small import language_model, policies
@@ -221,6 +221,7 @@ PIECES: dict[str, Callable[[State], None]] = {
     "optimizer": lambda state: state.optimizer.state.clear(),
     "moments": lambda state: vars(state).update(moments=RunningMoments()),
     "pair_baseline": lambda state: vars(state).update(pair_baseline=PairBaseline()),
+    "return_baseline": lambda state: vars(state).update(return_baseline=ReturnBaseline()),
     "guard": lambda state: vars(state).update(guard=NonFiniteGuard()),
     "collapse": lambda state: vars(state).update(collapse=CollapseWatch()),
     "queue": lambda state: state.queue.clear(),

@@ -17,7 +17,6 @@ from preceptor.errors import DataError
 from preceptor.lm.load import load_language_model
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.tokenizer import train_bpe_tokenizer
-from preceptor.objectives.statistics import RunningMoments
 from preceptor.systems.reading.articles import (
     ArticlePairs,
     Span,
@@ -30,6 +29,7 @@ from preceptor.systems.reading.environment import Trajectories
 from preceptor.systems.reading.rewards import (
     LanguageModelReader,
     PairBaseline,
+    ReturnBaseline,
     Rewards,
     SequenceScores,
     batch_rewards,
@@ -250,6 +250,15 @@ def test_the_pair_baseline_by_hand() -> None:
     torch.testing.assert_close(found, torch.zeros(1, 2))
 
 
+def test_the_pair_baseline_keeps_nine_tenths_of_the_old_mean() -> None:
+    """One pair of one token: -1, then -2: the mean is 0.9 of -1 and 0.1 of -2 when the second is compared with it."""
+    baseline, order = PairBaseline(), torch.tensor([[0]])
+    first, second = ((scored([[value]], [0]),) for value in (-1.0, -2.0))
+    assert baseline.subtract("a", order, first, value_rewards(first)).item() == 0.0
+    found = baseline.subtract("a", order, second, value_rewards(second))
+    assert found.item() == pytest.approx(-2.0 + 1.1)
+
+
 def test_the_pair_baseline_leaves_the_objective_as_it_was_when_all_pairs_are_read() -> None:
     """The sum over a row falls by the same number for every order, so differences between orders stay."""
     lengths, generator = (2, 5, 1, 4), torch.Generator().manual_seed(0)
@@ -293,7 +302,8 @@ def advantages(**arguments: Any) -> Tensor:
         "usable_mask": torch.ones(3, dtype=torch.bool),
         "credit": "following",
         "advantage": "leave_one_out",
-        "moments": RunningMoments(),
+        "article": "a",
+        "baseline": ReturnBaseline(),
         **arguments,
     }
     return step_advantages(STEPS if "rewards" not in settings else settings.pop("rewards"), **settings)
@@ -314,13 +324,65 @@ def test_group_normalised_divides_by_the_batch_deviation() -> None:
     torch.testing.assert_close(advantages(advantage="group_normalised"), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_the_running_mean_is_shared_out_over_the_steps_that_remain() -> None:
-    moments = RunningMoments()
-    moments.update(torch.tensor([2.0, 4.0]))  # mean 3: 3 before both steps, 1.5 before the last
-    found = advantages(advantage="running_mean", moments=moments)
-    torch.testing.assert_close(found, torch.tensor([[0.0, 0.5], [0.0, -1.5], [3.0, 2.5]]))
-    found = advantages(advantage="running_mean", moments=moments, credit="trajectory")
-    torch.testing.assert_close(found, torch.tensor([[0.0, 0.0], [0.0, 0.0], [3.0, 3.0]]))
+def test_the_running_mean_is_that_of_each_steps_returns_before_this_batch() -> None:
+    """The returns of STEPS are [3, 2], [3, 0], [6, 4], so after one batch the means are 4 and 2."""
+    baseline = ReturnBaseline()
+    assert not advantages(advantage="running_mean", baseline=baseline).any()  # nothing is known yet
+    found = advantages(advantage="running_mean", baseline=baseline)
+    torch.testing.assert_close(found, torch.tensor([[-1.0, 0.0], [-1.0, -2.0], [2.0, 2.0]]))
+    other = advantages(rewards=STEPS + 1, advantage="running_mean", baseline=baseline, article="b")
+    assert not other.any()  # another article has means of its own
+    found = advantages(rewards=torch.tensor([[7.0, 2.0]]), usable_mask=torch.tensor([True]), advantage="running_mean",
+                       baseline=baseline)  # fmt: skip
+    torch.testing.assert_close(found, torch.tensor([[5.0, 0.0]]))  # of what was before: two batches with means 4 and 2
+    copy = ReturnBaseline()
+    copy.load_state_dict(baseline.state_dict())
+    first, second = (advantages(advantage="running_mean", baseline=each) for each in (baseline, copy))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kind", ["values", "probe"])
+@pytest.mark.parametrize("pair_baseline", [False, True])
+@pytest.mark.parametrize("credit", ["following", "trajectory"])
+@pytest.mark.parametrize("advantage", ["leave_one_out", "group_normalised", "running_mean"])
+@pytest.mark.parametrize("excluded", [None, 0, 2])
+def test_equal_rewards_give_no_advantage_and_a_batch_has_none_on_average(
+    kind: str, pair_baseline: bool, credit: Any, advantage: Any, excluded: int | None
+) -> None:
+    """Over every kind of reward, credit, advantage and excluded row.
+
+    To catch: a second baseline of what the first one has centred already, whose advantages are about the reward itself.
+    """
+    generator = torch.Generator().manual_seed(0)
+    num_episodes, num_steps = 6, 4
+    usable = torch.ones(num_episodes, dtype=torch.bool)
+    for spread in (0.0, 0.1):
+        pairs, baseline = PairBaseline(), ReturnBaseline()
+        for _ in range(20):
+            # Means per token of -5 at every place: a trajectory's reward is -5.
+            means = -5 + spread * torch.randn(num_episodes, num_steps, generator=generator)
+            if excluded is not None:
+                means[excluded, 1], usable[excluded] = math.nan, False
+            order = torch.stack([torch.randperm(num_steps, generator=generator) for _ in range(num_episodes)])
+            scores = [
+                scored([[float(x)] * 2 for x in row], order_.tolist()) for row, order_ in zip(means, order, strict=True)
+            ]
+            rewards = value_rewards(scores)
+            steps = rewards.step_rewards
+            if kind == "probe":
+                steps = torch.zeros_like(steps)
+                steps[:, -1] = rewards.total
+            elif pair_baseline:
+                steps = pairs.subtract("a", order, scores, rewards)
+            found = step_advantages(
+                steps, usable_mask=usable, credit=credit, advantage=advantage, article="a", baseline=baseline
+            )
+            assert not found[~usable].any()
+            if spread == 0.0:
+                torch.testing.assert_close(found, torch.zeros_like(found), rtol=0, atol=1e-5)
+            # Of 6 episodes with 4 steps of deviation 0.1/4 the mean is about 0.02, in units of their deviation 0.4.
+            limit = 0.05 if advantage == "running_mean" else 1e-4
+            assert abs(float(found[usable].mean())) < limit
 
 
 def test_what_is_not_usable_is_neither_credited_nor_a_baseline() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ from preceptor.systems.surgery.evaluate import result, score_text
 from preceptor.systems.surgery.rewards import next_token_logits
 from tests.systems.surgery.small import small_model
 
-SEEDS = range(6)
+SEEDS = range(10)
 
 
 def record(
@@ -21,7 +22,12 @@ def record(
 
 
 def records(*, learned: float, evolution: float, shuffled: float) -> list[dict[str, Any]]:
-    """Six seeds; qualities and log-probabilities of the arms differ by constants plus a little seed noise."""
+    """Ten seeds; qualities and log-probabilities of the arms differ by constants plus a little noise of their own."""
+    generator = np.random.default_rng(0)
+
+    def jitter() -> float:
+        return float(generator.normal(scale=1e-3))
+
     found = [
         record("unigram", None, log_prob=-3.0, accuracy=0.15),
         record("bigram", None, log_prob=-2.5, accuracy=0.25),
@@ -29,11 +35,11 @@ def records(*, learned: float, evolution: float, shuffled: float) -> list[dict[s
     found.append(record("trigram", None, log_prob=-2.0, accuracy=0.35))
     for seed in SEEDS:
         noise = 0.001 * (seed % 3)
-        found.append(record("no_edit", seed, log_prob=-2.2 + noise, quality=noise))
+        found.append(record("no_edit", seed, log_prob=-2.2 + noise, quality=noise, accuracy=0.3 + jitter()))
         for arm, quality in (("learned", learned), ("evolution", evolution), ("shuffled", shuffled)):
-            found.append(record(arm, seed, log_prob=-2.2 + noise + quality, quality=quality - noise))
+            found.append(record(arm, seed, log_prob=-2.2 + noise + quality, quality=quality + jitter()))
         found.append(record("cross_entropy", seed, log_prob=-2.0 + noise, quality=noise, accuracy=0.4))
-        found.append(record("joint", seed, log_prob=-2.1 + noise))
+        found.append(record("joint", seed, log_prob=-2.1 + jitter()))
         found.append(record("training", seed, log_prob=-2.15 + noise))
     return found
 
@@ -60,14 +66,16 @@ def test_few_seeds_say_nothing_about_the_surgeon() -> None:
 
 def test_the_student_stands_on_the_ladder_where_it_beats_both_figures() -> None:
     verdict = result_of(records(learned=0.1, evolution=0.05, shuffled=0.05))["verdict"]
-    assert "2.199 nats per held-out token and 30.0 % accuracy, and passes the unigram and bigram in both" in verdict
+    assert "the student reaches 2.199 nats per held-out token and 30.0 % accuracy." in verdict
+    assert "The student passes the unigram in nats and accuracy. The student passes the bigram in nats and" in verdict
+    assert "passes the trigram" not in verdict
 
 
 def test_the_share_of_the_gap_runs_from_the_unigram() -> None:
     gaps = result_of(records(learned=0.1, evolution=0.05, shuffled=0.05))["gap_to_other_objectives"]["cross_entropy"]
     # nats: (3.0 − 2.2) / (3.0 − 2.0), with noise on both; accuracy: (0.3 − 0.15) / (0.4 − 0.15)
     assert gaps["log_prob_at_equal_tokens"]["mean"] == pytest.approx(0.8, abs=1e-3)
-    assert gaps["accuracy_at_equal_flops"]["mean"] == pytest.approx(0.6, abs=1e-9)
+    assert gaps["accuracy_at_equal_flops"]["mean"] == pytest.approx(0.6, abs=5e-3)
 
 
 def test_the_gap_at_equal_flops_is_that_to_the_run_of_equal_flops() -> None:
@@ -76,13 +84,13 @@ def test_the_gap_at_equal_flops_is_that_to_the_run_of_equal_flops() -> None:
     gaps = result_of(given)["gap_to_other_objectives"]["cross_entropy"]
     # nats: (3.0 − 2.2) / (3.0 − 1.4), noise on the student's; accuracy: (0.3 − 0.15) / (0.65 − 0.15)
     assert gaps["log_prob_at_equal_flops"]["mean"] == pytest.approx(0.5, abs=1e-3)
-    assert gaps["accuracy_at_equal_flops"]["mean"] == pytest.approx(0.3, abs=1e-9)
+    assert gaps["accuracy_at_equal_flops"]["mean"] == pytest.approx(0.3, abs=5e-3)
     assert gaps["log_prob_at_equal_tokens"]["mean"] == pytest.approx(0.8, abs=1e-3)
 
 
 def test_joint_learning_is_compared_with_the_same_training() -> None:
     verdict = result_of(records(learned=0.1, evolution=0.05, shuffled=0.05))["verdict"]
-    assert "Learning with surgery is +0.05 nats per token" in verdict
+    assert "Learning with surgery is +0.0" in verdict
     assert "from the same training without." in verdict
 
 
@@ -92,7 +100,7 @@ def test_rungs_of_several_runs_are_one() -> None:
     found = result_of([*given, *rungs])
     assert len(found["records"]) == len(given)
     assert found["arms"]["bigram"]["log_prob"]["n"] == 1
-    assert found["arms"]["learned"]["quality"]["n"] == 6
+    assert found["arms"]["learned"]["quality"]["n"] == 10
 
 
 def test_a_run_without_controls_has_a_result() -> None:

@@ -86,6 +86,7 @@ def read_article(
         StorageError: the file cannot be read or the cache not written.
         MissingExtraError: HTML or wikitext without the extra ``web``.
     """
+    # 1. A URL: http(s) alone, and Wikipedia's through its API, whose text is cleaner than the page.
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", source)
     if scheme and scheme[1].lower() not in {"http", "https"}:
         raise DataError(f"'{source}' cannot be read; pass a file, an http:// or https:// URL, or a Wikipedia title")
@@ -94,6 +95,7 @@ def read_article(
             language, title = wikipedia
             return _read_title(title, language, None, cache_dir, fetcher)
         return _cached(cache_dir, f"url {source}", lambda: _read_url(source, fetcher))
+    # 2. A file or folder that exists goes before a title of the same name.
     try:
         is_file, is_folder = Path(source).is_file(), Path(source).is_dir()
     except (OSError, ValueError) as error:  # too long for a name, or with a NUL
@@ -102,6 +104,7 @@ def read_article(
         return read_file(Path(source))
     if is_folder:
         raise DataError(f"'{source}' is a folder; pass one of its files, or use it as a folder of articles")
+    # 3. A mistyped path must not be looked up on Wikipedia.
     if _looks_like_path(source):
         raise DataError(_no_such_file(Path(source)))
     return _read_title(source, language, endpoint, cache_dir, fetcher)
@@ -111,6 +114,8 @@ def read_file(path: Path) -> Article:
     """The article in a file; see `read_article` for the forms and errors."""
     try:
         with path.open("rb") as file:
+            # One byte more than allowed tells a file of exactly the limit from a larger one, without reading all of
+            # that.
             body = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from error
@@ -142,6 +147,7 @@ def decode_text(body: bytes, *, name: str, encoding: str = "utf-8") -> str:
     Raises:
         DataError: empty, binary (NUL bytes), or not in ``encoding``; the message has the offset of the first bad byte.
     """
+    # Common on Windows, hence named: the message below would speak of a bad byte 0 and help nobody.
     if body.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{name} is UTF-16; save it as UTF-8")
     if (offset := body.find(b"\0")) >= 0:
@@ -149,8 +155,10 @@ def decode_text(body: bytes, *, name: str, encoding: str = "utf-8") -> str:
             f"{name} is binary (NUL at byte {offset}); pass plain text, Markdown, HTML or wikitext in UTF-8"
         )
     try:
+        # Strictly: a replaced character would be trained on.
         text = body.removeprefix(b"\xef\xbb\xbf").decode(encoding)
     except UnicodeDecodeError as error:
+        # Counted in the file, byte order mark included, as an editor or hexdump shows it.
         offset = error.start + (3 if body.startswith(b"\xef\xbb\xbf") else 0)
         raise DataError(
             f"{name} is not {encoding.upper()} (byte {offset} is 0x{body[offset]:02x}); save it as UTF-8"
@@ -165,6 +173,7 @@ def decode_text(body: bytes, *, name: str, encoding: str = "utf-8") -> str:
 def _article(body: bytes, *, form: Format | None, name: str, title: str, charset: str | None = None) -> Article:
     if len(body) > MAX_BYTES:
         raise DataError(f"{name} is over {MAX_BYTES:,} bytes, the most an article may have; pass a part of it")
+    # HTML may declare its encoding inside; the standard asks for it within the first 1,024 bytes.
     if charset is None and (form == "html" or (form is None and b"<html" in body[:1024].lower())):
         declared = re.search(rb"<meta[^>]+charset=[\"']?([\w-]+)", body[:2048], re.IGNORECASE)
         charset = declared[1].decode("ascii") if declared else None
@@ -182,6 +191,7 @@ def _from_blocks(blocks: list[Block], *, title: str, source: str) -> Article:
             f"{source} has {MAX_UNBROKEN_CHARACTERS:,} characters without a space ('{run[0][:20]}…'): data, not "
             "text; remove them"
         )
+    # Of the text that is read and not of the file: the same article as HTML and as plain text has one identity.
     return Article(title, text, source, hashlib.sha256(text.encode()).hexdigest())
 
 
@@ -198,6 +208,7 @@ def _blocks(text: str, form: Format) -> list[Block]:
 
 
 def _guess_format(text: str) -> Format:
+    # Most certain first. A lone "==" or "#" in prose would otherwise make wikitext or Markdown of a plain text.
     if re.match(r"\s*(?:<\?xml[^>]*>\s*)?<(?:!doctype html|html|head|body)\b", text, re.IGNORECASE):
         return "html"
     if "[[" in text and re.search(r"'''|\{\{|^=+ *\S.*=+\s*$", text, re.MULTILINE):
@@ -215,6 +226,7 @@ def _read_url(url: str, fetcher: Fetcher | None) -> Article:
 
     fetched = (fetcher or Fetcher(max_bytes=MAX_BYTES)).get(url)
     path = Path(unquote(urlsplit(fetched.url).path))
+    # The server's media type where it says something, else the suffix: many serve Markdown as text/plain.
     form = _MEDIA_TYPES.get(fetched.media_type)
     if form is None:
         if fetched.media_type not in {"", "text/plain", "application/octet-stream"}:
@@ -249,8 +261,10 @@ def _wikipedia_title(url: str) -> tuple[str, str] | None:
 
 def _cached(cache_dir: Path, key: str, read: Callable[[], Article]) -> Article:
     """The article kept under ``key``, or else the one that ``read`` gives, then kept; a damaged entry is read anew."""
+    # A hash as the file name: keys hold URLs and titles of any length and with any character.
     entry = cache_dir / f"{hashlib.sha256(f'{_CACHE_FORM} {key}'.encode()).hexdigest()}.json"
     try:
+        # The entry proves itself by its own hash, so that a damaged one counts as absent.
         article = Article(**json.loads(entry.read_text(encoding="utf-8")))
         if article.sha256 == hashlib.sha256(article.text.encode()).hexdigest():
             return article
@@ -266,6 +280,7 @@ def _cached(cache_dir: Path, key: str, read: Callable[[], Article]) -> Article:
             try:
                 json.dump(asdict(article), file)
                 file.flush()
+                # fsync before the rename: the name must not survive a power cut that the content does not.
                 os.fsync(file.fileno())
                 Path(file.name).replace(entry)
             except BaseException:  # Ctrl-C too: half an entry must not stay

@@ -98,7 +98,9 @@ class Fetcher:
                 return attempt(deadline)
             except TransientError as error:
                 failure = error
+            # The longer of our own wait and the server's: Retry-After is an order, not a hint.
             wait = max(uniform(0.0, self.backoff_seconds * 2.0**attempt_index), failure.retry_after)
+            # A wait that ends past the deadline would end in a failure anyway, so fail now.
             is_last = attempt_index + 1 == self.num_attempts or time.monotonic() + wait >= deadline
             if is_last:
                 break
@@ -117,6 +119,7 @@ class Fetcher:
         except ImportError as error:
             raise MissingExtraError("fetching over the network", package="httpx", extra="web") from error
 
+        # Parsed and checked before a socket is opened.
         address = _checked_url(url)
         # trust_env off: proxies and certificates from the environment would undo the check of addresses, and only the
         # command line reads the environment.
@@ -131,6 +134,7 @@ class Fetcher:
             follow_redirects=True,
             max_redirects=_MAX_REDIRECTS,
             event_hooks={"response": [_check_redirect]},
+            # gzip only: httpx counts decompressed bytes, so `max_bytes` bounds what an archive bomb unpacks to.
             headers={"User-Agent": self.user_agent, "Accept-Encoding": "gzip"},
         ) as client:
             try:
@@ -149,6 +153,7 @@ class Fetcher:
     def _read(self, response: httpx.Response) -> Fetched:
         status, url = response.status_code, response.url
         phrase = f"{status} {response.reason_phrase}".strip()
+        # Transient first, then what will not change by itself.
         if status in _TRANSIENT_STATUSES:
             raise TransientError(f"the server answered {phrase}", retry_after=_retry_after(response))
         if status in {404, 410}:
@@ -158,6 +163,7 @@ class Fetcher:
         body = bytearray()
         for part in response.iter_bytes():
             body += part
+            # Checked while reading, since a Content-Length may be absent or wrong.
             if len(body) > self.max_bytes:
                 raise DataError(f"{url} is over {self.max_bytes:,} bytes; save the part you want and pass it as a file")
         media_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
@@ -184,6 +190,7 @@ def _checked_url(url: str) -> httpx.URL:
 def _check_redirect(response: httpx.Response) -> None:
     if response.has_redirect_location:
         target = _checked_url(str(response.url.join(response.headers["Location"])))
+        # From https to http an attacker on the line could rewrite the article.
         if response.url.scheme == "https" and target.scheme != "https":
             raise DataError(f"{response.url} redirects to the unencrypted {target}; pass that URL if you trust it")
 

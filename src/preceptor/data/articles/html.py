@@ -50,6 +50,7 @@ def html_blocks(source: str) -> list[Block]:
     root = ElementTree.fromstring(extracted)
     blocks = list(_xml_blocks(root.find("main")))
     title = root.get("title")
+    # A page may repeat its title as a heading; it is then not put in front once more.
     if title and document_title(blocks) is None:
         blocks.insert(0, Block("heading", title, 1))
     return blocks

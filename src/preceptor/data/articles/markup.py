@@ -62,10 +62,12 @@ def article_text(blocks: Iterable[Block]) -> str:
     sections: list[list[str]] = [[]]
     back_matter_level: int | None = None
     for block in blocks:
+        # A citation mark at the end of a sentence would hide its full stop from the splitter, so it goes first.
         text = _clean(block.text)
         if HOLE in text and block.kind != "heading":
             text = " ".join(sentence for sentence in split_sentences(text) if HOLE not in sentence)
         if block.kind == "heading":
+            # A heading ends the back matter unless it lies deeper: subsections of "References" are left out with it.
             if back_matter_level is None or block.level <= back_matter_level:
                 back_matter_level = block.level if text.casefold().strip(" :") in BACK_MATTER else None
             sections.append([])
@@ -95,6 +97,7 @@ def plain_blocks(text: str) -> list[Block]:
             blocks.append(Block(kind, " ".join(lines)))
             lines.clear()
 
+    # A small state machine: lines gather until a blank line, a heading or a bullet ends the block.
     for line in map(str.strip, text.splitlines()):
         if heading := _WIKI_HEADING.fullmatch(line):
             flush()
@@ -104,6 +107,7 @@ def plain_blocks(text: str) -> list[Block]:
             kind = "item"
             lines.append(line[bullet.end() :])
         elif line:
+            # A line under a bullet continues the item; after a blank line it is a paragraph again.
             kind = kind if lines else "paragraph"
             lines.append(line)
         else:
@@ -116,11 +120,13 @@ def markdown_blocks(source: str) -> list[Block]:
     """Blocks of CommonMark text; tables, code blocks, raw HTML, images, footnotes and front matter are left out."""
     from markdown_it import MarkdownIt
 
+    # YAML front matter between --- lines, as static site generators write it.
     source = re.sub(r"\A---\n.*?\n---\n", "", source.replace("\r\n", "\n"), flags=re.DOTALL)
     blocks: list[Block] = []
     list_depth = 0
     in_table = False
     heading_level = 0
+    # Block tokens open and close around `inline` ones, which carry the text; tables are parsed to be left out.
     for token in MarkdownIt("commonmark").enable("table").parse(source):
         match token.type:
             case "bullet_list_open" | "ordered_list_open":
@@ -132,6 +138,7 @@ def markdown_blocks(source: str) -> list[Block]:
             case "heading_open":
                 heading_level = int(token.tag[1])
             case "inline" if not in_table and not token.content.startswith("[^"):
+                # Footnote marks, which CommonMark does not know and would show as text.
                 text = re.sub(r"\[\^[^\]\s]+\]", "", _inline_text(token.children or []))
                 if heading_level:
                     blocks.append(Block("heading", text, heading_level))
@@ -152,6 +159,7 @@ def _inline_text(tokens: list[Token]) -> str:
 def readable_formula(tex: str) -> str:
     r"""``tex`` if it reads as text (``n``, ``x^2``), without ``{\displaystyle …}`` and outer spaces; else a `HOLE`."""
     tex = re.sub(r"^\{\\displaystyle(.*)\}$", r"\1", tex.strip(), flags=re.DOTALL).strip()
+    # Other TeX commands cannot be read as words, so the sentence is given up (see `article_text`).
     return HOLE if not tex or re.search(r"[\\{}\n]", tex) else tex
 
 

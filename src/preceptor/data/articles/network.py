@@ -43,7 +43,9 @@ class Network:
             answers = self.resolve(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:  # no network looks the same as no such host
             raise httpcore.ConnectError(f"the host '{host}' cannot be resolved ({error})") from error
+        # Each address once, in the resolver's order of preference.
         addresses = list(dict.fromkeys(str(answer[4][0]) for answer in answers))
+        # All of them are checked, since the connection may end up at any.
         for address in addresses:
             if not self.allow_private_hosts and not is_public(address):
                 raise DataError(
@@ -102,10 +104,12 @@ def is_public(address: str) -> bool:
     (False, False, True)
     """
     ip: IPv4Address | IPv6Address = ip_address(address.partition("%")[0])
+    # An IPv6 form of a private IPv4 address would otherwise pass as global.
     if isinstance(ip, IPv6Address):
         wrapped = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
         if ip in _NAT64:
             wrapped = IPv4Address(int(ip) & 0xFFFFFFFF)
         if wrapped is not None:
             ip = wrapped
+    # 169.254.0.0/16 (cloud metadata), 10/8, loopback and the like are not global.
     return ip.is_global and not ip.is_multicast

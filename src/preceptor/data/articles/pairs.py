@@ -54,6 +54,7 @@ def sentence_pairs(
     """
     pairs: list[Pair] = []
     num_sentences = 0
+    # Sections first, then paragraphs: a pair across a section's end would join two topics.
     for section in re.split(r"\n[^\S\n]*\n[^\S\n]*\n\s*", text):
         pending: str | None = None
         for paragraph in split_paragraphs(section):
@@ -65,10 +66,12 @@ def sentence_pairs(
                 and _has_two_words(sentence)
             ]
             num_sentences += len(sentences)
+            # Both paragraphs are odd: their left-over sentences make one pair, and no other pairing changes.
             if pending is not None and len(sentences) % 2:
                 sentences.insert(0, pending)
             for key, value in zip(sentences[::2], sentences[1::2], strict=False):
                 pairs.append(Pair(len(pairs), key, value))
+            # An empty paragraph leaves the pending sentence waiting; an even one clears it.
             if sentences:
                 pending = sentences[-1] if len(sentences) % 2 else None
     if not pairs:
@@ -101,6 +104,7 @@ def chunk_pairs(
             f"the article is too short for one pair: it has {len(token_ids)} tokens and a pair takes {width} "
             f"({key_tokens} + {value_tokens}); pass a longer article or shorten the chunks"
         )
+    # No chunk is padded: the last start that fills a whole one is len − width.
     starts = range(0, len(token_ids) - width + 1, width)
     return [
         (tuple(token_ids[start : start + key_tokens]), tuple(token_ids[start + key_tokens : start + width]))
@@ -128,11 +132,13 @@ def hold_out_probes(
             f"{num_probes} probes leave nothing to read of {len(pairs)} pairs; hold out at most {len(pairs) - 1} or "
             "pass a longer article"
         )
+    # The middle of each of k equal parts: probes cover the article evenly and need no randomness.
     if generator is None:
         held_out = {(2 * i + 1) * len(pairs) // (2 * num_probes) for i in range(num_probes)}
     else:
         import torch
 
+        # A permutation, so that the first k are a sample without replacement.
         order = torch.randperm(len(pairs), generator=generator, device=generator.device)
         held_out = set(order[:num_probes].tolist())
     readable = [pair for position, pair in enumerate(pairs) if position not in held_out]
@@ -142,6 +148,7 @@ def hold_out_probes(
 
 def _latin_length(sentence: str) -> int:
     """Characters of ``sentence``, each of Chinese or Japanese as the three letters that say about as much."""
+    # 2 more for each, so that `min_characters` means about as much text in either script.
     return len(sentence) + 2 * len(_CJK.findall(sentence))
 
 

@@ -42,8 +42,10 @@ def _split_paragraph(paragraph: str, language: str) -> list[str]:
 
     sentences: list[str] = []
     for segment in sentencex.segment(language, paragraph):
+        # The pattern's group makes split() keep the parenthesis as a part of its own.
         for part in filter(None, _WHOLE_PARENTHESIS.split(segment)):
             if sentences and _continues(sentences[-1].rstrip(), part.strip()):
+                # Joined with its own white space, so that no character of the text is lost.
                 sentences[-1] += part
             else:
                 sentences.append(part)

@@ -44,11 +44,13 @@ def read_wikipedia(title: str, *, endpoint: str, fetcher: Fetcher) -> WikipediaP
         DataError: the title is malformed, missing, a disambiguation page or has no text; the message names near ones.
         ServiceError: no network, or the service failed, refused or answered nonsense in every try.
     """
+    # A "|" would ask the API for several pages at once; the rest cannot stand in a title.
     if not title.strip() or _INVALID_IN_TITLE.search(title) or len(title.encode()) > _MAX_TITLE_BYTES:
         raise DataError(
             f"{title[:80]!r} cannot be a Wikipedia title, which has 1 to {_MAX_TITLE_BYTES} bytes and none of "
             "# < > [ ] { } |; check the title, or pass a file or URL"
         )
+    # One request for text, kind and address. Plain text comes ready-made, with headings kept as ``== X ==``.
     answer = _query(
         endpoint,
         fetcher,
@@ -60,12 +62,14 @@ def read_wikipedia(title: str, *, endpoint: str, fetcher: Fetcher) -> WikipediaP
         redirects="1",
         titles=title,
     )
+    # formatversion 2 gives a list; one title asked for is one page answered.
     pages = answer.get("query", {}).get("pages")
     if not isinstance(pages, list) or len(pages) != 1 or "title" not in pages[0]:
         raise ServiceError(f"{endpoint} did not answer as the MediaWiki API does; check the endpoint")
     page = pages[0]
     if page.get("missing") or page.get("invalid"):
         raise DataError(_missing_message(title, _search(title, endpoint, fetcher)))
+    # A list of meanings is no article to learn from; its links are the candidates.
     if "disambiguation" in page.get("pageprops", {}):
         raise DataError(f"'{title}' may mean several articles; pass one of {_quoted(_links(title, endpoint, fetcher))}")
     found_title = str(page["title"])
@@ -84,6 +88,7 @@ def extract_blocks(extract: str) -> list[Block]:
     lines: list[str] = []
     indented: list[str] = []
     for line in extract.splitlines():
+        # Two spaces and more: how the extract sets a formula apart.
         if line.startswith("  "):
             indented.append(line.strip())
         elif line.strip():
@@ -108,6 +113,7 @@ def _put_back(indented: list[str], lines: list[str]) -> bool:
 
 def _query(endpoint: str, fetcher: Fetcher, **parameters: str) -> dict[str, Any]:
     """The decoded answer to one ``action=query``; lag and cut answers are retried like other transient failures."""
+    # maxlag: the API refuses while its replicas lag 5 s behind, as its rules for clients ask.
     params = {"action": "query", "format": "json", "formatversion": "2", "maxlag": "5", **parameters}
 
     def attempt(deadline: float) -> dict[str, Any]:
@@ -120,6 +126,7 @@ def _query(endpoint: str, fetcher: Fetcher, **parameters: str) -> dict[str, Any]
             raise TransientError("the answer is not a JSON object")
         if error := answer.get("error"):
             code, info = str(error.get("code")), str(error.get("info"))
+            # The API reports errors with status 200, so they have to be told apart here.
             if code in {"maxlag", "ratelimited"} or code.startswith("internal_api_error"):
                 raise TransientError(
                     f"the service is busy ({code}: {info})", retry_after=5.0 if code == "maxlag" else 0.0

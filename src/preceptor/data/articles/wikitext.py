@@ -49,6 +49,7 @@ def wikitext_blocks(source: str) -> list[Block]:
         raise MissingExtraError("reading wikitext", package="mwparserfromhell", extra="web") from error
 
     # References go first: an unbalanced quote inside one would make the parser take the tag for text.
+    # Two passes: the parser's tree to text with holes, then repairs of that text.
     text = _text(mwparserfromhell.parse(_REFERENCE.sub("", source)))
     text = re.sub(r"__[A-Z]+__|'{2,}", "", text)
     # A line of nothing but templates is a box or a note, no sentence.
@@ -116,6 +117,8 @@ def _template_text(node: Any) -> str:
     """The words that a template puts into a sentence, a `HOLE` for words that are not known."""
     name = " ".join(str(node.name).replace("_", " ").split()).casefold()
     arguments = [_text(parameter.value).strip() for parameter in node.params if not parameter.showkey]
+    # Named templates first, then those that show their first argument, then what is silent; all else leaves a hole,
+    # which costs a sentence and never invents one.
     match name, arguments:
         case (("convert" | "cvt"), [low, ("to" | "and" | "or" | "by" | "x" | "-" | "–") as joint, high, unit, *_]):
             return f"{low}–{high} {unit}" if joint in {"-", "–"} else f"{low} {joint} {high} {unit}"

@@ -32,6 +32,9 @@ class TokenBlocks:
         if any(len(block) < 2 for block in blocks):
             raise DataError(f"dataset '{name}' has a block of fewer than two tokens, in which nothing is predicted")
         self.name = name
+        # int32 holds every vocabulary and takes half the memory; Embedding wants int64, hence `long()` when one is
+        # read.
+        # Flat storage: a list of tensors would cost a few hundred bytes a block, which a corpus has by the million.
         self._tokens = torch.tensor([token for block in blocks for token in block], dtype=torch.int32)
         self._ends = torch.tensor([len(block) for block in blocks], dtype=torch.long).cumsum(dim=0)
         self.num_tokens = len(self._tokens)
@@ -43,6 +46,7 @@ class TokenBlocks:
         """Token ids of block ``index``, int64."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"dataset '{self.name}' has {len(self)} blocks, there is no block {index}")
+        # Negative indices count from the end, as for any sequence.
         index %= len(self)
         start = int(self._ends[index - 1]) if index else 0
         return self._tokens[start : int(self._ends[index])].long()
@@ -80,6 +84,7 @@ def split_held_out(documents: Sequence[Document], *, fraction: float) -> tuple[l
         raise ConfigError(f"the fraction to hold out must lie in [0, 0.5], got {fraction}")
     if fraction == 0:
         return list(documents), []
+    # A fixed pattern and no draw: what is held out is the same in every run.
     every = round(1 / fraction)
     if len(documents) >= every:
         train = [document for index, document in enumerate(documents) if index % every != every - 1]
@@ -116,6 +121,7 @@ def pack_blocks(
         raise ConfigError(f"blocks must hold at least 2 tokens (one given, one predicted), got {block_length}")
     if cross_documents:
         documents = [[token for document in documents for token in document]]
+    # One token less than a block: blocks overlap by the token that starts the next one.
     step = block_length - 1
     blocks = [
         document[start : start + block_length]
@@ -147,4 +153,5 @@ def pad_blocks(blocks: Sequence[Int[Tensor, " token"]], *, filler: int) -> Batch
     """
     lengths = torch.tensor([len(block) for block in blocks])
     tokens = torch.nn.utils.rnn.pad_sequence(list(blocks), batch_first=True, padding_value=filler)
+    # [batch, time] by broadcasting [time] against [batch, 1].
     return Batch(tokens, torch.arange(tokens.shape[1]) < lengths[:, None])

@@ -72,8 +72,10 @@ def _book(row: Row) -> str:
 def _wikitext(row: Row) -> str:
     """One WikiText paragraph with its tokenised spacing undone; headings become empty."""
     text = _text(row, "text").strip()
+    # A heading is a row of its own in WikiText; alone it is no document.
     if _HEADING.match(text):
         return ""
+    # " @-@ " and the like stand for "-" that the tokeniser split.
     text = _WIKITEXT_JOINERS.sub(r"\1", text)
     text = _SPACE_AFTER.sub(r"\1", _SPACE_BEFORE.sub(r"\1", text))
     return _QUOTED.sub(r'"\1"', text).replace(" n't", "n't")
@@ -130,6 +132,7 @@ def read_documents(path: Path, *, adapter: str = "text", join: int = 1) -> Itera
         MissingExtraError: a Parquet file without the extra ``datasets``.
     """
     adapt = adapter_named(adapter)
+    # Files in order of their path, so that every machine reads the same documents in the same order.
     if path.is_dir():
         for file in _files(path):
             yield from read_documents(file, adapter=adapter, join=join)
@@ -137,6 +140,7 @@ def read_documents(path: Path, *, adapter: str = "text", join: int = 1) -> Itera
     if not path.is_file():
         raise DataError(f"corpus file {path} does not exist; check the path or the corpus folder")
     try:
+        # A file of rows is read lazily, one of plain text whole: it is one document.
         if rows := _ROWS.get(path.suffix.lower()):
             yield from joined(adapted(rows(path), adapt), join)
         elif path.suffix.lower() not in _PLAIN_SUFFIXES:
@@ -146,6 +150,7 @@ def read_documents(path: Path, *, adapter: str = "text", join: int = 1) -> Itera
         elif adapter != "text":
             raise DataError(f"{path} is plain text, which has no rows for the adapter '{adapter}'; leave it out")
         else:
+            # utf-8-sig drops the byte order mark that some editors write.
             lines = path.read_text(encoding="utf-8-sig").splitlines()
             text = "\n".join(line for line in lines if not _HEADING.match(line)).strip()
             if text:
@@ -173,6 +178,7 @@ def adapted(rows: Iterator[tuple[str, Row]], adapt: Callable[[Row], str]) -> Ite
     for place, row in rows:
         try:
             text = adapt(row).strip()
+            # Raises for half a surrogate pair, which a JSON escape can smuggle in.
             text.encode()
         except (KeyError, TypeError) as error:
             raise DataError(
@@ -189,6 +195,7 @@ def joined(pieces: Iterator[str], join: int) -> Iterator[str]:
     """Documents of ``join`` consecutive non-empty pieces each; the last may have fewer."""
     held: list[str] = []
     for piece in pieces:
+        # Empty pieces (headings, blank rows) do not count towards a document.
         if piece:
             held.append(piece)
         if len(held) == join:
@@ -213,6 +220,7 @@ def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Row]]:
 def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """Rows of a ``.json`` file: an array of objects, or an object a line as in ``.jsonl``."""
     text = path.read_text(encoding="utf-8-sig")
+    # .json may be an array or, against its name, an object a line; the first character tells which.
     if not text.lstrip().startswith("["):
         yield from _json_lines(path, text.splitlines())
         return
@@ -236,12 +244,15 @@ def _object(place: str, row: Any, form: str) -> Row:
 
 def _table_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """Rows of a ``.csv`` or ``.tsv`` file, whose first line names the fields."""
+    # csv's own limit of 131,072 characters is shorter than many articles.
     csv.field_size_limit(_LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
+        # strict: a stray quote would otherwise swallow the rows that follow it.
         reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         try:
             for row in reader:
                 place = f"{path}, line {reader.line_num}"
+                # DictReader puts cells beyond the header under the key None.
                 if None in row:
                     raise DataError(f"{place}: more cells than the {len(reader.fieldnames or ())} fields; repair it")
                 yield place, row
@@ -257,6 +268,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         number = 0
         with parquet.ParquetFile(path) as file:
+            # In batches, for a file may be larger than memory.
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
                 for row in batch.to_pylist():
                     number += 1

@@ -76,11 +76,13 @@ def read_sources(sources: Sequence[Source], *, root: Path | None = None) -> dict
     Raises:
         DataError: naming every source that is faulty, missing, unreadable or empty, with what is wrong with each.
     """
+    # Every source is tried before anything is raised: one start of the program shows all mistakes.
     faults = source_faults(sources)
     documents: dict[str, list[str]] = {}
     if not faults:
         for source in sources:
             try:
+                # islice stops a stream after the documents wanted, so no more than these are downloaded.
                 documents[source.name] = list(islice(_documents(source, root or Path()), source.max_documents or None))
             except (DataError, MissingExtraError, OSError) as error:
                 faults.append(f"dataset '{source.name}': {error}")
@@ -96,8 +98,10 @@ def _documents(source: Source, root: Path) -> Iterator[str]:
     path = root / Path(source.location).expanduser()
     if path.exists():
         return read_documents(path, adapter=source.adapter, join=source.join)
+    # A missing file must not be looked up on the hub under its name.
     if Path(source.location).suffix.lower() in _FILE_SUFFIXES or not _HUB_NAME.fullmatch(source.location):
         raise DataError(f"{path} does not exist; check the path, or give the name of a dataset on the hub")
+    # A hub dataset may hold terabytes.
     if not source.max_documents:
         raise DataError(
             f"there is no file or folder {path}, and the hub dataset {source.location} needs `max_documents`, since "
@@ -123,6 +127,7 @@ def hub_documents(source: Source) -> Iterator[str]:
     adapt = adapter_named(source.adapter)
     place = f"{source.location}, split {source.split}"
     try:
+        # streaming: rows arrive one by one and nothing is stored on disk.
         stream = datasets.load_dataset(source.location, source.subset or None, split=source.split, streaming=True)
         rows = ((f"{place}, row {number}", row) for number, row in enumerate(stream, start=1))
         yield from joined(adapted(rows, adapt), source.join)

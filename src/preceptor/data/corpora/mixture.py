@@ -71,6 +71,8 @@ class MixtureSampler:
             raise ConfigError(f"{len(self.names)} datasets need as many weights, got shape {tuple(checked.shape)}")
         if not (torch.isfinite(checked).all() and (checked >= 0).all() and checked.sum() > 0):
             raise ConfigError(f"weights must be finite, at least 0 and not all 0, got {checked.tolist()}")
+        # Weights that no row was drawn under are dropped, and those older than the oldest row that can still be taken
+        # back.
         held = [entry for entry in self._schedule if entry[0] < self.num_drawn]
         self._schedule = [*held[self._in_force(held, self.num_drawn - len(self._recent)) :]]
         self._schedule.append((self.num_drawn, checked / checked.sum()))
@@ -78,6 +80,7 @@ class MixtureSampler:
     @staticmethod
     def _in_force(schedule: Sequence[tuple[int, Tensor]], row: int) -> int:
         """Which entry of ``schedule`` holds for ``row``: the last that begins at it or before."""
+        # Not below 0: an empty schedule has no entry in force.
         return max(bisect_right(schedule, row, key=lambda entry: entry[0]) - 1, 0)
 
     @property
@@ -92,10 +95,12 @@ class MixtureSampler:
 
     def draw(self) -> tuple[int, int]:
         """The next dataset's place in the list, and the place of the next row in it."""
+        # Cumulative shares [choices]: the random number falls into one of the intervals.
         boundaries = self._schedule[self._in_force(self._schedule, self.num_drawn)][1].cumsum(dim=0)
         # Scaled to the sum of the weights, which rounding may leave beside 1; a share of 0 is never drawn.
         number = self._random_number(self.num_drawn) * boundaries[-1]
         dataset = int(torch.searchsorted(boundaries, number, right=True))
+        # The count alone gives epoch and place, so nothing else has to be saved.
         epoch, position = divmod(self._counts[dataset], self.sizes[dataset])
         self._counts[dataset] += 1
         self._recent.append(dataset)
@@ -123,6 +128,7 @@ class MixtureSampler:
                 f"{num_consumed} rows cannot have been consumed of {self.num_drawn} drawn, of which the last "
                 f"{len(self._recent)} can be taken back; count the rows that were trained on since the start"
             )
+        # The last `ahead` draws are undone.
         for dataset in list(self._recent)[len(self._recent) - ahead :]:
             counts[dataset] -= 1
         return {
@@ -141,6 +147,7 @@ class MixtureSampler:
         Raises:
             CheckpointError: the state is of other datasets or another seed; nothing has changed then.
         """
+        # All checks before anything changes.
         if state.keys() != {"seed", "counts", "weights"}:
             raise CheckpointError(f"a sampler's state has seed, counts and weights, this one has {sorted(state)}")
         if state["seed"] != self.seed or list(state["counts"]) != list(self.names):
@@ -152,10 +159,12 @@ class MixtureSampler:
             (int(begin), torch.tensor(weights, dtype=torch.float64)) for begin, weights in state["weights"]
         ]
         self._counts = [int(count) for count in state["counts"].values()]
+        # Rows drawn before the state was taken cannot be taken back after it.
         self._recent.clear()
 
     def _random_number(self, index: int) -> Float[Tensor, ""]:
         """The ``index``-th number in [0, 1) of this seed; computed a page at a time."""
+        # Numbers by the page: any index is reached without drawing all before it, which makes resuming instant.
         page, offset = divmod(index, 1024)
         if self._numbers[0] != page:
             generator = _generator(f"{self.seed}:choice:{page}")
@@ -164,6 +173,7 @@ class MixtureSampler:
 
     def _order(self, dataset: int, epoch: int) -> Tensor:
         """The dataset's rows in the order of ``epoch``."""
+        # One order a dataset is kept: epochs come one after the other.
         cached_epoch, order = self._orders.get(dataset, (-1, torch.empty(0)))
         if cached_epoch != epoch:
             generator = _generator(f"{self.seed}:order:{self.names[dataset]}:{epoch}")
@@ -174,6 +184,7 @@ class MixtureSampler:
 
 def _generator(name: str) -> torch.Generator:
     """A generator that is a function of ``name`` alone."""
+    # A hash of the name seeds it, because Python's own hash() differs from process to process.
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
 
 
@@ -203,6 +214,7 @@ class MixtureDataset(IterableDataset[dict[str, Any]]):
     def __init__(self, datasets: Sequence[TokenBlocks], *, sampler: MixtureSampler) -> None:
         sizes = {blocks.name: len(blocks) for blocks in datasets}
         expected = dict(zip(sampler.names, sampler.sizes, strict=True))
+        # Names and sizes in order: indices from the sampler are looked up here.
         if list(sizes.items()) != list(expected.items()) or len(datasets) != len(sizes):
             raise ConfigError(f"the datasets have the rows {sizes}, the sampler {expected}; they must agree, in order")
         self.datasets = datasets
@@ -238,5 +250,6 @@ def collate(examples: Sequence[Mapping[str, Any]], *, filler: int) -> dict[str, 
     return {
         "input_ids": batch.tokens,
         "attention_mask": batch.token_mask.long(),
+        # −100 is the index that PyTorch's cross-entropy ignores.
         "labels": batch.tokens.masked_fill(~batch.token_mask, -100),
     }

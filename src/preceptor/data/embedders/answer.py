@@ -36,14 +36,17 @@ def read_answer(
         return {}, None, [f"not the JSON of a list of embeddings, or cut short ({len(body):,} bytes)"]
     usage = answer.get("usage")
     num_tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
+    # Booleans are integers in Python, hence `type`; 2^32 tokens is more than any request may hold.
     if type(num_tokens) is not int or not 0 <= num_tokens < 1 << 32:
         num_tokens = None
 
     vectors: dict[bytes, Vector] = {}
     faults: list[str] = []
     seen: set[int] = set()
+    # Every item on its own: what arrived well has been paid for and is kept.
     for item in items:
         index = item.get("index") if isinstance(item, dict) else None
+        # A negative index would be a valid one in Python.
         if type(index) is not int or not 0 <= index < len(keys):
             faults.append(f"an item has index {index!r:.40}, allowed are 0 to {len(keys) - 1}")
             continue
@@ -53,6 +56,7 @@ def read_answer(
             continue
         seen.add(index)
         vector = _decode(item.get("embedding"))
+        # In float64, since the squares of a float32 vector may overflow.
         norm = 0.0 if vector is None else float(np.linalg.norm(vector.astype(np.float64)))
         if vector is None:
             faults.append(f"the vector of index {index} is neither base64 float32 nor a list of numbers")
@@ -64,6 +68,7 @@ def read_answer(
             faults.append(f"the vector of index {index} has norm {norm:.4g}, expected 1")
         else:
             vectors[keys[index]] = vector if is_unit_norm else (vector / norm).astype(np.float32)
+    # Missing ones last, so that a wrong index is reported as well as its absence.
     if len(seen) < len(keys):
         first = min(set(range(len(keys))) - seen)
         faults.append(f"{len(keys) - len(seen)} of {len(keys)} vectors are missing, the first is index {first}")
@@ -73,6 +78,7 @@ def read_answer(
 def _decode(embedding: object) -> Vector | None:
     try:
         if isinstance(embedding, str):
+            # "<f4": the service sends little-endian, whatever this machine is.
             return np.frombuffer(base64.b64decode(embedding, validate=True), dtype="<f4").astype(np.float32)
         if isinstance(embedding, list) and all(type(number) in (int, float) for number in embedding):
             with np.errstate(over="ignore"):  # beyond float32 becomes infinity, which is refused by name

@@ -40,6 +40,7 @@ class TextEmbedder(Protocol):
 
 def require_texts(texts: Sequence[str]) -> None:
     """Raise :class:`DataError` naming the first of ``texts`` that is not a string or is empty."""
+    # A string is a sequence of strings too: its letters would be embedded one by one.
     if isinstance(texts, str):
         raise DataError("texts must be a sequence of strings, got one string; wrap it in a list")
     for position, text in enumerate(texts):
@@ -47,5 +48,6 @@ def require_texts(texts: Sequence[str]) -> None:
             raise DataError(
                 f"text {position + 1} of {len(texts)} must be a string, got {type(text).__name__}; remove or convert it"
             )
+        # Services refuse an empty text, or bill it for a vector that means nothing.
         if not text:
             raise DataError(f"text {position + 1} of {len(texts)} is empty, which has no embedding; remove it")

@@ -83,8 +83,10 @@ class PaidCache:
         self.path = path
         self.version = version
         self.dimension = dimension
+        # Through str and Decimal: as a binary fraction an amount may lie just below itself, and int() cuts.
         self.cap = int(Decimal(str(max_usd)) * NANO)
         with self.exclusive(), self._database() as database:
+            # 0 is a new file; a later format must not be read as if it were this one.
             (found,) = database.execute("PRAGMA user_version").fetchone()
             if found not in (0, _FORMAT):
                 raise StorageError(f"{path} has format {found}, this version reads {_FORMAT}; choose another folder")
@@ -137,6 +139,7 @@ class PaidCache:
         with self._database() as database:
             for key in keys:
                 row = database.execute(query, (self.version, key)).fetchone()
+                # A row of another length was cut short or is of another dimension.
                 if row is not None and len(row[0]) == 4 * self.dimension:
                     vectors[key] = np.frombuffer(row[0], dtype="<f4").astype(np.float32)
         return vectors
@@ -186,6 +189,7 @@ class PaidCache:
 
     def require_space(self, num_vectors: int) -> None:
         """Raise :class:`StorageError` unless the disk has room for ``num_vectors`` more."""
+        # 200 bytes for the key, the index and SQLite's own.
         needed = 2 * num_vectors * (4 * self.dimension + 200) + _SPARE_BYTES  # in the log, then in the table
         free = shutil.disk_usage(self.path.parent).free
         if free < needed:

@@ -47,6 +47,7 @@ class SentenceTransformerEmbedder:
                 f"sentence-transformers model {model!r} cannot be loaded: {reason}; give a model on the hub or a "
                 "folder with safetensors weights and no code of its own"
             ) from error
+        # The package's version too: a new one may pool or normalise otherwise.
         self.version = f"{model} (sentence-transformers {installed})"
         self.dimension: int | None = self._model.get_embedding_dimension()
         self._batch_size = batch_size
@@ -57,6 +58,7 @@ class SentenceTransformerEmbedder:
     def embed(self, texts: Sequence[str]) -> Float[Tensor, "text dimension"]:
         """See :meth:`TextEmbedder.embed`. Unit norm. Raises :class:`NumericError` if the model yields NaN."""
         require_texts(texts)
+        # encode([]) has no well-defined shape.
         if not texts:
             return torch.empty(0, self.dimension or 0)
         vectors = self._model.encode(
@@ -68,6 +70,7 @@ class SentenceTransformerEmbedder:
         )
         # encode() runs under inference mode; a clone made outside of it may take part in autograd again.
         vectors = torch.Tensor.clone(vectors.to(device="cpu", dtype=torch.float32))
+        # One bad vector would make every cosine with it NaN.
         finite = vectors.isfinite().all(dim=1)
         if not finite.all():
             position = int((~finite).nonzero()[0])

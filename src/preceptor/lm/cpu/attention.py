@@ -56,6 +56,7 @@ class CpuAttention(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is not scaled_dot_product_attention:
             return func(*args, **kwargs)
+        # Transformers passes these by position or by name, depending on its version and the model.
         options = dict(zip(_PARAMETERS, args, strict=False)) | kwargs
         mask = options.get("attn_mask")
         is_learned = mask is not None and mask.requires_grad
@@ -65,9 +66,11 @@ class CpuAttention(TorchFunctionMode):
         attend: Any = _CompiledAttention if _fits_kernel(query, key, value, options) else _PytorchAttention
         if attend is _CompiledAttention and mask is not None:
             options["attn_mask"] = self._mask_for_kernel(mask)
+        # An autograd function of its own, so that the backward pass too runs the chosen kernel.
         return attend.apply(query, key, value, options)
 
     def _mask_for_kernel(self, mask: Tensor) -> Tensor:
+        # Compared by identity: one pass hands the same mask object to every layer, so it is laid out once.
         if self._mask is None or self._mask[0] is not mask:
             self._mask = mask, mask_for_kernel(mask)
         return self._mask[1]
@@ -89,9 +92,11 @@ def _fits_kernel(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str
     if any(part.dim() != 4 or part.dtype not in _DTYPES or not part.numel() for part in (query, key, value)):
         return False
     rows, heads, queries, width = query.shape
+    # Grouped queries: [batch, heads, time, width] against [batch, kv_heads, slots, width].
     num_kv_heads, slots = key.shape[1:3]
     mask = options.get("attn_mask")
     return (
+        # From here on the case is well-formed: shapes agree, head counts divide, and the mask covers all scores.
         key.shape == value.shape == (rows, num_kv_heads, slots, width)
         and (heads == num_kv_heads or (bool(options.get("enable_gqa")) and heads % num_kv_heads == 0))
         and (mask is None or (_is_mask_of(mask, (rows, heads, queries, slots)) and not options.get("is_causal")))
@@ -126,6 +131,8 @@ class _Heads(ctypes.Structure):
         """Address and strides of ``tensor``; an axis with one entry gets stride 0, which broadcasts it."""
         if tensor is None:
             return cls()
+        # The kernel walks by strides, so transposed views and broadcast masks need no copy. The innermost stride is not
+        # passed on: it must be 1 (see `_plain`).
         strides = [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
         return cls(tensor.data_ptr(), *strides[:3])
 
@@ -149,6 +156,7 @@ class _CompiledAttention(torch.autograd.Function):
         out = _like(inputs[0])
         log_sums = out.new_empty(out.shape[:3])  # [batch, heads, time]: what the backward pass needs of the softmax
         scale = options.get("scale")
+        # 1/√width, as in scaled_dot_product_attention.
         ctx.scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
         ctx.is_causal = bool(options.get("is_causal"))
         tensors = (*inputs, options.get("attn_mask"), out, log_sums)
@@ -180,6 +188,7 @@ def _arguments(ctx: Any, tensors: Sequence[Tensor | None]) -> _Arguments:
 def _run(name: str, arguments: _Arguments) -> None:
     library = kernel_library()
     assert library is not None
+    # The return value is nonzero when an allocation fails; the buffers grow with rows and threads.
     if library[name](ctypes.byref(arguments), ctypes.c_int64(torch.get_num_threads())):
         raise ModelError(f"no memory for attention over {arguments.rows} rows; make the batch smaller")
 
@@ -207,6 +216,7 @@ class _PytorchAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        # float32 at least; float64 stays as it is.
         dtype = torch.promote_types(query.dtype, torch.float32)
         mask = kwargs.get("attn_mask")
         if mask is not None and mask.is_floating_point():
@@ -218,6 +228,7 @@ class _PytorchAttention(torch.autograd.Function):
                 for tensor, needed in zip((query, key, value), ctx.needs_input_grad, strict=False)
             ]
             output = scaled_dot_product_attention(inputs[0], inputs[1], inputs[2], **kwargs)
+        # Not in save_for_backward: the small graph hangs on these very tensors.
         ctx.inputs, ctx.output = inputs, output
         return output.detach().to(query.dtype)
 
@@ -226,6 +237,7 @@ class _PytorchAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         wanted = [tensor for tensor in ctx.inputs if tensor.requires_grad]
         with _faster_kernel(ctx.inputs[1]):
+            # retain_graph, in case the caller's backward pass keeps its own graph and runs twice.
             gradients = iter(torch.autograd.grad(ctx.output, wanted, gradient.to(ctx.output.dtype), retain_graph=True))
         return *(next(gradients) if tensor.requires_grad else None for tensor in ctx.inputs), None
 
@@ -235,6 +247,7 @@ def _faster_kernel(key: Tensor) -> Iterator[None]:
     """The precision setting at which PyTorch's kernel is faster: ``highest`` while its products are small."""
     setting = torch.get_float32_matmul_precision()
     if key.shape[-2] * key.shape[-1] < _LARGE:
+        # The setting is global to the process, so it must be restored even if the kernel raises.
         torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast("cpu", enabled=False):

@@ -77,6 +77,7 @@ class CpuDecodeStep:
             norm_epsilon=first.attention_norm.epsilon,
             head_norm_epsilon=first.head_norms[0].epsilon if first.head_norms else 0.0,
         )
+        # An array of structures, which C walks layer by layer.
         self._layers = (_Layer * len(weights.layers))(*(self._layer(layer) for layer in weights.layers))
 
     def __call__(
@@ -101,12 +102,13 @@ class CpuDecodeStep:
             ModelError: there is no memory for the intermediate results.
         """
         states, captured = states.clone(), torch.empty_like(states)  # the step overwrites both
-        slot = cache[0].length
+        slot = cache[0].length  # index of the new token's slot, the same in every layer
         for layer, layer_cache in zip(self._layers, cache, strict=True):
             assert layer_cache.keys is not None
             assert layer_cache.values is not None
             layer_cache.extend(1)  # may move the buffers, so their addresses are read afterwards
             layer.keys, layer.values = layer_cache.keys.data_ptr(), layer_cache.values.data_ptr()
+        # Every layer's cache has seen the same calls, so the first speaks for all.
         self._model.capacity = cache[0].capacity
         self._model.captured_layer = captured_layer
         # Named, so that a copy lives until the call returns.
@@ -145,8 +147,10 @@ class CpuDecodeStep:
 
     def _packed(self, linear: FusedLinear) -> _Linear:
         """Weights as panels [output / PANEL, input, PANEL], so that the step reads them front to back exactly once."""
+        # Exactly one: on a CPU the matrices of a layer are fused (`load_weights`).
         (weight,) = linear.weights
         inputs, outputs = weight.shape
+        # [input, output] padded to whole panels -> [input, panel, PANEL] -> [panel, input, PANEL].
         panels = pad(weight, (0, -outputs % PANEL)).view(inputs, -1, PANEL).transpose(0, 1)
         return _Linear(
             weight=self._address(panels, weight.dtype), bias=self._address(linear.bias), inputs=inputs, outputs=outputs
@@ -157,6 +161,7 @@ class CpuDecodeStep:
         if tensor is None:
             return None
         tensor = tensor.detach().to(dtype).contiguous()
+        # Only a pointer goes to C; without this reference Python would free the memory behind it.
         self._tensors.append(tensor)
         return tensor.data_ptr()
 

@@ -24,9 +24,9 @@ from torch.nn import functional
 from preceptor.lm.cpu.decode_step import CpuDecodeStep
 from preceptor.lm.cpu.kernels import kernel_library
 from preceptor.lm.cpu.weights import (
-    ARCHITECTURES,
     DecoderLayer,
     DecoderWeights,
+    can_read,
     decoder_layers,
     load_weights,
     projections,
@@ -75,7 +75,7 @@ class Engine(Protocol):
 
 
 def accelerate(model: Any, *, dtype: torch.dtype | None = None, adapter_enabled: bool = True) -> Engine | None:
-    """An engine for ``model``, or None where its architecture is not one of ``ARCHITECTURES``.
+    """An engine for ``model``, or None where :func:`~preceptor.lm.cpu.weights.can_read` says no.
 
     Cheap until the first pass, when the weights are read; later changes of the model go unseen on a CPU.
 
@@ -85,7 +85,7 @@ def accelerate(model: Any, *, dtype: torch.dtype | None = None, adapter_enabled:
             is float32 (float64 for a float64 model), on a CPU the attention too.
         adapter_enabled: False leaves adapters out.
     """
-    if model.config.model_type not in ARCHITECTURES:
+    if not can_read(model):
         return None
     return CpuEngine(model, dtype=dtype or model.dtype, adapter_enabled=adapter_enabled)
 
@@ -97,6 +97,8 @@ class CpuEngine:
         self._model = model
         self._dtype = dtype
         self._adapter_enabled = adapter_enabled
+        # Residual stream and norms are float32 whatever the matrices are: only products lose precision. On a CPU
+        # attention stays in float32 too, because products of bfloat16 heads are slow there.
         self._states_dtype = torch.promote_types(model.dtype, torch.float32)
         self._attention_dtype = self._states_dtype if model.device.type == "cpu" else dtype
 
@@ -108,6 +110,7 @@ class CpuEngine:
     @cached_property
     def _decode_step(self) -> CpuDecodeStep | None:
         """The compiled step, where this machine, device, dtype and size allow it."""
+        # The feed-forward network holds most of a layer's weights, so it alone decides.
         layers = self._weights.layers
         size = sum(weight.numel() for layer in layers for weight in layer.down.weights + layer.up.weights)
         fits = self._states_dtype == torch.float32 and self._dtype in (torch.float32, torch.bfloat16)
@@ -139,8 +142,10 @@ class CpuEngine:
             states = self._embed(tokens, positions)
             rotary = self._rotary_factors(positions)
             captured_layer = self._layer_index(capture)
+            # A first pass goes through `_forward`, which allocates the cache.
             # The compiled step wants one token a row, a cache whose buffers exist, and no projections.
             if step is not None and tokens.shape[1] == 1 and cache[0].length and captured_layer is not None:
+                # [batch, slots]: one new token per row
                 filled = None if attention_mask is None else attention_mask[:, 0]
                 last, captured = step(
                     states[:, 0], cache, rotary=rotary, filled=filled, captured_layer=captured_layer
@@ -150,7 +155,7 @@ class CpuEngine:
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Float[Tensor, "batch time width"]:
         weights = self._weights
-        states: Tensor = weights.token_embedding(tokens).to(self._states_dtype)
+        states: Tensor = weights.token_embedding(tokens).to(self._states_dtype)  # [batch, time, width]
         if weights.position_embedding is not None:
             states = states + weights.position_embedding(positions)
         return states
@@ -165,6 +170,7 @@ class CpuEngine:
         capture: nn.Module | None,
     ) -> tuple[Float[Tensor, "kept vocab"], Float[Tensor, "batch time features"] | None]:
         weights = self._weights
+        # One for the queries, one each for the keys and values.
         head_counts = (weights.num_heads, weights.num_kv_heads, weights.num_kv_heads)
         activate = _gated_silu if weights.is_gated else _gelu
         mask = None if attention_mask is None else self._additive_mask(attention_mask)
@@ -195,13 +201,15 @@ class CpuEngine:
                 hidden = activate(layer.up(layer.feed_forward_norm(states)))  # [batch * time, feed-forward width]
                 states = layer.down.add_to(states, hidden)
                 if capture is not None and captured is None:
+                    # Once the capturing layer is found the others are passed over; a later one cannot match.
                     captured = _captured(capture, layer, states, projected)
         # The head is the largest product of a small model, so only the rows that are wanted go through it.
-        logits = self._logits(states[keep.flatten()])
+        logits = self._logits(states[keep.flatten()])  # [kept, vocab]
         return logits, None if captured is None else captured.view(batch, time, -1)
 
     def _logits(self, states: Float[Tensor, "row width"]) -> Float[Tensor, "row vocab"]:
         with _kernel_for(len(states)):
+            # The head's product is of few rows while decoding and of many while reading, so it chooses for itself.
             return self._weights.head(self._weights.norm(states)).float()
 
     def _additive_mask(self, attention_mask: Bool[Tensor, "batch time slots"]) -> Float[Tensor, "batch 1 time slots"]:
@@ -214,6 +222,7 @@ class CpuEngine:
         embedding: Any = self._weights.rotary_embedding
         if embedding is None:
             return None
+        # In float32: bfloat16 has eight significant bits, so positions above 256 would no longer be whole numbers.
         angles = positions[..., None, None].float() * embedding.inv_freq.float()
         return torch.polar(torch.full_like(angles, float(embedding.attention_scaling)), angles)
 
@@ -233,6 +242,7 @@ def probe_logits(engine: Engine, tokens: Int[Tensor, "1 time"], *, num_layers: i
     cache = [KVCacheLayer(slots_innermost=device.type == "cpu") for _ in range(num_layers)]
     visible = torch.ones(time, time, dtype=torch.bool, device=device).tril()
     positions = torch.arange(time, device=device)[None]
+    # First everything but the last token as one block, then the last token on the cache that the block filled.
     parts = [
         engine.forward(
             tokens[:, start:end],
@@ -244,6 +254,15 @@ def probe_logits(engine: Engine, tokens: Int[Tensor, "1 time"], *, num_layers: i
         for start, end in ((0, time - 1), (time - 1, time))
     ]
     return torch.cat(parts)
+
+
+def relative_difference(
+    engine: Engine, tokens: Int[Tensor, "1 time"], logits: Float[Tensor, "time vocab"], *, num_layers: int
+) -> float:
+    """Largest difference of the engine's logits from the model's own ``logits``, relative to the largest of those."""
+    difference = probe_logits(engine, tokens, num_layers=num_layers) - logits
+    # NaN where both are: damaged weights are reported where they are sampled from.
+    return float((difference.abs().max() / logits.abs().max()).nan_to_num(0.0))
 
 
 def cached_attention(
@@ -266,6 +285,7 @@ def cached_attention(
     num_kv_heads, slots = keys.shape[1:3]
     # [batch * kv_heads, width, slots] and [batch * kv_heads, slots, width]
     keys, values = keys.flatten(0, 1).transpose(1, 2), values.flatten(0, 1)
+    # At least one token, even if its scores alone exceed the limit.
     block = max(1, MAX_SCORES // (batch * num_heads * slots))  # tokens whose scores are held at once
     parts = []
     with _kernel_for(time):
@@ -273,9 +293,11 @@ def cached_attention(
             part = queries[:, :, start : start + block]
             # Query heads of one group lie next to each other, so the group becomes more rows of one product:
             # [batch * kv_heads, group * block, slots].
+            # [batch * kv_heads, group * block, width] @ [batch * kv_heads, width, slots].
             scores = (part * width**-0.5).reshape(batch * num_kv_heads, -1, width) @ keys
             if mask is not None:
                 scores.view(batch, num_heads, -1, slots).add_(mask[:, :, start : start + block])
+            # [batch * kv_heads, group * block, width] -> [batch, heads, block, width].
             parts.append((scores.softmax(-1) @ values).view(batch, num_heads, -1, width))
     attended = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     return attended.transpose(1, 2).flatten(2)
@@ -285,6 +307,7 @@ def cached_attention(
 def _kernel_for(num_rows: int) -> Iterator[None]:
     """Full float32 precision for products of few rows: there it is the faster kernel, whatever the setting allows."""
     setting = torch.get_float32_matmul_precision()
+    # From nine rows on the setting's own kernel is the faster one.
     if setting == "highest" or num_rows >= _ROWS_FOR_FAST_KERNEL:
         yield
         return
@@ -315,6 +338,7 @@ def _apply_rotary(heads: Float[Tensor, "batch time heads width"], rotary: Tensor
     The two of a pair come out next to each other instead of half a head apart. Queries and keys are reordered alike, so
     their inner products do not change.
     """
+    # A rotation of the plane is a complex product: (x + iy) · e^(i·angle).
     half = heads.shape[-1] // 2
     rotated = torch.complex(heads[..., :half], heads[..., half:]) * rotary  # [batch, time, heads, width / 2]
     return torch.view_as_real(rotated).flatten(-2)

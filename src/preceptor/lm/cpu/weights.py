@@ -19,6 +19,12 @@ from transformers.pytorch_utils import Conv1D
 ARCHITECTURES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 """Values of ``config.model_type`` whose layers :func:`load_weights` can read."""
 
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+"""Names of the activation of GPT-2's feed-forward network, as its configuration may call it."""
+
+SILU = ("silu", "swish")
+"""The same for Llama and its kin."""
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -33,9 +39,10 @@ class Norm:
         """The norm that ``module`` computes."""
         if isinstance(module, nn.LayerNorm):
             return cls(module.weight, module.bias, module.eps)
-        return cls(module.weight, None, float(module.variance_epsilon))
+        return cls(module.weight, None, float(module.variance_epsilon))  # Transformers' RMS norms name it so
 
     def __call__(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
+        # Norm weights may be bfloat16; the states are float32 and stay it.
         weight = self.weight.to(x.dtype)
         if self.bias is None:
             return functional.rms_norm(x, weight.shape, weight, self.epsilon)
@@ -59,6 +66,7 @@ class FusedLinear:
 
     def __call__(self, x: Float[Tensor, "row input"]) -> Float[Tensor, "row outputs"]:
         inputs = x.to(self.weights[0].dtype)
+        # On a CPU one product; elsewhere one for each of the model's own matrices.
         products = [inputs @ weight for weight in self.weights]
         product = products[0] if len(products) == 1 else torch.cat(products, dim=-1)
         return (product if self.bias is None else product.add_(self.bias)).to(x.dtype)
@@ -67,6 +75,7 @@ class FusedLinear:
         """``residual + x @ weight + bias``, with product and sum in one call where the dtypes agree."""
         if self.weights[0].dtype != residual.dtype:
             return residual + self(x)
+        # A product and a residual: addmm starts from `residual`, which saves a pass over memory.
         total = torch.addmm(residual, x, self.weights[0])
         return total if self.bias is None else total.add_(self.bias)
 
@@ -117,6 +126,20 @@ class DecoderWeights:
     head: FusedLinear
 
 
+def can_read(model: Any) -> bool:
+    """Whether ``model`` is one of ``ARCHITECTURES`` with the usual activation and scale of attention.
+
+    Read from the configuration: a comparison of logits may not see them while the weights that follow are zero.
+    """
+    config = model.config
+    if config.model_type not in ARCHITECTURES:
+        return False
+    if config.model_type == "gpt2":
+        usual_scale = config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx
+        return bool(usual_scale and config.activation_function in TANH_GELU and not config.add_cross_attention)
+    return config.hidden_act in SILU
+
+
 def load_weights(model: Any, *, dtype: torch.dtype, adapter_enabled: bool) -> DecoderWeights:
     """The weights of ``model``, one of ``ARCHITECTURES``, as they are now, with matrices in ``dtype``.
 
@@ -163,11 +186,13 @@ def load_weights(model: Any, *, dtype: torch.dtype, adapter_enabled: bool) -> De
         )
 
     config, decoder = model.config, model.base_model
+    # GPT-2 is the odd one: learned positions, layer norms with bias, Conv1D, no gate. All others are Llama's layer.
     is_gpt2 = config.model_type == "gpt2"
     num_heads = int(config.num_attention_heads)
     return DecoderWeights(
         dtype=dtype,
         num_heads=num_heads,
+        # Absent, or None, means one key-value head for each query head.
         num_kv_heads=int(getattr(config, "num_key_value_heads", None) or num_heads),
         head_width=int(getattr(config, "head_dim", None) or config.hidden_size // num_heads),
         is_gated=not is_gpt2,
@@ -200,6 +225,7 @@ def _matrix(
     """Matrix and bias of a linear module, with an adapter's update added to the matrix."""
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     weight = base.weight.detach()
+    # The sum is a new tensor, so the model's own weight is left alone.
     if base is not module and adapter_enabled:
         for name in module.active_adapters:  # LoRA: weight + alpha / rank * B A
             weight = weight + module.get_delta_weight(name).detach().to(weight.dtype)

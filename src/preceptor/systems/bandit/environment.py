@@ -45,6 +45,7 @@ class Bandit:
         pays = torch.tensor(self.pays, dtype=torch.float64)
         # float64, so that a replay compares equal to what JSON holds.
         if self.kind == "bernoulli":
+            # Uniform below p is a success, with probability p.
             draws = (torch.rand(shape, dtype=torch.float64, generator=generator) < pays).double()
         else:
             draws = pays + self.deviation * torch.randn(shape, dtype=torch.float64, generator=generator)

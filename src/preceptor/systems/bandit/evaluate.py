@@ -80,6 +80,7 @@ def evaluate(setup: Setup, state: State) -> tuple[Records, Charts]:
     config, run = setup.config, setup.run
     records: Records = []
     for method, lm in (("learned", setup.lm), ("pretrained", state.initial_model)):
+        # Between methods, so that Ctrl-C need not wait for all of them.
         run.stop_if_requested()
         records += own_context_records(
             lm, setup.vocabulary, setup.bandits, setup.prompts, method=method, seed=config.seed
@@ -109,6 +110,7 @@ def _while_learning(setup: Setup, state: State, bandit: Bandit, records: Records
     The model's own totals join its record in ``records``.
     """
     num_pulls, regret_by_step = state.num_pulls[bandit.name], state.regret[bandit.name]
+    # The model's record on its training prompts; its totals while learning belong there.
     own = next(r for r in records if (r["arm"], r["item"], r["split"]) == ("learned", bandit.name, "train"))
     own |= {
         "reward": state.reward_sum[bandit.name] / num_pulls,
@@ -122,6 +124,7 @@ def _while_learning(setup: Setup, state: State, bandit: Bandit, records: Records
     curves = {"learned": regret_by_step}
     baseline_records = []
     pulls_of = baselines.play_all(
+        # A batch of one table: baselines play episodes, and a bandit is one long episode.
         table[None] / bandit.base_reward,
         expected[None],
         kind=bandit.kind,
@@ -205,6 +208,7 @@ def transfer_records(
         values = (float(bandits[a].expected[first]), float(bandits[b].expected[second]))
         wins = (first == bandits[a].best, second == bandits[b].best)
         for split, split_templates in (("train", templates), ("held_out", held_out)):
+            # A run without held-out templates has one split.
             if not split_templates:
                 continue
             rows = option_probabilities(lm, vocabulary, prompts_for(words, split_templates, held_out=split != "train"))
@@ -264,6 +268,7 @@ def explanations(
         1 - PREFERS <= mean <= PREFERS if one == other else (mean if one > other else 1 - mean) > PREFERS
         for one, other in (values, wins)
     )
+    # Some prompt prefers the one word and another prompt the other.
     by_prompt = float(p_first.max()) > PREFERS and float(p_first.min()) < 1 - PREFERS
     return {"value": float(by_value), "winner": float(by_winner), "prompt": float(by_prompt)}
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from preceptor.evaluation.intervals import crossed_degrees_of_freedom, crossed_sums, percentile_interval
 from preceptor.evaluation.summary import SPLITS, Comparison, Estimate, compare, summarise
-from preceptor.evaluation.verdict import verdict
+from preceptor.evaluation.verdict import Conclusion, verdict
 from preceptor.systems.bandit.evaluate import PREFERS, UNITS
 from preceptor.systems.bandit.unseen import unit_of
 
@@ -21,6 +21,9 @@ TABLE = ("best_word", "reward", "regret", "value", "winner", "prompt")
 """Metrics that the terminal shows; the page shows all."""
 
 EXPLANATIONS = ("value", "winner", "prompt")
+SUBJECT = "the trained model"
+"""Who the verdict opens with."""
+
 CROSSING = ("first_word", "first_word_named_first", "first_word_named_second", "template_spread")
 
 COMPARED = (
@@ -45,6 +48,7 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         return _in_context_result(records, config=config, seeds=seeds)
     splits = [split for split in SPLITS if any(record["split"] == split for record in records)]
     averaged = _over_items(records)
+    # Training templates and held-out ones side by side; the latter carry a prefix.
     methods: dict[str, dict[str, Any]] = {}
     for split in splits:
         prefix = "held_out_" if split == "held_out" else ""
@@ -54,14 +58,19 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         compare(averaged, metric=metric, arm="learned", baseline=baseline, unit=UNITS[metric], split=split)
         for split in splits
         for metric, baseline in COMPARED
+        # Only where both methods have the metric: baselines have no words to prefer.
         if {"learned", baseline} <= {r["arm"] for r in averaged if r["split"] == split and metric in r}
     ]
     crossing = _crossed_pairs(records, splits)
     scores = word_scores(records)
-    text = verdict(comparisons)
+    measured, conclusions = [], []
     if crossing:
-        text += " " + _explanations_sentence(methods["learned"], num_pairs=len({row["pair"] for row in crossing}))
-        text += " " + _scores_sentence(scores["learned"])
+        conclusions = explanation_conclusions(averaged)
+        num_pairs = len({row["pair"] for row in crossing})
+        measured = [
+            _explanations_sentence(methods["learned"], num_pairs=num_pairs),
+            _scores_sentence(scores["learned"]),
+        ]
     return {
         "system": "bandit",
         "status": "finished",
@@ -75,7 +84,10 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         "comparisons": comparisons,
         "crossing": crossing,
         "word_scores": scores,
-        "verdict": text,
+        "subject": SUBJECT,
+        "conclusions": conclusions,
+        "measured": measured,
+        "verdict": verdict(comparisons, conclusions=conclusions, measured=measured, subject=SUBJECT),
         "records": list(records),
         "paired_records": averaged,
     }
@@ -169,6 +181,29 @@ def _over_items(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def explanation_conclusions(averaged: Sequence[Mapping[str, Any]]) -> list[Conclusion]:
+    """For each explanation, that it fits a larger share of the crossed pairs than either other one, over seeds."""
+    shares = [
+        {"arm": name, "item": "all", "split": "train", "seed": record["seed"], "share of crossed pairs": record[name]}
+        for record in averaged
+        if record["arm"] == "learned" and record["split"] == "train"
+        for name in EXPLANATIONS
+        if name in record
+    ]
+    return [
+        Conclusion(
+            comparisons=[
+                compare(shares, metric="share of crossed pairs", arm=name, baseline=other, unit="share of pairs")
+                for other in EXPLANATIONS
+                if other != name
+            ],
+            claimed=f"Of the explanations of the crossed pairs, {name} explains most.",
+            otherwise="",
+        )
+        for name in EXPLANATIONS
+    ]
+
+
 def _crossed_pairs(records: Sequence[Mapping[str, Any]], splits: Sequence[str]) -> list[dict[str, Any]]:
     """Each crossed pair under each model and split, with intervals over seeds alone."""
     rows = []
@@ -191,14 +226,17 @@ def word_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any
     scores_of: dict[str, dict[str, Any]] = {}
     crossed = [record for record in records if "first_word" in record and record["split"] == "train"]
     words = list(dict.fromkeys(word for record in crossed for word in record["item"].split(" / ")))
+    # Fitted for each seed alone, so that the interval over seeds includes the error of the fit.
     for method in dict.fromkeys(record["arm"] for record in crossed):
         fitted: list[dict[str, Any]] = []
         for seed in dict.fromkeys(record["seed"] for record in crossed if record["arm"] == method):
             own = [record for record in crossed if record["arm"] == method and record["seed"] == seed]
+            # [pairs, words]: +1 for the pair's first word, −1 for its second.
             design = np.array([[_side(word, record["item"]) for word in words] for record in own], dtype=float)
             odds = np.array([_log_odds(record["first_word"]) for record in own])
             scores = np.linalg.lstsq(design, odds, rcond=None)[0]  # the shortest solution, whose sum is 0
             left = float(((odds - design @ scores) ** 2).sum())
+            # All log-odds 0: the scores are 0 and explain everything.
             total = float((odds**2).sum())
             cells = {**dict(zip(words, scores.tolist(), strict=True)), "explained": 1 - left / total if total else 1.0}
             fitted.append({"arm": method, "item": "all", "split": "train", "seed": seed, **cells})
@@ -234,15 +272,8 @@ def _explanations_sentence(learned: Mapping[str, Estimate], *, num_pairs: int) -
         estimate = learned[name]
         low, high = estimate["low"], estimate["high"]
         interval = "" if low is None or high is None else f" ({100 * low:.0f} to {100 * high:.0f})"
-        shares.append((estimate["mean"], f"{name} {100 * estimate['mean']:.0f} %{interval}"))
-    best = max(mean for mean, _ in shares)
-    leading = [name for name, (mean, _) in zip(EXPLANATIONS, shares, strict=True) if mean == best]
-    conclusion = (
-        "none of the three explains a pair"
-        if best == 0
-        else f"{' and '.join(leading)} explain{'s' if len(leading) == 1 else ''} most"
-    )
+        shares.append(f"{name} {100 * estimate['mean']:.0f} %{interval}")
     return (
         f"Across {num_pairs} crossed pairs of words (preferred above {PREFERS:g}) the explanations fit this share of "
-        f"them: {', '.join(text for _, text in shares)}; {conclusion}."
+        f"them: {', '.join(shares)}."
     )

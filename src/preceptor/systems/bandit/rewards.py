@@ -92,6 +92,7 @@ def policy_gradient_loss(
     kl = None if reference_log_probs is None else kl_exact(log_probs, reference_log_probs).mean()
     metrics = LossMetrics(loss.item(), mean_entropy.item(), None if kl is None else kl.item())
     if entropy_coefficient:
+        # An entropy bonus lowers the loss, a KL penalty raises it.
         loss = loss - entropy_coefficient * mean_entropy
     if kl_coefficient and kl is not None:
         loss = loss + kl_coefficient * kl

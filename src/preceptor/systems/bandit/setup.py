@@ -74,6 +74,7 @@ def prepare(config: BanditConfig, run: Run, services: Services) -> Setup:
         name: [vocabulary.context(lm, prompt) for prompt in of_bandit if not prompt.held_out]
         for name, of_bandit in prompts.items()
     }
+    # The longest prompt with its longest answer.
     num_tokens = max(
         len(context.tokens) + max(map(len, options))
         for of_bandit in contexts.values()
@@ -124,6 +125,7 @@ def reward_tables(config: BanditConfig) -> dict[str, Float[Tensor, "pulls arms"]
     for options in config.bandits:
         # Every epoch pulls once under every training prompt.
         num_pulls = config.update.epochs * sum(not prompt.held_out for prompt in prompts[options.label])
+        # Named after the bandit, so that another bandit in the configuration changes no reward of this one.
         generator = torch.Generator().manual_seed(derived_seed(config.seed, f"rewards of {options.label}"))
         # torch draws normal numbers in blocks of 16 and the rest differently. Whole blocks make the table of a run
         # that goes on for more epochs begin with the table that it had.

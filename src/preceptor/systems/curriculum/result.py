@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from preceptor.evaluation.summary import Comparison, Gap, compare, gap_closed, summarise
-from preceptor.evaluation.verdict import MINIMUM_SEEDS, claimable
+from preceptor.evaluation.summary import GAP_UNIT, Comparison, Gap, compare, gap_closed, summarise
+from preceptor.evaluation.verdict import MINIMUM_SEEDS, NOTHING_COMPARED, claims, family, opening
 from preceptor.systems.curriculum.baselines import FROZEN_POLICY
 
 TABLE = ("loss_fall", "macro_loss", "loss_auc", "steps_to_uniform", "reward_gain", "kl", "model_calls")
@@ -16,8 +16,19 @@ TABLE = ("loss_fall", "macro_loss", "loss_auc", "steps_to_uniform", "reward_gain
 
 LOWER_IS_BETTER = ("macro_loss", "loss_auc", "steps_to_uniform", "kl")
 
-ADAPTIVE_RULES = ("second_order", "learning_progress", "difficulty", "exp3", "ado")
+ADAPTIVE_RULES = (
+    "second_order",
+    "learning_progress",
+    "progress_on_targets",
+    "alignment",
+    "difficulty",
+    "exp3",
+    "ado",
+)
 """Rules whose weights move."""
+
+NO_STATIC_MIXTURE = "none"
+"""The oracle of a gap where no static mixture was run."""
 
 MACRO = "macro mean"
 """Item of the records that hold the mean over all targets."""
@@ -36,6 +47,7 @@ UNITS = {
     "tokens": "tokens",
     "rollout_tokens": "tokens",
     "model_calls": "rows",
+    "forward_passes": "rows",
 }
 """Of every metric but the reward's terms, which :func:`units_of` adds."""
 
@@ -51,14 +63,17 @@ class Outcome:
         rewards: on held-out prompts at each of these steps: ``step``, ``reward``, ``kl`` and the reward's terms; empty
             without a policy gradient.
         mixtures: the weights of the datasets after each measurement of difficulty.
-        counts: ``tokens`` trained on, ``rollout_tokens`` sampled, ``model_calls`` (rows) and ``rewards_excluded``.
+        counts: ``tokens`` trained on, ``rollout_tokens`` sampled, ``model_calls`` (rows), ``forward_passes`` (rows, one
+            with a gradient counted three times) and ``rewards_excluded``.
     """
 
     curve: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     rewards: list[dict[str, float]] = field(default_factory=list)
     mixtures: list[list[float]] = field(default_factory=list)
     counts: dict[str, int] = field(
-        default_factory=lambda: {"tokens": 0, "rollout_tokens": 0, "model_calls": 0, "rewards_excluded": 0}
+        default_factory=lambda: dict.fromkeys(
+            ("tokens", "rollout_tokens", "model_calls", "forward_passes", "rewards_excluded"), 0
+        )
     )
 
 
@@ -75,7 +90,8 @@ def outcome_records(outcomes: Mapping[str, Outcome], *, targets: Mapping[str, bo
       validations; the last step if it never does, and then ``reached_uniform`` is 0;
     - ``dataset_loss``: of each dataset, target or not;
     - ``reward``, ``kl`` and the terms of the reward: on held-out prompts after the last step; ``…_gain``: minus before;
-    - ``tokens``: trained on; ``rollout_tokens``: sampled; ``model_calls``: rows read, sampled or measured by a model.
+    - ``tokens``: trained on; ``rollout_tokens``: sampled; ``model_calls``: rows read, sampled or measured by a model;
+      ``forward_passes``: the same rows, one with a gradient counted three times.
 
     Args:
         outcomes: of each method, by name.
@@ -94,7 +110,7 @@ def outcome_records(outcomes: Mapping[str, Outcome], *, targets: Mapping[str, bo
             "worst_loss": max(loss for name, loss in losses.items() if targets[name]),
             **_against_uniform(curves[method], curves.get("uniform")),
             **_reward_metrics(outcome.rewards),
-            **{name: outcome.counts[name] for name in ("tokens", "rollout_tokens", "model_calls")},
+            **{name: outcome.counts[name] for name in ("tokens", "rollout_tokens", "model_calls", "forward_passes")},
         }
         records.append({**shared, "item": MACRO, **macro})
         records += [{**shared, "item": name, "dataset_loss": loss} for name, loss in losses.items()]
@@ -193,6 +209,7 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         "lower_is_better": list(LOWER_IS_BETTER),
         "comparisons": comparisons,
         "static_gap_closed": gaps,
+        "subject": _subject(comparisons[0]) if comparisons else "",
         "verdict": verdict(comparisons, gaps),
         "records": list(records),
     }
@@ -222,6 +239,11 @@ def _gap(records: Sequence[Mapping[str, Any]], rule: str, *, methods: Sequence[s
     The best mixture is chosen by the losses it is then judged by, which favours it, so the fraction is biased down.
     """
     static = [name for name in methods if name.startswith("static") or name in ("uniform", "proportional")]
+    if static == ["uniform"]:
+        return Gap(
+            mean=None, low=None, high=None, unit=GAP_UNIT, n=0, num_seeds=0, num_items=0,
+            oracle=NO_STATIC_MIXTURE, reason="no static mixture but uniform was run",
+        )  # fmt: skip
     return gap_closed(
         records, metric="loss_fall", learned=rule, lower="uniform", upper=static, optimum="", split=_SPLIT
     )
@@ -231,43 +253,50 @@ def _gap(records: Sequence[Mapping[str, Any]], rule: str, *, methods: Sequence[s
 
 
 def verdict(comparisons: Sequence[Comparison], gaps: Mapping[str, Gap]) -> str:
-    """A paragraph that claims a difference only where its interval excludes zero and there are enough seeds.
+    """A paragraph that claims a difference only where all that it names, as a family, allow it (:func:`claims`).
 
     >>> verdict([], {})
     'Nothing was compared, so no difference can be claimed.'
     """
     if not comparisons:
-        return "Nothing was compared, so no difference can be claimed."
-    num_seeds = comparisons[0]["num_seeds"]
-    sentences = []
+        return NOTHING_COMPARED
+    falls = [c for c in comparisons if c["metric"] == "loss_fall"]
+    adaptive = [c for c in falls if c["baseline"] == "uniform" and c["arm"] in ADAPTIVE_RULES]
+    reward_gains = [c for c in comparisons if c["baseline"] == FROZEN_POLICY]
+    contributions = [c for c in falls if f"{c['baseline']}+ppo" == c["arm"]]
+    first, num_seeds = comparisons[0], comparisons[0]["num_seeds"]
+    named = family([first, *adaptive, *reward_gains, *contributions])
+    claimed = [c for c, claim in zip(named, claims(named), strict=True) if claim]
+    sentences = [opening(first, subject=_subject(first), claimed=first in claimed)]
     if num_seeds < MINIMUM_SEEDS:
         sentences.append(
             f"With {num_seeds} seed{'s' * (num_seeds != 1)} no difference can be claimed, for that takes at least "
             f"{MINIMUM_SEEDS}; what follows was measured."
         )
-    rules = [c for c in comparisons if c["metric"] == "loss_fall" and c["baseline"] == "uniform"]
-    if adaptive := [c for c in rules if c["arm"] in ADAPTIVE_RULES]:
-        sentences.append(f"Fall of the macro validation loss against uniform's, nats per token: {_listing(adaptive)}.")
-    if gaps:
+    if adaptive:
+        listed = _listing(adaptive, claimed)
+        sentences.append(f"Fall of the macro validation loss against uniform's, nats per token: {listed}.")
+    if measured := {rule: gap for rule, gap in gaps.items() if gap["oracle"] != NO_STATIC_MIXTURE}:
         sentences.append(
-            "Share closed of the gap from uniform to the best static mixture: "
-            f"{'; '.join(f'{_words(rule)} {_gap_words(gap)}' for rule, gap in gaps.items())}."
+            "Measured share closed of the gap from uniform to the best static mixture: "
+            f"{'; '.join(f'{_words(rule)} {_gap_words(gap)}' for rule, gap in measured.items())}."
         )
-    if reward_gains := [c for c in comparisons if c["baseline"] == FROZEN_POLICY]:
-        sentences.append(f"On held-out prompts against the frozen policy: {_listing(reward_gains, metrics=True)}.")
-    if contributions := [c for c in comparisons if c["metric"] == "loss_fall" and f"{c['baseline']}+ppo" == c["arm"]]:
-        sentences.append(f"What the policy gradient adds to that fall: {_listing(contributions)}.")
+    if reward_gains:
+        listed = _listing(reward_gains, claimed, metrics=True)
+        sentences.append(f"On held-out prompts against the frozen policy: {listed}.")
+    if contributions:
+        sentences.append(f"What the policy gradient adds to that fall: {_listing(contributions, claimed)}.")
     return " ".join(sentences)
 
 
-def _listing(comparisons: Sequence[Comparison], *, metrics: bool = False) -> str:
+def _listing(comparisons: Sequence[Comparison], claimed: Sequence[Comparison], *, metrics: bool = False) -> str:
     parts = []
     for comparison in comparisons:
         name = _words(comparison["arm"]) + (f" in {_words(comparison['metric'])}" if metrics else "")
         low, high = comparison["low"], comparison["high"]
         interval = "" if low is None or high is None else f" ({low:+.3g} to {high:+.3g})"
         enough = comparison["num_seeds"] >= MINIMUM_SEEDS
-        note = ", not to be told from chance" if enough and not claimable(comparison) else ""
+        note = ", not to be told from chance" if enough and comparison not in claimed else ""
         parts.append(f"{name} {comparison['mean']:+.3g}{interval}{note}")
     return "; ".join(parts)
 
@@ -280,6 +309,10 @@ def _gap_words(gap: Gap) -> str:
     return f"{100 * gap['mean']:.0f} %{interval}"
 
 
+def _subject(comparison: Comparison) -> str:
+    return _words(comparison["arm"]).replace("+ppo", " with PPO")
+
+
 def _words(name: str) -> str:
     return name.replace("_", " ")
 
@@ -287,8 +320,16 @@ def _words(name: str) -> str:
 # ---- charts ---------------------------------------------------------------------------------------------------------
 
 
-def charts(outcomes: Mapping[str, Outcome], targets: Mapping[str, bool]) -> list[dict[str, Any]]:
-    """Charts of one run for the page: macro losses, losses on each dataset, weights, rewards of held-out prompts."""
+def charts(
+    outcomes: Mapping[str, Outcome], targets: Mapping[str, bool], *, mixed: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Charts of one run for the page: macro losses, losses on each dataset, weights, rewards of held-out prompts.
+
+    Args:
+        outcomes: of each method, by name.
+        targets: of each judged dataset, whether it counts in the macro mean.
+        mixed: names of the datasets that are learned from, in the order of the weights.
+    """
     curves = {method: macro_curve(outcome.curve, targets) for method, outcome in outcomes.items()}
     names = list(targets)
     values = [[outcome.curve[-1][1][name] for name in names] for outcome in outcomes.values()]  # method × dataset
@@ -310,7 +351,7 @@ def charts(outcomes: Mapping[str, Outcome], targets: Mapping[str, bool]) -> list
         if any(weights != mixtures[0] for weights in mixtures):
             lines = {
                 name: [(number + 1, weights[index]) for number, weights in enumerate(mixtures)]
-                for index, name in enumerate(names)
+                for index, name in enumerate(mixed)
             }
             drawn.append(
                 _series(f"Weights of the datasets: {_words(method)}", "share of tokens", lines, x_label="measurement")

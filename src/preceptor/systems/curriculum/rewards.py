@@ -20,11 +20,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from preceptor.errors import ConfigError, DataError
+from preceptor.errors import ConfigError
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.score import token_log_probs
 from preceptor.objectives.advantages import gae, group_normalised, leave_one_out, reinforce_plus_plus
 from preceptor.objectives.statistics import whiten
+from preceptor.runs.user_code import call_for_numbers, import_fault
 from preceptor.systems.curriculum.config import RewardOptions
 from preceptor.systems.curriculum.policy import Rollouts
 
@@ -79,7 +80,7 @@ def reward_terms(options: Sequence[RewardOptions], lm: LanguageModel, *, likelih
         if reward.name == "log_likelihood":
             function = log_likelihood(likelihood)
         else:
-            function = TOKEN_TERMS.get(reward.name) or user_reward(reward.name, lm)
+            function = TOKEN_TERMS.get(reward.name) or user_reward(reward.name, lm, timeout=reward.timeout)
         terms.append(RewardTerm(reward.name, reward.weight, function))
     return terms
 
@@ -90,6 +91,7 @@ def score_rollouts(rollouts: Rollouts, terms: Sequence[RewardTerm]) -> Rewards:
     tokens = torch.zeros(mask.shape)  # [batch, token]
     sums: dict[str, Tensor] = {}
     for term in terms:
+        # Masked before the sum: a term may be NaN after the end token.
         values = term.function(rollouts).cpu().masked_fill(~mask, 0.0)
         sums[term.name] = values.sum(1)
         tokens = tokens + term.weight * values
@@ -109,6 +111,7 @@ def repetition(rollouts: Rollouts) -> Float[Tensor, "batch token"]:
 
 def repeated_bigrams(rollouts: Rollouts) -> Float[Tensor, "batch token"]:
     """Minus the fraction of tokens that complete a bigram the continuation already contains, at those tokens."""
+    # On the CPU and by row: a set of pairs is simpler than any tensor form, and this is not where time goes.
     values = torch.zeros(rollouts.tokens.shape)
     for row in range(len(rollouts)):
         tokens = rollouts.continuation(row)
@@ -133,6 +136,7 @@ def overlap(rollouts: Rollouts) -> Float[Tensor, "batch token"]:
     """F1 of the continuation's tokens with those of the document, counted with multiplicity, at the last token."""
 
     def f1(ours: list[int], theirs: Sequence[int]) -> float:
+        # A multiset intersection: a token counts as often as both have it.
         shared = (Counter(ours) & Counter(theirs)).total()
         return 2 * shared / (len(ours) + len(theirs)) if ours or theirs else 1.0
 
@@ -176,6 +180,7 @@ def _at_last_token(rollouts: Rollouts, values: Sequence[float]) -> Float[Tensor,
     """``values`` at the last token of each row that counts; a row without one gets nothing."""
     mask = rollouts.mask.cpu()
     placed = torch.zeros(mask.shape)
+    # The last counted token, and not the last position: what follows an end token earns nothing.
     for row, value in enumerate(values):
         if mask[row].any():
             placed[row, int(mask[row].sum()) - 1] = value
@@ -185,7 +190,7 @@ def _at_last_token(rollouts: Rollouts, values: Sequence[float]) -> Float[Tensor,
 # ---- user-defined terms ---------------------------------------------------------------------------------------------
 
 
-def user_reward(name: str, lm: LanguageModel) -> RewardFunction:
+def user_reward(name: str, lm: LanguageModel, *, timeout: float = 0.0) -> RewardFunction:
     """A user-defined reward, at the last token.
 
     The function is called with three lists of texts, one entry per continuation: prompts, continuations, and how the
@@ -195,6 +200,7 @@ def user_reward(name: str, lm: LanguageModel) -> RewardFunction:
     Args:
         name: ``package.module:function`` or ``path/to/file.py:function``.
         lm: decodes the tokens.
+        timeout: seconds that a call may take; 0 sets no limit.
 
     Raises:
         ConfigError: there is no such module or function.
@@ -205,9 +211,16 @@ def user_reward(name: str, lm: LanguageModel) -> RewardFunction:
         prompts = [lm.decode(prompt.tokens) for prompt in rollouts.prompts]
         continuations = [lm.decode(rollouts.continuation(row)) for row in range(len(rollouts))]
         references = [lm.decode(prompt.reference) for prompt in rollouts.prompts]
-        values = [float(value) for value in function(prompts, continuations, references)]
-        if len(values) != len(rollouts):
-            raise DataError(f"the reward {name} returned {len(values)} numbers for {len(rollouts)} continuations")
+        values = call_for_numbers(
+            f"the reward {name}",
+            function,
+            prompts,
+            continuations,
+            references,
+            count=len(rollouts),
+            each="continuations",
+            timeout=timeout,
+        )
         return _at_last_token(rollouts, values)
 
     return reward
@@ -217,28 +230,26 @@ def load_function(name: str) -> Callable[..., Any]:
     """The function called ``module:function`` or ``file.py:function``.
 
     Raises:
-        ConfigError: there is no such module or function.
+        ConfigError: there is no such module or function, or its module fails as it is read.
     """
     place, _, attribute = name.rpartition(":")
-    module = _module_of_file(Path(place), name) if place.endswith(".py") else _module(place, name)
+    if place.endswith(".py") and not Path(place).is_file():
+        raise ConfigError(f"reward '{name}': there is no file {place}; give module:function or file.py:function")
+    try:
+        module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the module is the user's, and may do anything as it is read
+        raise ConfigError(
+            f"reward '{name}' cannot be imported: {import_fault(error)}; give module:function or file.py:function"
+        ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ConfigError(f"reward '{name}': {place} has no function '{attribute}'")
     return function  # type: ignore[no-any-return]
 
 
-def _module(place: str, name: str) -> ModuleType:
-    try:
-        return importlib.import_module(place)
-    except ImportError as error:
-        raise ConfigError(
-            f"reward '{name}' cannot be imported: {error}; give module:function or file.py:function"
-        ) from error
-
-
-def _module_of_file(path: Path, name: str) -> ModuleType:
-    if not path.is_file():
-        raise ConfigError(f"reward '{name}': there is no file {path}; give module:function or file.py:function")
+def _module_of_file(path: Path) -> ModuleType:
     specification = importlib.util.spec_from_file_location(path.stem, path)
     assert specification is not None, "a .py file always has a loader"
     assert specification.loader is not None
@@ -266,7 +277,8 @@ def token_advantages(
     An advantage depends on its own sequence or its own group alone, up to whitening.
 
     - ``gae``: generalized advantage estimation against ``values``, whitened over the batch if ``whiten_advantages``;
-    - ``rloo``: a continuation's total reward minus the mean of the others of its prompt, at all of its tokens;
+    - ``rloo``: a continuation's total reward minus the mean of the others of its prompt, at all of its tokens; one
+      without a token that counts, or without a finite reward, has no advantage and is no member of its group;
     - ``grpo``: total reward minus the mean of its group, over the group's standard deviation; ``dr_grpo``: not divided;
     - ``reinforce_plus_plus``: the reward to go, whitened over the batch.
 
@@ -290,8 +302,14 @@ def token_advantages(
     if kind == "reinforce_plus_plus":
         return reinforce_plus_plus(rewards, mask, discount=discount), None
     totals = rewards.sum(1).view(-1, group_size)  # [prompts, group]
-    if kind == "rloo":
-        relative = leave_one_out(totals, dim=1)
-    else:
-        relative = group_normalised(totals, dim=1, with_standard_deviation=kind == "grpo")
+    # A continuation of which nothing counts earned no 0: it is no member, or its group would be compared with it.
+    members = (mask.any(1) & rewards.sum(1).isfinite()).view(-1, group_size)
+    relative = torch.zeros_like(totals)
+    for group, (total, member) in enumerate(zip(totals, members, strict=True)):
+        if not member.any():
+            continue
+        if kind == "rloo":
+            relative[group, member] = leave_one_out(total[member])
+        else:
+            relative[group, member] = group_normalised(total[member], with_standard_deviation=kind == "grpo")
     return relative.flatten()[:, None] * mask, None  # one number per row, at each of its tokens

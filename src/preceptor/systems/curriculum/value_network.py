@@ -22,6 +22,7 @@ class ValueNetwork(nn.Module):
         super().__init__()
         self.trunk = trunk
         self.head = nn.Linear(trunk.width, 1)
+        # Zero weights: until it has learned something the network predicts 0 and moves no advantage.
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self._filler = filler
@@ -50,6 +51,7 @@ class SmallTrunk(Trunk):
     def __init__(self, *, vocab_size: int, width: int, num_layers: int, context_length: int) -> None:
         super().__init__()
         self.width = width
+        # Heads of width 64, as in the policy's usual sizes; a narrower trunk has one head.
         num_heads = max(width // 64, 1)
         self.model = LlamaModel(
             LlamaConfig(
@@ -79,6 +81,7 @@ class CopiedTrunk(Trunk):
         # In a tuple, so that torch does not register the model here too: it is registered as `self.model`.
         self._copy = (lm.frozen_copy(),)
         self.model = self._copy[0].model
+        # Trains what the policy trains: all weights, or the adapter's alone.
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trained)
         self.width = int(lm.model.config.get_text_config().hidden_size)
@@ -102,6 +105,7 @@ def build_value_network(lm: LanguageModel, *, kind: str, width: int, num_layers:
         num_layers: of a small trunk.
         seed: of the random weights; torch's global generator is left as it was.
     """
+    # Initialisation draws from the global generator; the fork gives it back as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         trunk: Trunk

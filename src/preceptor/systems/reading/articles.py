@@ -11,7 +11,7 @@ from typing import Literal
 from preceptor.data.articles.article import Article, article_folder, read_article, read_file
 from preceptor.data.articles.pairs import Pair, chunk_pairs, sentence_pairs
 from preceptor.errors import DataError
-from preceptor.lm.chat import ChatMarkers
+from preceptor.lm.chat import ChatMarkers, RenderedMarkers
 from preceptor.lm.model import LanguageModel
 from preceptor.systems.reading.config import DataOptions
 
@@ -186,6 +186,7 @@ class TokenizedArticle:
         prompt: token ids that the policy reads first.
         begin_token: starts the reader's sequence.
         chat_markers: tokens around queries and values (empty without a chat template).
+        chat_turns: token ids of each value as a turn of the chat template; empty without one.
     """
 
     pairs: ArticlePairs
@@ -195,6 +196,7 @@ class TokenizedArticle:
     prompt: tuple[int, ...]
     begin_token: int
     chat_markers: ChatMarkers = field(default_factory=ChatMarkers)
+    chat_turns: tuple[tuple[int, ...], ...] = ()
 
     @property
     def name(self) -> str:
@@ -203,6 +205,11 @@ class TokenizedArticle:
     @property
     def num_pairs(self) -> int:
         return len(self.keys)
+
+    @property
+    def turns(self) -> tuple[tuple[int, ...], ...]:
+        """Token ids of each value where the policy reads it; the reader alone reads ``values``."""
+        return self.chat_turns or self.values
 
     def policy_sequence(
         self, order: Sequence[int], queries: Sequence[Sequence[int]], *, with_probe: bool = False
@@ -213,7 +220,7 @@ class TokenizedArticle:
             # The prompt itself ends with the markers that open the first query.
             pieces += [("prompt", self.chat_markers.before_query, -1)] if step else []
             pieces += [("query", query, -1), ("prompt", self.chat_markers.before_value, -1)]
-            pieces += [("value", self.values[pair], pair)]
+            pieces += [("value", self.turns[pair], pair)]
         return _sequence([*pieces, ("probe", self.probe if with_probe else (), -1)])
 
     def reader_sequence(self, order: Sequence[int], *, with_probe: bool = False) -> TokenSequence:
@@ -236,9 +243,21 @@ def _sequence(pieces: Iterable[tuple[Kind, Sequence[int], int]]) -> TokenSequenc
 
 
 def tokenize_article(
-    pairs: ArticlePairs, lm: LanguageModel, *, prompt: str, use_chat_template: bool
+    pairs: ArticlePairs,
+    lm: LanguageModel,
+    *,
+    prompt: str,
+    use_chat_template: bool,
+    rendered: RenderedMarkers | None = None,
 ) -> TokenizedArticle:
     """``pairs`` in the tokens of ``lm``. A value is preceded by a space, as a sentence is in running text.
+
+    Args:
+        pairs: the text.
+        lm: whose tokens.
+        prompt: with ``{title}`` for the article's.
+        use_chat_template: mark turns where the tokenizer has a template.
+        rendered: what that template gave when the run began; None renders it now.
 
     Raises:
         DataError: a key or value has no tokens.
@@ -250,7 +269,9 @@ def tokenize_article(
             raise DataError(f"pair {index} of {pairs.name} has no tokens for {lm.name}; remove the sentence")
     text = prompt.replace("{title}", pairs.title)  # once, so that a title that spells {title} stays as it is
     # Without a template the prompt is plain text, and queries and values follow one another.
-    markers = ChatMarkers.of(lm) if use_chat_template and lm.tokenizer.chat_template else None
+    markers = None
+    if use_chat_template and lm.tokenizer.chat_template:
+        markers = ChatMarkers.rendered(lm, rendered) if rendered else ChatMarkers.of(lm)
     return TokenizedArticle(
         pairs=pairs,
         keys=keys,
@@ -259,4 +280,5 @@ def tokenize_article(
         prompt=(lm.begin_token, *lm.encode(text)) if markers is None else markers.opening(lm, text),
         begin_token=lm.begin_token,
         chat_markers=markers or ChatMarkers(),
+        chat_turns=() if markers is None else tuple(markers.value(lm, value) for value in pairs.values),
     )

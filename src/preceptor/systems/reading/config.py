@@ -103,6 +103,9 @@ class DataOptions(Options):
 class EpisodeOptions(Options):
     """One reading of an article."""
 
+    pool: Literal["one", "mixed"] = Field(
+        "one", description="Read the pairs of one article, or choose among those of several (see study)."
+    )
     budget: int = Field(0, ge=0, description="Number of pairs read per episode; 0 reads all.")
     query_tokens: int = Field(4, ge=1, description="Length of a query in tokens.")
     temperature: float = Field(
@@ -241,6 +244,40 @@ class EvaluationOptions(Options):
     max_train_articles: int = Field(12, ge=1, description="Maximum number of training articles evaluated at the end.")
 
 
+class StudyOptions(Options):
+    """Choosing passages from mixed pools (`episode.pool` mixed); pools are the same under every seed of a run."""
+
+    mode: Literal["both", "asked", "seed"] = Field(
+        "both", description="What the context holds: questions about the target article, one of its sentences, or both."
+    )
+    num_questions: int = Field(1, ge=1, le=3, description="Number of questions in the context (mode: asked).")
+    num_distractors: int = Field(2, ge=1, description="Number of other articles in a pool.")
+    distractors: str = Field(
+        "",
+        description="Folder of further texts from which half of the distractors are drawn; they are never asked for.",
+    )
+    num_train_pools: int = Field(64, ge=1, description="Number of pools to learn from; each article leads in turn.")
+    num_eval_pools: int = Field(24, ge=1, description="Number of pools of held-out articles.")
+    pool_seed: int = Field(0, ge=0, description="Seed of the pools and of the random baselines.")
+    channels: tuple[Literal["late_interaction", "bm25", "tfidf", "query_likelihood"], ...] = Field(
+        ("late_interaction", "bm25", "tfidf"), description="Similarities that the policy weighs beside the cosine."
+    )
+    num_rounds: int = Field(3, ge=0, description="Rounds of message passing between candidates; 0 is none.")
+    num_readings: int = Field(8, ge=2, description="Number of readings of each case in an update.")
+    cases_per_update: int = Field(24, ge=1, description="Number of cases in an update.")
+    learning_rate: float = Field(
+        0.03, ge=0, description="Learning rate of the temperature and of the channels' weights."
+    )
+    real_steps: int = Field(
+        0,
+        ge=0,
+        description="Number of last updates whose readings are really read; before, a reading is worth the "
+        "mean of its candidates read alone.",
+    )
+    num_random: int = Field(8, ge=2, description="Random readings of each held-out case.")
+    num_samples: int = Field(2, ge=1, description="Readings of each held-out case by a policy that samples.")
+
+
 class ReadingConfig(Options):
     """Configuration of ``preceptor run reading``."""
 
@@ -254,6 +291,7 @@ class ReadingConfig(Options):
     reward: RewardOptions = RewardOptions()
     update: UpdateOptions = UpdateOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
+    study: StudyOptions = StudyOptions()
     save_every: int = Field(10, ge=1, description="Number of updates between checkpoints.")
     record_every: int = Field(
         1, ge=1, description="Number of updates between training episodes recorded in decisions.jsonl."
@@ -264,6 +302,9 @@ class ReadingConfig(Options):
 
     def conflicts(self) -> Iterator[str]:
         """Values that do not go together."""
+        if self.episode.pool == "mixed":
+            yield from self._study_conflicts()
+            return
         if self.data.num_pairs == 1 or self.episode.budget > self.data.num_pairs > 0:
             yield (
                 f"`episode.budget` must be at most `data.num_pairs`, which must be at least 2 (or 0 for all), got "
@@ -293,6 +334,26 @@ class ReadingConfig(Options):
                 f"`update.advantage` {self.update.advantage} compares episodes of a batch, so `episode.batch_size` "
                 f"must be at least 2, got {self.episode.batch_size}; or use running_mean"
             )
+
+    def _study_conflicts(self) -> Iterator[str]:
+        study, candidates = self.study, self.data.num_pairs * (1 + self.study.num_distractors)
+        if self.data.num_pairs < 2:
+            yield (
+                f"`data.num_pairs` is the number of pairs of each article in a pool, at least 2, got "
+                f"{self.data.num_pairs}"
+            )
+        elif not 1 <= self.episode.budget <= candidates:
+            yield (
+                f"`episode.budget` must lie in 1..{candidates} (the pool) where `episode.pool` is mixed, got "
+                f"{self.episode.budget}"
+            )
+        if bool(self.data.train_articles) != bool(self.data.eval_articles):
+            yield (
+                "a study needs articles to learn from and articles to be judged on; give both `data.train_articles` "
+                "and `data.eval_articles`, or neither for the bundled texts"
+            )
+        if study.real_steps > self.update.steps:
+            yield f"`study.real_steps` must be at most `update.steps`, got {study.real_steps} of {self.update.steps}"
 
 
 Config = ReadingConfig

@@ -149,7 +149,7 @@ def run_episodes(
 
         available = available.scatter(1, pair[:, None], False)  # a new tensor: the old one is recorded
         if step + 1 < budget:  # the last value is never followed by a query
-            values = [[*markers.before_value, *article.values[i], *markers.before_query] for i in pair.tolist()]
+            values = [[*markers.before_value, *article.turns[i], *markers.before_query] for i in pair.tolist()]
             decoder.append(values)
             if initial_decoder is not None:
                 queries_and_values = zip(query.tokens.tolist(), values, strict=True)
@@ -196,7 +196,8 @@ def check_budget(
     prompt = len(article.prompt) - len(markers.before_query)  # the prompt has opened the first query already
     # Longest values first: whichever pairs an episode chooses, they fit.
     values, fitting = 0, 0
-    for length in sorted((len(value) for value in article.values), reverse=True):
+    lengths = [max(map(len, both)) for both in zip(article.values, article.turns, strict=True)]
+    for length in sorted(lengths, reverse=True):
         values += length
         queries = (fitting + 1) * (query_tokens + len(markers.before_value) + len(markers.before_query))
         with_queries = prompt + queries + values + len(article.probe) * probe_after_queries

@@ -51,6 +51,9 @@ TABLE = ("order_gain", "order_gain_with_queries", "selection_gain", "progress_au
 ORACLES = ("exhaustive", "local_search", "beam", "greedy")
 NOT_MEASURED = {"mean": None, "low": None, "high": None, "n": 0, "reason": "no such articles were given"}
 
+SUBJECT = "the learned order"
+"""Who the verdict opens with."""
+
 MAX_BEST_OF = 2_000
 """Random orders of the best-of-N baseline, at most."""
 
@@ -130,6 +133,7 @@ def evaluate_article(
 
     # The first episodes of each method, scored as the orders were: the values alone, then the probe.
     decisions: list[dict[str, Any]] = []
+    # A method may have more episodes than are recorded.
     num_recorded: Counter[str] = Counter()
     for names, policy, trajectories in groups:
         sequences = reader_sequences(reader, trajectories, context="values", with_probe=bool(article.probe))
@@ -162,6 +166,7 @@ def _records(
     if article.probe:
         for method, each in methods.items():
             some = each.orders[: options.num_episodes]
+            # [pairs + 1], the mean over orders.
             curves[method] = torch.stack([scores.curve(order) for order in some]).mean(0)  # after 0, 1, … pairs
     # The selection gain compares the probe after a part of the pairs: later all methods have read the same.
     budget = min(options.selection_budget or article.num_pairs // 2, article.num_pairs)
@@ -242,6 +247,7 @@ class GapMeter:
             scores = OrderScores(self._setup.reader, self._setup.reader.article(article))
             generator = torch.Generator().manual_seed(self._seed)
             orders = random_orders(article.num_pairs, options.num_orders, generator=generator)
+            # Beam search finds a good order, local search improves it by moves; both ask the same cache.
             oracle = local_search(scores, beam_search(scores, options.beam_width))
             self._references[name] = (scores, _mean(scores.values(orders)), scores.values([oracle])[0])
         return self._references[name]
@@ -267,6 +273,10 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         config: the resolved configuration.
         seeds: of the runs.
     """
+    if config["episode"].get("pool") == "mixed":
+        from preceptor.systems.reading.study.evaluate import result as study_result
+
+        return study_result(records, config=config, seeds=seeds)
     splits = [split for split in SPLITS if any(record["split"] == split for record in records)]
     unit = UNITS["order_gain"]
     comparisons: list[Comparison] = []
@@ -278,9 +288,11 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
                 compare(records, metric="reward", arm="learned", baseline=baseline, unit=unit, split=split)
             )
         gaps[split] = gap_closed(records, metric="reward", upper=ORACLES, split=split)
+        # The two splits share one table; held-out metrics carry a prefix.
         prefix = "held_out_" if split == "held_out" else ""
         for method, metrics in summarise(records, units=UNITS, split=split).items():
             methods.setdefault(method, {}).update({prefix + metric: value for metric, value in metrics.items()})
+    # Query text is measured on the training articles, or on whatever split there is.
     text = query_text(
         records,
         with_queries="order_gain_with_queries",
@@ -302,6 +314,7 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         "comparisons": comparisons,
         "gap_closed": {split: gaps.get(split) or NOT_MEASURED for split in SPLITS},
         "query_text": text,
-        "verdict": verdict(comparisons, gaps=gaps, query_text=text, noun="article"),
+        "subject": SUBJECT,
+        "verdict": verdict(comparisons, gaps=gaps, query_text=text, noun="article", subject=SUBJECT),
         "records": list(records),
     }

@@ -63,6 +63,11 @@ def train(config: ReadingConfig, run: Run, services: Services, *, setup: Setup |
         services: cache folder and keys.
         setup: use this one, for example with a reader of your own; None prepares what ``config`` describes.
     """
+    if config.episode.pool == "mixed":
+        # Imported here: the two tasks share the command and nothing of the loop.
+        from preceptor.systems.reading.study.loop import train as train_study
+
+        return train_study(config, run, services)
     setup = setup or prepare(config, run, services)
     state = State(setup.policy, setup.initial_policy.lm, config.update)
     meter = GapMeter(setup, seed=derived_seed(config.seed, "gap meter"))
@@ -75,7 +80,7 @@ def train(config: ReadingConfig, run: Run, services: Services, *, setup: Setup |
         if every and (number % every == 0 or number == num_steps):
             row["gap_closed_train"] = meter.measure(setup.generators("evaluation_"))
         run.log(number, row)
-        for warning in state.collapse.warnings(number, row):
+        for warning in (*setup.policy.lm.take_notices(), *state.collapse.warnings(number, row)):
             run.notice(warning)
     records = evaluate(setup, state)
     save_model(setup.policy.lm.model, setup.policy.lm.tokenizer, run.path / MODEL)
@@ -137,7 +142,8 @@ def step(setup: Setup, state: State, number: int) -> dict[str, Any]:
         usable_mask=usable_mask,
         credit=reward.credit,
         advantage=update.advantage,
-        moments=state.moments,
+        article=name,
+        baseline=state.return_baseline,
     )
 
     # 5. The gradient of the loss, and one step of the optimizer.
@@ -178,7 +184,7 @@ def step(setup: Setup, state: State, number: int) -> dict[str, Any]:
             )
         )
     state.num_episodes += len(trajectories)
-    num_value_tokens = sum(len(article.values[pair]) for pair in trajectories.order.flatten().tolist())
+    num_value_tokens = sum(len(article.turns[pair]) for pair in trajectories.order.flatten().tolist())
     return {
         "article": name,
         "reward": _finite_mean(batch.raw.total),

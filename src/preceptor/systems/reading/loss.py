@@ -98,7 +98,7 @@ def accumulate_gradient(
     num_choices = len(kept) * num_steps
     num_query_tokens = num_choices * tokens_per_query
     num_value_tokens = sum(
-        len(trajectories.article.values[pair]) for pair in trajectories.order[kept].flatten().tolist()
+        len(trajectories.article.turns[pair]) for pair in trajectories.order[kept].flatten().tolist()
     )
     with_values = reference_model is not None and coefficients.value_kl > 0
     selection_weight = coefficients.selection * policy.selection_has_gradient

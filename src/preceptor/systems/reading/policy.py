@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from preceptor.errors import ModelError
+from preceptor.errors import DataError, ModelError
 from preceptor.lm.embedding import MODEL_EMBEDDINGS, ModelEmbedding, key_vectors
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
+from preceptor.runs.user_code import call
 from preceptor.systems.reading.articles import TokenizedArticle
 from preceptor.systems.reading.config import SelectionOptions
 
@@ -101,7 +102,7 @@ class Policy:
             vectors, version = key_vectors(self.lm, self.embedding, article.keys), self.embedding.version
         else:
             assert self.text_embedder is not None
-            vectors = self.text_embedder.embed(article.pairs.keys).to(self.lm.device)
+            vectors = embed_texts(self.text_embedder, article.pairs.keys).to(self.lm.device)
             version = self.text_embedder.version
         # States crowd around their mean (cosines of 0.95 to 0.98); without it their differences remain.
         centre = vectors.mean(0) if self.centre else torch.zeros_like(vectors[0])
@@ -125,11 +126,29 @@ class Policy:
             # No gradient: a text embedder sees what the query says, not how it was computed.
             texts = [self.lm.decode(query) for query in queries.flatten(0, -2).tolist()]
             # No embedder takes an empty text; a full stop stands for a query of spaces.
-            vectors = self.text_embedder.embed([text if text.strip() else "." for text in texts])
+            vectors = embed_texts(self.text_embedder, [text if text.strip() else "." for text in texts])
             vectors = vectors.to(self.lm.device).unflatten(0, queries.shape[:-1])
         # Centred before the projection, so that the identity gives the selection of the untrained policy.
         vectors = vectors - keys.centre
         return vectors if self.projection is None else self.projection(vectors)
+
+
+def embed_texts(embedder: TextEmbedder, texts: Sequence[str]) -> Float[Tensor, "text dimension"]:
+    """The vectors of ``texts``; an embedder from outside the package may do anything, and is named where it does.
+
+    Raises:
+        DataError: the embedder is a user's and raises, or returns something else than one finite vector a text.
+    """
+    if type(embedder).__module__.startswith("preceptor."):
+        return embedder.embed(texts)
+    what = f"the embedder {type(embedder).__name__}"
+    vectors = call(what, embedder.embed, list(texts))
+    if not isinstance(vectors, Tensor) or vectors.ndim != 2 or len(vectors) != len(texts):
+        got = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
+        raise DataError(f"{what} returned {got} for {len(texts)} texts, not a tensor of one vector each")
+    if not vectors.is_floating_point() or not bool(vectors.isfinite().all()):
+        raise DataError(f"{what} returned {vectors.dtype} with NaN or infinity, or no floating-point numbers")
+    return vectors.detach().float()
 
 
 def identity_projection(dimension: int, *, device: torch.device) -> nn.Linear:

@@ -42,6 +42,10 @@ LINES = (
 
 def sections(run: RunFolder) -> list[Section]:
     """The learned order first, then episodes to step through, then the curves."""
+    if (run.result or {}).get("study") or (run.path / "pools.json").is_file():
+        from preceptor.systems.reading.study.report import sections as study_sections
+
+        return study_sections(run)
     found = []
     if orders := _orders(run):
         found.append(Section("The article in the learned order", orders))

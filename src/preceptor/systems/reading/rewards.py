@@ -14,7 +14,7 @@ from torch import Tensor
 from preceptor.errors import DataError
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.score import branch_log_probs, token_log_probs
-from preceptor.objectives.advantages import against_baseline, group_normalised, leave_one_out, reward_to_go
+from preceptor.objectives.advantages import group_normalised, leave_one_out, reward_to_go
 from preceptor.objectives.statistics import RunningMoments
 from preceptor.systems.reading.articles import TokenizedArticle, TokenSequence
 from preceptor.systems.reading.environment import Trajectories
@@ -146,7 +146,7 @@ def scores_after_initial_queries(
         for (start, _), pair, query in zip(sequence.ranges("query"), order, queries, strict=True):
             # The branch starts where the policy's own query stands; the other query is given, the value is scored.
             given = (*reader.query_tokens(query), *article.chat_markers.before_value)
-            branches.append((start, (*given, *article.values[pair]), len(given)))
+            branches.append((start, (*given, *article.turns[pair]), len(given)))
         scores.append(SequenceScores(sequence, tuple(reader.branches(sequence, branches))))
     return scores
 
@@ -323,13 +323,49 @@ class PairBaseline:
         self._means = {article: dict(means) for article, means in state.items()}
 
 
+class ReturnBaseline:
+    """The running mean of what each step is credited with, by article, over all batches but the present one.
+
+    It is the mean of the returns themselves, whatever they are made of: with the pair baseline they are centred already
+    and their mean is near 0; of a probe, earned at the last step, every step has the whole.
+    """
+
+    def __init__(self) -> None:
+        self._moments: dict[str, list[RunningMoments]] = {}
+
+    def advantages(self, article: str, returns: Float[Tensor, "batch step"]) -> Float[Tensor, "batch step"]:
+        """``returns`` less each step's mean so far, and 0 in the first batch of an article, of which nothing is known.
+
+        The batch is taken into the means afterwards: a mean that holds an action's own reward would bias the gradient.
+        """
+        columns = returns.double().unbind(1)
+        known = article in self._moments
+        moments = self._moments.setdefault(article, [RunningMoments() for _ in columns])
+        expected = torch.tensor([each.mean for each in moments], dtype=torch.float64)  # step
+        for each, column in zip(moments, columns, strict=True):
+            each.update(column)
+        return (returns - expected).to(returns.dtype) if known else torch.zeros_like(returns)
+
+    def state_dict(self) -> dict[str, list[dict[str, int | float]]]:
+        """Moments of each step, by article."""
+        return {article: [each.state_dict() for each in moments] for article, moments in self._moments.items()}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[dict[str, int | float]]]) -> None:
+        """Restore :meth:`state_dict`."""
+        self._moments = {article: [RunningMoments() for _ in moments] for article, moments in state.items()}
+        for article, moments in state.items():
+            for each, saved in zip(self._moments[article], moments, strict=True):
+                each.load_state_dict(saved)
+
+
 def step_advantages(
     step_rewards: Float[Tensor, "batch step"],
     *,
     usable_mask: Bool[Tensor, " batch"],
     credit: Literal["following", "trajectory"],
     advantage: Literal["leave_one_out", "group_normalised", "running_mean"],
-    moments: RunningMoments,
+    article: str,
+    baseline: ReturnBaseline,
 ) -> Float[Tensor, "batch step"]:
     """The advantage of each step; 0 for a trajectory that is not usable.
 
@@ -338,8 +374,9 @@ def step_advantages(
         usable_mask: True = this trajectory's reward is finite and counts, as a sample and in the baseline.
         credit: a step is credited with itself and what follows, or with the whole trajectory.
         advantage: against the mean of the others, that divided by the batch's standard deviation, or against the mean
-            of all trajectories so far (``moments``, of whole-trajectory sums).
-        moments: running moments of trajectory sums; used by ``running_mean``.
+            of the batches of this article so far.
+        article: that was read.
+        baseline: used by ``running_mean``, and takes this batch in.
     """
     # A row that is not usable stays 0 and is no part of any baseline, so that one NaN spoils nothing else.
     advantages = torch.zeros_like(step_rewards)
@@ -355,8 +392,5 @@ def step_advantages(
     elif advantage == "group_normalised":
         advantages[usable_mask] = group_normalised(returns)
     else:
-        # A step's expected return falls with the steps that remain, so the running mean is spread evenly over them.
-        num_steps = returns.shape[1]
-        share = torch.arange(num_steps, 0, -1) / num_steps if credit == "following" else torch.ones(num_steps)
-        advantages[usable_mask] = against_baseline(returns, moments.mean * share.expand_as(returns))
+        advantages[usable_mask] = baseline.advantages(article, returns)
     return advantages

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from preceptor.errors import ConfigError
+from preceptor.errors import ConfigError, StorageError
+from preceptor.lm.chat import RenderedMarkers, rendered_markers
 from preceptor.lm.embedding import MODEL_EMBEDDINGS
 from preceptor.lm.load import Adapter, load_language_model
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.objectives.selection import calibrated_temperature
 from preceptor.runs.device import parse_dtype
-from preceptor.runs.files import replace_file
+from preceptor.runs.files import replace_file, storage_errors
 from preceptor.runs.strict_json import row_json
 from preceptor.systems.reading.articles import ArticlePairs, TokenizedArticle, load_articles, tokenize_article
 from preceptor.systems.reading.config import ModelOptions, ReadingConfig
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from preceptor.data.embedders.base import TextEmbedder
     from preceptor.runs.folder import Run
     from preceptor.systems.base import Services
+
+MARKERS_NAME = "chat_markers.json"
+"""What the chat templates of a run's models gave when it began: model → texts."""
 
 CALIBRATION_ARTICLES = 8
 """Training articles over which the temperature is calibrated, at most."""
@@ -84,7 +90,8 @@ def prepare(config: ReadingConfig, run: Run, services: Services) -> Setup:
     for each in every:
         if each.num_pairs < config.data.num_pairs:
             run.notice(f"'{each.name}' is short: {each.num_pairs} of {config.data.num_pairs} pairs can be read")
-    articles = tokenize_articles(every, lm, config.model)
+    kept = kept_markers(run.path)
+    articles = tokenize_articles(every, lm, config.model, kept=kept)
     _check_budgets(config, articles, lm.context_length, train=train)
 
     # The policy and its keys, which are embedded once, before training.
@@ -92,8 +99,8 @@ def prepare(config: ReadingConfig, run: Run, services: Services) -> Setup:
         temperature=config.episode.temperature,
         top_k=config.episode.top_k,
         top_p=config.episode.top_p,
-        # A control token inside a query could end a turn or a text.
-        suppressed=tuple(token for token in lm.special_tokens if token < lm.vocab_size),
+        # A control token inside a query could end a turn or a text, and a token without text has nothing to say.
+        suppressed=lm.never_drawn,
     )
     text_embedder = _text_embedder(config, services, run.device)
 
@@ -119,7 +126,7 @@ def prepare(config: ReadingConfig, run: Run, services: Services) -> Setup:
     if config.reward.reader not in ("", "policy"):
         reader_lm = load_language_model(config.reward.reader, device=run.device)
         reader_lm.model.requires_grad_(False)
-        reader_articles = tokenize_articles(every, reader_lm, config.model)
+        reader_articles = tokenize_articles(every, reader_lm, config.model, kept=kept)
         _check_budgets(config, reader_articles, reader_lm.context_length)
         reader = LanguageModelReader(reader_lm, policy_lm=lm, articles=reader_articles)
 
@@ -136,18 +143,52 @@ def prepare(config: ReadingConfig, run: Run, services: Services) -> Setup:
         held_out=tuple(each.name for each in pairs.held_out),
     )
     policy.temperature = initial_policy.temperature = selection.temperature or calibrate(setup)
+    if kept:
+        replace_file(run.path / MARKERS_NAME, json.dumps(kept, ensure_ascii=False) + "\n")
     replace_file(run.path / "articles.json", row_json(_articles_json(setup)) + "\n")
     return setup
 
 
 def tokenize_articles(
-    articles: Sequence[ArticlePairs], lm: LanguageModel, options: ModelOptions
+    articles: Sequence[ArticlePairs], lm: LanguageModel, options: ModelOptions, *, kept: dict[str, RenderedMarkers]
 ) -> dict[str, TokenizedArticle]:
-    """Every article in the tokens of ``lm``, by name."""
+    """Every article in the tokens of ``lm``, by name.
+
+    Args:
+        articles: their text.
+        lm: whose tokens.
+        options: prompt and chat template.
+        kept: markers by model, as rendered before; those rendered now are added.
+    """
+    if options.use_chat_template and lm.name not in kept and (rendered := rendered_markers(lm)):
+        kept[lm.name] = rendered
+    use_chat_template, rendered = options.use_chat_template, kept.get(lm.name)
     return {
-        each.name: tokenize_article(each, lm, prompt=options.prompt, use_chat_template=options.use_chat_template)
+        each.name: tokenize_article(
+            each, lm, prompt=options.prompt, use_chat_template=use_chat_template, rendered=rendered
+        )
         for each in articles
     }
+
+
+def kept_markers(folder: Path) -> dict[str, RenderedMarkers]:
+    """What the chat templates of a run's models gave when it began; a template may read the clock.
+
+    Raises:
+        StorageError: the run's ``chat_markers.json`` is damaged.
+    """
+    path = folder / MARKERS_NAME
+    if not path.is_file():
+        return {}
+    with storage_errors(f"read {path}"):
+        text = path.read_bytes()
+    try:
+        kept = {}
+        for model, (prompt, query, value) in json.loads(text).items():
+            kept[str(model)] = str(prompt), str(query), str(value)
+        return kept
+    except (ValueError, TypeError, AttributeError) as error:
+        raise StorageError(f"{path} is damaged ({error}); restore it from a copy") from error
 
 
 def calibrate(setup: Setup) -> float:
@@ -159,6 +200,9 @@ def calibrate(setup: Setup) -> float:
     logarithms = []
     for name in setup.train[:CALIBRATION_ARTICLES]:
         keys = setup.keys[name]
+        if len(set(setup.articles[name].keys)) == 1:
+            setup.run.notice(f"every key of '{name}' reads the same, so a query cannot prefer one")
+            continue  # its selection is uniform at every temperature
         # One step is enough: every key is still available, and the temperature does not change what queries are drawn.
         trajectories = run_episodes(
             setup.initial_policy,
@@ -176,7 +220,7 @@ def calibrate(setup: Setup) -> float:
             target_fraction=setup.config.selection.entropy_fraction,
         )
         logarithms.append(math.log(temperature))  # temperatures act as factors, so the mean is geometric
-    return math.exp(sum(logarithms) / len(logarithms))
+    return math.exp(sum(logarithms) / len(logarithms)) if logarithms else 1.0
 
 
 def _check_budgets(

@@ -14,7 +14,7 @@ from preceptor.runs.guard import NonFiniteGuard
 from preceptor.runs.state import copy_tensors, load_optimizer, optimizer_state
 from preceptor.systems.reading.config import UpdateOptions
 from preceptor.systems.reading.policy import Policy
-from preceptor.systems.reading.rewards import PairBaseline
+from preceptor.systems.reading.rewards import PairBaseline, ReturnBaseline
 
 COUNTS = ("num_episodes", "num_scored_values", "num_rewards_excluded")
 
@@ -31,8 +31,9 @@ class State:
         parameters: every trainable parameter, by name.
         optimizer: over ``parameters``.
         reference_model: of the KL terms, or None where both are off.
-        moments: of all rewards so far.
+        moments: of all rewards so far, for the filter.
         pair_baseline: running mean of each pair's log-probability.
+        return_baseline: running mean of what each step is credited with.
         guard: counts updates that were skipped because a number was not finite.
         collapse: counts updates in a row that show a sign of collapse.
         queue: indices of the articles still to come in this round, the next one last.
@@ -51,6 +52,7 @@ class State:
             self.reference_model = policy.lm.frozen_copy() if self._snapshot_every else initial_lm
         self.moments = RunningMoments()
         self.pair_baseline = PairBaseline()
+        self.return_baseline = ReturnBaseline()
         self.guard = NonFiniteGuard()
         self.collapse = CollapseWatch()
         self.queue: list[int] = []
@@ -76,9 +78,11 @@ class State:
         return {
             "policy": {name: parameter.detach() for name, parameter in self.parameters.items()},
             "snapshot": self._snapshot(),
+            "engine": self._policy_lm.engine_state(),
             "optimizer": optimizer_state(self.optimizer),
             "moments": self.moments.state_dict(),
             "pair_baseline": self.pair_baseline.state_dict(),
+            "return_baseline": self.return_baseline.state_dict(),
             "guard": self.guard.state_dict(),
             "collapse": self.collapse.state_dict(),
             "queue": list(self.queue),
@@ -94,9 +98,11 @@ class State:
         # Copied in place: the optimizer and the decoder hold these very tensors.
         copy_tensors(state["policy"], self.parameters)
         copy_tensors(state["snapshot"], self._snapshot())
+        self._policy_lm.load_engine_state(state["engine"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.moments.load_state_dict(state["moments"])
         self.pair_baseline.load_state_dict(state["pair_baseline"])
+        self.return_baseline.load_state_dict(state["return_baseline"])
         self.guard.load_state_dict(state["guard"])
         self.collapse.load_state_dict(state["collapse"])
         self.queue = list(state["queue"])

@@ -23,7 +23,7 @@ from preceptor.systems.base import Replayed, Services
 from preceptor.systems.reading.articles import ArticlePairs, TokenizedArticle, TokenSequence
 from preceptor.systems.reading.config import ReadingConfig
 from preceptor.systems.reading.rewards import LanguageModelReader, SequenceScores, probe_rewards, value_rewards
-from preceptor.systems.reading.setup import tokenize_articles
+from preceptor.systems.reading.setup import kept_markers, tokenize_articles
 
 BATCH = 64
 """Decisions that are scored together."""
@@ -40,6 +40,11 @@ def verify(config: ReadingConfig, folder: Path, services: Services) -> Iterator[
             article does not have.
         StorageError: a file of the run is missing or damaged.
     """
+    if config.episode.pool == "mixed":
+        from preceptor.systems.reading.study.verify import verify as verify_study
+
+        yield from verify_study(config, folder)
+        return
     if config.reward.reader == "policy":
         raise DataError(
             "the reader of this run was the policy as it learned, whose past weights are gone; "
@@ -49,13 +54,15 @@ def verify(config: ReadingConfig, folder: Path, services: Services) -> Iterator[
     # The text as it was read then: an article on the network may have changed since.
     pairs = _read_articles(folder / "articles.json")
     policy_lm = load_language_model(config.model.name, device=cpu, dtype=parse_dtype(config.model.dtype))
-    articles = tokenize_articles(pairs, policy_lm, config.model)
+    kept = kept_markers(folder)
+    articles = tokenize_articles(pairs, policy_lm, config.model, kept=kept)
     reader = LanguageModelReader(policy_lm)
     if config.reward.reader:
         reader_lm = load_language_model(config.reward.reader, device=cpu)
-        reader_articles = tokenize_articles(pairs, reader_lm, config.model)
+        reader_articles = tokenize_articles(pairs, reader_lm, config.model, kept=kept)
         reader = LanguageModelReader(reader_lm, policy_lm=policy_lm, articles=reader_articles)
     decisions = read_jsonl(folder / "decisions.jsonl")
+    # In batches, as the reader scored them: one at a time would take many times as long.
     while batch := list(islice(decisions, BATCH)):
         sequences = [_sequences(decision, articles, reader) for decision in batch]
         scores = reader.score([reader_sequence for _, reader_sequence in sequences])
@@ -91,6 +98,7 @@ def _sequences(
     try:
         article = articles[decision["article"]]
         order = [span["pair"] for span in decision["policy_spans"] if span["kind"] == "value"]
+        # Negative numbers would be valid indices in Python.
         if not all(isinstance(pair, int) and 0 <= pair < article.num_pairs for pair in order):
             last = article.num_pairs - 1
             raise DataError(f"decisions.jsonl, {_where(decision)}: pairs {order} are not all among 0..{last}")
@@ -127,8 +135,10 @@ def _comparisons(
     yield Replayed(f"{where}: tokens that the pairs do not give", 0.0, float(differing))
 
     log_probs = [span["log_probs"] for span in decision["reader_spans"] if "log_probs" in span]
+    # Numbers that were not finite were written as null.
     recorded = torch.tensor([torch.nan if number is None else number for span in log_probs for number in span])
     recomputed = torch.cat(list(scores.log_probs))
+    # Another number of tokens cannot be compared entry by entry; it counts as infinitely far.
     largest = float((recorded - recomputed).abs().max()) if len(recorded) == len(recomputed) else float("inf")
     yield Replayed(f"{where}: largest difference of a token's log-probability", 0.0, largest)
 

@@ -47,8 +47,10 @@ def make_surgeon(
         return EvolutionSurgeon(action_dim)
     if name == "best_of_n":
         return BestOfNSurgeon(action_dim, n=best_of)
+    # SAC's actions as they were, so that both make edits of the same size at the same step.
     if name == "random":
         return RandomSurgeon(torch.tensor(learned_actions))
+    # `learned` and `shuffled` are one agent; only what it is told differs.
     return SacSurgeon(
         SacAgent(
             state_dim,
@@ -131,6 +133,7 @@ class SacSurgeon(Surgeon):
     def propose(self, state: Float[Tensor, " state"], *, generator: torch.Generator) -> Action:
         """Acts after learning: ``state`` completes the transition of the last action."""
         if self._pending is not None:
+            # The next state is known only now, one edit later.
             self._agent.observe(*self._pending, state, terminated=False)  # surgery has no terminal state
             self._pending = None
             for _ in range(self._updates_per_edit):
@@ -149,9 +152,12 @@ class SacSurgeon(Surgeon):
         """Keeps the transition until the next proposal, which knows the next state."""
         self._squares.update(torch.tensor([reward**2], dtype=torch.float64))  # of the true rewards, shuffled or not
         if self._shuffled:
+            # Drawn among all rewards so far: the same distribution, without any link to the action.
             self._rewards.append(reward)
             reward = self._rewards[int(torch.randint(len(self._rewards), (), generator=generator))]
+        # Root mean square, not standard deviation: a mean reward other than 0 is information and stays.
         scale = math.sqrt(self._squares.mean)
+        # All rewards so far were 0: there is nothing to scale by.
         self._pending = state, action, reward / scale if scale > 0 else 0.0
 
     def metrics(self) -> dict[str, float]:
@@ -191,6 +197,7 @@ class RandomSurgeon(Surgeon):
 
     def propose(self, state: Float[Tensor, " state"], *, generator: torch.Generator) -> Action:
         """The next action of SAC, shuffled."""
+        # Both surgeons make the same number of edits, so there is one of SAC's for each.
         action = self._actions[self._num_edits]
         self._num_edits += 1
         signs = 2.0 * torch.randint(2, action.shape, generator=generator) - 1  # keeps the norm, loses the direction
@@ -224,6 +231,7 @@ class EvolutionSurgeon(Surgeon):
 
     def propose(self, state: Float[Tensor, " state"], *, generator: torch.Generator) -> Action:
         """A Gaussian action, clipped to ±1."""
+        # Clipped, not squashed: small steps keep their size.
         return (self._standard_deviation * torch.randn(self._action_dim, generator=generator)).clamp(-1, 1)
 
     def observe(
@@ -236,6 +244,7 @@ class EvolutionSurgeon(Surgeon):
         generator: torch.Generator,
     ) -> None:
         """The one-fifth rule."""
+        # 1.5 once against 1.5^(−1/4) four times: the product is 1 at one success in five.
         factor = self.GROWTH if committed else self.GROWTH**-0.25
         low, high = self.LIMITS
         self._standard_deviation = min(max(self._standard_deviation * factor, low), high)
@@ -278,6 +287,7 @@ class BestOfNSurgeon(Surgeon):
         self._num_tried += 1
         if self._num_tried < self._n:
             return None
+        # The round begins anew whatever becomes of its best edit.
         (reward, action), self._num_tried, self._best = self._best, 0, None
         return super().candidate(action, reward)
 

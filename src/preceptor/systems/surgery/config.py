@@ -22,6 +22,8 @@ ARMS = {
     "gradient": "gradient steps that cost as many FLOPs as SAC's edits",
     "joint": "SAC and the objective together, after exclusive surgery",
     "training": "the same updates as in joint, without any surgery",
+    "pretrained": "a surgeon that was trained on many damaged models (surgeon: pretrained:RUN)",
+    "joint_pretrained": "that surgeon and the objective together",
 }
 EDITING_ARMS = ("learned", "shuffled", "evolution", "random", "best_of_n")
 OBJECTIVES = {
@@ -31,8 +33,32 @@ OBJECTIVES = {
     "cross_entropy": "control: the true token's log-probability",
     "distil": "control: KL to the referee",
 }
+DAMAGES = {
+    "head_scale": "planted: every head's output is scaled",
+    "singular_values": "planted: the singular values of every output projection shrink",
+    "low_rank_noise": "planted: noise of rank 2 on every output projection",
+    "permuted_heads": "planted: the heads of every layer change places",
+    "wiped_head": "planted: a head of every layer is set to 0",
+    "round_3": "compression: weights rounded to the nearest of 3 bits",
+    "round_4": "compression: weights rounded to the nearest of 4 bits",
+    "magnitude_pruning": "compression: the smaller half of the weights is set to 0",
+    "truncation": "compression: the larger half of the singular values is kept",
+}
+REPAIRS = {
+    "inverse": "the known inverse of the damage",
+    "amortised": "SAC trained over many damaged models",
+    "shuffled": "the same, each edit paid with the reward of another damage",
+    "norms": "every head's norm is set to the mean of its layer",
+    "gradient": "Adam on the numbers of the edit",
+    "evolution": "(1+1)-ES on the numbers of the edit",
+    "cma_es": "CMA-ES on the numbers of the edit",
+    "sac": "SAC that starts from nothing on the one model",
+    "no_edit": "the damaged model",
+}
 CHOICES = {
     "arms": ARMS,
+    "damages": DAMAGES,
+    "repairs": REPAIRS,
     "objectives": OBJECTIVES,
     "edits": {
         "singular_values": "scale the leading singular values of attention matrices",
@@ -198,6 +224,49 @@ class ControlOptions(Options):
     )
 
 
+Damage = Literal[
+    "head_scale", "singular_values", "low_rank_noise", "permuted_heads", "wiped_head",
+    "round_3", "round_4", "magnitude_pruning", "truncation",
+]  # fmt: skip
+Repair = Literal["inverse", "amortised", "shuffled", "norms", "gradient", "evolution", "cma_es", "sac", "no_edit"]
+
+
+class AmortisedOptions(Options):
+    """The surgeon that learns on many damaged models (training: amortised)."""
+
+    steps: int = Field(200, ge=1, description="Number of training steps.")
+    damages_per_step: int = Field(16, ge=1, description="Number of damaged students in a step.")
+    updates_per_step: int = Field(8, ge=0, description="Number of the agent's updates in a step.")
+    edits_per_damage: int = Field(
+        1, ge=1, description="Number of edits of a damaged student; with a discount of 0 each is an episode of its own."
+    )
+    num_students: int = Field(4, ge=1, description="Number of students that are trained from random weights.")
+    sizes: tuple[str, ...] = Field(
+        ("2x4x64",), description="LAYERSxHEADSxWIDTH of these students, which take turns with the sizes."
+    )
+    models: tuple[str, ...] = Field((), description="Folders of pretrained models to train the surgeon on as well.")
+    unseen_sizes: tuple[str, ...] = Field(
+        ("2x4x64", "3x4x96"), description="Size of each student that the surgeon is judged on and has never seen."
+    )
+    unseen_models: tuple[str, ...] = Field(
+        (), description="Pretrained models that it is judged on: starter, or a folder."
+    )
+    damages: tuple[Damage, ...] = Field(("head_scale",), description="Kinds of damage to train on.")
+    unseen_damages: tuple[Damage, ...] = Field(
+        ("permuted_heads", "wiped_head"), description="Further kinds of damage to judge on."
+    )
+    strength: float = Field(6.0, gt=1, description="Largest factor of a planted damage.")
+    max_factor: float = Field(6.0, gt=1, description="Largest factor of an edit.")
+    gradients: bool = Field(True, description="Let the surgeon see the gradient, which costs a backward pass an edit.")
+    probe_windows: int = Field(4, ge=1, description="Number of sequences that the surgeon sees and is paid for.")
+    search_evaluations: int = Field(100, ge=8, description="Number of evaluations of a search.")
+    search_windows: int = Field(8, ge=1, description="Number of sequences that the searches minimise the loss of.")
+    test_windows: int = Field(32, ge=1, description="Number of held-out sequences that a repair is judged on.")
+    patients: int = Field(8, ge=1, description="Number of damages of each kind of each student it is judged on.")
+    sac_patients: int = Field(1, ge=0, description="Number of those that SAC from nothing is given, which is slow.")
+    repairs: tuple[Repair, ...] = Field(get_args(Repair), description="Ways of repair that are compared.")
+
+
 class EvaluationOptions(Options):
     """What is measured."""
 
@@ -215,6 +284,13 @@ class SurgeryConfig(Options):
     """Configuration of ``preceptor run surgery``."""
 
     seed: int = Field(0, description="Seed of every random stream.")
+    training: Literal["phases", "amortised"] = Field(
+        "phases", description="A surgeon of one student in three phases, or one trained on many damaged students."
+    )
+    surgeon: str = Field(
+        "trained",
+        description="trained on the spot, or pretrained:RUN, which adds the surgeon of that amortised run beside it.",
+    )
     data: DataOptions = DataOptions()
     student: StudentOptions = StudentOptions()
     referee: RefereeOptions = RefereeOptions()
@@ -223,9 +299,16 @@ class SurgeryConfig(Options):
     edit: EditOptions = EditOptions()
     quality: QualityOptions = QualityOptions()
     agent: AgentOptions = AgentOptions()
+    amortised: AmortisedOptions = AmortisedOptions()
     controls: ControlOptions = ControlOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
     save_every: int = Field(200, ge=1, description="Number of steps between checkpoints.")
+
+    @property
+    def pretrained_run(self) -> str:
+        """The folder in ``pretrained:RUN``, or nothing."""
+        kind, _, run = self.surgeon.partition(":")
+        return run if kind == "pretrained" else ""
 
     def conflicts(self) -> Iterator[str]:
         """Values that do not go together."""
@@ -244,6 +327,9 @@ class SurgeryConfig(Options):
             yield "`referee.model` names a folder exactly where `referee.kind` is model"
         if (self.data.tokens == "referee") != (self.referee.kind == "model"):
             yield "`data.tokens` must be referee exactly where `referee.kind` is model: they share a vocabulary"
+        if self.surgeon != "trained" and not self.pretrained_run:
+            yield f"`surgeon` must be trained or pretrained:RUN, got {self.surgeon}"
+        yield from self._amortised_conflicts()
         if not self.edit.roles:
             yield "`edit.roles` is empty; name at least one of query, key, value, output"
         if self.edit.kind == "head_scale" and self.edit.roles != ("output",):
@@ -254,6 +340,21 @@ class SurgeryConfig(Options):
                     yield f"`controls.arms` {arm} is matched to learned; add learned or leave {arm} out"
         if self.learning.objective in self.controls.objectives:
             yield f"`controls.objectives` holds `learning.objective` {self.learning.objective} itself"
+
+    def _amortised_conflicts(self) -> Iterator[str]:
+        if self.training != "amortised":
+            return
+        if self.edit.kind == "low_rank":
+            yield "`edit.kind` of an amortised surgeon must be head_scale or singular_values, got low_rank"
+        if not self.amortised.damages:
+            yield "`amortised.damages` is empty; name at least one"
+        for key in ("sizes", "unseen_sizes"):
+            for size in getattr(self.amortised, key):
+                numbers = [int(part) for part in size.split("x") if part.isdecimal()]
+                if len(numbers) != 3 or size.count("x") != 2 or 0 in numbers or numbers[2] % numbers[1]:
+                    yield f"`amortised.{key}` must be LAYERSxHEADSxWIDTH, the width a multiple of the heads, got {size}"
+        if not self.amortised.sizes:
+            yield "`amortised.sizes` is empty; give at least one, such as 2x4x64"
 
 
 Config = SurgeryConfig

@@ -46,12 +46,14 @@ def build_student(options: StudentOptions, *, vocab_size: int, seed: int, device
         "eos_token_id": None,
         "attn_implementation": "eager",  # gives the surgeon the attention weights; no slower at this size
     }
+    # The run's other random numbers stay where they are.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model: PreTrainedModel
         if options.architecture == "gpt2":
             model = GPT2LMHeadModel(GPT2Config(**size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
         else:
+            # 8/3 of the width for three matrices is as many weights as 4 for GPT-2's two.
             size |= {"intermediate_size": 8 * math.ceil(options.width / 3), "tie_word_embeddings": True}
             model = LlamaForCausalLM(LlamaConfig(**size, num_key_value_heads=options.num_heads))
     nn.Module.to(model, device)
@@ -133,6 +135,7 @@ class Student:
         Raises:
             NumericError: too many steps in a row were not finite.
         """
+        # [batch, time − 1] each: position t predicts the token at t + 1.
         inputs, targets = windows[:, :-1], windows[:, 1:]
         logits = next_token_logits(self.model, inputs)  # [batch, time - 1, vocab]
         uses_reference = needs_reference(self._learning, objective)
@@ -145,12 +148,14 @@ class Student:
             generator=generator,
         )
         loss.backward()
+        # The schedule is the caller's; the optimizer holds no scheduler whose state would have to be saved.
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = guarded_step(
             self.guard, self.optimizer, self._parameters, step=step, clip_norm=self._learning.clip_norm, notice=notice
         )
         self.costs.tokens += targets.numel()
+        # Counted whether or not the step was skipped: the work was done.
         self.costs.flops += self.step_flops(objective, num_tokens=targets.numel())
         return {
             "loss": loss.item(),
@@ -191,6 +196,7 @@ class Student:
             ModelError: a theater is open.
         """
         copy_tensors(state["model"], self._weights())
+        # load_state_dict of an optimizer keeps the tensors that it is given, hence the copy.
         load_optimizer(
             self.optimizer, copy.deepcopy(state["optimizer"])
         )  # torch would go on in the tensors it is given
@@ -201,6 +207,20 @@ class Student:
         """The live weights, each once: ``state_dict``, which an open theater refuses, has tied ones under two names."""
         state = self.model.state_dict()
         return {name: state[name] for name in self._parameters}
+
+
+def scheduled_rate(step: int, num_steps: int, learning: LearningOptions) -> float:
+    """The learning rate of update ``step`` (from 1): linear warm-up, then a cosine down to the final rate.
+
+    >>> learning = LearningOptions(learning_rate=1.0, final_learning_rate=0.0, warm_up_steps=2)
+    >>> [round(scheduled_rate(step, 4, learning), 3) for step in (1, 2, 3, 4)]
+    [0.5, 1.0, 0.5, 0.0]
+    """
+    if step <= learning.warm_up_steps:
+        return learning.learning_rate * step / learning.warm_up_steps
+    fraction = (step - learning.warm_up_steps) / max(num_steps - learning.warm_up_steps, 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * fraction))
+    return learning.final_learning_rate + (learning.learning_rate - learning.final_learning_rate) * cosine
 
 
 class StateFeatures:
@@ -241,6 +261,7 @@ class StateFeatures:
 
     def state(self, *, loss: float) -> Float[Tensor, " state"]:
         """The normalised features of the student now; ``loss`` (nats per token) is that of the fixed windows."""
+        # Against the mean before this loss, or a fall would be measured partly against itself.
         trend = 0.0 if self._mean_loss is None else loss - self._mean_loss
         self._mean_loss = loss if self._mean_loss is None else self._mean_loss + TREND_RATE * trend
         norms = [math.log(float(target.matrix().norm())) for target in self._targets]
@@ -290,8 +311,16 @@ def head_entropies(model: PreTrainedModel, windows: Int[Tensor, "window time"]) 
 
     The first position of a window, which sees only itself, is left out.
     """
-    attentions = model(input_ids=windows, output_attentions=True, use_cache=False).attentions
-    maximum = torch.arange(2, windows.shape[1] + 1, device=windows.device).log()  # [time - 1]: t + 1 visible at t
+    return attention_entropies(model(input_ids=windows, output_attentions=True, use_cache=False).attentions)
+
+
+@torch.no_grad()
+def attention_entropies(
+    attentions: Sequence[Float[Tensor, "window head time time"]],
+) -> Float[Tensor, "layer head"]:
+    """The same from the attention weights of every layer."""
+    time, device = attentions[0].shape[-1], attentions[0].device
+    maximum = torch.arange(2, time + 1, device=device).log()  # [time - 1]: t + 1 visible at t
     layers = []
     for attention in attentions:  # [window, head, time, time]
         entropies = torch.special.entr(attention.float()).sum(-1)[..., 1:]  # [window, head, time - 1]

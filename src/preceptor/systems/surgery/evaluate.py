@@ -13,8 +13,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from preceptor.evaluation.summary import Comparison, Gap, compare, gap_closed, summarise
-from preceptor.evaluation.verdict import MINIMUM_SEEDS, claimable
+from preceptor.evaluation.verdict import MINIMUM_SEEDS, Conclusion, verdict
 from preceptor.objectives.kl import entropy
+from preceptor.systems.surgery import repaired
+from preceptor.systems.surgery.config import EDITING_ARMS
 from preceptor.systems.surgery.reference_lm import NGram
 from preceptor.systems.surgery.rewards import next_token_logits
 from preceptor.systems.surgery.setup import Setup
@@ -41,9 +43,15 @@ UNITS = {
 TABLE = ("log_prob", "accuracy", "quality", "committed", "model_calls", "tokens", "gflops")
 """Metrics in the terminal's table; the page shows all."""
 
+SUBJECT = "the surgeon"
+"""Who the verdict opens with."""
+
 RIVALS = ("no_edit", "shuffled", "evolution", "random", "best_of_n", "gradient")
 DECIDING = ("evolution", "shuffled")
 """Baselines that SAC must beat before the verdict says that the surgeon helps."""
+
+PRETRAINED_PAIRS = [("pretrained", "no_edit"), ("pretrained", "learned"), ("joint_pretrained", "training")]
+"""What is compared where a surgeon that was trained before takes part."""
 
 CHARTS: list[dict[str, Any]] = [
     {
@@ -77,7 +85,7 @@ CHARTS: list[dict[str, Any]] = [
             "unit": unit,
             "columns": {
                 f"{arm}.{metric}": arm.replace("_", " ")
-                for arm in ("learned", "shuffled", "evolution", "random", "best_of_n", "joint")
+                for arm in (*EDITING_ARMS, "joint", "pretrained", "joint_pretrained")
             },
         }
         for title, unit, metric in (
@@ -138,6 +146,7 @@ def score_text(model: PreTrainedModel, tokens: Int[Tensor, " token"], *, block_s
     for start, end in ((0, num_in_blocks), (num_in_blocks, len(inputs))):
         if start == end:
             continue
+        # A text shorter than a block is one row of its own length.
         length = block_size if start == 0 and num_in_blocks else end - start
         blocks, next_tokens = (part[start:end].view(-1, length) for part in (inputs, targets))  # [block, length]
         for first in range(0, len(blocks), BLOCKS_PER_PASS):
@@ -153,10 +162,12 @@ def score_text(model: PreTrainedModel, tokens: Int[Tensor, " token"], *, block_s
 def evaluate(state: State) -> dict[str, Any]:
     """The record of the method whose phase has ended: its student on the whole held-out text, and what it has cost."""
     setup, student, phase = state.setup, state.student, state.phase
+    # On the whole held-out text, not on windows: this number is compared across methods and seeds.
     score = score_text(
         student.model, setup.corpus.held_out.to(setup.device), block_size=setup.config.student.block_size
     )
     examiner = setup.held_out_examiner
+    # The same prompts and noise for every method, since this stream is made anew each time.
     quality = examiner.examine(student.model, examiner.draw(setup.generator("judgement")))
     record: dict[str, Any] = {
         "arm": phase.method,
@@ -171,6 +182,7 @@ def evaluate(state: State) -> dict[str, Any]:
         "distinct": quality.distinct,
         "model_calls": student.costs.evaluations,
         "tokens": student.costs.tokens,
+        # An objective that uses the reference model is charged for that model's training too.
         "gflops": (student.costs.flops + state.reference_flops(phase.objective)) / 1e9,
     }
     if phase.surgeon is not None:
@@ -183,6 +195,7 @@ def evaluate(state: State) -> dict[str, Any]:
 def ladder_records(setup: Setup) -> list[dict[str, Any]]:
     """A record for each n-gram of the ladder, fitted on the training text; the same under every seed."""
     order, corpus = setup.config.evaluation.ladder_order, setup.corpus
+    # One model holds all lower orders, so the ladder is counted once.
     ngram = NGram(corpus.train, order=order, vocab_size=corpus.vocab_size)
     names = {1: "unigram", 2: "bigram", 3: "trigram"}
     records = []
@@ -210,9 +223,11 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         config: the resolved configuration.
         seeds: of the runs.
     """
+    if config.get("training") == "amortised":
+        return repaired.result(records, config=config, seeds=seeds)
     unique = list({(r["arm"], r["item"], r["split"], r["seed"]): r for r in records}.values())
     arms = {record["arm"] for record in unique}
-    pairs = [("learned", rival) for rival in RIVALS] + [("joint", "training")]
+    pairs = [("learned", rival) for rival in RIVALS] + [("joint", "training")] + PRETRAINED_PAIRS
     comparisons = [
         compare(unique, metric=metric, arm=arm, baseline=baseline, unit=UNITS[metric], split="held_out")
         for arm, baseline in pairs
@@ -220,6 +235,9 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         for metric in ("quality", "log_prob")
     ]
     gaps = _gaps(unique, arms)
+    conclusions = _conclusions(unique, comparisons)
+    measured = [*_student_sentences(unique), *_gap_sentences(gaps)]
+    subject = SUBJECT if "learned" in arms else ""
     return {
         "system": "surgery",
         "status": "finished",
@@ -231,7 +249,10 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         "lower_is_better": ["repetition", "plateau_step"],
         "comparisons": comparisons,
         "gap_to_other_objectives": gaps,
-        "verdict": " ".join([*_ladder_sentences(unique), *_gap_sentences(gaps), *_surgeon_sentences(comparisons)]),
+        "subject": subject,
+        "conclusions": conclusions,
+        "measured": measured,
+        "verdict": verdict(comparisons[:1], conclusions=conclusions, measured=measured, subject=subject),
         "charts": CHARTS,
         "records": unique,
     }
@@ -261,19 +282,65 @@ def _gaps(records: Sequence[Mapping[str, Any]], arms: set[str]) -> dict[str, dic
     return gaps
 
 
-def _ladder_sentences(records: Sequence[Mapping[str, Any]]) -> list[str]:
+def _student_sentences(records: Sequence[Mapping[str, Any]]) -> list[str]:
     students = [record for record in records if record["arm"] == "no_edit"]
-    rungs = [record for record in records if record["seed"] is None and record["arm"] != "no_edit"]
     if not students:
         return []
     nats = -sum(record["log_prob"] for record in students) / len(students)
     accuracy = sum(record["accuracy"] for record in students) / len(students)
-    passed = [rung["arm"] for rung in rungs if -rung["log_prob"] > nats and rung["accuracy"] < accuracy]
-    beyond = f"passes the {_listed(passed)} in both" if passed else "passes no rung of the n-gram ladder in both"
     return [
-        f"By reinforcement alone the student comes to {nats:.3f} nats per held-out token and {100 * accuracy:.1f} % "
-        f"accuracy, and {beyond}."
+        f"By reinforcement alone the student reaches {nats:.3f} nats per held-out token and {100 * accuracy:.1f} % "
+        "accuracy."
     ]
+
+
+def _conclusions(records: Sequence[Mapping[str, Any]], comparisons: Sequence[Comparison]) -> list[Conclusion]:
+    """Which rungs of the n-gram ladder the student passes, whether the surgeon helps, and joint learning."""
+    rungs = [record["arm"] for record in records if record["seed"] is None and record["arm"] != "no_edit"]
+    conclusions = [
+        Conclusion(
+            comparisons=[
+                compare(records, metric=metric, arm="no_edit", baseline=rung, unit=UNITS[metric], split="held_out")
+                for metric in ("log_prob", "accuracy")
+            ],
+            claimed=f"The student passes the {rung} in nats and accuracy.",
+            otherwise="",
+        )
+        for rung in rungs
+        if any(record["arm"] == "no_edit" for record in records)
+    ]
+    deciding = [c for c in comparisons if c["metric"] == "quality" and c["baseline"] in DECIDING]
+    if len(deciding) == len(DECIDING):
+        measured = " and ".join(f"{c['baseline']} {c['mean']:+.3g}{_interval(c)}" for c in deciding)
+        num_seeds = min(c["num_seeds"] for c in deciding)
+        unclaimed = (
+            f"That the surgeon helps cannot be claimed: SAC's held-out quality less that of {measured}, "
+            "and it would have to be above both."
+        )
+        if num_seeds < MINIMUM_SEEDS:
+            unclaimed = (
+                f"Whether the surgeon helps cannot be said from {num_seeds} seed{'' if num_seeds == 1 else 's'} "
+                f"(at least {MINIMUM_SEEDS}); SAC's held-out quality less that of {measured}."
+            )
+        helps = f"The surgeon helps: SAC's held-out quality is above that of {measured}."
+        conclusions.append(Conclusion(comparisons=deciding, claimed=helps, otherwise=unclaimed))
+    for c in comparisons:
+        if c["arm"] in ("joint", "joint_pretrained") and c["metric"] == "log_prob":
+            who = "surgery" if c["arm"] == "joint" else "the pretrained surgeon"
+            # A loss is claimed as a gain of the other arm.
+            arms = (c["arm"], c["baseline"]) if c["mean"] > 0 else (c["baseline"], c["arm"])
+            tested = compare(
+                records, metric="log_prob", arm=arms[0], baseline=arms[1], unit=c["unit"], split="held_out"
+            )
+            figures = f"{c['mean']:+.3g} nats per token{_interval(c)} from the same training without"
+            conclusions.append(
+                Conclusion(
+                    comparisons=[tested],
+                    claimed=f"Learning with {who} is {figures}.",
+                    otherwise=f"Learning with {who} is measured at {figures}; no difference can be claimed.",
+                )
+            )
+    return conclusions
 
 
 def _gap_sentences(gaps: Mapping[str, Mapping[str, Gap]]) -> list[str]:
@@ -287,38 +354,6 @@ def _gap_sentences(gaps: Mapping[str, Mapping[str, Gap]]) -> list[str]:
     return sentences
 
 
-def _surgeon_sentences(comparisons: Sequence[Comparison]) -> list[str]:
-    deciding = [c for c in comparisons if c["metric"] == "quality" and c["baseline"] in DECIDING]
-    sentences = []
-    if len(deciding) == len(DECIDING):
-        measured = " and ".join(f"{c['baseline']} {c['mean']:+.3g}{_interval(c)}" for c in deciding)
-        num_seeds = min(c["num_seeds"] for c in deciding)
-        if num_seeds < MINIMUM_SEEDS:
-            sentences.append(
-                f"Whether the surgeon helps cannot be said from {num_seeds} seed{'' if num_seeds == 1 else 's'} "
-                f"(at least {MINIMUM_SEEDS}); SAC's held-out quality less that of {measured}."
-            )
-        elif all(claimable(c) and c["mean"] > 0 for c in deciding):
-            sentences.append(f"The surgeon helps: SAC's held-out quality is above that of {measured}.")
-        else:
-            sentences.append(
-                f"That the surgeon helps cannot be claimed: SAC's held-out quality less that of {measured}, "
-                "and it would have to be above both."
-            )
-    for c in comparisons:
-        if c["arm"] == "joint" and c["metric"] == "log_prob":
-            claim = "" if claimable(c) else "; no difference can be claimed"
-            sentences.append(
-                f"Learning with surgery is {c['mean']:+.3g} nats per token{_interval(c)} from the same training "
-                f"without{claim}."
-            )
-    return sentences
-
-
 def _interval(comparison: Comparison) -> str:
     low, high = comparison["low"], comparison["high"]
     return "" if low is None or high is None else f" ({low:+.3g} to {high:+.3g})"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

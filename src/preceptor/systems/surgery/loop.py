@@ -22,10 +22,13 @@ from typing import TYPE_CHECKING, Any
 from preceptor.config import to_dict
 from preceptor.runs.device import peak_memory_mib
 from preceptor.runs.export import MODEL, save_model
-from preceptor.systems.surgery.config import LearningOptions, SurgeryConfig
+from preceptor.systems.surgery import amortised
+from preceptor.systems.surgery.config import SurgeryConfig
+from preceptor.systems.surgery.environment import scheduled_rate
 from preceptor.systems.surgery.evaluate import evaluate, ladder_records, result, score_text
 from preceptor.systems.surgery.rewards import Draws, draw_windows
 from preceptor.systems.surgery.setup import prepare
+from preceptor.systems.surgery.sites import Sites
 from preceptor.systems.surgery.state import State
 
 if TYPE_CHECKING:
@@ -44,7 +47,12 @@ PROGRESS_COLUMNS = {
 
 
 def train(config: SurgeryConfig, run: Run, services: Services) -> dict[str, Any]:
-    """Runs all three phases and every control inside ``run``; gives ``result.json``."""
+    """Runs all three phases and every control inside ``run``; gives ``result.json``.
+
+    With ``training: amortised`` it is the loop of :mod:`preceptor.systems.surgery.amortised` that runs.
+    """
+    if config.training == "amortised":
+        return amortised.train(config, run, services)
     setup = prepare(config, device=run.device, folder=run.path, notice=run.notice)
     state = State(setup)
     run.restore(state)
@@ -132,20 +140,6 @@ def update(state: State, number: int, *, run_step: int) -> dict[str, Any]:
     )
 
 
-def scheduled_rate(step: int, num_steps: int, learning: LearningOptions) -> float:
-    """The learning rate of update ``step`` (from 1): linear warm-up, then a cosine down to the final rate.
-
-    >>> learning = LearningOptions(learning_rate=1.0, final_learning_rate=0.0, warm_up_steps=2)
-    >>> [round(scheduled_rate(step, 4, learning), 3) for step in (1, 2, 3, 4)]
-    [0.5, 1.0, 0.5, 0.0]
-    """
-    if step <= learning.warm_up_steps:
-        return learning.learning_rate * step / learning.warm_up_steps
-    fraction = (step - learning.warm_up_steps) / max(num_steps - learning.warm_up_steps, 1)
-    cosine = 0.5 * (1 + math.cos(math.pi * fraction))
-    return learning.final_learning_rate + (learning.learning_rate - learning.final_learning_rate) * cosine
-
-
 def draws(state: State, local: int) -> Draws:
     """Prompts and noise for the edit of step ``local``, the same for every method of the phase's kind."""
     return state.setup.examiner.draw(state.setup.generator(f"prompts of {state.phase.kind}", local))
@@ -216,6 +210,8 @@ def edit(state: State, local: int, *, run_step: int) -> tuple[dict[str, Any], di
         "acceptance": None if acceptance is None else acceptance._asdict(),
         "committed": committed,
     }
+    if isinstance(surgery.edit, Sites):
+        decision["sites"] = surgery.edit.names  # the action has other numbers than the configuration's edit
     return metrics, decision
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -46,6 +47,7 @@ class SacAgent:
         initial_temperature: α > 0 at the start, reward units per nat.
         target_entropy: nats; None is −action_dim. A number in (−1, 1) has at most ln 2 nats.
         random_steps: actions are uniform until so many transitions were seen.
+        networks: makes actor and critics; by default perceptrons over whole states.
 
     Attributes:
         num_updates: so far.
@@ -70,6 +72,7 @@ class SacAgent:
         initial_temperature: float = 1.0,
         target_entropy: float | None = None,
         random_steps: int = 100,
+        networks: Networks | None = None,
     ) -> None:
         sizes = {"state_dim": state_dim, "action_dim": action_dim, "hidden_dim": hidden_dim, "batch_size": batch_size}
         faults = [f"{name} must be at least 1, got {size}" for name, size in sizes.items() if size < 1]
@@ -92,18 +95,21 @@ class SacAgent:
         self.batch_size = batch_size
         self.random_steps = random_steps
         self.num_updates = 0
-        self._actor = Mlp([state_dim, hidden_dim, hidden_dim, 2 * action_dim], num_networks=1, generator=generator)
-        widths = [state_dim + action_dim, hidden_dim, hidden_dim, 1]
-        self._critics = Mlp(widths, num_networks=_NUM_CRITICS, generator=generator)
-        self._targets = Mlp(widths, num_networks=_NUM_CRITICS, generator=generator)
-        self._targets.load_state_dict(self._critics.state_dict())
-        self._targets.requires_grad_(False)
+        self._actor, self._critics = (networks or mlp_networks)(
+            state_dim, action_dim, hidden_dim=hidden_dim, num_critics=_NUM_CRITICS, generator=generator
+        )
+        self._targets = copy.deepcopy(self._critics).requires_grad_(False)
         self._log_temperature = nn.Parameter(torch.tensor(math.log(initial_temperature)))
         self._optimizers = {
             "actor": torch.optim.Adam(self._actor.parameters(), lr=learning_rate, fused=True),
             "critics": torch.optim.Adam(self._critics.parameters(), lr=learning_rate, fused=True),
             "temperature": torch.optim.Adam([self._log_temperature], lr=learning_rate, fused=True),
         }
+
+    @property
+    def actor(self) -> nn.Module:
+        """From states to means and logarithms of standard deviations before squashing."""
+        return self._actor
 
     @property
     def temperature(self) -> float:
@@ -144,6 +150,7 @@ class SacAgent:
         Raises:
             ShapeError: nothing was observed yet.
         """
+        # A batch of transitions; every part begins with the batch axis.
         states, actions, rewards, next_states, terminated = self.buffer.sample(self.batch_size, generator=generator)
         temperature = self.temperature  # one value for the whole update
 
@@ -172,6 +179,7 @@ class SacAgent:
         temperature_loss = sac_temperature_loss(self._log_temperature, log_probs, target_entropy=self.target_entropy)
         self._step("temperature", temperature_loss, [self._log_temperature])
 
+        # Polyak averaging: slow targets, because a network that chases its own estimate diverges.
         with torch.no_grad():
             for target, parameter in zip(self._targets.parameters(), self._critics.parameters(), strict=True):
                 target.lerp_(parameter, self.target_step)
@@ -223,11 +231,12 @@ class SacAgent:
         self, states: Float[Tensor, "batch state"]
     ) -> tuple[Float[Tensor, "batch action"], Float[Tensor, "batch action"]]:
         mean, log_standard_deviation = self._actor(states)[0].chunk(2, dim=-1)
+        # A standard deviation of e⁻⁵ to e²: narrower lets densities grow without bound, wider is uniform once squashed.
         return mean, log_standard_deviation.clamp(*_LOG_STANDARD_DEVIATIONS)
 
     @staticmethod
     def _q_values(
-        critics: Mlp, states: Float[Tensor, "batch state"], actions: Float[Tensor, "batch action"]
+        critics: nn.Module, states: Float[Tensor, "batch state"], actions: Float[Tensor, "batch action"]
     ) -> Float[Tensor, "critics batch"]:
         q_values: Tensor = critics(torch.cat([states, actions], dim=-1))
         return q_values.squeeze(-1)
@@ -235,9 +244,27 @@ class SacAgent:
     def _step(self, name: str, loss: Float[Tensor, ""], parameters: Iterable[nn.Parameter]) -> None:
         """One step down ``loss`` in ``parameters`` alone: the actor's loss depends on the critics too."""
         parameters = list(parameters)
+        # Gradients of these parameters alone. backward() would also leave some in the critics when the actor steps.
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.grad = gradient
         self._optimizers[name].step()
+
+
+class Networks(Protocol):
+    """Makes an actor (states [batch, state] → [1, batch, 2 · action]) and critics (→ [critics, batch, 1])."""
+
+    def __call__(
+        self, state_dim: int, action_dim: int, *, hidden_dim: int, num_critics: int, generator: torch.Generator
+    ) -> tuple[nn.Module, nn.Module]: ...
+
+
+def mlp_networks(
+    state_dim: int, action_dim: int, *, hidden_dim: int, num_critics: int, generator: torch.Generator
+) -> tuple[nn.Module, nn.Module]:
+    """Perceptrons with two hidden layers, the critics' over state and action side by side."""
+    actor = Mlp([state_dim, hidden_dim, hidden_dim, 2 * action_dim], num_networks=1, generator=generator)
+    widths = [state_dim + action_dim, hidden_dim, hidden_dim, 1]
+    return actor, Mlp(widths, num_networks=num_critics, generator=generator)
 
 
 class Mlp(nn.Module):
@@ -261,9 +288,9 @@ class Mlp(nn.Module):
                 # [networks, in, out] for weights and [networks, 1, out] for biases, as `baddbmm` takes them
                 parameters.append(nn.Parameter((2 * drawn - 1) / math.sqrt(num_in)))
 
-    def forward(self, inputs: Float[Tensor, "batch in"]) -> Float[Tensor, "networks batch out"]:
-        """The output of every network for the same ``inputs``."""
-        hidden = inputs.expand(len(self.weights[0]), *inputs.shape)  # [networks, batch, width]
+    def forward(self, inputs: Float[Tensor, "*networks batch in"]) -> Float[Tensor, "networks batch out"]:
+        """The output of every network, for the same ``inputs`` or for those of its own."""
+        hidden = inputs.expand(len(self.weights[0]), *inputs.shape[-2:])  # [networks, batch, width]
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             hidden = torch.baddbmm(bias, relu(hidden) if layer else hidden, weight)
         return hidden
@@ -311,6 +338,7 @@ class ReplayBuffer:
         if faults := [f"{name} must be at least 1, got {size}" for name, size in sizes.items() if size < 1]:
             raise ConfigError(*faults)
         self.capacity, self.num_added = capacity, 0
+        # A row holds state, action, reward, next state and whether it terminated, side by side.
         self._widths = [state_dim, action_dim, 1, state_dim, 1]
         num_bytes = capacity * sum(self._widths) * _BYTES_PER_NUMBER
         self.spilled = num_bytes > memory_limit_bytes
@@ -351,6 +379,7 @@ class ReplayBuffer:
             )
         row = torch.cat([part.detach().to("cpu", torch.float32) for part in parts])
         if not row.isfinite().all():
+            # One NaN in the buffer would be drawn again and again.
             raise NumericError(f"a transition with a NaN or an infinity (reward {reward}) cannot teach; leave it out")
         self._table[self.num_added % self.capacity] = row  # the oldest row, once the ring is full
         self.num_added += 1
@@ -374,6 +403,7 @@ class ReplayBuffer:
             CheckpointError: the saved buffer has another capacity or other widths; nothing has changed then.
         """
         num_added, transitions = state["num_added"], state["transitions"]
+        # Rows beyond the count are zeros and are not saved.
         shape = (min(num_added, self.capacity), sum(self._widths))
         if tuple(transitions.shape) != shape:
             raise CheckpointError(
@@ -394,6 +424,7 @@ def _mapped_zeros(folder: Path, num_bytes: int) -> Float[Tensor, " numbers"]:
         tempfile.NamedTemporaryFile(dir=folder, prefix="replay-buffer-") as file,
     ):
         for start in range(0, num_bytes, len(_ZEROS)):
+            # In pieces, so that no copy of the buffer's size is needed.
             file.write(_ZEROS[: num_bytes - start])
         file.flush()
         return torch.from_file(file.name, shared=True, size=num_bytes // _BYTES_PER_NUMBER, dtype=torch.float32)

@@ -68,6 +68,7 @@ def objective_loss(
         assert reference_probs is not None
         if objective == "avatarl":
             return avatarl_loss(logits, targets, referee_probs=reference_probs), reward
+        # log 0 is −inf in the reference and adds nothing there (see `kl_exact`).
         return kl_exact(reference_probs.log(), logits).mean(), reward  # KL(reference ‖ student), so mass covering
     # A reward for every token of the vocabulary at every position: [batch, time, vocab]
     rewards = next_token_rewards(
@@ -90,6 +91,7 @@ def _mean_reward(
     logits: Tensor, targets: Tensor, reference_probs: Tensor | None, partial_reward: float, objective: str
 ) -> float:
     probs = logits.softmax(-1)
+    # The probability of the true token is the expected reward of a guess: Σ_a π(a) 1[a = y].
     reward = probs.gather(-1, targets[..., None]).mean()
     if reference_probs is not None and objective in ("sampled", "expected"):
         reward = reward + partial_reward * (probs * reference_probs).sum(-1).mean()
@@ -108,6 +110,7 @@ def draw_windows(
     tensor([[0, 1, 2]])
     """
     starts = torch.randint(len(tokens) - length + 1, (num_windows,), generator=generator)
+    # [window, 1] + [length] -> [window, length]
     return tokens[starts[:, None] + torch.arange(length)]
 
 
@@ -121,6 +124,7 @@ def next_token_logits(model: PreTrainedModel, tokens: Int[Tensor, "batch time"])
 def window_losses(model: PreTrainedModel, windows: Int[Tensor, "window time"]) -> Float[Tensor, " window"]:
     """Mean cross-entropy of each window, nats per token, in float64."""
     logits = next_token_logits(model, windows[:, :-1])
+    # cross_entropy wants the classes on the second axis.
     losses = F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")  # [window, time - 1]
     return losses.double().mean(1)
 
@@ -142,6 +146,7 @@ def sample_continuations(
     cache = DynamicCache(config=model.config)
     tokens, continuations = prompts, []
     for step in range(noise.shape[1]):
+        # Read only what the cache lacks: the whole prompt first, then one token at a time.
         logits = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[:, -1].double()
         cumulative = logits.softmax(-1).cumsum(-1)  # [prompt, vocab]
         # The last cumulative probability is 1 up to rounding; scaling by it keeps the noise below it.
@@ -233,6 +238,7 @@ class Examiner:
         probs = self._reference_lm.probabilities(text[:, :-1])[:, prompts.shape[1] - 1 :]
         referee_log_prob = float(probs.gather(-1, continuations[..., None]).double().log().mean())
         repetition, distinct = repeated_share(continuations, length=REPEATED), distinct_share(continuations, length=2)
+        # Signed so that more is better: repetition is the one part that counts against.
         total = (
             self._weights["loss"] * log_prob
             + self._weights["referee"] * referee_log_prob
@@ -261,6 +267,7 @@ def acceptance(before: Float[Tensor, " window"], after: Float[Tensor, " window"]
     """
     gains = (before - after).double()
     mean, error = float(gains.mean()), float(gains.std()) / math.sqrt(len(gains))
+    # No spread at all: every window moved by the same amount, which is beyond chance unless it is 0.
     z = mean / error if error > 0 else math.copysign(math.inf, mean) if mean else 0.0
     return Acceptance(mean, z, mean > 0 and z > required_z)
 

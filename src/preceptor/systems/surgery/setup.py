@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -229,7 +229,7 @@ def make_corpus(
     elif tokens == "bpe":
         tokenizer = train_bpe_tokenizer([text[:cut]], vocab_size=vocab_size, context_length=block_size)
     assert tokenizer is not None, "the reference model's tokenizer is missing"
-    train, held_out = (_encode(tokenizer, part) for part in (text[:cut], text[cut:]))
+    train, held_out = (encode(tokenizer, part) for part in (text[:cut], text[cut:]))
     for part, what in ((train, "training"), (held_out, "held-out")):
         if len(part) <= 2 * block_size:
             raise DataError(
@@ -240,7 +240,8 @@ def make_corpus(
     return Corpus(name, digest, tokenizer, len(tokenizer), train, held_out)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Int[Tensor, " token"]:
+    """The tokens of ``text``, in which nothing is a control token."""
     return torch.tensor(
         tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     )
@@ -279,6 +280,7 @@ def plan_phases(
     objective: str,
     gradient_steps: int,
     equal_flops_steps: Callable[[str], int],
+    pretrained: bool = False,
 ) -> tuple[Phase, ...]:
     """All phases of a run, in order: bootstrapping, surgery and joint learning, then every control.
 
@@ -288,18 +290,22 @@ def plan_phases(
         objective: of the run.
         gradient_steps: updates that cost as much as the edits of a method.
         equal_flops_steps: for another objective, the updates that cost as much as bootstrapping.
+        pretrained: whether a surgeon that was trained before takes part.
     """
     methods = controls.arms
 
     def surgery(method: str) -> Phase:
         return Phase(method, "surgery", "bootstrapped", phases.surgery_edits, objective, surgeon=method)
 
+    joint_phase = Phase("joint", "joint", "as_it_is", phases.joint_edits, objective, surgeon="learned", continues=True)
     plan = [Phase("no_edit", "bootstrap", "initial", phases.bootstrap_steps, objective)]
     if "learned" in methods:
         plan.append(surgery("learned"))
     if "joint" in methods:
-        joint = Phase("joint", "joint", "as_it_is", phases.joint_edits, objective, surgeon="learned", continues=True)
-        plan.append(joint)
+        plan.append(joint_phase)
+    if pretrained:
+        plan.append(surgery("pretrained"))
+        plan.append(replace(joint_phase, method="joint_pretrained", surgeon="pretrained"))
     plan += [surgery(method) for method in EDITING_ARMS if method in methods and method != "learned"]
     if "gradient" in methods:
         plan.append(Phase("gradient", "bootstrap", "bootstrapped", gradient_steps, objective))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from preceptor.lm.edit_targets import attention_targets
 from preceptor.systems.surgery.baselines import Surgeon, make_surgeon
 from preceptor.systems.surgery.environment import StateFeatures, Student, build_student
-from preceptor.systems.surgery.rewards import needs_reference
+from preceptor.systems.surgery.rewards import draw_windows, needs_reference
 from preceptor.systems.surgery.setup import Phase, Setup, plan_phases
-from preceptor.systems.surgery.trial import Edit, Surgery, gradient_steps
+from preceptor.systems.surgery.site_policy import PretrainedSurgeon, SiteFeatures, TrainedSurgeon
+from preceptor.systems.surgery.sites import Sites
+from preceptor.systems.surgery.trial import ActionSpace, Edit, Surgery, gradient_steps
 
 
 class State:
@@ -42,13 +47,10 @@ class State:
         )
         self.student = Student(model, config.learning, setup.reference_lm)
         targets = attention_targets(model, roles=config.edit.roles, layers=config.edit.layers or None)
-        self.surgery = Surgery(
-            self.student,
-            Edit(config.edit.kind, targets, rank=config.edit.rank, max_relative_norm=config.edit.max_relative_norm),
-            setup.examiner,
-            required_z=config.quality.acceptance_z,
-            moments=config.edit.moments,
-        )
+        own = Edit(config.edit.kind, targets, rank=config.edit.rank, max_relative_norm=config.edit.max_relative_norm)
+        self._own_surgery = self.surgery = self._new_surgery(own)
+        self._pretrained = TrainedSurgeon.load(Path(config.pretrained_run)) if config.pretrained_run else None
+        self._sites = None if self._pretrained is None else self._pretrained.sites(model)
         # The lengths of some phases follow from what an update and an examination cost.
         self.phases = plan_phases(
             phases=config.phases,
@@ -62,6 +64,7 @@ class State:
                 step_flops=self.step_flops(config.learning.objective),
             ),
             equal_flops_steps=self.equal_flops_steps,
+            pretrained=self._pretrained is not None,
         )
         self.phase = self.phases[0]
         self.bootstrapped: dict[str, Any] | None = None
@@ -80,14 +83,35 @@ class State:
         elif phase.start == "bootstrapped":
             assert self.bootstrapped is not None, "a control before bootstrapping"
             self.student.load_state_dict(self.bootstrapped)
+        self.equip(phase)
         if not phase.continues:
             self.surgeon = self.new_surgeon(phase)
             self.features = self._new_features()
         self.phase = phase
         self.num_edits = self.num_committed = 0
 
+    def equip(self, phase: Phase) -> None:
+        """The action space of the surgeon of ``phase``."""
+        self.surgery = self._own_surgery
+        if phase.surgeon == "pretrained":
+            assert self._sites is not None, "a phase of a surgeon that was not loaded"
+            self.surgery = self._new_surgery(self._sites)
+
+    def _new_surgery(self, edit: ActionSpace) -> Surgery:
+        quality = self.setup.config.quality
+        return Surgery(
+            self.student,
+            edit,
+            self.setup.examiner,
+            required_z=quality.acceptance_z,
+            moments=self.setup.config.edit.moments,
+        )
+
     def new_surgeon(self, phase: Phase) -> Surgeon | None:
         """The surgeon that ``phase`` begins with."""
+        if phase.surgeon == "pretrained":
+            assert self._pretrained is not None, "a phase of a surgeon that was not loaded"
+            return PretrainedSurgeon(self._pretrained)
         return make_surgeon(
             phase.surgeon,
             state_dim=self.features.dim,
@@ -144,6 +168,8 @@ class State:
         self.learned_actions = state["learned_actions"]  # before the surgeon: the random baseline is made of them
         self.student.load_state_dict(state["student"])
         self.bootstrapped = state["bootstrapped"]
+        self.equip(self.phase)
+        self.features = self._new_features()
         self.surgeon = self.new_surgeon(self.phase)
         if self.surgeon is not None:
             self.surgeon.load_state_dict(state["surgeon"])
@@ -152,7 +178,20 @@ class State:
         self.records = state["records"]
         self.num_edits, self.num_committed = state["counts"]
 
-    def _new_features(self) -> StateFeatures:
+    def _new_features(self) -> StateFeatures | SiteFeatures:
+        edit, surgeon = self.surgery.edit, self._pretrained
+        if isinstance(edit, Sites):
+            assert surgeon is not None, "only its action space has sites"
+
+            def windows(number: int) -> Tensor:
+                return draw_windows(
+                    self.setup.corpus.train,
+                    num_windows=surgeon.num_windows,
+                    length=self.setup.config.student.block_size + 1,
+                    generator=self.setup.generator("sites", number),
+                ).to(self.setup.device)
+
+            return SiteFeatures(edit, windows=windows, gradients=surgeon.gradients)
         return StateFeatures(
             self.student.model,
             self.surgery.edit.targets,

@@ -62,12 +62,17 @@ class SurgicalTheater:
         try:
             _open.append(self)
             self.committed = False
+            # The view and its copy side by side: restoring needs no second look at how the target lies in its
+            # parameter.
             self._copies = [(target.view, target.view.clone()) for target in self.targets]
+            # Only the modules that own an edited parameter get hooks; state_dict of any module around them reaches
+            # these.
             for owner in self._module.modules():
                 if not self._parameters.isdisjoint(owner.parameters(recurse=False)):
                     self._hooks.append(owner.register_state_dict_pre_hook(self._refuse))
                     self._hooks.append(owner.register_load_state_dict_pre_hook(self._refuse))
             self._hooks.append(register_optimizer_step_pre_hook(self._refuse_step))
+            # A signal that waited is delivered here, inside the try, so that the weights are put back if it raises.
             _deliver()
         except BaseException:  # Ctrl-C too
             self.__exit__()
@@ -84,6 +89,7 @@ class SurgicalTheater:
     def __exit__(self, *_: object) -> None:
         if self not in _open:
             return  # put back together with an earlier one
+        # An inner theater on the same weights copied them as edited; it has to be undone first, newest before oldest.
         later = [t for t in _open[_open.index(self) + 1 :] if _share_memory(self._parameters, t._parameters)]
         try:
             for theater in [*reversed(later), self]:
@@ -95,6 +101,7 @@ class SurgicalTheater:
 
     def _close(self) -> None:
         for view, copy in [] if self.committed else self._copies:
+            # Copied back before anything is forgotten: a failure half way can be tried again.
             view.copy_(copy)
         self._copies.clear()
         while self._hooks:
@@ -115,6 +122,7 @@ class SurgicalTheater:
 
 def _share_memory(some: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
     first, second = ({tensor.untyped_storage().data_ptr() for tensor in tensors} for tensors in (some, others))
+    # By storage and not by tensor: a tied or sliced weight is the same memory under another name.
     return not first.isdisjoint(second)
 
 
@@ -122,6 +130,7 @@ def _defer(handler: Callable[[int, FrameType | None], Any], number: int, frame: 
     """Calls ``handler`` now, or later where the signal has interrupted an opening or closing theater."""
     theater = SurgicalTheater
     busy, leaving = (theater.__enter__.__code__, theater._close.__code__), theater.__exit__.__code__
+    # The interrupted stack tells whether a theater is opening or closing; a flag could be set one bytecode too late.
     for caller, _ in traceback.walk_stack(frame):
         if caller.f_code in busy or (caller.f_code is leaving and caller.f_locals["self"] in _open):
             return _waiting.append(partial(handler, number, frame))
@@ -134,6 +143,7 @@ def _deliver() -> None:
         try:
             _waiting.pop(0)()
         finally:
+            # Recursion in `finally`, so that every handler is called even if several raise.
             _deliver()
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -41,6 +41,22 @@ _MOMENT_POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_
 
 
 # ---- from an action to an edit --------------------------------------------------------------------------------------
+
+
+class ActionSpace(Protocol):
+    """Edits that an action can name: :class:`Edit`, or the sites of a surgeon that knows many models.
+
+    Attributes:
+        targets: the matrices that are edited.
+        action_dim: numbers in an action.
+    """
+
+    targets: tuple[Target, ...]
+    action_dim: int
+
+    def apply_(self, action: Float[Tensor, " action"]) -> EditSize:
+        """Edits the live weights in place; an action of zeros changes no bit."""
+        ...
 
 
 class EditSize(NamedTuple):
@@ -136,7 +152,7 @@ class Edit:
     ) -> Float[Tensor, "rows width"]:
         """ΔW / c, of norm ‖W‖ at most."""
         if self.kind == "head_scale":
-            return (matrix.view(len(numbers), -1) * numbers[:, None]).view_as(matrix)  # [head, head_dim · width]
+            return (matrix.reshape(len(numbers), -1) * numbers[:, None]).view_as(matrix)  # [head, head_dim · width]
         left, values, right = self._leading_factors(index, matrix)
         rank = len(values)
         if self.kind == "singular_values":
@@ -206,7 +222,9 @@ class Surgery:
         moments: a key of ``MOMENT_SCALES``.
     """
 
-    def __init__(self, student: Student, edit: Edit, examiner: Examiner, *, required_z: float, moments: str) -> None:
+    def __init__(
+        self, student: Student, edit: ActionSpace, examiner: Examiner, *, required_z: float, moments: str
+    ) -> None:
         self.edit = edit
         self._student = student
         self._examiner = examiner

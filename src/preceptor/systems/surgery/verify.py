@@ -12,6 +12,7 @@ from preceptor.errors import DataError
 from preceptor.runs.metrics import read_jsonl
 from preceptor.runs.record import read_manifest
 from preceptor.systems.base import Replayed, Services
+from preceptor.systems.surgery import amortised
 from preceptor.systems.surgery.config import SurgeryConfig
 from preceptor.systems.surgery.loop import draws, update, updates_of
 from preceptor.systems.surgery.setup import Phase, prepare
@@ -27,6 +28,9 @@ def verify(config: SurgeryConfig, folder: Path, services: Services) -> Iterator[
     Raises:
         DataError: ``decisions.jsonl`` is missing or malformed, or ends before its method does.
     """
+    if config.training == "amortised":
+        yield from amortised.verify(config, folder, services)
+        return
     device = torch.device(read_manifest(folder)["device"])
     state = State(prepare(config, device=device, folder=folder))
     rows = read_jsonl(folder / "decisions.jsonl")
@@ -44,6 +48,7 @@ def _edits(state: State, phase: Phase, rows: Iterator[dict[str, Any]]) -> Iterat
     if phase.start == "bootstrapped":
         assert state.bootstrapped is not None, "edits before bootstrapping"
         state.student.load_state_dict(state.bootstrapped)
+    state.equip(phase)
     state.phase = phase  # and no surgeon: the recorded actions take its place
     for step in range(1, phase.num_steps + 1):
         row = next(rows, None)

@@ -1,0 +1,184 @@
+"""``result.json`` of an amortised surgeon: the share of the damage that each way of repair takes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from preceptor.evaluation.summary import Comparison, Estimate, compare, summarise
+from preceptor.evaluation.verdict import MINIMUM_SEEDS, claims
+from preceptor.systems.surgery.search import EVALUATIONS
+
+BUDGET = "repaired_within_10_passes"
+"""After what 10 forward passes buy: 3 edits or gradient steps, which have backward passes, or 10 evaluations."""
+
+UNITS = {
+    **{f"repaired_{mark}": "share of the damage" for mark in EVALUATIONS},
+    BUDGET: "share of the damage",
+    "damage": "nats/token",
+}
+TABLE = (*(f"repaired_{mark}" for mark in EVALUATIONS), "damage")
+RIVALS = ("shuffled", "evolution", "cma_es", "norms", "gradient", "sac")
+DECIDING = ("shuffled", "evolution", "cma_es")
+"""Baselines that the surgeon must beat before the verdict says that it repairs better than search."""
+
+_AT_BUDGET = {"amortised": 3, "shuffled": 3, "gradient": 3, "norms": 1, "evolution": 10, "cma_es": 10, "sac": 10}
+_TRAINING_COLUMNS = {"amortised": "SAC", "shuffled": "shuffled rewards"}
+
+
+def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
+    """``result.json`` of one amortised run, or of several, from their records.
+
+    ``repair`` holds ``{METHOD: {EVALUATIONS: {"mean", "low", "high"}}}`` over the unseen students of sizes that the
+    surgeon was trained on, under kinds of damage that it was trained on; ``repair_by_item`` the same of every unseen
+    student and kind of damage by itself.
+
+    Args:
+        records: of every method, item and seed.
+        config: the resolved configuration.
+        seeds: of the runs.
+    """
+    records = [_with_budget(record) for record in records]
+    main = [record for record in records if is_main(record["item"], config)]
+    comparisons = [
+        compare(main, metric=BUDGET, arm="amortised", baseline=rival, unit=UNITS[BUDGET], split="held_out")
+        for rival in RIVALS
+        if {"amortised", rival} <= {record["arm"] for record in main if BUDGET in record}
+    ]
+    arms = summarise(main, units=UNITS, split="held_out")
+    by_item = {}
+    for item in dict.fromkeys(record["item"] for record in records):
+        of_item = [record for record in records if record["item"] == item]
+        by_item[item] = _repair(summarise(of_item, units=UNITS, split="held_out"))
+    return {
+        "system": "surgery",
+        "status": "finished",
+        "config": config,
+        "seeds": list(seeds),
+        "arms": arms,
+        "table": list(TABLE),
+        "baseline": "no_edit",
+        "lower_is_better": [],
+        "comparisons": comparisons,
+        "repair": _repair(arms),
+        "repair_by_item": by_item,
+        "verdict": _verdict(arms, comparisons),
+        "charts": _charts(arms, by_item),
+        "records": records,
+    }
+
+
+def is_main(item: str, config: Mapping[str, Any]) -> bool:
+    """Whether ``item`` is an unseen student of a size, and a kind of damage, that the surgeon was trained on."""
+    student, _, kind = item.rpartition("/")
+    options = config["amortised"]
+    of_size = student.startswith("unseen_") and student.rpartition("_")[2] in options["sizes"]
+    return of_size and kind in options["damages"]
+
+
+def _with_budget(record: Mapping[str, Any]) -> dict[str, Any]:
+    mark = _AT_BUDGET.get(record["arm"])
+    within = record.get(f"repaired_{mark}")
+    return dict(record) if within is None else {**record, BUDGET: within}
+
+
+def _repair(arms: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, dict[str, float | None]]]:
+    return {
+        method: {
+            str(mark): {end: metrics[f"repaired_{mark}"][end] for end in ("mean", "low", "high")}
+            for mark in EVALUATIONS
+            if f"repaired_{mark}" in metrics
+        }
+        for method, metrics in arms.items()
+    }
+
+
+def _verdict(arms: Mapping[str, Mapping[str, Estimate]], comparisons: Sequence[Comparison]) -> str:
+    if "amortised" not in arms:
+        return "No amortised surgeon was judged on an unseen student of a size that it was trained on."
+    shares = {mark: arms["amortised"][f"repaired_{mark}"] for mark in (1, 3)}
+    sentences = [
+        f"On unseen students the surgeon repairs {_percent(shares[1])} of unseen damage in one edit and "
+        f"{_percent(shares[3])} in three."
+    ]
+    if not comparisons:
+        return sentences[0]
+    claimed = dict(zip((c["baseline"] for c in comparisons), claims(comparisons), strict=True))
+    measured = ", ".join(f"{c['baseline']} {c['mean']:+.2f}" for c in comparisons)
+    num_seeds = min(comparison["num_seeds"] for comparison in comparisons)
+    deciding = [c for c in comparisons if c["baseline"] in DECIDING]
+    if num_seeds < MINIMUM_SEEDS:
+        sentences.append(
+            f"Within 10 forward passes its share less that of {measured}; {num_seeds} "
+            f"seed{' proves' if num_seeds == 1 else 's prove'} nothing yet."
+        )
+    elif len(deciding) == len(DECIDING) and all(claimed[c["baseline"]] and c["mean"] > 0 for c in deciding):
+        sentences.append(
+            f"Within 10 forward passes that is above search and shuffled rewards: its share less that of {measured}."
+        )
+    else:
+        sentences.append(
+            f"That it is above search and shuffled rewards within 10 forward passes cannot be claimed: {measured}."
+        )
+    return " ".join(sentences)
+
+
+def _percent(estimate: Estimate) -> str:
+    low, high = estimate["low"], estimate["high"]
+    spread = "" if low is None or high is None else f" [{100 * low:.0f}, {100 * high:.0f}]"
+    return f"{100 * estimate['mean']:.0f} %{spread}"
+
+
+def _mean(metrics: Mapping[str, Estimate], mark: int) -> float | None:
+    estimate = metrics.get(f"repaired_{mark}")
+    return None if estimate is None else estimate["mean"]
+
+
+def _charts(
+    arms: Mapping[str, Mapping[str, Estimate]], by_item: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> list[dict[str, Any]]:
+    searched = {
+        method: [_mean(metrics, mark) for mark in EVALUATIONS]
+        for method, metrics in arms.items()
+        if method != "no_edit"
+    }
+    methods = list(arms)
+    return [
+        {
+            "kind": "lines",
+            "title": "Training: reward of an edit",
+            "unit": "nats per token",
+            "columns": {f"{name}.reward": label for name, label in _TRAINING_COLUMNS.items()},
+        },
+        {
+            "kind": "lines",
+            "title": "Training: policy entropy",
+            "unit": "nats",
+            "columns": {f"{name}.surgeon_entropy": label for name, label in _TRAINING_COLUMNS.items()},
+        },
+        {
+            "kind": "series",
+            "title": "Share of the damage repaired, unseen students",
+            "unit": "share",
+            "x_label": "evaluations",
+            "x": list(EVALUATIONS),
+            "lines": searched,
+        },
+        {
+            "kind": "matrix",
+            "title": "Share repaired at a method's first and last evaluation, by student and damage",
+            "unit": "share of the damage",
+            "rows": list(by_item),
+            "columns": [f"{method} {which}" for method in methods for which in ("first", "last")],
+            "values": [
+                [
+                    None if not (marks := list(of_item.get(method, {}).values())) else marks[place]["mean"]
+                    for method in methods
+                    for place in (0, -1)
+                ]
+                for of_item in by_item.values()
+            ],
+            "low": 0.0,
+            "high": 1.0,
+        },
+    ]

@@ -1,0 +1,106 @@
+"""Every baseline on one small damaged model, against what is known of it."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from preceptor.systems.surgery import search
+from preceptor.systems.surgery.patient import Patient
+from tests.systems.surgery.small import small_model
+
+TOKENS = torch.randint(7, (400,), generator=torch.Generator().manual_seed(1))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def patient() -> Patient:
+    """A model that depends on its attention, with heads that are far too loud: the loss falls when they are scaled."""
+    model = small_model()
+    for parameter in model.parameters():
+        parameter.data.mul_(4)
+    return Patient(
+        "small", model, train=TOKENS, held_out=TOKENS, block_size=15, roles=("output",), kind="head_scale", rank=1,
+        max_factor=6.0,
+    )  # fmt: skip
+
+
+def test_a_patient_is_put_back_bit_for_bit(patient: Patient) -> None:
+    windows = patient.windows(4, generator())
+    clean, copies = patient.loss(windows), patient.snapshot()
+    undo = patient.damage("head_scale", strength=6.0, generator=generator())
+    assert patient.loss(windows) != clean
+    undo()
+    assert patient.loss(windows) == pytest.approx(clean, abs=1e-5)
+    patient.restore()
+    assert all(torch.equal(a, b) for a, b in zip(patient.snapshot(), copies, strict=True))
+    assert patient.loss(windows) == clean
+
+
+@pytest.mark.parametrize("method", ["gradient", "evolution", "cma_es", "sac"])
+def test_a_search_lowers_the_loss_and_spends_what_it_says(method: str, patient: Patient, tmp_path: Path) -> None:
+    if method == "cma_es":
+        pytest.importorskip("cma")
+    windows = patient.windows(4, generator(2))
+    before = patient.loss(windows)
+    spent = {
+        "gradient": partial(search.gradient, patient, windows),
+        "evolution": partial(search.evolution, patient, windows, generator(), evaluations=40),
+        "cma_es": partial(search.cma_es, patient, windows, generator(), evaluations=40),
+        "sac": partial(search.sac, patient, windows, generator(), evaluations=40, folder=tmp_path, draws=generator),
+    }[method]()
+    evaluations = list(spent)
+    assert patient.loss(windows) < before
+    last = {
+        "gradient": search.GRADIENT_STEPS,
+    }.get(method, 40)
+    assert evaluations == list(range(search.LEAPS.get(method, 1), last + 1, search.LEAPS.get(method, 1)))
+
+
+def test_what_evolution_recommends_never_gets_worse(patient: Patient) -> None:
+    windows = patient.windows(4, generator(2))
+    losses = [patient.loss(windows)]
+    losses += [patient.loss(windows) for _ in search.evolution(patient, windows, generator(), evaluations=40)]
+    assert all(later <= earlier for earlier, later in pairwise(losses))
+
+
+def test_cma_es_leaves_the_global_generator_alone(patient: Patient) -> None:
+    import numpy as np
+
+    pytest.importorskip("cma")
+    windows = patient.windows(2, generator(2))
+    np.random.seed(0)  # noqa: NPY002 - the global generator is what is looked at
+    list(search.cma_es(patient, windows, generator(), evaluations=8))
+    ours = np.random.random()  # noqa: NPY002
+    np.random.seed(0)  # noqa: NPY002
+    assert ours == np.random.random()  # noqa: NPY002
+
+
+def test_norms_become_those_of_the_layer(patient: Patient) -> None:
+    assert list(search.norms(patient)) == [1]
+    for target in patient.sites.targets:
+        logs = patient.sites.log_norms(target)
+        torch.testing.assert_close(logs, logs.mean().expand_as(logs))
+
+
+def test_a_trained_policy_edits_three_times_on_text_of_its_own(patient: Patient) -> None:
+    seen = []
+
+    def windows(edit: int) -> torch.Tensor:
+        seen.append(edit)
+        return patient.windows(2, generator(edit))
+
+    before = [target.matrix() for target in patient.sites.targets]
+    edits = search.trained(
+        patient, lambda features: torch.full((len(features),), 1 / 3), windows=windows, gradients=False
+    )
+    assert list(edits) == seen == [1, 2, 3]
+    for target, matrix in zip(patient.sites.targets, before, strict=True):
+        torch.testing.assert_close(target.matrix(), 6 * matrix)  # three times the third root of 6
