@@ -44,7 +44,9 @@ def test_recorded_log_probs_are_those_of_a_pass_over_the_whole_row(tiny: Languag
     for row, prompt in enumerate(rollouts.prompts):  # and by hand, without the mask of positions
         tokens = rollouts.tokens[row].tolist()
         logits = tiny.model(torch.tensor([[*prompt.tokens, *tokens]])).logits[0].detach()
-        logits[:, [0, 2]] = -torch.inf  # begin and pad are never drawn
+        # Begin, pad and ids without a token are never drawn.
+        nameless = set(range(logits.shape[-1])) - set(tiny.tokenizer.get_vocab().values())
+        logits[:, sorted({0, 2} | nameless)] = -torch.inf
         expected = (logits / temperature).log_softmax(-1)
         for place, token in enumerate(tokens):
             value = float(expected[len(prompt.tokens) - 1 + place, token])
@@ -76,8 +78,9 @@ def test_nothing_counts_behind_the_end(tiny: LanguageModel) -> None:
     assert ended > 0
 
 
-def test_control_tokens_but_the_end_are_never_drawn(tiny: LanguageModel) -> None:
-    assert rollout_sampling(tiny, 1.0).suppressed == [0, 2]
+def test_control_tokens_but_the_end_and_ids_without_a_token_are_never_drawn(tiny: LanguageModel) -> None:
+    nameless = set(range(tiny.vocab_size)) - set(tiny.tokenizer.get_vocab().values())
+    assert rollout_sampling(tiny, 1.0).suppressed == sorted({0, 2} | nameless)
 
 
 def test_rows_and_their_predicting_places() -> None:

@@ -93,7 +93,8 @@ def reinforce_gradient(lm: LanguageModel, experience: Experience, weights: Tenso
     for row, prompt in enumerate(experience.rollouts.prompts):
         tokens = experience.rollouts.tokens[row].tolist()
         logits = lm.model(torch.tensor([[*prompt.tokens, *tokens]])).logits[0]
-        allowed = logits.index_fill(-1, torch.tensor([0, 2]), -torch.inf) / SAMPLING_TEMPERATURE
+        never = {0, 2} | set(range(logits.shape[-1])) - set(lm.tokenizer.get_vocab().values())  # control, and no token
+        allowed = logits.index_fill(-1, torch.tensor(sorted(never)), -torch.inf) / SAMPLING_TEMPERATURE
         for place, token in enumerate(tokens):
             if experience.rollouts.mask[row, place]:
                 log_prob = allowed[len(prompt.tokens) - 1 + place].log_softmax(-1)[token]
