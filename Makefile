@@ -16,8 +16,9 @@ DEMO_OUT := $(or $(DEMO_OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 help: ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
 
-demo: $(VENV)/installed-demo ## Learn a reading order on the bundled model and article
-	$(BIN)/preceptor run reading --preset default --threads 2 --out $(DEMO_OUT)
+demo: $(VENV)/installed-demo ## Learn the order of one article, then what to read from texts never seen
+	$(BIN)/preceptor run reading --preset default --threads 2 --out $(DEMO_OUT)/order
+	$(BIN)/preceptor run reading --preset study --threads 2 --out $(DEMO_OUT)/study
 
 test: $(VENV)/installed-test ## All tests but the slow ones, with the examples of docstrings and docs
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"

@@ -20,12 +20,12 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from preceptor.errors import ModelError
 from preceptor.lm.context_length import context_length
-from preceptor.lm.control_tokens import control_token_ids, spelled_out
 from preceptor.lm.cpu.attention import CpuAttention, kernel_is_faster
 from preceptor.lm.cpu.engine import Engine, accelerate, relative_difference
 from preceptor.lm.log_probs import chosen_log_probs
 from preceptor.lm.output import Output, additive_mask, first_tensor
 from preceptor.lm.sampling import Sampling
+from preceptor.lm.vocabulary import Vocabulary
 
 
 class LanguageModel:
@@ -56,17 +56,10 @@ class LanguageModel:
         self.adapter_enabled = True
         self._bind(model)
         self.context_length = context_length(self._causal_model.config.get_text_config(), name)
-        control_tokens = control_token_ids(tokenizer)
-        self._check_vocabulary(control_tokens)
-        self.begin_token = self._begin_token()
-        self.special_tokens = tuple(sorted(token for token in control_tokens if token < self.vocab_size))
-        self.nameless_tokens = tuple(sorted(set(range(self.vocab_size)) - set(tokenizer.get_vocab().values())))
-        # The unknown token stands for text, unless the tokenizer ends texts with the same token (GPT-2).
-        self._never_text = control_tokens - ({tokenizer.unk_token_id} - {self.begin_token, tokenizer.eos_token_id})
-        # A tokenizer that puts a space in front of every text (Llama 2) makes "▁a" of "a"; `encode` then drops one
-        # space.
-        first_piece = str(tokenizer.convert_ids_to_tokens(self._tokenize("a")[:1]))
-        self._prepends_space = "▁" in first_piece
+        self._vocabulary = Vocabulary(tokenizer, size=self.vocab_size, name=name)
+        self.begin_token = self._vocabulary.begin_token
+        self.special_tokens = self._vocabulary.special_tokens
+        self.nameless_tokens = self._vocabulary.nameless_tokens
         self.notices: list[str] = []
         self.has_engine = False
         self._num_changes, self._next_measurement = 0, 1
@@ -139,9 +132,7 @@ class LanguageModel:
         Text that spells a control token is encoded as plain text, never as that token. Some tokenizers put a space in
         front of every text (Llama 2); a leading space of ``text`` is then dropped, so that there is only one.
         """
-        if self._prepends_space and text.startswith(" "):
-            text = text[1:]
-        return self._encode_text(text)
+        return self._vocabulary.encode(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of ``tokens``, with control tokens spelled out."""
@@ -321,44 +312,6 @@ class LanguageModel:
             "past_key_values": cache,
             "use_cache": cache is not None,
         }
-
-    # ---- text -------------------------------------------------------------------------------------------------------
-
-    def _tokenize(self, text: str) -> list[int]:
-        # `verbose` only warns about texts longer than the context.
-        # No begin token either: callers join pieces, and only a row as a whole begins with one.
-        return list(
-            self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        )
-
-    def _encode_text(self, text: str) -> list[int]:
-        tokens = self._tokenize(text)
-        if self._never_text.isdisjoint(tokens):
-            return tokens
-        # A unigram vocabulary lists control tokens among its pieces. Such a piece alone is spelled out, character by
-        # character; the text around it stays as the tokenizer cut it.
-        pieces = (spelled_out(self.tokenizer, token) if token in self._never_text else [token] for token in tokens)
-        return [piece for several in pieces for piece in several if piece not in self._never_text]
-
-    def _begin_token(self) -> int:
-        # Some families (Qwen 2) have no begin token; a row then begins as after the end of an earlier text.
-        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
-            if token is not None and int(token) < self.vocab_size:
-                return int(token)
-        raise ModelError(
-            f"the tokenizer of {self.name} has no begin or end token that the model knows; set its bos_token"
-        )
-
-    def _check_vocabulary(self, control_tokens: set[int]) -> None:
-        """Refuse a tokenizer with text tokens beyond the model's embedding; control tokens there are never used."""
-        # A vocabulary padded upwards is fine (fewer tokens than embeddings); the reverse would index beyond the
-        # embedding.
-        largest = max(set(self.tokenizer.get_vocab().values()) - control_tokens, default=0)
-        if largest >= self.vocab_size:
-            raise ModelError(
-                f"the tokenizer of {self.name} has {largest + 1} entries and the model {self.vocab_size}; "
-                "use the tokenizer that the model was trained with"
-            )
 
     # ---- what the model can do --------------------------------------------------------------------------------------
 

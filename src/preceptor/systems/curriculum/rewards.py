@@ -25,9 +25,9 @@ from preceptor.lm.model import LanguageModel
 from preceptor.lm.score import token_log_probs
 from preceptor.objectives.advantages import gae, group_normalised, leave_one_out, reinforce_plus_plus
 from preceptor.objectives.statistics import whiten
+from preceptor.runs.user_code import call_for_numbers, import_fault
 from preceptor.systems.curriculum.config import RewardOptions
 from preceptor.systems.curriculum.policy import Rollouts
-from preceptor.user_code import call_for_numbers, import_fault
 
 RewardFunction = Callable[[Rollouts], Float[Tensor, "batch token"]]
 

@@ -18,9 +18,9 @@ from preceptor.errors import DataError, ModelError
 from preceptor.lm.embedding import MODEL_EMBEDDINGS, ModelEmbedding, key_vectors
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
+from preceptor.runs.user_code import call
 from preceptor.systems.reading.articles import TokenizedArticle
 from preceptor.systems.reading.config import SelectionOptions
-from preceptor.user_code import call
 
 if TYPE_CHECKING:
     from preceptor.data.embedders.base import TextEmbedder

@@ -13,8 +13,8 @@ import pytest
 
 from preceptor.cli import main
 from preceptor.errors import ConfigError, DataError, Interrupted
+from preceptor.runs.user_code import call, call_for_numbers
 from preceptor.systems.curriculum.rewards import load_function
-from preceptor.user_code import call, call_for_numbers
 
 HEAD = "import sys, os, time, itertools\nimport json\n\n\ndef reward(prompts, continuations, references):\n"
 
@@ -147,7 +147,7 @@ def test_a_run_whose_reward_fails_is_mended_and_resumed(
 def test_code_that_cannot_be_stopped_ends_the_process(tmp_path: Path) -> None:
     """In a process of its own: it is ended."""
     program = (
-        "import time\nfrom preceptor import user_code\nuser_code.GRACE_SECONDS = 0.5\n"
+        "import time\nfrom preceptor.runs import user_code\nuser_code.GRACE_SECONDS = 0.5\n"
         "def stubborn():\n    while True:\n        try:\n            time.sleep(9)\n"
         "        except BaseException:\n            pass\n"
         "user_code.call('the reward x', stubborn, timeout=0.3)\n"
