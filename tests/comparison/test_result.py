@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from preceptor.comparison import write
 from preceptor.comparison.result import comparison_of, merged_result
 from preceptor.comparison.runs import FinishedRun, Group, merged_records
 from preceptor.evaluation.summary import compare, summarise
@@ -97,3 +98,31 @@ def test_chosen_arms_are_compared_with_the_first() -> None:
         ("untrained", "random"), ("untrained", "document"),
     ] * 2  # fmt: skip
     assert comparison["verdict"].startswith(("Untrained ", "Over 5 seeds untrained "))
+
+
+def test_what_the_system_concludes_is_said_of_one_group_and_not_of_several() -> None:
+    groups = [group()]
+
+    def concluding(records: Any, **options: Any) -> dict[str, Any]:
+        found = toy_result(records, **options)
+        large = {**found["comparisons"][0], "mean": 0.5, "p_value": 1e-6, "metric": "another"}
+        says = {"comparisons": [large], "claimed": "It holds.", "otherwise": "It is open."}
+        return {**found, "conclusions": [says], "measured": ["That was measured."]}
+
+    said = comparison_of(groups, merged_result(groups, concluding))["verdict"]
+    assert said.endswith("That was measured. It holds.")
+    several = [groups[0]._replace(label=label) for label in ("steps=3", "steps=4")]
+    said = comparison_of(several, merged_result(several, concluding))["verdict"]
+    assert "It holds." not in said
+    assert "That was measured." not in said
+
+
+def test_charts_of_one_group_are_drawn_over_its_seeds_and_inputs() -> None:
+    """To catch: keys in which runs agree taken for those in which they differ."""
+    runs = [
+        run._replace(config={"seed": run.seed, "steps": steps, "input": name})
+        for run, steps, name in zip(group().runs, (3, 3, 4, 4, 4), "abcab", strict=True)
+    ]
+    labelled = {"groups": [{"label": "steps=3"}, {"label": "steps=4"}]}
+    assert write._inputs(labelled, runs) == ["seed", "input"]
+    assert write._inputs({"groups": [{"label": ""}]}, runs[:2]) == ["seed", "input"]

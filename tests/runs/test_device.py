@@ -55,6 +55,8 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set_threads(2) == torch.get_num_threads() == 2
     monkeypatch.setattr(device_module, "_num_cores", lambda: 8)
     assert set_threads() == torch.get_num_threads() == 2, "many cores: torch's own choice stays"
+    monkeypatch.setattr(device_module, "_num_cores", lambda: 3)
+    assert set_threads() == torch.get_num_threads() == 2, "three are many already"
     monkeypatch.setattr(device_module, "_num_cores", lambda: 2)
     assert set_threads() == torch.get_num_threads() == 1
     with pytest.raises(ConfigError, match="must be at least 1, got 0"):

@@ -29,6 +29,7 @@ from preceptor.systems.curriculum.result import result as curriculum_result
 from preceptor.systems.reading.evaluate import result as reading_result
 from preceptor.systems.surgery.evaluate import result as surgery_result
 
+CONFIG: dict[str, Any] = {"episode": {}}
 Records = list[dict[str, Any]]
 Draw = Callable[..., Records]
 
@@ -132,8 +133,8 @@ SYSTEMS: dict[str, tuple[Draw, Callable[..., dict[str, Any]]]] = {
 def verdicts(records: Records, make_result: Callable[..., dict[str, Any]], system: str) -> tuple[str, str]:
     """That of the system, and that of ``comparison.json``."""
     seeds = sorted({record["seed"] for record in records} - {None})
-    own = make_result(records, config={}, seeds=seeds)["verdict"]
-    runs = [FinishedRun(Path(f"seed{seed}"), system, {}, seed, "c0ffee", {}, [], None) for seed in seeds]
+    own = make_result(records, config=CONFIG, seeds=seeds)["verdict"]
+    runs = [FinishedRun(Path(f"seed{seed}"), system, CONFIG, seed, "c0ffee", {}, [], None) for seed in seeds]
     runs[0] = runs[0]._replace(records=records)
     groups = [Group("", runs)]
     noun = "article" if system == "reading" else ""

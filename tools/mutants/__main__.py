@@ -1,8 +1,9 @@
 """``python -m tools.mutants``: plants each fault of ``faults.yaml`` in a copy and says which ones no test catches.
 
-A fault is one changed line of the sources, with the tests that should see it: those of the same path, mostly. Each is
-planted alone, in a copy of the tree, and its tests run until the first one fails. What has been tried already is in the
-results file, so that a run that was stopped goes on where it was; delete the file to begin anew.
+A fault is one changed line of the sources, with the tests that should see it: those of the same path, mostly, and the
+examples of its own docstrings. Each is planted alone, in a copy of the tree, and its tests run until the first one
+fails. What has been tried already is in the results file, so that a run that was stopped goes on where it was; delete
+the file to begin anew.
 """
 
 from __future__ import annotations
@@ -63,7 +64,19 @@ def try_fault(fault: Fault, copy: Path, *, timeout: float) -> str:
     if planted is None:
         return "stale"
     environment = os.environ | {"PYTHONPATH": f"{copy / 'src'}{os.pathsep}{copy}", "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *fault.tests]
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-m",
+        "not slow",
+        "-p",
+        "no:cacheprovider",
+        fault.file,
+        *fault.tests,
+    ]
     target.write_text(planted, encoding="utf-8")
     try:
         run = subprocess.run(

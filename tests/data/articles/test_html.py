@@ -45,6 +45,13 @@ def test_html() -> None:
     )
 
 
+def test_the_title_of_the_page_stands_in_for_a_heading_that_it_lacks() -> None:
+    page = f"<html><head><title>The Island</title></head><body><article>{FILLER}{FILLER}</article></body></html>"
+    blocks = html_blocks(page)
+    assert document_title(blocks) == "The Island"
+    assert blocks[0].kind == "heading"
+
+
 def test_html_without_text() -> None:
     with pytest.raises(DataError, match="no main text"):
         html_blocks("<html><body></body></html>")

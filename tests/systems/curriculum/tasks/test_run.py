@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -85,3 +86,24 @@ def test_tokens_to_a_success_are_interpolated() -> None:
     assert (records[0]["tokens_to_0.8"], records[0]["reached_0.8"]) == (300, 0)
     ratio = task_result(records, config={"tasks": {}}, seeds=[0])["tokens_ratio"]["rule"]["0.5"]["mean"]
     assert ratio == pytest.approx(175 / 250)
+
+
+def test_a_verdict_on_tasks_opens_with_what_happened_and_marks_what_chance_could_have_done() -> None:
+    def records(ratio: float, num_seeds: int) -> list[dict[str, Any]]:
+        made = []
+        for seed in range(num_seeds):
+            for rule, factor in (("rule", ratio * 1.1 ** (seed % 7 - 3)), ("uniform", 1.0)):
+                costs = {f"{kind}_{level}": 1.0 for kind in ("tokens_to", "reached") for level in (0.5, 0.8)}
+                logs = {f"log_tokens_to_{level}": math.log(factor) for level in (0.5, 0.8)}
+                cell = {"arm": rule, "item": "all tasks", "split": "held_out", "seed": seed, "success": 0.9}
+                made.append({**cell, **costs, **logs})
+        return made
+
+    def verdict(ratio: float, num_seeds: int) -> str:
+        return str(task_result(records(ratio, num_seeds), config={"tasks": {}}, seeds=range(num_seeds))["verdict"])
+
+    assert verdict(0.5, 7).startswith("Rule beats uniform by 0.693 log tokens over 7 seeds. ")
+    assert "chance" not in verdict(0.5, 7)
+    assert verdict(1.0, 7).startswith("Over 7 seeds rule cannot be told from uniform (")
+    assert "not to be told from chance" in verdict(1.0, 7)
+    assert "; one seed proves nothing yet. " in verdict(2.0, 1)

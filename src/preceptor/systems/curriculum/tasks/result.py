@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from preceptor.evaluation.summary import Comparison, compare, summarise
+from preceptor.evaluation.verdict import MINIMUM_SEEDS, claims, opening
 from preceptor.systems.curriculum import result as datasets_result
 from preceptor.systems.curriculum.result import first_reached
 
@@ -18,7 +19,7 @@ UNITS = {
     "success": "share of answers",
     **{f"tokens_to_{level}": "tokens" for level in LEVELS},
     **{f"reached_{level}": "share of seeds" for level in LEVELS},
-    **{f"log_tokens_to_{level}": "nats" for level in LEVELS},
+    **{f"log_tokens_to_{level}": "log tokens" for level in LEVELS},
     "groups_that_teach": "share of groups",
     "rollout_tokens": "tokens",
     "steps": "steps",
@@ -115,7 +116,7 @@ def task_result(
         "arms": rules,
         "table": list(TABLE),
         "baseline": "uniform",
-        "lower_is_better": [f"tokens_to_{level}" for level in LEVELS],
+        "lower_is_better": [f"{prefix}tokens_to_{level}" for level in LEVELS for prefix in ("", "log_")],
         "comparisons": comparisons,
         "steps_to": {
             rule: {
@@ -143,20 +144,28 @@ def tokens_ratio(comparisons: Sequence[Comparison]) -> dict[str, dict[str, dict[
 
 
 def task_verdict(comparisons: Sequence[Comparison], rules: Mapping[str, Any]) -> str:
-    """A paragraph: the tokens to a mean success of 0.8, relative to uniform's."""
+    """A paragraph: the tokens to a mean success of 0.8, relative to uniform's, all rules claimed as one family."""
+    decisive = [c for c in comparisons if c["metric"] == "log_tokens_to_0.8"]
+    claimed = {c["arm"]: claim for c, claim in zip(decisive, claims(decisive), strict=True)}
     parts = []
     for rule, levels in tokens_ratio(comparisons).items():
         ratio = levels["0.8"]
         interval = "" if ratio["low"] is None else f" ({ratio['low']:.2f} to {ratio['high']:.2f})"
         reached = rules[rule]["reached_0.8"]["mean"]
         stuck = "" if reached == 1 else f", reached by {100 * reached:.0f} % of seeds"
+        if decisive[0]["num_seeds"] >= MINIMUM_SEEDS and not claimed[rule]:
+            stuck += ", not to be told from chance"
         parts.append(f"{rule.replace('_', ' ')} {ratio['mean']:.2f}{interval}{stuck}")
     if not parts:
         return "Nothing was compared with uniform, so no difference can be claimed."
     seeds = comparisons[0]["num_seeds"]
+    first = decisive[0]
+    happened = opening(
+        first, subject=first["arm"].replace("_", " "), claimed=claimed[first["arm"]], lower_is_better=True
+    )
     return (
-        f"Answer tokens to a mean success of 0.8, as a ratio to uniform's ({seeds} seed{'s' * (seeds != 1)}, geometric "
-        f"mean): {'; '.join(parts)}."
+        f"{happened} Answer tokens to a mean success of 0.8, as a ratio to uniform's ({seeds} "
+        f"seed{'s' * (seeds != 1)}, geometric mean): {'; '.join(parts)}."
     )
 
 
