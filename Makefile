@@ -11,13 +11,14 @@ LOWEST_TORCH ?= build/lowest/bin/pip install --quiet --disable-pip-version-check
 # A demo never overwrites an earlier one.
 DEMO_OUT := $(or $(DEMO_OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: help demo test quick test-all bench docs lint check format constraints lowest clean
+.PHONY: help demo test quick test-all mutants bench docs lint check format constraints lowest clean
 
 help: ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
 
-demo: $(VENV)/installed-demo ## Learn a reading order on the bundled model and article
-	$(BIN)/preceptor run reading --preset default --threads 2 --out $(DEMO_OUT)
+demo: $(VENV)/installed-demo ## Learn the order of one article, then what to read from texts never seen
+	$(BIN)/preceptor run reading --preset default --threads 2 --out $(DEMO_OUT)/order
+	$(BIN)/preceptor run reading --preset study --threads 2 --out $(DEMO_OUT)/study
 
 test: $(VENV)/installed-test ## All tests but the slow ones, with the examples of docstrings and docs
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
@@ -27,6 +28,9 @@ quick: $(VENV)/installed-test ## The mathematics and one system, in under a minu
 
 test-all: $(VENV)/installed-test ## The slow tests too
 	$(BIN)/python -m pytest
+
+mutants: $(VENV)/installed-test ## Plant every fault of tools/mutants/faults.yaml: hours, resumable (MUTANTS="--only lm --jobs 2")
+	nice -n 15 $(BIN)/python -m tools.mutants $(MUTANTS)
 
 bench: $(VENV)/installed-test ## Every benchmark beside its peer (BENCH=decode for one); a clean commit adds lines to benchmarks/history.jsonl
 	$(BIN)/python -m benchmarks $(BENCH)

@@ -23,6 +23,34 @@ ARGUMENTS: Any = SimpleNamespace(world_size=1, train_batch_size=4, gradient_accu
 BATCH = 4 * 2
 
 
+def test_alignment_takes_gradients_and_finds_the_target(lm: LanguageModel) -> None:
+    """The first dataset is the target itself, the second its rows with other tokens."""
+    rows = [[[0, 40, 50, 60, 70]], [[0, 90, 80, 30, 20]]]
+    sampler = MixtureSampler({"a": 2, "b": 2}, seed=0)
+    datasets = [TokenBlocks(name, ROWS[0]) for name in "ab"]
+    mixture = make_mixture("alignment", num_datasets=2, targets=[True, False], target_share=0.0)
+    callback = MixtureCallback(
+        mixture, MixtureDataset(datasets, sampler=sampler), samples=rows, tokenizer=lm.tokenizer, every=1
+    )
+    state = TrainerState()
+    state.global_step = 0
+    with torch.no_grad():  # whatever the caller's mode is
+        callback.on_train_begin(ARGUMENTS, state, TrainerControl(), model=lm.model)
+    assert sampler.weights[0] > 0.5
+    assert all(parameter.grad is None for parameter in lm.model.parameters())
+
+
+def test_alignment_needs_to_know_the_targets(lm: LanguageModel) -> None:
+    datasets = [TokenBlocks(name, rows) for name, rows in zip("ab", ROWS, strict=True)]
+    with pytest.raises(ConfigError, match="`target_samples`"):
+        MixtureCallback(
+            make_mixture("alignment", num_datasets=2),
+            MixtureDataset(datasets, sampler=MixtureSampler({"a": 2, "b": 2}, seed=0)),
+            samples=ROWS,
+            tokenizer=lm.tokenizer,
+        )
+
+
 class Training:
     """A callback, its sampler, and steps in which a loader reads one batch of four rows ahead."""
 

@@ -10,13 +10,15 @@ A :class:`MixtureDataset` draws rows of several datasets by the weights of a :cl
             sampler.weights = mixture.update(document_difficulty(losses, previous=previous))
         ...                                             # one training step on the batch
 
-In a Trainer of Transformers or of TRL, :class:`MixtureCallback` does the same. Complete examples of both are in
+For RL on tasks with a verifier, :func:`make_task_mixture` mixes tasks and their levels by what the groups of answers
+earned. In a Trainer of Transformers or of TRL, :class:`MixtureCallback` does the same. Complete examples of both are in
 ``examples/`` of the repository (``mixture_torch.py``, ``mixture_trainer.py``, ``mixture_trl.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,22 +31,29 @@ from preceptor.data.corpora.mixture import MixtureDataset, MixtureSampler, colla
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.lm.load import load_language_model
 from preceptor.lm.model import LanguageModel
-from preceptor.objectives import MIXTURE_RULES, Mixture, document_difficulty, make_mixture
-from preceptor.systems.curriculum.environment import document_losses
+from preceptor.objectives import MIXTURE_RULES, Alignment, Mixture, document_difficulty, make_mixture
+from preceptor.objectives.task_mixture import TASK_RULES, TaskMixture, make_task_mixture
+from preceptor.objectives.task_rules import Groups
+from preceptor.systems.curriculum.environment import document_losses, gradient_alignment
 
 __all__ = [
+    "Groups",
     "MIXTURE_RULES",
     "LanguageModel",
     "Mixture",
     "MixtureCallback",
     "MixtureDataset",
     "MixtureSampler",
+    "TASK_RULES",
+    "TaskMixture",
     "TokenBlocks",
     "collate",
     "document_difficulty",
     "document_losses",
+    "gradient_alignment",
     "load_language_model",
     "make_mixture",
+    "make_task_mixture",
     "pack_blocks",
     "split_held_out",
     "tokenise",
@@ -54,9 +63,10 @@ __all__ = [
 class MixtureCallback(TrainerCallback, ExportableState):
     """Every ``every`` steps: measures each dataset with the model, updates ``mixture``, and sets the sampler's weights.
 
-    It measures the same rows each time, so that a change is not due to the choice of rows. Its state is saved in the
-    Trainer's own ``trainer_state.json``. To resume, pass ``ignore_data_skip=True`` to the Trainer: the sampler knows
-    how far it was. It works in a single process only.
+    It measures the same rows each time, so that a change is not due to the choice of rows. Under the rule ``alignment``
+    it takes their gradients, with the optimizer's second moments, so give a few rows of each alone. Its state is
+    saved in the Trainer's own ``trainer_state.json``. To resume, pass ``ignore_data_skip=True`` to the Trainer: the
+    sampler knows how far it was. It works in a single process only.
 
     Args:
         mixture: the weights and the rule that moves them.
@@ -64,6 +74,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
         samples: rows of token ids of each dataset to measure difficulty on, ideally held out from ``dataset``.
         tokenizer: of the model.
         every: optimizer steps between measurements.
+        target_samples: rows of each target, for the rule ``alignment``; None: the samples of the mixture's targets.
 
     Attributes:
         history: a row for each measurement: ``step``, and ``loss`` and ``weight`` of each dataset by name.
@@ -82,6 +93,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
         samples: Sequence[Sequence[Sequence[int]]],
         tokenizer: PreTrainedTokenizerBase,
         every: int = 50,
+        target_samples: Sequence[Sequence[Sequence[int]]] | None = None,
     ) -> None:
         names = dataset.sampler.names
         if not len(names) == mixture.num_datasets == len(samples):
@@ -91,6 +103,11 @@ class MixtureCallback(TrainerCallback, ExportableState):
             )
         if every < 1:
             raise ConfigError(f"`every` must be at least 1 step, got {every}")
+        if target_samples is None and mixture.targets is not None:
+            target_samples = [rows for rows, target in zip(samples, mixture.targets.tolist(), strict=True) if target]
+        if isinstance(mixture.rule, Alignment) and not target_samples:
+            raise ConfigError("the rule alignment needs `target_samples`, or a mixture that knows its `targets`")
+        self.target_samples = target_samples or ()
         self.mixture = mixture
         self.dataset = dataset
         self.samples = samples
@@ -98,6 +115,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
         self.every = every
         self.history: list[dict[str, Any]] = []
         self._lm: LanguageModel | None = None
+        self._optimizer: Any = None
         self._start = (0, 0)  # optimizer step and row at which this training began
         self._num_consumed = 0
         self._last: dict[str, Any] = {}  # the last measurement: `losses`, and `rows` drawn of each dataset until then
@@ -106,6 +124,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
         """Measures for the first time, or goes on where the checkpoint was saved."""
+        self._optimizer = objects.get("optimizer")
         if args.world_size > 1:
             raise ConfigError(f"MixtureCallback works in one process, this run has {args.world_size}")
         model: nn.Module = objects["model"]
@@ -160,7 +179,15 @@ class MixtureCallback(TrainerCallback, ExportableState):
         model: Any = self._lm.model
         training = model.training
         model.eval()
-        losses = document_losses(self._lm, self.samples)
+        alignment = None
+        if isinstance(self.mixture.rule, Alignment):
+            optimizer = getattr(
+                self._optimizer, "optimizer", self._optimizer
+            )  # Accelerate's wrapper holds the real one
+            with torch.enable_grad():
+                alignment, losses = gradient_alignment(self._lm, self.samples, self.target_samples, optimizer=optimizer)
+        else:
+            losses = document_losses(self._lm, self.samples)
         model.train(training)
         previous = [torch.tensor(values) for values in self._last["losses"]] if self._last else losses
         rows = self.dataset.state_dict(num_consumed=self._num_consumed)["counts"]
@@ -169,7 +196,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
             (rows[blocks.name] - before[blocks.name]) * blocks.num_tokens / len(blocks)
             for blocks in self.dataset.datasets
         ]
-        difficulty = document_difficulty(losses, previous=previous)
+        difficulty = replace(document_difficulty(losses, previous=previous), alignment=alignment)
         weights = self.mixture.update(difficulty, tokens=torch.tensor(tokens))
         self.dataset.sampler.weights = weights
         self._last = {"losses": [values.tolist() for values in losses], "rows": rows}

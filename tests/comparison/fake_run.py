@@ -41,7 +41,7 @@ def main(words: list[str]) -> int:
         manifest = {
             "schema": 1, "system": "toy", "seed": seed, "streams": [], "save_every": 1, "keep_last": 1, "trackers": [],
             "device": "cpu", "code": {"commit": "c0ffee"}, "config": config, "environment": {"threads": 1},
-            "group": next(word.removeprefix("--group=") for word in words if word.startswith("--group=")),
+            "group": next((word.removeprefix("--group=") for word in words if word.startswith("--group=")), None),
         }  # fmt: skip
         replace(folder / "manifest.json", json.dumps(manifest))
     config = json.loads((folder / "manifest.json").read_text())["config"]

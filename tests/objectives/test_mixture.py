@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -22,19 +23,25 @@ from preceptor.objectives import (
     make_mixture,
 )
 
-MOVING = [name for name in MIXTURE_RULES if name not in ("proportional", "uniform", "static")]
+MOVING = [name for name in MIXTURE_RULES if name not in ("proportional", "uniform", "static", "targets")]
 
 
 def measured(mean, *, variance=None, mean_error=None, variance_error=None) -> Difficulty:
     mean = torch.tensor(mean, dtype=torch.float64)
     others = (variance, mean_error, variance_error)
-    return Difficulty(mean, *(torch.zeros_like(mean) if x is None else torch.full_like(mean, x) for x in others))
+    spreads = (torch.zeros_like(mean) if x is None else torch.full_like(mean, x) for x in others)
+    return Difficulty(mean, *spreads, alignment=mean)
 
 
 def made(name: str, num_datasets: int = 3, **options) -> Mixture:
     sizes = [float(size) for size in range(1, num_datasets + 1)]
     return make_mixture(
-        name, num_datasets=num_datasets, sizes=sizes, weights=sizes if name == "static" else None, **options
+        name,
+        num_datasets=num_datasets,
+        sizes=sizes,
+        weights=sizes if name == "static" else None,
+        targets=[True] * num_datasets if name == "targets" else None,
+        **options,
     )
 
 
@@ -57,7 +64,9 @@ class Curves:
 
     def difficulty(self) -> Difficulty:
         documents = self.losses[:, None] + self.spread * self.random.standard_normal((len(self.losses), self.documents))
-        return document_difficulty(list(torch.from_numpy(documents)))
+        # A step on a dataset lowers its own loss: the slope of its law.
+        slope = self.scale * self.exponent * (1 + self.tokens) ** (-self.exponent - 1)
+        return replace(document_difficulty(list(torch.from_numpy(documents))), alignment=torch.from_numpy(slope))
 
     def follow(self, mixture: Mixture, *, num_updates: int = 80, tokens_per_update: float = 50.0) -> np.ndarray:
         """The weights after each update, (update, dataset)."""
@@ -138,18 +147,24 @@ def test_weights_are_shares_above_the_floor(name):
 def test_permuting_the_datasets_permutes_the_weights(name):
     order = [3, 0, 4, 2, 1]
     sizes = [10.0, 20.0, 30.0, 15.0, 25.0]
-    plain = make_mixture(name, num_datasets=5, sizes=sizes, weights=sizes if name == "static" else None)
+    targets = [True, True, False, True, False]
+    plain = make_mixture(
+        name, num_datasets=5, sizes=sizes, weights=sizes if name == "static" else None, targets=targets
+    )
     permuted_sizes = [sizes[i] for i in order]
     permuted = make_mixture(
-        name, num_datasets=5, sizes=permuted_sizes, weights=permuted_sizes if name == "static" else None
+        name,
+        num_datasets=5,
+        sizes=permuted_sizes,
+        weights=permuted_sizes if name == "static" else None,
+        targets=[targets[i] for i in order],
     )
     curves = Curves(noise=True, seed=2)
     tokens = torch.zeros(5)
     for _ in range(25):
         difficulty = curves.difficulty()
-        there = Difficulty(
-            *(getattr(difficulty, f)[order] for f in ("mean", "variance", "mean_error", "variance_error"))
-        )
+        measures = {field.name: getattr(difficulty, field.name) for field in fields(difficulty)}
+        there = Difficulty(**{name: None if values is None else values[order] for name, values in measures.items()})
         weights = plain.update(difficulty, tokens=tokens)
         # Rounding depends on the order of a sum.
         torch.testing.assert_close(permuted.update(there, tokens=tokens[order]), weights[order], rtol=1e-9, atol=1e-12)
@@ -175,7 +190,7 @@ def test_resuming_through_json_changes_nothing(name):
 
 @pytest.mark.parametrize("name", MIXTURE_RULES)
 def test_one_dataset_gets_everything(name):
-    mixture = make_mixture(name, num_datasets=1, sizes=[5], weights=[2] if name == "static" else None)
+    mixture = make_mixture(name, num_datasets=1, sizes=[5], weights=[2] if name == "static" else None, targets=[True])
     for loss in (3.0, 2.0, 2.5, 1.0, 1.0, 0.5, 0.4):
         assert mixture.update(measured([loss]), tokens=torch.ones(1)).item() == pytest.approx(1.0, abs=1e-12)
 
@@ -291,10 +306,16 @@ def test_a_rule_that_prefers_nonsense_is_named():
 # --- noise ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["second_order", "learning_progress"])
+@pytest.mark.parametrize(
+    ("name", "options"), [("second_order", {"guard": 0.0}), ("second_order", {}), ("learning_progress", {})]
+)
 @pytest.mark.parametrize(("spread", "most"), [(0.0, 0.08), (0.1, 0.08), (0.5, 0.15), (3.0, 0.2)])
-def test_noise_draws_no_weight(name, spread, most):
-    shares = [Curves(noise=True, seed=seed, spread=spread).follow(made(name, 5))[:, -1].mean() for seed in range(5)]
+def test_noise_draws_no_weight(name, options, spread, most):
+    if name == "second_order" and not options and spread == 0.5:
+        most = 0.18  # the guard takes chance rises of real text for forgetting, and stays nearer to uniform
+    shares = [
+        Curves(noise=True, seed=seed, spread=spread).follow(made(name, 5, **options))[:, -1].mean() for seed in range(5)
+    ]
     # It has 0.2 under uniform weights, and 0.02 by exploration alone. The less can be told from chance, the nearer a
     # rule must stay to uniform; it never favours noise.
     assert np.mean(shares) < most

@@ -10,7 +10,16 @@ import pytest
 import torch
 from scipy.optimize import nnls
 
-from preceptor.objectives import Ado, Difficulty, Exp3, LearningProgress, Mixture, SecondOrder, document_difficulty
+from preceptor.objectives import (
+    Ado,
+    Difficulty,
+    Exp3,
+    LearningProgress,
+    Mixture,
+    SecondOrder,
+    counted_loss,
+    document_difficulty,
+)
 from preceptor.objectives.mixture_controls import forecast_fall
 
 
@@ -47,6 +56,60 @@ def follow(rule, difficulties, *, exploration=0.1, tokens=None) -> np.ndarray:
     )
 
 
+def counted(losses: np.ndarray, margin: np.ndarray) -> np.ndarray:
+    """The counted loss of every dataset from its whole history, one number at a time."""
+    result = losses.copy()
+    for column, history in enumerate(losses.T):
+        for now in range(1, len(history)):
+            new_ground = max(min(history[:now]) - history[now], 0.0)
+            rise = max(history[now] - history[now - 1] - margin[now, column], 0.0)
+            result[now, column] = result[now - 1, column] - new_ground + rise
+    return result
+
+
+# --- counted_loss -----------------------------------------------------------------------------------------------------
+
+
+def test_relearning_earns_nothing():
+    # 5 → 3 → 4 → 3 → 2, no margin: −2; then +1; then a fall to the best, 0; then 1 below it, −1.
+    losses = torch.tensor([[5.0], [3.0], [4.0], [3.0], [2.0]], dtype=torch.float64)
+    now, best, history = losses[0], losses[0], []
+    for before, loss in itertools.pairwise(losses):
+        now = counted_loss(loss, previous=before, best=best, counted=now, margin=torch.zeros(1))
+        best = torch.minimum(best, loss)
+        history.append(now.item())
+    assert history == [3, 4, 4, 3]
+    np.testing.assert_allclose(counted(losses.numpy(), np.zeros((5, 1)))[1:, 0], history)
+
+
+def test_a_rise_within_the_margin_is_chance():
+    one, half = torch.ones(1), torch.full((1,), 0.5)
+    arguments = {"previous": one, "best": one, "counted": one}
+    assert counted_loss(one + 0.5, margin=half, **arguments).item() == 1
+    assert counted_loss(one + 0.75, margin=half, **arguments).item() == 1.25
+
+
+@pytest.mark.parametrize("rule", [LearningProgress(doubt=0.0), SecondOrder(doubt=0.0)])
+def test_forgetting_and_relearning_is_not_progress(rule):
+    """The first is learned slowly; the second is forgotten and learned again by ten times as much, forever."""
+    mixture = Mixture(rule, num_datasets=2)
+    weights = []
+    for update in range(40):
+        swinging = [3.0, 4.0, 5.0, 4.0][update % 4]
+        weights.append(mixture.update(difficulty([5 - 0.05 * update, swinging]), tokens=torch.zeros(2))[1].item())
+    assert max(weights[8:]) < 0.1
+
+
+def test_without_the_guard_relearning_was_paid():
+    """The planted fault: what the guard of second_order takes away."""
+    mixture = Mixture(SecondOrder(doubt=0.0, guard=0.0), num_datasets=2)
+    weights = []
+    for update in range(40):
+        swinging = [3.0, 4.0, 5.0, 4.0][update % 4]
+        weights.append(mixture.update(difficulty([5 - 0.05 * update, swinging]), tokens=torch.zeros(2))[1].item())
+    assert max(weights[8:]) > 0.3
+
+
 # --- second_order -----------------------------------------------------------------------------------------------------
 
 
@@ -56,7 +119,9 @@ def test_second_order_by_hand():
     # Then: m = (1 + 2·0.5, 3.4) = (2, 3.4), error (0.1 + 2·0.2, 0.2) = (0.5, 0.2).
     # v = 0.5·(4 − 2, 3 − 3.4) = (1, −0.2), σ_v = 0.5·(0.5, 0.2) = (0.25, 0.1), ṽ = (0.75, −0.1), u/Σ|u| = ṽ/0.85.
     # η = 1: (0.5 + 0.75/0.85, 0.5 − 0.1/0.85) = (1.382353, 0.382353), which sum to 1.764706.
-    rule = SecondOrder(step_size=1.0, momentum=0.5, warm_up=0.0, variance_weight=2.0, threshold=1.0, doubt=0.0)
+    rule = SecondOrder(
+        step_size=1.0, momentum=0.5, warm_up=0.0, variance_weight=2.0, threshold=1.0, doubt=0.0, guard=0.0
+    )
     history = follow(
         rule,
         [
@@ -86,7 +151,7 @@ def test_second_order_follows_its_sums():
         weights = np.maximum(weights + step * force / np.abs(force).sum(), 0)
         weights /= weights.sum()
         expected.append(0.9 * weights + 0.1 / 4)
-    rule = SecondOrder(step_size=step, momentum=mu, warm_up=warm_up, variance_weight=c, threshold=z, doubt=d)
+    rule = SecondOrder(step_size=step, momentum=mu, warm_up=warm_up, variance_weight=c, threshold=z, doubt=d, guard=0.0)
     np.testing.assert_allclose(follow(rule, difficulties), expected, atol=1e-12)
 
 
@@ -100,12 +165,12 @@ def test_second_order_velocity_is_a_smoothed_difference():
         weights = np.maximum(weights + 0.5 * velocity / np.abs(velocity).sum(), 0)
         weights /= weights.sum()
         expected.append(weights)
-    rule = SecondOrder(momentum=mu, warm_up=0.0, variance_weight=0.0, threshold=0.0, doubt=0.0)
+    rule = SecondOrder(momentum=mu, warm_up=0.0, variance_weight=0.0, threshold=0.0, doubt=0.0, guard=0.0)
     np.testing.assert_allclose(follow(rule, difficulties, exploration=0.0), expected, atol=1e-12)
 
 
 def test_second_order_falls_back_when_all_is_clipped():
-    mixture = Mixture(SecondOrder(step_size=5.0), num_datasets=2)
+    mixture = Mixture(SecondOrder(step_size=5.0, guard=0.0), num_datasets=2)
     mixture.update(difficulty([1.0, 1.0]), tokens=torch.zeros(2))
     assert not mixture.fell_back
     # Both get worse: both are pushed below 0.
@@ -156,7 +221,8 @@ def test_learning_progress_follows_its_sums():
     """Each average as a sum over all measurements, the error of their difference from its coefficients."""
     z, d, exponent, warm_up = 0.8, 0.15, 0.4, 2.0
     difficulties = script(12, 4, seed=1)
-    mean, error = array(difficulties, "mean"), array(difficulties, "mean_error")
+    error = array(difficulties, "mean_error")
+    mean = counted(array(difficulties, "mean"), 2 * z * error)
 
     def coefficients(rates: list[float]) -> np.ndarray:
         """Of each measurement in the average that begins with the first and moves towards the others by ``rates``."""
@@ -191,7 +257,7 @@ def test_learning_progress_says_that_nothing_is_learnt():
 # --- exp3 -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("noise", "low", "high"), [("fresh", 0.13, 0.18), ("same", 0.05, 0.10), ("walk", 0.36, 0.46)])
+@pytest.mark.parametrize(("noise", "low", "high"), [("fresh", 0.01, 0.04), ("same", 0.01, 0.05), ("walk", 0.30, 0.40)])
 def test_how_often_learning_progress_sees_what_is_not_there(noise: str, low: float, high: float) -> None:
     """The three figures of its docstring, over 40 runs of 40 measurements of four datasets of 32 documents."""
     rng = np.random.default_rng(0)

@@ -165,7 +165,9 @@ def shares_claiming(
     ("num_sweeps", "most"),
     [
         (120, 13 / 120),  # 6 expected at most, standard error 2.4
-        pytest.param(1_000, 0.05, marks=pytest.mark.slow),
+        # Holm's bound is 5 % whatever the correlations, nearly reached by t-tests of four degrees of freedom; twice the
+        # standard error of a share of 1,000 is 1.4 points.
+        pytest.param(1_000, 0.064, marks=pytest.mark.slow),
     ],
 )
 def test_of_sweeps_in_which_nothing_differs_one_in_twenty_claims_something(

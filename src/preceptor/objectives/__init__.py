@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from preceptor.objectives.mixture import *  # noqa: F403
     from preceptor.objectives.mixture_controls import *  # noqa: F403
     from preceptor.objectives.mixture_rules import *  # noqa: F403
+    from preceptor.objectives.mixture_targets import *  # noqa: F403
     from preceptor.objectives.next_token import *  # noqa: F403
     from preceptor.objectives.policy_gradient import *  # noqa: F403
     from preceptor.objectives.sac import *  # noqa: F403
@@ -32,8 +33,9 @@ _NAMES = {
     "filters": "above_standard_deviations best_fraction everything",
     "kl": "entropy AdaptiveKLController kl_exact kl_k1 kl_k2 kl_k3",
     "mixture": "MIXTURE_RULES Mixture document_difficulty make_mixture",
-    "mixture_controls": "Ado Exp3",
-    "mixture_rules": "ByDifficulty Difficulty Fixed LearningProgress MixtureRule SecondOrder",
+    "mixture_controls": "Ado ByDifficulty Exp3 Fixed",
+    "mixture_rules": "Difficulty LearningProgress MixtureRule SecondOrder counted_loss",
+    "mixture_targets": "Alignment ProgressOnTargets",
     "next_token": "avatarl_loss expected_reward_loss next_token_rewards sampled_reward_loss",
     "policy_gradient": "cispo_loss clip_fraction gspo_loss ppo_clip_loss reinforce_loss",
     "sac": (

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -25,24 +25,26 @@ from jaxtyping import Float
 from torch import Tensor
 
 from preceptor.errors import CheckpointError, ConfigError, NumericError, ShapeError, did_you_mean
-from preceptor.objectives.mixture_controls import Ado, Exp3
+from preceptor.objectives.mixture_controls import Ado, ByDifficulty, Exp3, Fixed
 from preceptor.objectives.mixture_rules import (
-    ByDifficulty,
     Difficulty,
-    Fixed,
     LearningProgress,
     MixtureRule,
     SecondOrder,
 )
+from preceptor.objectives.mixture_targets import Alignment, ProgressOnTargets
 
 MIXTURE_RULES: dict[str, str] = {
     "second_order": "weights move along a velocity, the smoothed fall over time of mean loss plus variance",
     "learning_progress": "in proportion to slow minus fast running loss, where that exceeds its error",
+    "progress_on_targets": "in proportion to how much the losses of the targets move; the others are only explored",
+    "alignment": "in proportion to how far the gradient of each dataset agrees with that of the targets",
     "difficulty": "in proportion to the mean loss: chases noise, a control",
     "exp3": "Online Data Mixing: an Exp3 bandit whose reward is the loss of what was trained on",
     "ado": "Adaptive Data Optimization: a scaling law fitted to each dataset forecasts how fast its loss falls",
     "proportional": "in proportion to the datasets' sizes, never moving",
     "uniform": "all alike, never moving",
+    "targets": "the targets alike and nothing else, never moving",
     "static": "as given, never moving",
 }
 """What :func:`make_mixture` makes, with a line on each."""
@@ -50,10 +52,15 @@ MIXTURE_RULES: dict[str, str] = {
 _ADAPTIVE: dict[str, type[MixtureRule]] = {
     "second_order": SecondOrder,
     "learning_progress": LearningProgress,
+    "progress_on_targets": ProgressOnTargets,
+    "alignment": Alignment,
     "difficulty": ByDifficulty,
     "exp3": Exp3,
     "ado": Ado,
 }
+
+TARGET_SHARE = 0.5
+"""Of the weight, kept on the targets by the rules whose preferences say nothing about which datasets are targets."""
 
 
 def document_difficulty(
@@ -122,13 +129,17 @@ class Mixture:
 
     After each update w = (1 − ε)·p + ε/K, with p the rule's preferences scaled to sum to 1 and ε ``exploration``: a
     dataset that is out of favour is still seen, so that the rule can notice when it becomes worth learning again.
-    Where the rule prefers nothing at all, the weights are uniform and ``fell_back`` says so.
+    Where the rule prefers nothing at all, the weights are uniform and ``fell_back`` says so. If it is known which
+    datasets are targets, a share τ of the mixture stays on them, evenly: (1 − τ)·w + τ·(1/T on each of T targets).
 
     Args:
         rule: what is preferred after a measurement; any object with the two methods of :class:`MixtureRule`.
         num_datasets: K, at least 1.
         exploration: ε in [0, 1], the share of the mixture that is spread evenly.
         initial_weights: before the first update, any scale; ``None``: uniform.
+        targets: True = the dataset is judged in the end; ``None``: nobody said. It is passed on to the rule.
+        target_share: τ in [0, 1]; spread evenly over all datasets where none is a target, and without effect where
+            nobody said.
 
     Attributes:
         num_updates: how many measurements the weights have seen.
@@ -150,11 +161,19 @@ class Mixture:
         num_datasets: int,
         exploration: float = 0.1,
         initial_weights: Sequence[float | int] | None = None,
+        targets: Sequence[bool] | None = None,
+        target_share: float = 0.0,
     ) -> None:
         if num_datasets < 1:
             raise ConfigError(f"a mixture needs at least one dataset, got {num_datasets}")
         if not 0 <= exploration <= 1:
             raise ConfigError(f"exploration must lie in [0, 1], got {exploration}")
+        if not 0 <= target_share <= 1:
+            raise ConfigError(f"target_share must lie in [0, 1], got {target_share}")
+        if targets is not None and len(targets) != num_datasets:
+            raise ConfigError(f"{num_datasets} datasets need as many targets (true or false), got {len(targets)}")
+        self.targets = None if targets is None else torch.tensor([bool(target) for target in targets])
+        self.target_share = target_share
         self.rule = rule
         self.num_datasets = num_datasets
         self.exploration = exploration
@@ -189,6 +208,8 @@ class Mixture:
         if tokens is None:
             tokens = self.weights if self.num_updates else torch.zeros_like(self._weights)
         tokens = tokens.detach().to("cpu", torch.float64)
+        if difficulty.targets is None:
+            difficulty = replace(difficulty, targets=self.targets)
         _check(difficulty, tokens, num_datasets=self.num_datasets)
         # A copy of the state's dictionary: a rule that raises must not have changed half of it.
         given: tuple[Any, dict[str, Tensor]] = self.rule.preferences(
@@ -196,9 +217,8 @@ class Mixture:
         )
         preferences, state = given  # of a user's rule, which may give anything
         # Checked before anything is assigned, so that the caller may catch the error and go on.
-        given: object = preferences  # by a rule of one's own, anything
-        if not isinstance(given, Tensor) or given.shape != (self.num_datasets,):
-            got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        if not isinstance(preferences, Tensor) or preferences.shape != (self.num_datasets,):
+            got = tuple(preferences.shape) if isinstance(preferences, Tensor) else type(preferences).__name__
             raise ShapeError(
                 f"{type(self.rule).__name__}.preferences must give a number for each of {self.num_datasets} datasets, "
                 f"got {got}"
@@ -210,8 +230,12 @@ class Mixture:
         # All preferences at or below 0 say nothing; dividing by their sum would be 0/0.
         self.fell_back = not bool((preferences > 0).any())
         shares = torch.ones_like(preferences) if self.fell_back else preferences.clamp(min=0)
-        # (1 − ε) · p + ε/K
-        self._weights = (1 - self.exploration) * shares / shares.sum() + self.exploration / self.num_datasets
+        weights = (1 - self.exploration) * shares / shares.sum() + self.exploration / self.num_datasets
+        if self.targets is not None and self.target_share:
+            kept = self.targets.double() if self.targets.any() else torch.ones_like(weights)
+            kept = kept / kept.sum()
+            weights = (1 - self.target_share) * weights + self.target_share * kept
+        self._weights = weights
         self._state = state
         self.num_updates += 1
         return self.weights
@@ -264,6 +288,8 @@ def make_mixture(
     sizes: Sequence[float | int] | None = None,
     weights: Sequence[float | int] | None = None,
     exploration: float = 0.1,
+    targets: Sequence[bool] | None = None,
+    target_share: float | None = None,
     **options: Any,
 ) -> Mixture:
     """The mixture called ``name`` in :data:`MIXTURE_RULES`.
@@ -273,7 +299,10 @@ def make_mixture(
         num_datasets: how many are mixed.
         sizes: of the datasets in any unit; ``proportional`` needs them, ``ado`` takes them as its prior.
         weights: shares on any scale; ``static`` needs them, the others start from them (``None``: uniform).
-        exploration: share that is spread evenly, in [0, 1]; the three mixtures that never move are kept exact.
+        exploration: share that is spread evenly, in [0, 1]; the mixtures that never move are kept exact.
+        targets: True = the dataset is judged in the end; the rule ``targets`` needs them.
+        target_share: of the weight, kept on the targets; ``None``: a half under ``learning_progress``, ``alignment``
+            and ``second_order`` with its guard, else none.
         **options: fields of the rule, such as ``momentum`` of :class:`SecondOrder`.
 
     Raises:
@@ -296,21 +325,28 @@ def make_mixture(
             f"its options are {', '.join(allowed) or 'none'}"
         )
     if rule_class is Fixed:
-        shares = {"proportional": sizes, "uniform": [1.0] * num_datasets, "static": weights}[name]
+        needed = {"proportional": "sizes", "static": "weights", "targets": "targets"}
+        given = {"sizes": sizes, "weights": weights, "targets": targets}
+        shares = [1.0] * num_datasets if name == "uniform" else given[needed[name]]
         if shares is None:
-            raise ConfigError(f"the mixture rule '{name}' needs `{'sizes' if name == 'proportional' else 'weights'}`")
-        # No exploration: a control that is called static must be static.
+            raise ConfigError(f"the mixture rule '{name}' needs `{needed[name]}`")
         return Mixture(Fixed(), num_datasets=num_datasets, exploration=0.0, initial_weights=shares)
     if name == "ado" and sizes is not None:
-        prior = _checked_weights(sizes, num_datasets)
-        return Mixture(
-            # Sizes serve twice: as the prior of the law and, unless weights are given, as the start.
-            Ado(prior=tuple(prior.tolist()), **options),
-            num_datasets=num_datasets,
-            exploration=exploration,
-            initial_weights=sizes if weights is None else weights,
-        )
-    return Mixture(rule_class(**options), num_datasets=num_datasets, exploration=exploration, initial_weights=weights)
+        options["prior"] = tuple(_checked_weights(sizes, num_datasets).tolist())
+        weights = sizes if weights is None else weights
+    if target_share is None:
+        keeps_targets = name in ("learning_progress", "alignment", "second_order") and options.get("guard", 1)
+        if name == "alignment" and not any(targets or ()):
+            keeps_targets = False  # gradients say all there is to know about a target that no dataset holds
+        target_share = TARGET_SHARE if keeps_targets else 0.0
+    return Mixture(
+        rule_class(**options),
+        num_datasets=num_datasets,
+        exploration=exploration,
+        initial_weights=weights,
+        targets=targets,
+        target_share=target_share,
+    )
 
 
 def _checked_weights(values: Sequence[float | int], num_datasets: int) -> Float[Tensor, " choices"]:
@@ -324,14 +360,16 @@ def _checked_weights(values: Sequence[float | int], num_datasets: int) -> Float[
 
 def _check(difficulty: Difficulty, tokens: Float[Tensor, " choices"], *, num_datasets: int) -> None:
     measured = {field.name: getattr(difficulty, field.name) for field in fields(difficulty)}
-    # A mean may have any sign; a variance, an error or a count below 0 is a mistake of the caller.
-    for name, values in {**measured, "tokens": tokens}.items():
+    given = {name: values for name, values in {**measured, "tokens": tokens}.items() if values is not None}
+    for name, values in given.items():
         if values.shape != (num_datasets,):
             raise ShapeError(
                 f"{name} has shape {tuple(values.shape)}; this mixture has {num_datasets} datasets, "
                 "one number for each is needed"
             )
-        low = -math.inf if name == "mean" else 0.0
+        low = -math.inf if name in ("mean", "alignment") else 0.0
+        if name == "alignment":
+            values = values.nan_to_num(nan=0.0)  # not measured this time
         if faulty := [i for i, x in enumerate(values.tolist()) if not math.isfinite(x) or x < low]:
             raise NumericError(
                 f"{name} of dataset {faulty[0]} is {values[faulty[0]].item()}; "

@@ -1,4 +1,4 @@
-"""Published rules for mixing data online, as controls: Exp3 on the loss (ODM) and scaling-law forecasts (ADO)."""
+"""Controls: mixtures that never move, the loss itself, and two published rules, Exp3 (ODM) and scaling laws (ADO)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,60 @@ from jaxtyping import Float
 from torch import Tensor
 
 from preceptor.objectives.mixture_rules import Difficulty, State, check_ranges
+
+
+@dataclass(frozen=True)
+class ByDifficulty:
+    """Weights in proportion to the mean loss: the harder, the more. A control, since noise is hardest of all.
+
+    >>> zeros = torch.zeros(2)
+    >>> measured = Difficulty(torch.tensor([3.0, 1.0]), zeros, zeros, zeros)
+    >>> ByDifficulty().preferences(measured, {}, tokens=zeros, weights=zeros, num_updates=0)[0]
+    tensor([3., 1.], dtype=torch.float64)
+    """
+
+    def initial_state(self, num_datasets: int) -> State:
+        """Nothing is remembered."""
+        return {}
+
+    def preferences(
+        self,
+        difficulty: Difficulty,
+        state: State,
+        *,
+        tokens: Float[Tensor, " choices"],
+        weights: Float[Tensor, " choices"],
+        num_updates: int,
+    ) -> tuple[Float[Tensor, " choices"], State]:
+        """See :class:`~preceptor.objectives.mixture_rules.MixtureRule`."""
+        return difficulty.mean.double(), state
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The weights as they are: ``uniform``, ``proportional``, ``static`` and ``targets`` differ in where they start.
+
+    >>> weights, zeros = torch.tensor([0.75, 0.25]), torch.zeros(2)
+    >>> measured = Difficulty(zeros, zeros, zeros, zeros)
+    >>> Fixed().preferences(measured, {}, tokens=zeros, weights=weights, num_updates=0)[0]
+    tensor([0.7500, 0.2500])
+    """
+
+    def initial_state(self, num_datasets: int) -> State:
+        """Nothing is remembered."""
+        return {}
+
+    def preferences(
+        self,
+        difficulty: Difficulty,
+        state: State,
+        *,
+        tokens: Float[Tensor, " choices"],
+        weights: Float[Tensor, " choices"],
+        num_updates: int,
+    ) -> tuple[Float[Tensor, " choices"], State]:
+        """See :class:`~preceptor.objectives.mixture_rules.MixtureRule`."""
+        return weights, state
 
 
 @dataclass(frozen=True)

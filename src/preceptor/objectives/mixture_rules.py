@@ -9,8 +9,15 @@ two noisy measurements one is lower, and half the time it is the later one, so c
 rules here count a fall only as far as it exceeds ``threshold`` standard errors of itself, with the errors of the
 measurements carried through every average exactly. A loss that does not move passes one error by chance in 16 % of the
 updates and is then worth half an error on average, where real progress is many errors; two errors shut noise out almost
-wholly (2.3 %), but small progress too. A loss that *rises* is no progress either: a model that grows sure of real text
-gets worse at noise.
+wholly (2.3 %), but small progress too.
+
+**Why forgetting earns nothing.** A dataset that draws no weight is forgotten: its loss rises, and falls again as soon
+as it is drawn once more. Paid for that fall, a rule would chase whatever it starved before, noise above all. So
+progress is counted by :func:`counted_loss`: a fall as far as it goes below the best loss so far, a rise in full.
+
+**What is learned for.** Only targets are judged. A mixture that knows them keeps a share of its weight on them
+(:class:`~preceptor.objectives.mixture.Mixture`), and ``targets`` and ``alignment`` of :class:`Difficulty` tell a rule
+which they are and what each dataset's gradient does for them (:mod:`preceptor.objectives.mixture_targets`).
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from preceptor.errors import ConfigError
@@ -37,6 +44,9 @@ class Difficulty:
         variance: of the document losses, squared nats per token.
         mean_error: standard error of ``mean``: how far two measurements differ by the choice of documents alone.
         variance_error: the same of ``variance``.
+        targets: True = the dataset is judged in the end; None where nobody said, and then all count alike.
+        alignment: by how much a step on the dataset lowers the loss of the targets, to first order, on any scale; NaN
+            for a dataset that was not measured this time, None where none was.
 
     >>> one = torch.ones(2)
     >>> Difficulty(mean=one, variance=one, mean_error=one, variance_error=one).mean
@@ -47,6 +57,43 @@ class Difficulty:
     variance: Float[Tensor, " choices"]
     mean_error: Float[Tensor, " choices"]
     variance_error: Float[Tensor, " choices"]
+    targets: Bool[Tensor, " choices"] | None = None
+    alignment: Float[Tensor, " choices"] | None = None
+
+
+def counted_loss(
+    loss: Float[Tensor, " choices"],
+    *,
+    previous: Float[Tensor, " choices"],
+    best: Float[Tensor, " choices"],
+    counted: Float[Tensor, " choices"],
+    margin: Float[Tensor, " choices"],
+) -> Float[Tensor, " choices"]:
+    """The losses as progress is counted by: every rise counts, a fall only below the best so far.
+
+        counted ← counted − (best − loss)₊ + (loss − previous − margin)₊
+
+    Where a loss only ever falls this is the loss itself. One that rises and falls back has risen for good, so whatever
+    is forgotten and learned again earns nothing.
+
+    Args:
+        loss: now, nats per token.
+        previous: at the measurement before.
+        best: the lowest so far, ``loss`` not included.
+        counted: what this function gave at the measurement before; the loss itself at the first one.
+        margin: rises up to here are chance, nats per token.
+
+    >>> loss, counted = torch.tensor([2.0]), torch.tensor([2.0])  # starved: up to 3, then learned again down to 1.5
+    >>> for now, best in ((3.0, 2.0), (2.0, 2.0), (1.5, 2.0)):
+    ...     now, before = torch.tensor([now]), loss
+    ...     counted = counted_loss(now, previous=before, best=torch.tensor([best]), counted=counted, margin=now * 0)
+    ...     loss = now
+    ...     print(counted.item())
+    3.0
+    3.0
+    2.5
+    """
+    return counted - (best - loss).clamp(min=0) + (loss - previous - margin).clamp(min=0)
 
 
 @runtime_checkable
@@ -109,7 +156,8 @@ class SecondOrder:
     Departures from the text, whose code differentiates *across the list of datasets*, so that weights depend on the
     order in which datasets are listed: the change is taken over time; it counts when the metric *falls*; it is scaled
     (Σ|u| = 1), so that η means the same whatever the loss; what lies within the error does not count. The text's η is
-    0.1; a run has tens of updates, not thousands, so the default is larger.
+    0.1; a run has tens of updates, not thousands, so the default is larger. With ``guard`` m is first passed through
+    :func:`counted_loss` (margin: 2z errors), so that what was forgotten and is learned again shows no velocity.
 
     Args:
         step_size: η > 0, the share that one update can move.
@@ -122,6 +170,7 @@ class SecondOrder:
         threshold: z ≥ 0, in standard errors.
         doubt: d ≥ 0, in standard errors: the progress granted to every dataset, since it cannot be excluded. Without
             it, one dataset that passes the threshold by chance, alone and by a hair, would get everything.
+        guard: whether a fall counts only below the best metric so far; 0 is the text.
 
     Raises:
         ConfigError: an argument out of its range.
@@ -141,6 +190,7 @@ class SecondOrder:
     variance_weight: float = 1.0
     threshold: float = 1.0
     doubt: float = 0.1
+    guard: float = 1.0
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -150,6 +200,7 @@ class SecondOrder:
             ("variance_weight", self.variance_weight, self.variance_weight >= 0, "be at least 0"),
             ("threshold", self.threshold, self.threshold >= 0, "be at least 0"),
             ("doubt", self.doubt, self.doubt >= 0, "be at least 0"),
+            ("guard", self.guard, self.guard in (0, 1), "be 0 or 1"),
         )
 
     def initial_state(self, num_datasets: int) -> State:
@@ -159,6 +210,7 @@ class SecondOrder:
             "position": torch.full_like(zeros, 1 / num_datasets),
             "average": zeros,
             "average_variance": zeros,
+            **_no_losses(num_datasets),
         }
 
     def preferences(
@@ -174,12 +226,14 @@ class SecondOrder:
         metric = difficulty.mean.double() + self.variance_weight * difficulty.variance.double()
         # The two errors are not independent (they come from the same documents); their sum bounds that of the metric.
         error = difficulty.mean_error.double() + self.variance_weight * difficulty.variance_error.double()
-        # Nothing to compare with yet.
+        losses = _count(metric, state, margin=2 * self.threshold * error, first=num_updates == 0)
+        metric = losses["counted"] if self.guard else metric
         if num_updates == 0:
             return weights, state | {
                 "position": weights,
                 "average": metric,
                 "average_variance": error.square(),
+                **losses,
             }
         # 1 − μ in the long run, larger in the first updates: see `warm_up`.
         rate = max(1 - self.momentum, self.warm_up / (num_updates + self.warm_up))
@@ -204,6 +258,7 @@ class SecondOrder:
             "average": state["average"] - velocity,
             # Variance of a weighted sum of independent measurements.
             "average_variance": (1 - rate) ** 2 * state["average_variance"] + rate**2 * error.square(),
+            **losses,
         }
 
 
@@ -211,7 +266,8 @@ class SecondOrder:
 class LearningProgress:
     """Weights in proportion to how fast the loss falls: slow minus fast running average, as far as it is no chance.
 
-    With averages a ← a + rate·(mean − a), which start at the first measurement, the progress is
+    With averages a ← a + rate·(ℓ − a) of the counted loss ℓ (:func:`counted_loss`, with a margin of 2z errors), which
+    start at the first measurement, the progress is
 
         p = slow − fast,   w ∝ (max(p − z·σ_p, 0) + d·(mean of σ_p)) / √h
 
@@ -223,7 +279,8 @@ class LearningProgress:
 
     Source: the running averages of learning progress in Matiisen et al., arXiv 1707.00183, and Kanitscheider et al.,
     arXiv 2106.14876 (fast and slow). Theirs take the absolute value, so that what is being forgotten is practised
-    again; a dataset of noise is "forgotten" all the time, so here it is exploration that brings a forgotten one back.
+    again; a dataset of noise is "forgotten" all the time, so here a forgotten target is brought back by the share of
+    the mixture that is kept on targets.
 
     Args:
         fast: rate of the fast average, in (0, 1].
@@ -231,9 +288,10 @@ class LearningProgress:
         warm_up: t₀ ≥ 0, updates: the slow rate is never below t₀/(t + t₀) at update t, the fast one never below twice
             that (nor above 1); see :class:`SecondOrder` for why.
         threshold: z ≥ 0, in standard errors. The error is that of measurements whose noise is independent. A dataset
-            that is not being learnt clears z = 1 in 16 % of measurements on fresh documents, as said; in 8 % on the
-            same documents each time, whose constant part is no noise; but in 41 % where their losses walk at random, as
-            under training that moves them to and fro. One document a dataset gives no error at all, and z no meaning.
+            that is not being learnt clears z = 1 in 2 % of measurements on fresh documents and in 3 % on the same ones
+            each time (a fall that undoes a rise does not count; 16 % and 8 % if it did); but in 35 % where their losses
+            walk at random, as under training that moves them to and fro (41 % if it did).
+            One document a dataset gives no error at all, and z no meaning.
         doubt: d ≥ 0, in standard errors; see :class:`SecondOrder`.
         share_exponent: of h, in [0, 1]: 0 is progress as it is, 1 progress per token.
 
@@ -269,7 +327,8 @@ class LearningProgress:
     def initial_state(self, num_datasets: int) -> State:
         """No measurement yet."""
         names = ("fast", "slow", "fast_variance", "slow_variance", "covariance", "share")
-        return {name: torch.zeros(num_datasets, dtype=torch.float64) for name in names}
+        zeros = torch.zeros(num_datasets, dtype=torch.float64)
+        return dict.fromkeys(names, zeros) | _no_losses(num_datasets)
 
     def preferences(
         self,
@@ -281,7 +340,9 @@ class LearningProgress:
         num_updates: int,
     ) -> tuple[Float[Tensor, " choices"], State]:
         """See :class:`MixtureRule`."""
-        mean, variance = difficulty.mean.double(), difficulty.mean_error.double().square()
+        error, variance = difficulty.mean_error.double(), difficulty.mean_error.double().square()
+        losses = _count(difficulty.mean.double(), state, margin=2 * self.threshold * error, first=num_updates == 0)
+        mean = losses["counted"]
         if num_updates == 0:
             first = {
                 "fast": mean,
@@ -290,6 +351,7 @@ class LearningProgress:
                 "slow_variance": variance,
                 "covariance": variance,
                 "share": weights,
+                **losses,
             }
             return weights, state | first
         # t₀/(t + t₀), so that young averages remember a share of their age.
@@ -304,6 +366,7 @@ class LearningProgress:
             "slow_variance": (1 - slow) ** 2 * state["slow_variance"] + slow**2 * variance,
             "covariance": (1 - fast) * (1 - slow) * state["covariance"] + fast * slow * variance,
             "share": state["share"] + slow * (weights - state["share"]),
+            **losses,
         }
         # The slow average lags behind: above the fast one it says that the loss has been falling.
         progress = new["slow"] - new["fast"]
@@ -315,58 +378,23 @@ class LearningProgress:
         return beyond / share**self.share_exponent, new
 
 
-@dataclass(frozen=True)
-class ByDifficulty:
-    """Weights in proportion to the mean loss: the harder, the more. A control, since noise is hardest of all.
-
-    >>> zeros = torch.zeros(2)
-    >>> measured = Difficulty(torch.tensor([3.0, 1.0]), zeros, zeros, zeros)
-    >>> ByDifficulty().preferences(measured, {}, tokens=zeros, weights=zeros, num_updates=0)[0]
-    tensor([3., 1.], dtype=torch.float64)
-    """
-
-    def initial_state(self, num_datasets: int) -> State:
-        """Nothing is remembered."""
-        return {}
-
-    def preferences(
-        self,
-        difficulty: Difficulty,
-        state: State,
-        *,
-        tokens: Float[Tensor, " choices"],
-        weights: Float[Tensor, " choices"],
-        num_updates: int,
-    ) -> tuple[Float[Tensor, " choices"], State]:
-        """See :class:`MixtureRule`."""
-        return difficulty.mean.double(), state
+def _no_losses(num_datasets: int) -> State:
+    """The parts of a rule's state that :func:`_count` keeps."""
+    zeros = torch.zeros(num_datasets, dtype=torch.float64)
+    return {"previous": zeros, "best": zeros, "counted": zeros}
 
 
-@dataclass(frozen=True)
-class Fixed:
-    """The weights as they are: ``uniform``, ``proportional`` and ``static`` differ in what they start from.
-
-    >>> weights, zeros = torch.tensor([0.75, 0.25]), torch.zeros(2)
-    >>> measured = Difficulty(zeros, zeros, zeros, zeros)
-    >>> Fixed().preferences(measured, {}, tokens=zeros, weights=weights, num_updates=0)[0]
-    tensor([0.7500, 0.2500])
-    """
-
-    def initial_state(self, num_datasets: int) -> State:
-        """Nothing is remembered."""
-        return {}
-
-    def preferences(
-        self,
-        difficulty: Difficulty,
-        state: State,
-        *,
-        tokens: Float[Tensor, " choices"],
-        weights: Float[Tensor, " choices"],
-        num_updates: int,
-    ) -> tuple[Float[Tensor, " choices"], State]:
-        """See :class:`MixtureRule`."""
-        return weights, state
+def _count(loss: Tensor, state: State, *, margin: Tensor, first: bool) -> State:
+    """The new ``previous``, ``best`` and ``counted`` of a rule's state, given the losses just measured."""
+    if first:
+        return {"previous": loss, "best": loss, "counted": loss}
+    return {
+        "previous": loss,
+        "best": torch.minimum(state["best"], loss),
+        "counted": counted_loss(
+            loss, previous=state["previous"], best=state["best"], counted=state["counted"], margin=margin
+        ),
+    }
 
 
 def check_ranges(*ranges: tuple[str, float | int, bool, str]) -> None:

@@ -42,10 +42,10 @@ def call(what: str, function: Callable[..., Any], *arguments: Any, timeout: floa
             return function(*arguments)
     except KeyboardInterrupt:  # the person at the keyboard, and `Interrupted` with them
         raise
-    except BaseException as error:
+    except BaseException as error:  # whatever a user's code raises, SystemExit among it, is told as its own
         raise DataError(
             f"{what} {_what_happened(error, timeout)} ({_place(error, function)}); mend it and resume"
-        ) from (error)
+        ) from error
 
 
 def call_for_numbers(

@@ -27,7 +27,9 @@ def setup_and_state(
     """The setup of a run that trains ``methods``, with seeded streams and no folder, and the state of its first one."""
     run: Any = SimpleNamespace(streams={"difficulty": torch.Generator().manual_seed(0)})
     initial_weights = {name: parameter.detach().clone() for name, parameter in lm.trainable_parameters().items()}
-    setup = Setup(config, run, methods, lm, initial_weights, lm.initial_model(), corpora, prompts=(), held_out_terms=())
+    setup = Setup(
+        config, run, methods, lm, initial_weights, lm.initial_model(), corpora, corpora, prompts=(), held_out_terms=()
+    )
     return setup, State(setup)
 
 

@@ -6,8 +6,12 @@ import pytest
 
 from preceptor.systems.curriculum.baselines import FROZEN_POLICY, Method, plan_methods, static_grid
 from preceptor.systems.curriculum.config import (
+    DEFAULT_DATASETS,
     ControlOptions,
     CurriculumConfig,
+    DataOptions,
+    DatasetOptions,
+    DifficultyOptions,
     MixtureOptions,
     PPOOptions,
     UpdateOptions,
@@ -21,11 +25,12 @@ def names(config: CurriculumConfig) -> list[str]:
 
 
 def test_the_whole_system_comes_first_and_each_control_takes_one_thing_away() -> None:
+    steps = BASE.update.steps
     own, frozen, rule, *others = plan_methods(BASE)
-    assert own == Method("learning_progress+ppo", "learning_progress", policy_gradient=True)
-    assert frozen == Method(FROZEN_POLICY, "learning_progress", policy_gradient=True, learns=False)
-    assert rule == Method("learning_progress", "learning_progress")
-    assert others == [Method("uniform", "uniform"), Method("second_order", "second_order")]
+    assert own == Method("learning_progress+ppo", "learning_progress", policy_gradient=True, num_steps=steps)
+    assert frozen == Method(FROZEN_POLICY, "learning_progress", policy_gradient=True, learns=False, num_steps=steps)
+    assert rule == Method("learning_progress", "learning_progress", num_steps=steps)
+    assert others == [Method(name, name, num_steps=steps) for name in ("uniform", "second_order")]
 
 
 def test_without_rollouts_there_is_nothing_to_freeze() -> None:
@@ -66,6 +71,37 @@ def test_the_static_grid() -> None:
         update={"controls": ControlOptions(rules=(), static_grid="omit"), "ppo": PPOOptions(weight=0.0)}
     )
     assert names(config)[1:] == [f"static_no_{name}" for name in ("code", "manual", "dialogue", "noise")]
+
+
+def test_uniform_at_equal_cost_takes_more_steps() -> None:
+    # 60 steps of 1,024 tokens; 6 measurements of 24 rows of 4 datasets, 128 tokens each: 73,728 tokens, 72 steps.
+    controls = ControlOptions(rules=("uniform",), static_grid="none", equal_cost=("rows", "flops"))
+    config = CurriculumConfig(controls=controls, ppo=PPOOptions(weight=0.0))
+    assert {method.name: method.num_steps for method in plan_methods(config)} == {
+        "learning_progress": 60,
+        "uniform": 60,
+        "uniform_equal_rows": 60 + 72,
+        "uniform_equal_flops": 60 + 24,
+    }
+    # Gradients of 2 rows of 4 datasets and 3 targets cost the same in both currencies: 10,752 tokens, 11 steps.
+    aligned = config.model_copy(
+        update={"mixture": MixtureOptions(rule="alignment"), "difficulty": DifficultyOptions(alignment_rows=2)}
+    )
+    assert [method.num_steps for method in plan_methods(aligned)] == [60, 60, 71, 71]
+    # From the training batch they cost nothing.
+    free = config.model_copy(update={"mixture": MixtureOptions(rule="alignment")})
+    assert {method.num_steps for method in plan_methods(free)} == {60}
+
+
+def test_a_dataset_that_is_only_judged_is_in_no_mixture() -> None:
+    datasets = (*DEFAULT_DATASETS, DatasetOptions(name="far", location="builtin:salad", train=False))
+    config = CurriculumConfig(
+        data=DataOptions(datasets=datasets),
+        ppo=PPOOptions(weight=0.0),
+        controls=ControlOptions(rules=(), static_grid="omit", mixtures={"two": (1.0, 1.0, 0.0, 0.0)}),
+    )
+    assert "static_no_far" not in names(config)
+    assert plan_methods(config)[-1].weights == (1.0, 1.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(("rule", "measures"), [("uniform", False), ("static", False), ("exp3", True)])

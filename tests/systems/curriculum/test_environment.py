@@ -16,6 +16,7 @@ from preceptor.systems.curriculum.environment import (
     builtin_documents,
     document_losses,
     draw_prompts,
+    gradient_alignment,
     held_out_prompts,
     prompt_of,
     read_corpora,
@@ -136,3 +137,42 @@ def test_what_has_no_loss_is_refused(starter, samples):
             document_losses(starter, [samples[0], bad])
     with pytest.raises(ModelError, match="does not fit the context"):
         document_losses(starter, [[[5] * (starter.context_length + 1)]])
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def flat_gradient(lm: LanguageModel, rows: list[list[int]]) -> torch.Tensor:
+    """Of the mean cross-entropy over the tokens, by Transformers' own forward pass."""
+    total, count = torch.zeros(()), 0
+    for row in rows:
+        logits = lm.model(torch.tensor([row])).logits[0, :-1]
+        total = total + torch.nn.functional.cross_entropy(logits, torch.tensor(row[1:]), reduction="sum")
+        count += len(row) - 1
+    gradients = torch.autograd.grad(total / count, list(lm.trainable_parameters().values()))
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def test_alignment_is_the_product_of_gradients_under_adams_scale(tiny: LanguageModel) -> None:
+    samples = [[[0, 20, 30, 40], [0, 50, 60]], [[0, 70, 80]]]
+    targets = [[[0, 90, 100, 110]], [[0, 20, 30, 41]]]
+    optimizer = torch.optim.AdamW(tiny.trainable_parameters().values(), lr=1e-3, betas=(0.9, 0.99))
+    plain, losses = gradient_alignment(tiny, samples, targets)
+    goal = (flat_gradient(tiny, targets[0]) + flat_gradient(tiny, targets[1])) / 2
+    expected = [float(flat_gradient(tiny, rows) @ goal) for rows in samples]
+    torch.testing.assert_close(plain, torch.tensor(expected, dtype=torch.float64), rtol=1e-3, atol=1e-6)
+    assert [len(values) for values in losses] == [2, 1]
+    assert torch.equal(gradient_alignment(tiny, samples, targets, optimizer=optimizer)[0], plain)  # no moments yet
+    # One step: v̂ = g² whatever the decay, so P = 1/(|g| + ε).
+    gradient = flat_gradient(tiny, samples[0])
+    weights = torch.nn.utils.parameters_to_vector(tiny.trainable_parameters().values()).detach().clone()
+    start = 0
+    for parameter in tiny.trainable_parameters().values():
+        parameter.grad = gradient[start : start + parameter.numel()].view_as(parameter).clone()
+        start += parameter.numel()
+    optimizer.step()
+    torch.nn.utils.vector_to_parameters(weights, tiny.trainable_parameters().values())
+    scaled = goal / (gradient.abs() + 1e-8)
+    expected = [float(flat_gradient(tiny, rows).double() @ scaled.double()) for rows in samples]
+    measured = gradient_alignment(tiny, samples, targets, optimizer=optimizer)[0]
+    torch.testing.assert_close(measured, torch.tensor(expected, dtype=torch.float64), rtol=1e-2, atol=1e-3)

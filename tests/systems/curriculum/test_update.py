@@ -22,6 +22,7 @@ from preceptor.systems.curriculum.update import (
     Documents,
     Experience,
     Sums,
+    accumulate_by_dataset,
     accumulate_cross_entropy,
     accumulate_ppo,
     policy_loss,
@@ -322,3 +323,20 @@ def test_bfloat16_is_near_float32(tiny: LanguageModel, experience: Experience) -
     exact, _ = ppo(tiny, experience, BASE)
     mixed, _ = ppo(tiny, experience, BASE, bf16=True)
     assert_close(mixed, exact, tolerance=0.1)  # eight bits of mantissa
+
+
+def test_gradients_by_dataset_add_up_to_that_of_the_batch(tiny: LanguageModel) -> None:
+    tokens = torch.tensor([[0, 20, 30, 40], [0, 50, 60, 9], [0, 70, 80, 90]])
+    mask = torch.tensor([[True] * 4, [True, True, True, False], [True] * 4])
+    documents = Documents(tokens, mask, torch.tensor([2, 0, 2]))
+    arguments: dict[str, Any] = {"weight": 0.7, "num_datasets": 3, "micro_batch_size": 8, "bf16": False}
+    sums = accumulate_cross_entropy(tiny, documents, **arguments)
+    whole = gradients(tiny)
+    parts, by_dataset = accumulate_by_dataset(tiny, documents, **arguments)
+    torch.testing.assert_close(parts, sums)
+    assert_close(gradients(tiny), whole)
+    assert list(by_dataset) == [0, 2]
+    # Of the mean loss of a dataset's tokens, without the weight: dataset 0 has 2 of the 8 that count, dataset 2 has 6.
+    names = list(tiny.trainable_parameters())
+    summed = [0.7 * (2 * first + 6 * second) / 8 for first, second in zip(by_dataset[0], by_dataset[2], strict=True)]
+    assert_close(dict(zip(names, summed, strict=True)), whole)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,13 @@ import pytest
 import torch
 
 from preceptor.errors import ConfigError, Interrupted
+from preceptor.report.run_folder import read_run
+from preceptor.report.sections import Matrix
 from preceptor.runs.folder import Run, open_run
 from preceptor.systems.surgery.amortised import admit
 from preceptor.systems.surgery.config import REPAIRS, SurgeryConfig
 from preceptor.systems.surgery.loop import train
+from preceptor.systems.surgery.report import sections
 from preceptor.systems.surgery.setup import prepare
 from preceptor.systems.surgery.site_policy import TrainedSurgeon
 from preceptor.systems.surgery.verify import verify
@@ -74,7 +79,7 @@ def test_what_is_known_holds_exactly(whole: tuple[Path, SurgeryConfig, dict[str,
 
 def test_both_learners_meet_the_same_damage(whole: tuple[Path, SurgeryConfig, dict[str, Any]]) -> None:
     folder, config, _ = whole
-    decisions = rows(folder, "decisions.jsonl")
+    decisions = [row for row in rows(folder, "decisions.jsonl") if "item" not in row]
     options = config.amortised
     assert len(decisions) == options.steps * options.damages_per_step * options.edits_per_damage * 2
     first = [row for row in decisions if row["edit"] == 0]
@@ -113,7 +118,8 @@ def test_every_reward_is_earned_again_and_a_changed_action_is_found(
 ) -> None:
     folder, config, _ = whole
     replayed = list(verify(config, folder, SERVICES))
-    assert len(replayed) == 2 * len(rows(folder, "decisions.jsonl"))
+    options = config.amortised
+    assert len(replayed) == 2 * 2 * options.steps * options.damages_per_step * options.edits_per_damage
     # The loss before is the mean over tokens at training and over windows here: equal but for float32 rounding.
     assert all(abs(row.recorded - row.recomputed) < 1e-5 for row in replayed)
     changed = rows(folder, "decisions.jsonl")
@@ -134,6 +140,22 @@ def test_the_surgeon_is_saved_and_acts_on_other_models(
     action = surgeon.act(features)
     assert action.shape == (4,)
     assert bool((action.abs() < 1).all())
+
+
+def test_the_page_shows_damage_and_what_was_left_site_by_site(
+    whole: tuple[Path, SurgeryConfig, dict[str, Any]],
+) -> None:
+    folder, _, result = whole
+    section = sections(read_run(folder))[0]
+    assert len(section.figures) == len(result["repair_by_item"])
+    (first, *_) = section.figures
+    assert isinstance(first, Matrix)
+    assert first.rows == ["layer 0 output head 1", "layer 0 output head 2"]
+    assert list(first.columns) == ["after damage", "after edit 1", "after edit 2", "after edit 3"]
+    # What an edit did is the difference of two columns: at most the largest factor of an edit.
+    for row in first.values:
+        assert all(abs(b - a) <= math.log(6) + 1e-5 for a, b in pairwise(row) if a is not None and b is not None)
+    assert any(abs(row[0] or 0.0) > 0.1 for row in first.values)
 
 
 @pytest.mark.parametrize(

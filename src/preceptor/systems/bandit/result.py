@@ -44,7 +44,7 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         config: the resolved configuration.
         seeds: of the runs.
     """
-    if config["mode"] == "in-context":
+    if config.get("mode") == "in-context":
         return _in_context_result(records, config=config, seeds=seeds)
     splits = [split for split in SPLITS if any(record["split"] == split for record in records)]
     averaged = _over_items(records)

@@ -7,10 +7,11 @@ rule), the rule (other rules and fixed mixtures), or all learning (the frozen po
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from preceptor.systems.curriculum.config import FIXED_RULES, CurriculumConfig
+from preceptor.systems.curriculum.config import FIXED_RULES, CurriculumConfig, DifficultyOptions
 
 FROZEN_POLICY = "frozen_policy"
 """Name of the baseline whose learning rates are 0."""
@@ -27,6 +28,7 @@ class Method:
         weights: of the datasets, for the rule ``static``; not normalised.
         policy_gradient: True = rollouts, rewards and the policy gradient; False = cross-entropy alone.
         learns: False = all learning rates are 0.
+        num_steps: of training; more than the configured ones where uniform gets what a rule pays for measuring.
     """
 
     name: str
@@ -35,16 +37,21 @@ class Method:
     weights: tuple[float, ...] = ()
     policy_gradient: bool = False
     learns: bool = True
+    num_steps: int = 0
 
     @property
     def measures_difficulty(self) -> bool:
         """Whether difficulty is measured: a rule whose weights never move is spared the cost."""
         return self.rule not in FIXED_RULES
 
+    def reads_gradients(self, options: DifficultyOptions) -> bool:
+        """Whether the weights follow the gradients of the training batch itself."""
+        return self.rule == "alignment" and not options.alignment_rows
+
 
 def plan_methods(config: CurriculumConfig) -> list[Method]:
     """The methods that ``config`` asks for, the configured one first."""
-    names = [dataset.name for dataset in config.data.datasets]
+    names = [dataset.name for dataset in config.data.datasets if dataset.train]
     mixture, controls = config.mixture, config.controls
     has_rollouts = config.ppo.weight > 0
     # Without cross-entropy, a baseline that has no policy gradient would learn nothing, so all of them have it.
@@ -61,7 +68,42 @@ def plan_methods(config: CurriculumConfig) -> list[Method]:
         methods += [
             Method(name, "static", weights=weights, policy_gradient=all_have_rollouts) for name, weights in grid.items()
         ]
+    methods += [
+        Method(f"static_{name}", "static", weights=weights, policy_gradient=all_have_rollouts)
+        for name, weights in controls.mixtures.items()
+    ]
+    methods = [replace(method, num_steps=config.update.steps) for method in methods]
+    for currency in controls.equal_cost if own.measures_difficulty else ():
+        name, num_steps = f"uniform_equal_{currency}", equal_cost_steps(config, currency)
+        methods.append(Method(name, "uniform", policy_gradient=all_have_rollouts, num_steps=num_steps))
     return methods
+
+
+def measured_rows(config: CurriculumConfig, rule: str) -> int:
+    """Rows that ``rule`` reads at one measurement, at most."""
+    options, datasets = config.difficulty, config.data.datasets
+    num_mixed = sum(dataset.train for dataset in datasets)
+    if rule == "alignment" and options.alignment_rows:
+        return options.alignment_rows * (num_mixed + sum(dataset.target for dataset in datasets))
+    if rule == "alignment":  # from the training batch
+        return options.target_rows * sum(not dataset.train for dataset in datasets)
+    return options.sample_size * num_mixed
+
+
+def equal_cost_steps(config: CurriculumConfig, currency: str) -> int:
+    """Steps that cost what the configured rule costs with its measurements, in ``rows`` or ``flops``.
+
+    Every measured row counts as a full one, so uniform gets a little more than its due. A row costs one forward pass
+    where a loss is measured and three where a gradient is taken, in measuring as in training.
+
+    >>> equal_cost_steps(CurriculumConfig(), "rows"), equal_cost_steps(CurriculumConfig(), "flops")
+    (132, 84)
+    """
+    steps, rule = config.update.steps, config.mixture.rule
+    num_measurements = -(-steps // config.difficulty.every)
+    cost = 1 / 3 if currency == "flops" and rule != "alignment" else 1.0  # of a measured row, in trained rows
+    tokens = cost * num_measurements * measured_rows(config, rule) * config.data.block_tokens
+    return steps + math.ceil(tokens / config.update.batch_tokens)
 
 
 def static_grid(names: Sequence[str], *, doubled: bool) -> dict[str, tuple[float, ...]]:

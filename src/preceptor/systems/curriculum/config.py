@@ -9,18 +9,22 @@ from pydantic import Field
 
 from preceptor.config import Options
 from preceptor.data.corpora.datasets import Source, source_faults
+from preceptor.systems.curriculum.tasks.config import BUILTIN_TASKS, TASK_RULES, TasksOptions
 
 RULES = {
     "second_order": "weights move along the smoothed fall over time of mean + variance of the losses",
-    "learning_progress": "slow minus fast average of the loss: what is being learned now",
+    "learning_progress": "slow minus fast average of the loss: what is being learned now; relearning earns nothing",
+    "progress_on_targets": "how much the losses of the targets move; the other datasets are only explored",
+    "alignment": "how far the gradient of each dataset agrees with that of the targets",
     "difficulty": "the loss itself",
     "exp3": "Exp3 with the loss as reward (ODM)",
     "ado": "the slope of a power law fitted to each loss (ADO)",
     "proportional": "in proportion to the sizes of the datasets, fixed",
     "uniform": "equal weights, fixed",
+    "targets": "equal weights on the targets and none on the rest, fixed",
     "static": "given weights, fixed",
 }
-FIXED_RULES = ("proportional", "uniform", "static")
+FIXED_RULES = ("proportional", "uniform", "targets", "static")
 """Rules that no measurement moves."""
 
 REWARDS = {
@@ -56,6 +60,8 @@ BUILTIN = {
     "manual": "Python's own reference manual, as installed (pydoc topics)",
     "dialogue": "short dialogues and sums from a small grammar",
     "noise": "random letters, which nothing can be learned from",
+    "symbols": "random digits and punctuation",
+    "salad": "words of the manual in random order",
 }
 
 FLAGS = {"model": "model.name", "seed": "seed", "rule": "mixture.rule"}
@@ -68,6 +74,8 @@ CHOICES: dict[str, dict[str, str]] = {
     "losses": LOSSES,
     "KL places": KL_PLACES,
     "built-in datasets": BUILTIN,
+    "task rules": TASK_RULES,
+    "built-in tasks": BUILTIN_TASKS,
 }
 """What ``preceptor list`` shows."""
 
@@ -75,12 +83,19 @@ CHOICES: dict[str, dict[str, str]] = {
 class ModelOptions(Options):
     """The policy."""
 
-    name: str = Field("starter", description="'starter', a local folder or a hub name; gives the tokenizer too.")
+    name: str = Field(
+        "starter",
+        description="'starter', a local folder or a hub name; gives the tokenizer too. 'bytes' is a small model "
+        "from random weights that reads bytes.",
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the weights.")
     adapter_rank: int = Field(0, ge=0, description="Rank of a LoRA adapter; 0 trains every weight.")
     adapter_alpha: float = Field(16.0, description="Scale of the LoRA adapter: alpha / rank multiplies its update.")
     from_scratch: bool = Field(
         False, description="Start from random weights (drawn from the seed) instead of those of the named model."
+    )
+    positions: Literal["rotary", "learned"] = Field(
+        "rotary", description="How 'bytes' knows positions: relative ones (Llama) or absolute ones (GPT-2)."
     )
     width: int = Field(0, ge=0, description="Hidden size of a model from scratch; 0 keeps that of the named model.")
     num_layers: int = Field(
@@ -101,6 +116,7 @@ class DatasetOptions(Options):
     target: bool = Field(
         True, description="Count it in the macro mean of the validation loss; a noise dataset should not count."
     )
+    train: bool = Field(True, description="Learn from it; false for a target that is only judged.")
 
     @property
     def builtin(self) -> str | None:
@@ -149,7 +165,16 @@ class DifficultyOptions(Options):
 
     every: int = Field(10, ge=1, description="M: number of steps between measurements and updates of the mixture.")
     refresh_every: int = Field(10, ge=1, description="K: number of steps between refreshes of the frozen model.")
-    sample_size: int = Field(100, ge=1, description="Maximum number of rows of each dataset that are scored.")
+    sample_size: int = Field(24, ge=1, description="Maximum number of rows of each dataset that are scored.")
+    alignment_rows: int = Field(
+        0,
+        ge=0,
+        description="Number of rows of each dataset and target whose gradient is taken (rule: alignment); 0 takes "
+        "the gradients of the training batch itself, at every step and no cost.",
+    )
+    target_rows: int = Field(
+        2, ge=1, description="Number of rows of each target that is not learned from (rule: alignment, from the batch)."
+    )
     resample: bool = Field(
         False, description="Draw a new sample for each measurement instead of keeping the first one."
     )
@@ -160,6 +185,12 @@ class MixtureOptions(Options):
 
     rule: str = Field("learning_progress", description="Mixture rule; see preceptor list.")
     exploration: float = Field(0.1, ge=0, le=1, description="Fraction of the weight that is spread evenly.")
+    target_share: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Fraction of the weight that is kept on the targets; null is the rule's own (a half or none).",
+    )
     settings: dict[str, float] = Field({}, description="The rule's own hyperparameters, by name.")
     weights: tuple[float, ...] = Field((), description="Weights of the datasets (rule: static).")
 
@@ -299,6 +330,12 @@ class ControlOptions(Options):
     static_grid: Literal["none", "omit", "omit_and_double"] = Field(
         "omit", description="Static mixtures: each dataset left out, and each doubled."
     )
+    mixtures: dict[str, tuple[float, ...]] = Field(
+        {}, description="Further fixed mixtures: a weight for each dataset that is learned from, by name."
+    )
+    equal_cost: tuple[Literal["rows", "flops"], ...] = Field(
+        (), description="Uniform for more steps, which cost as many rows or FLOPs as the rule with its measurements."
+    )
     frozen_policy: bool = Field(True, description="Add the configured method at learning rate 0, if it has rollouts.")
 
 
@@ -308,6 +345,7 @@ class CurriculumConfig(Options):
     seed: int = Field(0, description="Seed of every random stream.")
     model: ModelOptions = ModelOptions()
     data: DataOptions = DataOptions()
+    tasks: TasksOptions = TasksOptions()
     difficulty: DifficultyOptions = DifficultyOptions()
     mixture: MixtureOptions = MixtureOptions()
     ppo: PPOOptions = PPOOptions()
@@ -320,11 +358,25 @@ class CurriculumConfig(Options):
 
     def conflicts(self) -> Iterator[str]:
         """Values that do not go together."""
+        if self.tasks.tasks:
+            yield from _task_conflicts(self)
+            yield from _ppo_conflicts(self)
+            return
         yield from _mixture_conflicts(self)
         yield from _ppo_conflicts(self)
 
 
 Config = CurriculumConfig
+
+
+def _task_conflicts(config: CurriculumConfig) -> Iterator[str]:
+    yield from config.tasks.conflicts()
+    if config.ppo.advantage == "gae":
+        yield "`ppo.advantage` gae needs a value network, which RL on tasks does not have; use grpo, dr_grpo or rloo"
+    if config.ppo.kl_place != "none":
+        yield f"`ppo.kl_place` must be none in RL on tasks, got {config.ppo.kl_place}"
+    if not config.ppo.weight:
+        yield "`ppo.weight` is 0; RL on tasks learns from nothing else"
 
 
 def _mixture_conflicts(config: CurriculumConfig) -> Iterator[str]:
@@ -334,6 +386,10 @@ def _mixture_conflicts(config: CurriculumConfig) -> Iterator[str]:
         yield "`data.datasets` is empty; name at least one dataset"
     elif not any(dataset.target for dataset in datasets):
         yield "`data.datasets` has no target; at least one must count in the validation loss"
+    elif not any(dataset.train for dataset in datasets):
+        yield "`data.datasets` has nothing to learn from; at least one must have train: true"
+    if useless := [dataset.name for dataset in datasets if not (dataset.train or dataset.target)]:
+        yield f"`data.datasets` has {', '.join(useless)} with neither train nor target; leave it out"
     if len(set(names)) < len(names) or "" in names:
         yield f"`data.datasets` need a name each, all different, got {', '.join(names)}"
     for dataset in datasets:
@@ -347,9 +403,16 @@ def _mixture_conflicts(config: CurriculumConfig) -> Iterator[str]:
                 yield f"`{key}` must be one of {', '.join(RULES)}, got '{rule}'"
     if "static" in config.controls.rules:
         yield "`controls.rules` cannot hold static; use `controls.static_grid`"
-    weights = config.mixture.weights
-    if config.mixture.rule == "static" and len(weights) != len(datasets):
-        yield f"`mixture.weights` must be {len(datasets)} numbers for the rule static, got {len(weights)}"
+    if "targets" in (config.mixture.rule, *config.controls.rules) and not any(
+        dataset.train and dataset.target for dataset in datasets
+    ):
+        yield "the rule targets needs a dataset with train and target; `data.datasets` has none"
+    weights, num_mixed = config.mixture.weights, sum(dataset.train for dataset in datasets)
+    if config.mixture.rule == "static" and len(weights) != num_mixed:
+        yield f"`mixture.weights` must be {num_mixed} numbers for the rule static, got {len(weights)}"
+    for name, fixed in config.controls.mixtures.items():
+        if len(fixed) != num_mixed or not sum(fixed) > 0 or min(fixed) < 0:
+            yield f"`controls.mixtures` {name} must be {num_mixed} numbers, at least 0 and not all 0, got {fixed}"
     if config.mixture.rule != "static" and weights:
         yield f"`mixture.weights` go with the rule static alone, got them with {config.mixture.rule}"
 

@@ -9,12 +9,13 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from preceptor.data.corpora.blocks import TokenBlocks, pack_blocks, split_held_out, tokenise
+from preceptor.data.corpora.blocks import TokenBlocks, pack_blocks, pad_blocks, split_held_out, tokenise
 from preceptor.data.corpora.datasets import read_sources
 from preceptor.errors import DataError
 from preceptor.lm.model import LanguageModel
@@ -33,6 +34,7 @@ class Corpus:
     Attributes:
         name: as in the configuration.
         target: whether it counts in the macro mean.
+        learned_from: whether the mixture draws from it.
         documents: token ids of the training documents, for prompts.
         train, difficulty, validation: rows of token ids.
         validation_documents: token ids of the validation documents, for held-out prompts.
@@ -40,6 +42,7 @@ class Corpus:
 
     name: str
     target: bool
+    learned_from: bool
     documents: list[list[int]]
     train: TokenBlocks
     difficulty: TokenBlocks
@@ -90,6 +93,7 @@ def _corpus(dataset: DatasetOptions, texts: Sequence[str], options: DataOptions,
     return Corpus(
         name=dataset.name,
         target=dataset.target,
+        learned_from=dataset.train,
         documents=train,
         train=blocks(train),
         difficulty=blocks(difficulty),
@@ -132,6 +136,83 @@ def document_losses(
     log_probs = token_log_probs(lm, rows, spans=[[(1, len(row))] for row in rows], max_tokens=max_tokens)
     losses = iter([-values.mean() for values in log_probs])
     return [torch.stack([next(losses) for _ in sample]) for sample in samples]  # per dataset: [rows]
+
+
+def gradient_alignment(
+    lm: LanguageModel,
+    samples: Sequence[Sequence[Sequence[int]]],
+    targets: Sequence[Sequence[Sequence[int]]],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> tuple[Float[Tensor, " choices"], list[Float[Tensor, " text"]]]:
+    """How far a step on each dataset lowers the targets' loss, to first order, and the loss of each sampled row.
+
+        a_k = ⟨∇ mean loss of samples[k], P·∇ mean over the targets of their mean losses⟩
+
+    P divides by the root of Adam's second moments, where ``optimizer`` has them, since it steps in that direction.
+    One backward pass for each dataset and target; gradients held in ``.grad`` are left alone.
+
+    Args:
+        lm: the model in training.
+        samples: rows of token ids for each dataset, each row of two tokens or more.
+        targets: the same for each target; at least one.
+        optimizer: of the parameters, Adam's or another one; None for P = 1.
+
+    Returns:
+        the alignment of each dataset, float64 on the CPU; for each dataset one loss per row, nats per token.
+    """
+    parameters = list(lm.trainable_parameters().values())
+    target_gradients = [loss_gradient(lm, rows)[1] for rows in targets]
+    losses, gradients = zip(*(loss_gradient(lm, rows) for rows in samples), strict=True)
+    return aligned(gradients, target_gradients, parameters=parameters, optimizer=optimizer), list(losses)
+
+
+Gradient: TypeAlias = Sequence[Tensor]
+"""One tensor for each trainable parameter, in their order."""
+
+
+def aligned(
+    gradients: Sequence[Gradient],
+    target_gradients: Sequence[Gradient],
+    *,
+    parameters: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Float[Tensor, " choices"]:
+    """⟨g_k, P·mean of ``target_gradients``⟩ for each of ``gradients``; see :func:`gradient_alignment`."""
+    products = torch.zeros(len(gradients), dtype=torch.float64)
+    for place, parameter in enumerate(parameters):
+        direction = torch.stack([gradient[place] for gradient in target_gradients]).mean(0)
+        if optimizer is not None:
+            direction = direction / _adam_scale(optimizer, parameter)
+        for index, gradient in enumerate(gradients):
+            products[index] += float((gradient[place] * direction).sum())
+    return products
+
+
+def loss_gradient(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> tuple[Float[Tensor, " text"], Gradient]:
+    """The loss of each row in nats per token, and the gradient of their mean over the tokens."""
+    parameters = list(lm.trainable_parameters().values())
+    batch = pad_blocks([torch.as_tensor(row) for row in rows], filler=lm.begin_token)
+    tokens, mask = batch.tokens.to(lm.device), batch.token_mask.clone().to(lm.device)
+    mask[:, 0] = False  # nothing predicts the first token of a row
+    token_losses = -lm.chosen_log_probs(tokens, keep=mask.roll(-1, dims=1), chosen=tokens[mask])  # [targets]
+    gradients: Sequence[Tensor | None] = torch.autograd.grad(token_losses.mean(), parameters, allow_unused=True)
+    row_losses = torch.stack([row.mean() for row in token_losses.detach().split(mask.sum(1).tolist())])
+    return row_losses.cpu(), [
+        torch.zeros_like(parameter) if gradient is None else gradient.float()
+        for gradient, parameter in zip(gradients, parameters, strict=True)
+    ]
+
+
+def _adam_scale(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor | float:
+    """√v̂ + ε of ``parameter``, by which Adam divides its steps; 1 before the first step and for other optimizers."""
+    state = optimizer.state.get(parameter, {})
+    if "exp_avg_sq" not in state:
+        return 1.0
+    group = next(group for group in optimizer.param_groups if any(entry is parameter for entry in group["params"]))
+    correction = 1 - group["betas"][1] ** float(state["step"])
+    scale: Tensor = (state["exp_avg_sq"] / correction).sqrt() + group["eps"]
+    return scale
 
 
 # ---- prompts --------------------------------------------------------------------------------------------------------
@@ -184,9 +265,9 @@ def held_out_prompts(
 
 
 def builtin_documents(name: str) -> list[str]:
-    """The documents of the built-in dataset ``name`` (code, manual, dialogue or noise), the same at every call.
+    """The documents of the built-in dataset ``name``, the same at every call.
 
-    Code and manual are read from the Python that runs, so they differ from version to version.
+    Code, manual and salad are read from the Python that runs, so they differ from version to version.
 
     Raises:
         DataError: this Python came without the files.
@@ -264,9 +345,22 @@ def _noise() -> list[str]:
     return ["".join(chooser.choices(string.ascii_letters + string.digits, k=400)) for _ in range(200)]
 
 
+def _symbols() -> list[str]:
+    chooser = random.Random(3)
+    return ["".join(chooser.choices(string.digits + string.punctuation + " ", k=400)) for _ in range(200)]
+
+
+def _salad() -> list[str]:
+    words = " ".join(_manual()).split()
+    chooser = random.Random(4)
+    return [" ".join(chooser.choices(words, k=60)) for _ in range(200)]
+
+
 _BUILTIN: dict[str, Callable[[], list[str]]] = {
     "code": _code,
     "manual": _manual,
     "dialogue": _dialogue,
     "noise": _noise,
+    "symbols": _symbols,
+    "salad": _salad,
 }

@@ -47,7 +47,7 @@ def evaluate(setup: Setup, state: State, step: int) -> dict[str, Any]:
     measure(setup, state, step - state.steps_before)
     losses = state.outcome.curve[-1][1]
     row: dict[str, Any] = {
-        "validation_loss": macro_mean(losses, {corpus.name: corpus.target for corpus in setup.corpora}),
+        "validation_loss": macro_mean(losses, {corpus.name: corpus.target for corpus in setup.judged}),
         "validation_losses": losses,
     }
     if state.method.policy_gradient:
@@ -62,7 +62,7 @@ def evaluate(setup: Setup, state: State, step: int) -> dict[str, Any]:
 
 def measure(setup: Setup, state: State, method_step: int) -> None:
     """Adds the losses and rewards after ``method_step`` steps of the method (0: before training) to its outcome."""
-    losses = validation_losses(setup.lm, setup.corpora, num_rows=setup.config.validation.rows)
+    losses = validation_losses(setup.lm, setup.judged, num_rows=setup.config.validation.rows)
     state.outcome.curve.append((method_step, losses))
     if state.method.policy_gradient:
         state.outcome.rewards.append({"step": float(method_step), **held_out_rewards(setup)})

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,17 +26,25 @@ import torch
 from torch import Tensor
 
 from preceptor.config import to_dict
-from preceptor.data.corpora.blocks import pad_blocks
+from preceptor.data.corpora.blocks import TokenBlocks, pad_blocks
 from preceptor.errors import CheckpointError
 from preceptor.objectives.kl import kl_k1, kl_k3
 from preceptor.objectives.mixture import document_difficulty
+from preceptor.objectives.mixture_rules import Difficulty
 from preceptor.objectives.statistics import masked_mean
 from preceptor.objectives.value import explained_variance
 from preceptor.runs.device import peak_memory_mib
 from preceptor.runs.export import save_model
 from preceptor.runs.random import derived_seed
 from preceptor.systems.curriculum.config import CurriculumConfig
-from preceptor.systems.curriculum.environment import document_losses, draw_prompts
+from preceptor.systems.curriculum.environment import (
+    Gradient,
+    aligned,
+    document_losses,
+    draw_prompts,
+    gradient_alignment,
+    loss_gradient,
+)
 from preceptor.systems.curriculum.evaluate import evaluate, measure
 from preceptor.systems.curriculum.policy import (
     Rollouts,
@@ -47,7 +56,15 @@ from preceptor.systems.curriculum.result import charts, outcome_records, result
 from preceptor.systems.curriculum.rewards import Rewards, score_rollouts, token_advantages
 from preceptor.systems.curriculum.setup import Setup, prepare
 from preceptor.systems.curriculum.state import State, learning_rate_scale
-from preceptor.systems.curriculum.update import Documents, Experience, autocast, kl_reference_model, update
+from preceptor.systems.curriculum.tasks.loop import train_on_tasks
+from preceptor.systems.curriculum.update import (
+    Documents,
+    Experience,
+    UpdateResult,
+    autocast,
+    kl_reference_model,
+    update,
+)
 from preceptor.systems.curriculum.verify import mixture_row, rollout_rows
 
 if TYPE_CHECKING:
@@ -70,17 +87,18 @@ def train(config: CurriculumConfig, run: Run, services: Services) -> dict[str, A
     The best policy of the first method (by validation loss) and its last one are saved as the model folders
     ``best_model`` and ``model``.
     """
+    if config.tasks.tasks:
+        return train_on_tasks(config, run)
     setup = prepare(config, run, services)
     state = State(setup)
     run.restore(state)
-    steps = config.update.steps
-    run.show_progress(len(setup.methods) * steps, PROGRESS_COLUMNS)
+    run.show_progress(sum(method.num_steps for method in setup.methods), PROGRESS_COLUMNS)
     for number, method in enumerate(setup.methods, start=1):
-        last_step = number * steps
+        last_step = setup.steps_before(method) + method.num_steps
         if run.step >= last_step:
             continue
         # A checkpoint at a method's last step is of that method; the next one begins here, after a resume as well.
-        if run.step == last_step - steps:
+        if run.step == setup.steps_before(method):
             begin_method(setup, state, number)
         elif state.method != method:
             raise CheckpointError(
@@ -98,9 +116,10 @@ def train(config: CurriculumConfig, run: Run, services: Services) -> dict[str, A
             run.log(n, {"arm": method.name, "arm_number": number, "arm_step": n - state.steps_before, **row})
             if number == 1 and n == last_step:
                 save_model(setup.lm.model, setup.lm.tokenizer, run.path / "model")
-    targets = {corpus.name: corpus.target for corpus in setup.corpora}
+    targets = {corpus.name: corpus.target for corpus in setup.judged}
     records = outcome_records(state.outcomes, targets=targets, seed=config.seed)
-    return result(records, config=to_dict(config), seeds=[config.seed]) | {"charts": charts(state.outcomes, targets)}
+    drawn = charts(state.outcomes, targets, mixed=setup.dataset_names)
+    return result(records, config=to_dict(config), seeds=[config.seed]) | {"charts": drawn}
 
 
 def begin_method(setup: Setup, state: State, number: int) -> None:
@@ -123,8 +142,10 @@ def step(setup: Setup, state: State, n: int) -> dict[str, Any]:
     # 1. Difficulty, as measured by the frozen model, moves the mixture's weights.
     if method_step > 1 and (method_step - 1) % config.difficulty.refresh_every == 0:
         state.refresh_frozen_model()
-    if method.measures_difficulty and (method_step - 1) % config.difficulty.every == 0:
-        decision = measure_difficulty(setup, state, n)
+    by_dataset = method.reads_gradients(config.difficulty)
+    if method.measures_difficulty and not by_dataset and (method_step - 1) % config.difficulty.every == 0:
+        measurement = measure_alignment if method.rule == "alignment" else measure_difficulty
+        decision = measurement(setup, state, n)
         run.record([decision])
         # Metrics are named after the datasets; the decision has them as lists.
         row["difficulty"] = dict(zip(setup.dataset_names, decision["difficulty"]["mean"], strict=True))
@@ -150,8 +171,11 @@ def step(setup: Setup, state: State, n: int) -> dict[str, Any]:
             run.record(rollout_rows(batch.rollouts, batch.rewards, lm=setup.lm, step=n, method=method.name))
 
     # 4. One loss.
-    state.set_learning_rate(learning_rate_scale(method_step, config.update))
-    updated = update(setup, state, documents, experience)
+    state.set_learning_rate(learning_rate_scale(method_step, config.update, num_steps=method.num_steps))
+    target_gradients = far_target_gradients(setup, state, method_step) if by_dataset else []
+    updated = update(setup, state, documents, experience, by_dataset=by_dataset)
+    if by_dataset:
+        run.record([follow_gradients(setup, state, n, updated, target_gradients)])
     for text in setup.lm.take_notices():
         run.notice(f"step {n}: {text}")
     for reason in updated.nonfinite:
@@ -191,16 +215,79 @@ def measure_difficulty(setup: Setup, state: State, n: int) -> dict[str, Any]:
         for corpus, indices in zip(setup.corpora, state.sample, strict=True)
     ]
     losses = document_losses(state.frozen_model, rows)  # per dataset: [rows]
-    state.outcome.counts["model_calls"] += sum(map(len, rows))
+    count_rows(state, sum(map(len, rows)), backward=False)
     # The same rows as last time give the error of the *change*; at the first measurement there is no change yet.
     previous = None if options.resample else state.sample_losses or losses
     difficulty = document_difficulty(losses, previous=previous)
     state.sample_losses = losses
+    return move_mixture(setup, state, n, difficulty)
+
+
+def measure_alignment(setup: Setup, state: State, n: int) -> dict[str, Any]:
+    """Takes gradients of a few rows of each dataset and moves the mixture's weights; gives the decision's row.
+
+    The rows are fresh ones each time: of the datasets from what is trained on, of the targets from what is held out for
+    difficulty. The policy itself is asked, since the optimizer's moments are its own.
+    """
+    num_rows, generator = setup.config.difficulty.alignment_rows, setup.run.streams["difficulty"]
+
+    def drawn(blocks: TokenBlocks) -> list[list[int]]:
+        indices = torch.randint(len(blocks), (num_rows,), generator=generator)
+        return [blocks[index].tolist() for index in indices.tolist()]
+
+    samples = [drawn(corpus.train) for corpus in setup.corpora]
+    targets = [drawn(corpus.difficulty) for corpus in setup.judged if corpus.target]
+    alignment, losses = gradient_alignment(setup.lm, samples, targets, optimizer=state.optimizer)
+    count_rows(state, num_rows * (len(samples) + len(targets)), backward=True)
+    return move_mixture(setup, state, n, replace(document_difficulty(losses), alignment=alignment))
+
+
+def far_target_gradients(setup: Setup, state: State, method_step: int) -> list[Gradient]:
+    """Gradients of the targets that are not learned from, on a few rows of each, taken every M steps and kept."""
+    if (method_step - 1) % setup.config.difficulty.every == 0:
+        num_rows, generator = setup.config.difficulty.target_rows, setup.run.streams["difficulty"]
+        state.target_gradients = []
+        for corpus in setup.judged:
+            if corpus.target and not corpus.learned_from:
+                indices = torch.randint(len(corpus.difficulty), (num_rows,), generator=generator)
+                rows = [corpus.difficulty[index].tolist() for index in indices.tolist()]
+                state.target_gradients.append(list(loss_gradient(setup.lm, rows)[1]))
+                count_rows(state, num_rows, backward=True)
+    return list(state.target_gradients)
+
+
+def follow_gradients(
+    setup: Setup, state: State, n: int, updated: UpdateResult, target_gradients: Sequence[Gradient]
+) -> dict[str, Any]:
+    """Moves the mixture's weights by the gradients of the batch just trained on; gives the decision's row.
+
+    A target that is learned from stands for itself, so that what chance put into its gradient counts for it too.
+    """
+    datasets, gradients = list(updated.gradients), list(updated.gradients.values())
+    targets = [*target_gradients, *(updated.gradients[k] for k in datasets if setup.corpora[k].target)]
+    alignment = torch.full((len(setup.corpora),), math.nan, dtype=torch.float64)
+    if targets:
+        parameters = list(setup.lm.trainable_parameters().values())
+        alignment[datasets] = aligned(gradients, targets, parameters=parameters, optimizer=state.optimizer)
+    mean = updated.losses.nan_to_num(nan=float(updated.losses.nanmean()))
+    zeros = torch.zeros_like(mean)
+    return move_mixture(setup, state, n, Difficulty(mean, zeros, zeros, zeros, alignment=alignment))
+
+
+def move_mixture(setup: Setup, state: State, n: int, difficulty: Difficulty) -> dict[str, Any]:
+    """Lets the rule move the mixture's weights after a measurement; gives the decision's row."""
     tokens = state.tokens_since
     state.mixture.update(difficulty, tokens=tokens)
     state.outcome.mixtures.append(state.mixture.weights.tolist())
     state.tokens_since = torch.zeros_like(tokens)
     return mixture_row(difficulty, state.mixture, tokens, step=n, method=state.method.name, names=setup.dataset_names)
+
+
+def count_rows(state: State, num_rows: int, *, backward: bool) -> None:
+    """Counts rows that a model read, with what they cost: a forward pass, and two more where a gradient was taken."""
+    counts = state.outcome.counts
+    counts["model_calls"] += num_rows
+    counts["forward_passes"] += num_rows * (3 if backward else 1)
 
 
 # ---- 2. documents ---------------------------------------------------------------------------------------------------
@@ -222,7 +309,7 @@ def draw_documents(setup: Setup, state: State, *, num_tokens: int) -> Documents:
         datasets.append(dataset)
         counts["tokens"] += len(rows[-1])
         state.tokens_since[dataset] += len(rows[-1])
-    counts["model_calls"] += len(rows)
+    count_rows(state, len(rows), backward=True)
     batch = pad_blocks(rows, filler=state.lm.begin_token)  # [rows, longest row]
     return Documents(batch.tokens, batch.token_mask, torch.tensor(datasets))
 
@@ -290,7 +377,9 @@ def sample_rollouts(setup: Setup, state: State) -> RolloutBatch:
     )
     counts = state.outcome.counts
     counts["rollout_tokens"] += int(mask.sum())
+    # Sampled and scored by the reference; then every epoch of the update takes their gradient.
     counts["model_calls"] += len(rollouts)
+    counts["forward_passes"] += len(rollouts) * (2 + 3 * ppo.epochs)
     counts["rewards_excluded"] += int((~finite).sum())
     metrics: dict[str, Any] = {
         "reward": _mean(rewards.total[finite]),

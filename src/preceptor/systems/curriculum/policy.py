@@ -9,18 +9,25 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from preceptor.lm.decode import Decoder
 from preceptor.lm.load import Adapter, load_language_model
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.lm.score import pad_rows
+from preceptor.lm.tokenizer import train_bpe_tokenizer
 from preceptor.systems.curriculum.config import ModelOptions
+
+BYTES = "bytes"
+"""Name of the small model over bytes."""
+BYTE_TOKENS, BYTES_CONTEXT = 259, 512
+"""256 bytes and three control tokens; the longest row."""
 
 MAX_MASK_ENTRIES = 2**24
 """Largest attention mask of packed rows: 64 MiB in float32."""
@@ -33,7 +40,8 @@ def build_policy(options: ModelOptions, *, device: torch.device, seed: int) -> L
     """The language model that ``options`` describe, on ``device``.
 
     From scratch it keeps the named model's tokenizer and architecture. With another width it also keeps the ratio of
-    feed-forward width to width, and has heads of 64 dimensions.
+    feed-forward width to width, and has heads of 64 dimensions. ``bytes`` is a model over bytes, 64 wide with two
+    layers and heads of 16 dimensions unless the options say otherwise; it always starts from random weights.
 
     Args:
         options: the ``model`` section of the configuration.
@@ -41,6 +49,8 @@ def build_policy(options: ModelOptions, *, device: torch.device, seed: int) -> L
         seed: of the random weights of a model from scratch.
     """
     adapter = Adapter(options.adapter_rank, options.adapter_alpha) if options.adapter_rank else None
+    if options.name == BYTES:
+        return _bytes_model(options, device=device, seed=seed)
     named = load_language_model(options.name, device=device, dtype=getattr(torch, options.dtype), adapter=adapter)
     if not options.from_scratch:
         return named
@@ -60,6 +70,31 @@ def build_policy(options: ModelOptions, *, device: torch.device, seed: int) -> L
             shape, dtype=getattr(torch, options.dtype)
         )
     return LanguageModel(model.to(device), named.tokenizer, name=f"{options.name} from scratch")
+
+
+def _bytes_model(options: ModelOptions, *, device: torch.device, seed: int) -> LanguageModel:
+    """A small model from random weights whose tokens are bytes."""
+    tokenizer = train_bpe_tokenizer([], vocab_size=BYTE_TOKENS, context_length=BYTES_CONTEXT)
+    width = options.width or 64
+    shared: dict[str, Any] = {
+        "vocab_size": BYTE_TOKENS,
+        "num_hidden_layers": options.num_layers or 2,
+        "num_attention_heads": max(width // 16, 1),
+        "hidden_size": width,
+        "max_position_embeddings": BYTES_CONTEXT,
+        "initializer_range": 0.1,  # for matrices of width 64; the libraries' 0.02 is for wide ones
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # drawn on the CPU, so that every device starts alike
+        model: Any
+        if options.positions == "learned":
+            model = GPT2LMHeadModel(GPT2Config(**shared))
+        else:
+            model = LlamaForCausalLM(LlamaConfig(**shared, intermediate_size=3 * width))
+    return LanguageModel(model.to(device, getattr(torch, options.dtype)), tokenizer, name=BYTES)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,15 @@ TABLE = ("loss_fall", "macro_loss", "loss_auc", "steps_to_uniform", "reward_gain
 
 LOWER_IS_BETTER = ("macro_loss", "loss_auc", "steps_to_uniform", "kl")
 
-ADAPTIVE_RULES = ("second_order", "learning_progress", "difficulty", "exp3", "ado")
+ADAPTIVE_RULES = (
+    "second_order",
+    "learning_progress",
+    "progress_on_targets",
+    "alignment",
+    "difficulty",
+    "exp3",
+    "ado",
+)
 """Rules whose weights move."""
 
 NO_STATIC_MIXTURE = "none"
@@ -39,6 +47,7 @@ UNITS = {
     "tokens": "tokens",
     "rollout_tokens": "tokens",
     "model_calls": "rows",
+    "forward_passes": "rows",
 }
 """Of every metric but the reward's terms, which :func:`units_of` adds."""
 
@@ -54,14 +63,17 @@ class Outcome:
         rewards: on held-out prompts at each of these steps: ``step``, ``reward``, ``kl`` and the reward's terms; empty
             without a policy gradient.
         mixtures: the weights of the datasets after each measurement of difficulty.
-        counts: ``tokens`` trained on, ``rollout_tokens`` sampled, ``model_calls`` (rows) and ``rewards_excluded``.
+        counts: ``tokens`` trained on, ``rollout_tokens`` sampled, ``model_calls`` (rows), ``forward_passes`` (rows, one
+            with a gradient counted three times) and ``rewards_excluded``.
     """
 
     curve: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     rewards: list[dict[str, float]] = field(default_factory=list)
     mixtures: list[list[float]] = field(default_factory=list)
     counts: dict[str, int] = field(
-        default_factory=lambda: {"tokens": 0, "rollout_tokens": 0, "model_calls": 0, "rewards_excluded": 0}
+        default_factory=lambda: dict.fromkeys(
+            ("tokens", "rollout_tokens", "model_calls", "forward_passes", "rewards_excluded"), 0
+        )
     )
 
 
@@ -78,7 +90,8 @@ def outcome_records(outcomes: Mapping[str, Outcome], *, targets: Mapping[str, bo
       validations; the last step if it never does, and then ``reached_uniform`` is 0;
     - ``dataset_loss``: of each dataset, target or not;
     - ``reward``, ``kl`` and the terms of the reward: on held-out prompts after the last step; ``…_gain``: minus before;
-    - ``tokens``: trained on; ``rollout_tokens``: sampled; ``model_calls``: rows read, sampled or measured by a model.
+    - ``tokens``: trained on; ``rollout_tokens``: sampled; ``model_calls``: rows read, sampled or measured by a model;
+      ``forward_passes``: the same rows, one with a gradient counted three times.
 
     Args:
         outcomes: of each method, by name.
@@ -97,7 +110,7 @@ def outcome_records(outcomes: Mapping[str, Outcome], *, targets: Mapping[str, bo
             "worst_loss": max(loss for name, loss in losses.items() if targets[name]),
             **_against_uniform(curves[method], curves.get("uniform")),
             **_reward_metrics(outcome.rewards),
-            **{name: outcome.counts[name] for name in ("tokens", "rollout_tokens", "model_calls")},
+            **{name: outcome.counts[name] for name in ("tokens", "rollout_tokens", "model_calls", "forward_passes")},
         }
         records.append({**shared, "item": MACRO, **macro})
         records += [{**shared, "item": name, "dataset_loss": loss} for name, loss in losses.items()]
@@ -307,8 +320,16 @@ def _words(name: str) -> str:
 # ---- charts ---------------------------------------------------------------------------------------------------------
 
 
-def charts(outcomes: Mapping[str, Outcome], targets: Mapping[str, bool]) -> list[dict[str, Any]]:
-    """Charts of one run for the page: macro losses, losses on each dataset, weights, rewards of held-out prompts."""
+def charts(
+    outcomes: Mapping[str, Outcome], targets: Mapping[str, bool], *, mixed: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Charts of one run for the page: macro losses, losses on each dataset, weights, rewards of held-out prompts.
+
+    Args:
+        outcomes: of each method, by name.
+        targets: of each judged dataset, whether it counts in the macro mean.
+        mixed: names of the datasets that are learned from, in the order of the weights.
+    """
     curves = {method: macro_curve(outcome.curve, targets) for method, outcome in outcomes.items()}
     names = list(targets)
     values = [[outcome.curve[-1][1][name] for name in names] for outcome in outcomes.values()]  # method × dataset
@@ -330,7 +351,7 @@ def charts(outcomes: Mapping[str, Outcome], targets: Mapping[str, bool]) -> list
         if any(weights != mixtures[0] for weights in mixtures):
             lines = {
                 name: [(number + 1, weights[index]) for number, weights in enumerate(mixtures)]
-                for index, name in enumerate(names)
+                for index, name in enumerate(mixed)
             }
             drawn.append(
                 _series(f"Weights of the datasets: {_words(method)}", "share of tokens", lines, x_label="measurement")

@@ -33,7 +33,8 @@ class Setup:
         lm: the policy. Its weights are trained in place and go back to ``initial_weights`` when a method begins.
         initial_weights: the policy's trainable weights before training, by name.
         initial_model: the policy before training.
-        corpora: the datasets.
+        corpora: the datasets that are learned from, in the order of the mixture's weights.
+        judged: all datasets whose validation loss is measured: ``corpora`` and targets that are not learned from.
         prompts: held out; rewards are measured on them.
         held_out_terms: the reward's terms on held-out prompts, where ``log_likelihood`` is that of the initial model.
     """
@@ -45,8 +46,13 @@ class Setup:
     initial_weights: Mapping[str, Tensor]
     initial_model: LanguageModel
     corpora: Sequence[Corpus]
+    judged: Sequence[Corpus]
     prompts: Sequence[Prompt]
     held_out_terms: Sequence[RewardTerm]
+
+    def steps_before(self, method: Method) -> int:
+        """Steps of the run that the methods before ``method`` take."""
+        return sum(earlier.num_steps for earlier in self.methods[: self.methods.index(method)])
 
     @property
     def dataset_names(self) -> list[str]:
@@ -68,8 +74,9 @@ def prepare(config: CurriculumConfig, run: Run, services: Services) -> Setup:
     check_lengths(config, lm)
     corpora = read_corpora(config.data, lm)
     for corpus in corpora:
+        trained = f"{corpus.train.num_tokens:,} tokens to train on in {len(corpus.documents):,} documents"
         run.notice(
-            f"{corpus.name}: {corpus.train.num_tokens:,} tokens to train on in {len(corpus.documents):,} documents, "
+            f"{corpus.name}: {trained if corpus.learned_from else 'not learned from'}, "
             f"{len(corpus.validation)} rows to validate on{'' if corpus.target else '; not a target'}"
         )
     # Before the first update: afterwards there is no untrained model to copy.
@@ -82,7 +89,8 @@ def prepare(config: CurriculumConfig, run: Run, services: Services) -> Setup:
         # Copies: the live weights are trained in place and go back to these when a method begins.
         initial_weights={name: parameter.detach().clone() for name, parameter in lm.trainable_parameters().items()},
         initial_model=initial_model,
-        corpora=corpora,
+        corpora=[corpus for corpus in corpora if corpus.learned_from],
+        judged=corpora,
         prompts=held_out_prompts(
             corpora,
             num_prompts=config.validation.rows,

@@ -43,6 +43,7 @@ class State:
         sample: indices of the rows of each dataset that difficulty is measured on.
         sample_losses: of those rows at the last measurement, nats per token.
         tokens_since: tokens of each dataset trained on since the last measurement, float64.
+        target_gradients: of each target that is not learned from, where the rule follows gradients.
         best_loss: smallest macro mean of the validation losses, nats per token.
         outcomes: of each method so far, this one included, by name.
     """
@@ -58,7 +59,7 @@ class State:
         """Puts the policy back to its initial weights and makes everything else of ``method`` anew."""
         setup, config = self._setup, self._setup.config
         self.method = method
-        self.steps_before = setup.methods.index(method) * config.update.steps
+        self.steps_before = setup.steps_before(method)
         copy_tensors(setup.initial_weights, self.lm.trainable_parameters())
         self.refresh_frozen_model()
         self.terms = (
@@ -86,6 +87,8 @@ class State:
             sizes=[corpus.train.num_tokens for corpus in setup.corpora],
             weights=method.weights or None,
             exploration=config.mixture.exploration,
+            targets=[corpus.target for corpus in setup.corpora],
+            target_share=config.mixture.target_share,
             **method.settings,
         )
         # The sampler's seed does not depend on the method: under equal weights all methods see the same rows.
@@ -102,6 +105,7 @@ class State:
         self.sample: list[list[int]] = []  # drawn at the first measurement
         self.sample_losses: list[Tensor] = []
         self.tokens_since = torch.zeros(len(setup.corpora), dtype=torch.float64)
+        self.target_gradients: list[list[Tensor]] = []
         self.best_loss = math.inf
         self.outcomes[method.name] = Outcome()
 
@@ -138,6 +142,7 @@ class State:
             "sample": self.sample,
             "sample_losses": self.sample_losses,
             "tokens_since": self.tokens_since,
+            "target_gradients": self.target_gradients,
             "best_loss": self.best_loss,
             "outcomes": {name: asdict(outcome) for name, outcome in self.outcomes.items()},
         }
@@ -168,6 +173,7 @@ class State:
         self.sample = state["sample"]
         self.sample_losses = state["sample_losses"]
         self.tokens_since = state["tokens_since"]
+        self.target_gradients = state["target_gradients"]
         self.best_loss = state["best_loss"]
         self.outcomes = {name: Outcome(**outcome) for name, outcome in state["outcomes"].items()}
 
@@ -209,8 +215,10 @@ def build_optimizer(
     return torch.optim.AdamW(groups, weight_decay=options.weight_decay)
 
 
-def learning_rate_scale(step: int, options: UpdateOptions) -> float:
+def learning_rate_scale(step: int, options: UpdateOptions, *, num_steps: int = 0) -> float:
     """Factor in (0, 1] on the learning rates at ``step`` of a method (from 1): linear warm-up, then the decay.
+
+    The decay ends after ``num_steps`` steps, or after ``options.steps`` where that is 0.
 
     >>> [learning_rate_scale(s, UpdateOptions(steps=4, warm_up_steps=2, decay="linear")) for s in (1, 2, 3, 4)]
     [0.5, 1.0, 1.0, 0.5]
@@ -218,7 +226,9 @@ def learning_rate_scale(step: int, options: UpdateOptions) -> float:
     warm_up = options.warm_up_steps
     if step <= warm_up:
         return step / warm_up
-    done = (step - warm_up - 1) / max(options.steps - warm_up, 1)  # of the decay, in [0, 1): the last rate is above 0
+    done = (step - warm_up - 1) / max(
+        (num_steps or options.steps) - warm_up, 1
+    )  # of the decay, in [0, 1): the last rate is above 0
     if options.decay == "linear":
         return 1 - done
     return (1 + math.cos(math.pi * done)) / 2 if options.decay == "cosine" else 1.0

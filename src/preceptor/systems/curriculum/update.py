@@ -110,13 +110,21 @@ class Sums:
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """Metrics of an update; ``nonfinite`` names what kept optimizer steps from being taken."""
+    """Metrics of an update; ``nonfinite`` names what kept optimizer steps from being taken.
+
+    ``gradients`` are those of each dataset's mean loss before the update, if they were asked for, and ``losses`` the
+    mean loss of each dataset in nats per token, NaN where it had no row.
+    """
 
     metrics: dict[str, Any]
     nonfinite: list[str]
+    gradients: dict[int, list[Tensor]]
+    losses: Float[Tensor, " choices"]
 
 
-def update(setup: Setup, state: State, documents: Documents, experience: Experience | None) -> UpdateResult:
+def update(
+    setup: Setup, state: State, documents: Documents, experience: Experience | None, *, by_dataset: bool = False
+) -> UpdateResult:
     """Epochs of minibatches over the rollouts, each with its part of the documents; one optimizer step for each.
 
     Without rollouts the documents are cut into as many parts as with them, so that methods differ in what they learn
@@ -130,17 +138,21 @@ def update(setup: Setup, state: State, documents: Documents, experience: Experie
     loss_sums = torch.zeros(state.mixture.num_datasets, 2, dtype=torch.float64)  # per dataset: sum, number of tokens
     minibatches: list[Tensor] = []
     nonfinite: list[str] = []
+    gradients: dict[int, list[Tensor]] = {}
     num_used, stopped_early = 0, False
     for rows in document_parts:
         if options.cross_entropy_weight and len(rows):
-            loss_sums += accumulate_cross_entropy(
-                state.lm,
-                documents.at(rows),
-                weight=options.cross_entropy_weight,
-                num_datasets=len(loss_sums),
-                micro_batch_size=options.micro_batch_size or len(documents),
-                bf16=options.bf16,
-            )
+            arguments: dict[str, Any] = {
+                "weight": options.cross_entropy_weight,
+                "num_datasets": len(loss_sums),
+                "micro_batch_size": options.micro_batch_size or len(documents),
+                "bf16": options.bf16,
+            }
+            if by_dataset and not gradients:  # of the first part alone, at the weights that the step began with
+                sums_of_part, gradients = accumulate_by_dataset(state.lm, documents.at(rows), **arguments)
+                loss_sums += sums_of_part
+            else:
+                loss_sums += accumulate_cross_entropy(state.lm, documents.at(rows), **arguments)
         if experience is not None and not stopped_early:
             if not minibatches:  # a new epoch
                 order = torch.randperm(len(experience.rollouts), generator=setup.run.streams["minibatch"])
@@ -175,7 +187,7 @@ def update(setup: Setup, state: State, documents: Documents, experience: Experie
         metrics["cross_entropy"] = float(loss_sums[:, 0].sum() / loss_sums[:, 1].sum())
     if experience is not None:
         metrics["minibatches_used"] = num_used
-    return UpdateResult(metrics, nonfinite)
+    return UpdateResult(metrics, nonfinite, gradients, loss_sums[:, 0] / loss_sums[:, 1])
 
 
 def kl_reference_model(setup: Setup, state: State) -> LanguageModel:
@@ -230,6 +242,42 @@ def accumulate_cross_entropy(
         sums[:, 0].index_add_(0, datasets, losses.detach().double().cpu())
         sums[:, 1].index_add_(0, datasets, torch.ones(len(datasets), dtype=torch.float64))
     return sums
+
+
+def accumulate_by_dataset(
+    lm: LanguageModel, documents: Documents, *, weight: float, num_datasets: int, micro_batch_size: int, bf16: bool
+) -> tuple[Float[Tensor, "choices 2"], dict[int, list[Tensor]]]:
+    """What :func:`accumulate_cross_entropy` does, one dataset after another, for the gradient of each.
+
+    Every row is read once, so it costs what the batch costs. The policy must have no gradient yet.
+
+    Returns:
+        the losses, and for each dataset in the batch the gradient of the mean loss of its tokens.
+    """
+    parameters = list(lm.trainable_parameters().values())
+    num_targets = int(documents.token_mask[:, 1:].sum())  # nothing predicts the first token of a row
+    sums = torch.zeros(num_datasets, 2, dtype=torch.float64)
+    gradients: dict[int, list[Tensor]] = {}
+    totals = [torch.zeros_like(parameter) for parameter in parameters]
+    for dataset in documents.datasets.unique().tolist():
+        part = documents.at((documents.datasets == dataset).nonzero()[:, 0])
+        share = int(part.token_mask[:, 1:].sum()) / num_targets
+        sums += accumulate_cross_entropy(
+            lm,
+            part,
+            weight=weight * share,
+            num_datasets=num_datasets,
+            micro_batch_size=micro_batch_size,
+            bf16=bf16,
+        )
+        taken = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        gradients[dataset] = [gradient / (weight * share) for gradient in taken]
+        for parameter, total, gradient in zip(parameters, totals, taken, strict=True):
+            total += gradient
+            parameter.grad = None
+    for parameter, total in zip(parameters, totals, strict=True):
+        parameter.grad = total
+    return sums, gradients
 
 
 def accumulate_ppo(

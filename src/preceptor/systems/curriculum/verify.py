@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ from preceptor.runs.random import derived_seed
 from preceptor.systems.base import Replayed, Services
 from preceptor.systems.curriculum.baselines import Method, plan_methods
 from preceptor.systems.curriculum.config import CurriculumConfig
-from preceptor.systems.curriculum.environment import read_corpora
+from preceptor.systems.curriculum.environment import Corpus, read_corpora
 from preceptor.systems.curriculum.policy import Prompt, Rollouts, build_policy
 from preceptor.systems.curriculum.rewards import Rewards, reward_terms, score_rollouts
+from preceptor.systems.curriculum.tasks.verify import verify_tasks
 
 MEASURES = ("mean", "variance", "mean_error", "variance_error")
 
@@ -45,6 +46,7 @@ def mixture_row(
         "kind": "mixture",
         "datasets": list(names),
         "difficulty": {measure: getattr(difficulty, measure).tolist() for measure in MEASURES},
+        "alignment": None if difficulty.alignment is None else difficulty.alignment.tolist(),
         "tokens": tokens.tolist(),
         "weights": mixture.weights.tolist(),
         "fell_back": mixture.fell_back,
@@ -53,9 +55,10 @@ def mixture_row(
 
 def difficulty_of(row: dict[str, Any]) -> Difficulty:
     """The measurement in a mixture row."""
-    return Difficulty(
-        **{measure: torch.tensor(row["difficulty"][measure], dtype=torch.float64) for measure in MEASURES}
-    )
+    measured = dict(row["difficulty"])
+    if row.get("alignment") is not None:  # a dataset that was not measured is written as null
+        measured["alignment"] = [math.nan if value is None else value for value in row["alignment"]]
+    return Difficulty(**{name: torch.tensor(values, dtype=torch.float64) for name, values in measured.items()})
 
 
 def rollout_rows(
@@ -116,10 +119,14 @@ def verify(config: CurriculumConfig, folder: Path, services: Services) -> Iterat
     Raises:
         DataError: a decision is of a method that the configuration does not have.
     """
-    # The model itself decodes and scores here; the trained policy is not needed for any of these numbers.
+    if config.tasks.tasks:
+        yield from verify_tasks(config, folder)
+        return
     lm = build_policy(config.model, device=torch.device("cpu"), seed=derived_seed(config.seed, "weights"))
-    methods = {method.name: (number, method) for number, method in enumerate(plan_methods(config))}
-    sizes = [float(corpus.train.num_tokens) for corpus in read_corpora(config.data, lm)]
+    plan = plan_methods(config)
+    begins = accumulate((method.num_steps for method in plan), initial=0)
+    methods = {method.name: (begin, method) for begin, method in zip(begins, plan, strict=False)}
+    corpora = [corpus for corpus in read_corpora(config.data, lm) if corpus.learned_from]
     rows = read_jsonl(folder / "decisions.jsonl")
     # Methods are trained one after the other, so their rows are next to each other.
     for name, method_rows in groupby(rows, key=lambda row: row["arm"]):
@@ -127,10 +134,8 @@ def verify(config: CurriculumConfig, folder: Path, services: Services) -> Iterat
             raise DataError(
                 f"{folder / 'decisions.jsonl'} has the method {name}, which the configuration does not plan"
             )
-        number, method = methods[name]
-        yield from _verify_method(
-            list(method_rows), method, config, lm, sizes=sizes, steps_before=number * config.update.steps
-        )
+        steps_before, method = methods[name]
+        yield from _verify_method(list(method_rows), method, config, lm, corpora, steps_before=steps_before)
 
 
 def _verify_method(
@@ -138,17 +143,19 @@ def _verify_method(
     method: Method,
     config: CurriculumConfig,
     lm: LanguageModel,
+    corpora: Sequence[Corpus],
     *,
-    sizes: list[float],
     steps_before: int,
 ) -> Iterator[Replayed]:
     # A rule's weights depend on all earlier measurements, so one mixture goes through the rows in order.
     mixture = make_mixture(
         method.rule,
-        num_datasets=len(sizes),
-        sizes=sizes,
+        num_datasets=len(corpora),
+        sizes=[corpus.train.num_tokens for corpus in corpora],
         weights=method.weights or None,
         exploration=config.mixture.exploration,
+        targets=[corpus.target for corpus in corpora],
+        target_share=config.mixture.target_share,
         **method.settings,
     )
     terms = reward_terms(config.ppo.rewards, lm, likelihood=lm) if method.policy_gradient else []

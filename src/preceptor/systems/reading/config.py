@@ -274,6 +274,10 @@ class StudyOptions(Options):
         description="Number of last updates whose readings are really read; before, a reading is worth the "
         "mean of its candidates read alone.",
     )
+    judged_by: Literal["reading", "table"] = Field(
+        "reading",
+        description="Really read what a method chose, or take the mean of its candidates read alone, which is fast.",
+    )
     num_random: int = Field(8, ge=2, description="Random readings of each held-out case.")
     num_samples: int = Field(2, ge=1, description="Readings of each held-out case by a policy that samples.")
 

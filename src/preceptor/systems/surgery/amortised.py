@@ -70,7 +70,7 @@ class Ward:
 
 
 class State:
-    """The two learners and the records so far."""
+    """The two learners, what the second is paid next, and the records so far."""
 
     def __init__(self, setup: Setup, ward: Ward) -> None:
         agent = setup.config.agent
@@ -91,11 +91,16 @@ class State:
             )
             for name in LEARNERS
         }
+        self.last_rewards: list[float] = []
         self.records: list[dict[str, Any]] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Both learners with their buffers, and the records."""
-        return {**{name: agent.state_dict() for name, agent in self.agents.items()}, "records": self.records}
+        """Both learners with their buffers, the rewards of the last step, and the records."""
+        return {
+            **{name: agent.state_dict() for name, agent in self.agents.items()},
+            "last_rewards": self.last_rewards,
+            "records": self.records,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over :meth:`state_dict`.
@@ -105,6 +110,7 @@ class State:
         """
         for name, agent in self.agents.items():
             agent.load_state_dict(state[name])
+        self.last_rewards = list(state["last_rewards"])
         self.records = list(state["records"])
 
 
@@ -221,7 +227,10 @@ def step(setup: Setup, ward: Ward, state: State, n: int) -> tuple[dict[str, Any]
     metrics: dict[str, Any] = {}
     for name, agent in state.agents.items():
         metrics[name] = {"reward": _mean([reward for _, _, reward in seen[name]])}
-        metrics[name] |= learn_from(setup, ward, agent, seen[name], shuffled=name == "shuffled", n=n)
+        rewards = [reward for _, _, reward in seen[name]]
+        if name == "shuffled":  # those of the step before: a permutation of its own would leave some in their place
+            rewards, state.last_rewards = state.last_rewards or [0.0] * len(rewards), rewards
+        metrics[name] |= learn_from(setup, ward, agent, seen[name], rewards, n=n)
     return {"kind": "training", "reward": metrics["amortised"]["reward"], **metrics}, decisions
 
 
@@ -230,15 +239,12 @@ def learn_from(
     ward: Ward,
     agent: SacAgent,
     seen: list[tuple[Tensor, Tensor, float]],
+    rewards: list[float],
     *,
-    shuffled: bool,
     n: int,
 ) -> dict[str, float]:
-    """4. The agent observes the edits of a step and learns; ``shuffled`` pays each with the reward of another."""
+    """4. The agent observes the edits of step ``n``, each with the reward that it is told, and learns."""
     generator = setup.generator("updates", n)
-    rewards = [reward for _, _, reward in seen]
-    if shuffled:
-        rewards = [rewards[place] for place in torch.randperm(len(rewards), generator=generator).tolist()]
     for (observation, action, _), reward in zip(seen, rewards, strict=True):
         agent.observe(observation, action, ward.reward_scale * reward, observation, terminated=True)
     metrics: dict[str, float] = {}
@@ -295,6 +301,7 @@ def evaluate(setup: Setup, ward: Ward, state: State, number: int) -> tuple[dict[
     test = patient.windows(options.test_windows, setup.generator(f"test of {where}"), held_out=True)
     patient.restore()
     clean = patient.loss(test)
+    courses = []  # of the surgeon's patients, site by site
     damages: dict[str, list[float]] = {}  # method → nats of each damage that it was given
     repaired: dict[str, dict[int, list[float]]] = {}  # method → evaluations → nats taken back of each
     for index in range(options.patients):
@@ -305,12 +312,17 @@ def evaluate(setup: Setup, ward: Ward, state: State, number: int) -> tuple[dict[
             undo = patient.damage(kind, strength=options.strength, generator=draws)
             damaged = patient.loss(test)
             damages.setdefault(method, []).append(damaged - clean)
+            course = {"after_damage": patient.wounds()}
             for evaluation in _repair(setup, state, method, patient, undo, where, index):
+                if method == "amortised":
+                    course[f"after_edit_{evaluation}"] = patient.wounds()
                 # A search that goes on in leaps is judged at a mark by what it had there.
                 for mark in search.EVALUATIONS:
                     if evaluation <= mark < evaluation + search.LEAPS.get(method, 1):
                         marks = repaired.setdefault(method, {})
                         marks.setdefault(mark, []).append(damaged - patient.loss(test))
+            if method == "amortised":
+                courses.append({"arm": method, "item": where, "number": index, "sites": patient.sites.names, **course})
     patient.restore()
     shares = {
         method: {mark: sum(nats) / sum(damages[method]) for mark, nats in marks.items()}
@@ -331,7 +343,7 @@ def evaluate(setup: Setup, ward: Ward, state: State, number: int) -> tuple[dict[
     }
     if "amortised" in shares:
         metrics["repaired"] = shares["amortised"].get(search.EDITS)
-    return metrics, []
+    return metrics, courses
 
 
 def _repair(
@@ -380,6 +392,8 @@ def verify(config: SurgeryConfig, folder: Path, services: Services) -> Iterator[
     setup = prepare(config, device=torch.device(read_manifest(folder)["device"]), folder=folder)
     ward = admit(setup)
     for row in read_jsonl(folder / "decisions.jsonl"):
+        if "item" in row:
+            continue  # a repair of an unseen student, which earns no reward
         patient, kind = choose(setup, ward, row["number"])
         if (patient.name, kind) != (row["student"], row["damage"]):
             raise DataError(f"decisions.jsonl names {row['student']} at damage {row['number']}; it is of another run")

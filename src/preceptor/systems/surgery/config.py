@@ -47,7 +47,7 @@ DAMAGES = {
 REPAIRS = {
     "inverse": "the known inverse of the damage",
     "amortised": "SAC trained over many damaged models",
-    "shuffled": "the same trained on rewards of other damages",
+    "shuffled": "the same, each edit paid with the reward of another damage",
     "norms": "every head's norm is set to the mean of its layer",
     "gradient": "Adam on the numbers of the edit",
     "evolution": "(1+1)-ES on the numbers of the edit",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -63,6 +63,7 @@ class Patient:
         self._tokens = {"train": train, "held_out": held_out}
         self._block_size = block_size
         self._clean = self.snapshot()
+        self._clean_norms = self._log_norms()
 
     def windows(self, num_windows: int, generator: torch.Generator, *, held_out: bool = False) -> Tensor:
         """Windows of the text: [window, block + 1], of which the last token is only predicted."""
@@ -82,6 +83,13 @@ class Patient:
     def restore(self) -> None:
         """Undamaged, bit for bit."""
         self.put(self._clean)
+
+    def wounds(self) -> list[float]:
+        """ln of every site's norm over its undamaged one: 0 for a site that is as it was."""
+        return (self._log_norms() - self._clean_norms).tolist()
+
+    def _log_norms(self) -> Float[Tensor, " site"]:
+        return torch.cat([self.sites.log_norms(target) for target in self.sites.targets])
 
     def snapshot(self) -> list[Tensor]:
         """Copies of all attention matrices as they are now."""

@@ -19,6 +19,12 @@ LEAD = (
 )
 MAXIMUM_GROUPS = 48
 """Matrices of a student that a table has room for."""
+REPAIR_LEAD = (
+    "One damage of each unseen student. A row is what one number of an edit scales; the columns show it after the "
+    "damage and after each edit of the surgeon, which sees neither."
+)
+LARGEST = 2.0
+"""ln of the largest factor that a matrix shows; a wiped head would be far below."""
 ROLES = ("query", "key", "value", "output")
 """In the order in which an action edits them, layer by layer."""
 
@@ -26,9 +32,38 @@ ROLES = ("query", "key", "value", "output")
 def sections(run: RunFolder) -> list[Section]:
     """The edits of every surgeon, the curves and the decisions."""
     config = (run.result or {}).get("config") or run.manifest.get("config") or {}
+    if config.get("training") == "amortised":
+        return [*_repair_sections(run), *decisions_section(run)]
     figures = edit_figures(run.decisions, config) if run.decisions is not None else []
     edits = [Section("Edits by layer and matrix", figures, lead=LEAD)] if figures else []
     return [*edits, Section("Training", GENERAL_LINES), *decisions_section(run)]
+
+
+def _repair_sections(run: RunFolder) -> list[Section]:
+    """The first damage of every unseen student and kind of damage, site by site, and what each edit left of it."""
+    figures = []
+    shown = set()
+    for _, row in read_rows(run.decisions) if run.decisions is not None else ():
+        if "after_damage" not in row or row["item"] in shown or len(row["sites"]) > MAXIMUM_GROUPS:
+            continue
+        shown.add(row["item"])
+        columns = [key for key in row if key.startswith("after_")]
+        zip(*(row[column] for column in columns), strict=True)  # [site][column]
+        figures.append(
+            Matrix(
+                f"{row['item']}: damage 1",
+                "ln of the norm over the undamaged one; 0 is healed",
+                rows=[" ".join(site) for site in row["sites"]],
+                columns=[column.replace("_", " ") for column in columns],
+                values=[
+                    [min(max(value, -LARGEST), LARGEST) for value in site]
+                    for site in zip(*(row[column] for column in columns), strict=True)
+                ],
+                low=-LARGEST,
+                high=LARGEST,
+            )
+        )
+    return [Section("Damage, and what each edit left of it", figures, lead=REPAIR_LEAD)] if figures else []
 
 
 def is_edit(row: Mapping[str, Any]) -> bool:

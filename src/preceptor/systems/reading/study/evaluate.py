@@ -85,6 +85,8 @@ def nearest_chain(
 def evaluate(setup: Setup, policies: Mapping[Mode, PoolPolicy], *, first_episode: int) -> list[dict[str, Any]]:
     """Records of every method on every held-out article: its mean gain over that article's cases in each mode.
 
+    With ``study.judged_by`` table a reading is worth the mean of its candidates read alone, as in training.
+
     ``nothing`` is 0 by definition: gains are over reading nothing. ``best_of_N`` reads N random readings and keeps the
     one after which the reader does best, which costs N scorings a case and looks at the answers.
     """
@@ -113,7 +115,11 @@ def evaluate(setup: Setup, policies: Mapping[Mode, PoolPolicy], *, first_episode
             if number % 50 == 0:
                 run.notice(f"judge, {mode}: reading case {number + 1} of {len(split.cases)} by every method")
             orders = [(name, picks) for name, each in methods.items() for picks in each[number].tolist()]
-            found = setup.scorer.reading_gains(case, [picks for _, picks in orders]).tolist()
+            readings = [picks for _, picks in orders]
+            if study.judged_by == "reading":
+                found = setup.scorer.reading_gains(case, readings).tolist()
+            else:
+                found = split.batch.gains[number][torch.tensor(readings)].mean(1).tolist()
             by_method: dict[str, list[float]] = {"nothing": [0.0]}
             for (name, _), gain in zip(orders, found, strict=True):
                 by_method.setdefault(name, []).append(gain)
@@ -133,7 +139,7 @@ def evaluate(setup: Setup, policies: Mapping[Mode, PoolPolicy], *, first_episode
                     "case": case.name,
                     "order": picks,
                     "reward": gain,
-                    "really_read": True,
+                    "really_read": study.judged_by == "reading",
                 }
                 for (name, picks), gain in zip(orders, found, strict=True)
                 if name in ("learned_greedy", "bm25", "oracle")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -40,6 +42,13 @@ class Corpus:
     mean: Float[Tensor, " dimension"]
     deviation: Float[Tensor, " dimension"]
     token_mean: Float[Tensor, " dimension"]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of everything above."""
+        numbers = torch.cat([self.idf, self.mean, self.deviation, self.token_mean]).numpy().tobytes()
+        words = repr((self.lexicon.num_texts, self.lexicon.mean_length, sorted(self.lexicon.frequency.items())))
+        return hashlib.sha256(numbers + words.encode()).hexdigest()
 
     @classmethod
     def of(cls, pairs: Sequence[Pair], scorer: Scorer, embedding: ModelEmbedding, *, max_states: int = 1_000) -> Corpus:
@@ -116,7 +125,30 @@ def pool_features(
     texts += [pairs[0].value for pairs in pool.held_out]
     num_queries = len(texts)
     texts += [pair.key for pair in pool.candidates] + [pair.value for pair in pool.candidates]
+    size = len(channels) * len(texts) ** 2
+    key = hashlib.sha256(
+        repr((corpus.digest, embedding.version, tuple(channels), num_queries, texts)).encode()
+    ).digest()
+    found = scorer.remembered(
+        key, lambda: _similarities(texts, num_queries, corpus, scorer, embedding, channels=channels)
+    )
+    return PoolFeatures(
+        vectors=found[size:].view(len(texts), -1), channels=found[:size].view(len(channels), len(texts), len(texts))
+    )
+
+
+def _similarities(
+    texts: Sequence[str],
+    num_queries: int,
+    corpus: Corpus,
+    scorer: Scorer,
+    embedding: ModelEmbedding,
+    *,
+    channels: Sequence[str],
+) -> Float[Tensor, " number"]:
+    """Every channel between all ``texts``, flat, and then their vectors; the first ``num_queries`` are queries."""
     rows = [scorer.value(text) for text in texts]
+    num_keys = (len(texts) - num_queries) // 2
     states = token_states(scorer.lm, embedding, rows)
     vectors = (torch.stack([each.mean(0) for each in states]) - corpus.mean) / (corpus.deviation + 1e-6)
     unit = torch.nn.functional.normalize(vectors, dim=-1)
@@ -131,8 +163,8 @@ def pool_features(
         elif channel == "tfidf":
             similarities.append(corpus.lexicon.tfidf(texts))
         else:
-            similarities.append(_query_likelihood(rows, num_queries, len(pool.candidates), scorer))
-    return PoolFeatures(vectors, torch.stack(similarities))
+            similarities.append(_query_likelihood(rows, num_queries, num_keys, scorer))
+    return torch.cat([torch.stack(similarities).flatten(), vectors.flatten()])
 
 
 def _query_likelihood(rows: Sequence[Sequence[int]], num_queries: int, num_keys: int, scorer: Scorer) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -148,15 +148,23 @@ class Scorer:
 
     def log_probs(self, prefixes: Sequence[Sequence[int]], targets: Sequence[Target]) -> Float[Tensor, "prefix target"]:
         """:func:`target_log_probs`, remembered as one entry of the store."""
-        key = self._key(prefixes, targets)
-        if (found := self._load(key)) is None:
-            found = target_log_probs(self.lm, prefixes, targets).flatten()
+
+        def compute() -> Tensor:
             self.num_readings += len(prefixes)
+            return target_log_probs(self.lm, prefixes, targets)
+
+        return self.remembered(self._key(prefixes, targets), compute).view(len(prefixes), len(targets))
+
+    def remembered(self, key: bytes, compute: Callable[[], Tensor]) -> Float[Tensor, " number"]:
+        """What ``compute`` gives, flat, in float32; from the store if it is there under ``key`` and this model."""
+        key = hashlib.sha256(self._identity + key).digest()
+        if (found := self._load(key)) is None:
+            found = compute().flatten().float()
             self._save(key, found)
-        return found.view(len(prefixes), len(targets))
+        return found
 
     def _rows(self, prefixes: Sequence[Sequence[int]], targets: Sequence[Target]) -> list[Tensor]:
-        keys = [self._key([prefix], targets) for prefix in prefixes]
+        keys = [hashlib.sha256(self._identity + self._key([prefix], targets)).digest() for prefix in prefixes]
         rows = [self._load(key) for key in keys]
         missing = [index for index, row in enumerate(rows) if row is None]
         if missing:
@@ -169,7 +177,7 @@ class Scorer:
 
     def _key(self, prefixes: Sequence[Sequence[int]], targets: Sequence[Target]) -> bytes:
         content = repr(([tuple(p) for p in prefixes], [(tuple(k), tuple(v)) for k, v in targets]))
-        return hashlib.sha256(self._identity + content.encode()).digest()
+        return content.encode()
 
     def _load(self, key: bytes) -> Tensor | None:
         if self._database is None:

@@ -1,0 +1,130 @@
+"""The rule in training and the outcomes so far; all of it is in a checkpoint."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from preceptor.errors import CheckpointError
+from preceptor.lm.model import LanguageModel
+from preceptor.objectives.task_mixture import make_task_mixture
+from preceptor.runs.guard import NonFiniteGuard
+from preceptor.runs.random import derived_seed
+from preceptor.runs.state import copy_tensors, load_optimizer, optimizer_state
+from preceptor.systems.curriculum.config import CurriculumConfig
+from preceptor.systems.curriculum.state import build_optimizer
+from preceptor.systems.curriculum.tasks.result import TaskOutcome
+from preceptor.systems.curriculum.tasks.sources import Source
+
+if TYPE_CHECKING:
+    from preceptor.runs.folder import Run
+
+
+@dataclass(frozen=True)
+class TaskSetup:
+    """What all rules of a run share.
+
+    Attributes:
+        config: of the run.
+        run: its folder, random streams and logs.
+        rules: in the order in which they are trained; the configured one first.
+        sources: levels of tasks.
+        costs: nominal tokens of a group of each source.
+        lm: the policy, trained in place.
+        initial_weights: the policy's weights after the warm-up, by name.
+    """
+
+    config: CurriculumConfig
+    run: Run
+    rules: Sequence[str]
+    sources: Sequence[Source]
+    costs: Sequence[float]
+    lm: LanguageModel
+    initial_weights: Mapping[str, Tensor]
+
+    @property
+    def num_levels(self) -> list[int]:
+        """Of each task."""
+        return [task.levels for task in self.config.tasks.tasks]
+
+    @property
+    def counted(self) -> list[bool]:
+        """Of each source, whether its success counts in the mean: not where a coin decides."""
+        return [not source.random_reward for source in self.sources]
+
+
+class TaskState:
+    """The policy, its optimizer, the mixture of sources and the outcomes; starts with the first rule."""
+
+    def __init__(self, setup: TaskSetup) -> None:
+        self._setup = setup
+        self.lm = setup.lm
+        self.outcomes: dict[str, TaskOutcome] = {}
+        self.begin(setup.rules[0])
+
+    def begin(self, rule: str) -> None:
+        """Puts the policy back to its weights after the warm-up and makes everything else of ``rule`` anew."""
+        setup, config = self._setup, self._setup.config
+        self.rule = rule
+        copy_tensors(setup.initial_weights, self.lm.trainable_parameters())
+        self.optimizer = build_optimizer(self.lm, None, config.update, value_learning_rate=0.0, learns=True)
+        settings = config.tasks.settings if rule == config.tasks.rule else {}
+        self.mixture = make_task_mixture(rule, num_levels=setup.num_levels, **settings)
+        self.guard = NonFiniteGuard()
+        # Items are drawn with Python's generator, of the seed alone: all rules see the same random numbers.
+        self.chooser = random.Random(derived_seed(config.seed, "items"))
+        self.next_validation, self.next_oracle = 0, 0
+        self.finished = False
+        self.outcomes[rule] = TaskOutcome(drawn=[0.0] * len(setup.sources))
+
+    @property
+    def outcome(self) -> TaskOutcome:
+        """Of the rule in training, so far."""
+        return self.outcomes[self.rule]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of the above, as nested tensors and plain values."""
+        version, numbers, gauss = self.chooser.getstate()
+        return {
+            "rule": self.rule,
+            "policy": {name: parameter.detach() for name, parameter in self.lm.trainable_parameters().items()},
+            "optimizer": optimizer_state(self.optimizer),
+            "mixture": self.mixture.state_dict(),
+            "guard": self.guard.state_dict(),
+            "chooser": [version, list(numbers), gauss],
+            "next_validation": self.next_validation,
+            "next_oracle": self.next_oracle,
+            "finished": self.finished,
+            "outcomes": {name: asdict(outcome) for name, outcome in self.outcomes.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on with the rule that ``state_dict`` was taken of.
+
+        Raises:
+            CheckpointError: it is of a rule that this configuration does not have.
+        """
+        if state["rule"] not in self._setup.rules:
+            raise CheckpointError(
+                f"the checkpoint is of the rule {state['rule']}, this run has {', '.join(self._setup.rules)}; "
+                "resume with the same configuration"
+            )
+        self.begin(state["rule"])
+        copy_tensors(state["policy"], self.lm.trainable_parameters())
+        load_optimizer(self.optimizer, state["optimizer"])
+        self.mixture.load_state_dict(state["mixture"])
+        self.guard.load_state_dict(state["guard"])
+        version, numbers, gauss = state["chooser"]
+        self.chooser.setstate((version, tuple(numbers), gauss))
+        self.next_validation, self.next_oracle = state["next_validation"], state["next_oracle"]
+        self.finished = state["finished"]
+        self.outcomes = {name: _outcome(saved) for name, saved in state["outcomes"].items()}
+
+
+def _outcome(saved: Mapping[str, Any]) -> TaskOutcome:
+    curve, weights = ([(int(tokens), list(values)) for tokens, values in saved[name]] for name in ("curve", "weights"))
+    return TaskOutcome(curve, weights, list(saved["drawn"]), dict(saved["counts"]))
