@@ -34,7 +34,6 @@ LEVELS = {
     "errors": 0,
     "strict_yaml": 1,
     "version": 0,
-    "user_code": 1,
     "config": 2,
     "objectives": 3,
     "lm": 3,
