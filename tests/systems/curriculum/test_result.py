@@ -26,7 +26,7 @@ def outcome(*points: tuple[int, float, float], rewards: list[dict[str, float]] |
         curve=[(step, {"a": a, "b": b, "noise": 9.0}) for step, a, b in points],
         rewards=rewards or [],
         mixtures=[[0.2, 0.3, 0.5], [0.4, 0.3, 0.3]],
-        counts={"tokens": 100, "rollout_tokens": 0, "model_calls": 7},
+        counts={"tokens": 100, "rollout_tokens": 0, "model_calls": 7, "forward_passes": 21},
     )
 
 
@@ -129,7 +129,7 @@ def test_the_policy_gradient_is_measured_against_the_frozen_policy_and_against_n
 
 
 def test_charts_hold_what_was_outcome() -> None:
-    drawn = charts(OUTCOMES, TARGETS)
+    drawn = charts(OUTCOMES, TARGETS, mixed=list(TARGETS))
     assert [chart["kind"] for chart in drawn] == ["series", "matrix", "series", "series", "series"]
     assert drawn[0]["lines"]["uniform"] == [5.0, 3.5, 2.5]
     assert drawn[1]["values"][0] == [1.0, 2.0, 9.0]

@@ -15,8 +15,8 @@ from preceptor.systems.curriculum.environment import Corpus
 from preceptor.systems.curriculum.state import State, learning_rate_scale
 from tests.systems.curriculum.made import CONFIG, setup_and_state
 
-UNIFORM = Method("uniform", "uniform")
-WITH_ROLLOUTS = Method("uniform+ppo", "uniform", policy_gradient=True)
+UNIFORM = Method("uniform", "uniform", num_steps=CONFIG.update.steps)
+WITH_ROLLOUTS = Method("uniform+ppo", "uniform", policy_gradient=True, num_steps=CONFIG.update.steps)
 
 
 def test_the_frozen_model_shares_no_storage_before_and_after_a_refresh(

@@ -131,9 +131,7 @@ def verify(config: CurriculumConfig, folder: Path, services: Services) -> Iterat
     # Methods are trained one after the other, so their rows are next to each other.
     for name, method_rows in groupby(rows, key=lambda row: row["arm"]):
         if name not in methods:
-            raise DataError(
-                f"{folder / 'decisions.jsonl'} has the method {name}, which the configuration does not plan"
-            )
+            raise DataError(f"{folder / 'decisions.jsonl'} has the method {name}, which is not in the configuration")
         steps_before, method = methods[name]
         yield from _verify_method(list(method_rows), method, config, lm, corpora, steps_before=steps_before)
 

@@ -28,7 +28,7 @@ def verify_tasks(config: CurriculumConfig, folder: Path) -> Iterator[Replayed]:
     rows = (row for row in read_jsonl(folder / "decisions.jsonl") if row["kind"] == "groups")
     for rule, rule_rows in groupby(rows, key=lambda row: row["arm"]):
         if rule not in (tasks.rule, *tasks.controls):
-            raise DataError(f"{folder / 'decisions.jsonl'} has the rule {rule}, which the configuration does not plan")
+            raise DataError(f"{folder / 'decisions.jsonl'} has the rule {rule}, which is not in the configuration")
         settings = tasks.settings if rule == tasks.rule else {}
         mixture = make_task_mixture(rule, num_levels=[task.levels for task in tasks.tasks], **settings)
         if mixture.rule.asks_for_success:
