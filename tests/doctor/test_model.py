@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -92,3 +95,29 @@ def test_text_that_becomes_control_tokens_is_found(lm: LanguageModel, monkeypatc
 
     monkeypatch.setattr(LanguageModel, "encode", trusting)
     assert statuses(lm)["control tokens from data"] == "fail"
+
+
+LARGE_VOCABULARY = """
+import resource, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from preceptor.doctor.model import check_model
+from preceptor.lm.load import load_language_model
+from preceptor.lm.model import LanguageModel
+from preceptor.lm.sampling import Sampling
+
+shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=128_256, max_position_embeddings=256))
+lm = LanguageModel(model, load_language_model("starter", device=torch.device("cpu")).tokenizer, name="wide")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+statuses = [check.status for check in check_model(lm, Sampling(suppressed=lm.never_drawn))]
+print(statuses.count("fail"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_large_vocabulary_takes_less_than_a_gibibyte() -> None:
+    done = subprocess.run([sys.executable, "-c", LARGE_VOCABULARY], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    failures, kibibytes = map(int, done.stdout.split())
+    assert failures == 0
+    assert kibibytes < 2**20

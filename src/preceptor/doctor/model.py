@@ -24,6 +24,10 @@ PROMPTS = ("The lighthouse stands on", "Water", "A keeper climbs the stairs ever
 
 NUM_TOKENS = 8
 NUM_DRAWS = 20_000
+MAX_DRAWN = 2**30
+"""Draws times vocabulary: some seconds of work."""
+MAX_ROWS = 2**23
+"""Numbers in a block of draws: 64 MiB in float64, above what the C library keeps for itself once it is freed."""
 
 
 @dataclass(frozen=True)
@@ -120,18 +124,23 @@ def _ratio(lm: LanguageModel, written: Written, sampling: Sampling) -> Check:
 def _draws(lm: LanguageModel, written: Written, sampling: Sampling, generator: torch.Generator) -> Check:
     """Tokens drawn after one prompt against the probabilities that they are scored with, in standard errors."""
     log_probs = sampling.log_probs(_logits(lm, [written.prompts[0]])[0, -1:])
-    drawn = draw(log_probs.expand(NUM_DRAWS, -1), generator).cpu().bincount(minlength=log_probs.shape[-1]).double()
+    # Few rows at a time, and fewer draws from a large vocabulary: each row is a vocabulary of float64 numbers.
+    vocab_size = log_probs.shape[-1]
+    num_draws = max(1_000, min(NUM_DRAWS, MAX_DRAWN // vocab_size))
+    sizes = torch.arange(num_draws).split(max(1, MAX_ROWS // vocab_size))
+    drawn = torch.cat([draw(log_probs.expand(len(rows), -1), generator).cpu() for rows in sizes])
+    drawn = drawn.bincount(minlength=vocab_size).double()
     p = log_probs[0].double().exp().cpu()
     impossible = int(drawn[p == 0].sum())
-    usual = p * NUM_DRAWS >= 10  # of rarer tokens the count is not near normal
+    usual = p * num_draws >= 10  # of rarer tokens the count is not near normal
     # Standard error of a binomial count, √(n p (1 − p)).
-    errors = (drawn - p * NUM_DRAWS)[usual].abs() / (NUM_DRAWS * p * (1 - p)).sqrt()[usual].clamp_min(1e-12)
+    errors = (drawn - p * num_draws)[usual].abs() / (num_draws * p * (1 - p)).sqrt()[usual].clamp_min(1e-12)
     worst = float(errors.max()) if bool(usual.any()) else 0.0
     return judged(
         # Among hundreds of tokens the largest deviation is often near 3.5; 5 comes once in two million.
         impossible == 0 and worst < 5.0,
         "sampled distribution equals scored",
-        f"{NUM_DRAWS:,} draws, largest deviation {worst:.1f} standard errors, {impossible} impossible tokens",
+        f"{num_draws:,} draws, largest deviation {worst:.1f} standard errors, {impossible} impossible tokens",
         "the sampler draws from another distribution than it records; report this",
     )
 

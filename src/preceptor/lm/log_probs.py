@@ -5,13 +5,14 @@ In a file of its own: :mod:`~preceptor.lm.model` builds on it, and :mod:`~precep
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from preceptor.errors import ShapeError
 
@@ -69,6 +70,25 @@ def chosen_log_probs(
     apply: Any = _ChosenLogProbs.apply
     result: Tensor = apply(states, weight, bias, tokens, chunk_logits, max_saved_logits)
     return result
+
+
+def in_blocks(
+    function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor, num_rows: int
+) -> tuple[Float[Tensor, " row"], ...]:
+    """``function(*tensors)`` a few rows at a time, for a function that makes a vocabulary of numbers out of each row.
+
+    What it makes is not kept for the backward pass but computed again there, block by block.
+
+    Args:
+        function: gives one or more tensors with a number for each row.
+        tensors: with a row each; gradients flow into them and into whatever ``function`` uses.
+        num_rows: rows in a block.
+    """
+    blocks = [
+        checkpoint(function, *block, use_reentrant=False, preserve_rng_state=False)
+        for block in zip(*(tensor.split(num_rows) for tensor in tensors), strict=True)
+    ]
+    return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
 
 
 class _ChosenLogProbs(torch.autograd.Function):

@@ -162,14 +162,7 @@ class LanguageModel:
             capture: a module of the model whose output is returned too.
         """
         arguments = self._arguments(tokens, attention_mask, positions, cache)
-        captured: list[Tensor] = []
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._computing())
-            if capture is not None:
-                hook = capture.register_forward_hook(
-                    lambda _module, _inputs, output: captured.append(first_tensor(output))
-                )
-                stack.callback(hook.remove)
+        with self._computing(), _captured(capture) as captured:
             if self._head_is_linear:
                 # The head only sees the marked positions: [batch, time, width] -> [kept, width] -> [kept, vocab].
                 logits = self._head(self._decoder(**arguments).last_hidden_state[keep])
@@ -178,6 +171,28 @@ class LanguageModel:
                 # head.
                 logits = self._causal_model(**arguments).logits[keep]
         return Output(logits=logits.float(), captured=captured[0] if captured else None)
+
+    def states(
+        self, tokens: Int[Tensor, "batch time"], *, keep: Bool[Tensor, "batch time"], capture: nn.Module | None = None
+    ) -> tuple[Float[Tensor, "kept width"], Tensor | None]:
+        """As :meth:`forward`, but what goes into the head, for :meth:`logits_of` to turn into logits a few at a time.
+
+        Only where :attr:`has_linear_head`.
+        """
+        with self._computing(), _captured(capture) as captured:
+            states = self._decoder(**self._arguments(tokens, None, None, None)).last_hidden_state[keep]
+        return states, captured[0] if captured else None
+
+    def logits_of(self, states: Float[Tensor, "row width"]) -> Float[Tensor, "row vocab"]:
+        """Float32 logits of hidden states that :meth:`states` gave."""
+        with self._computing():
+            logits: Tensor = self._head(states)
+        return logits.float()
+
+    @property
+    def has_linear_head(self) -> bool:
+        """Whether logits follow from the last hidden states alone; some families scale or cap them afterwards."""
+        return self._head_is_linear
 
     def engine(self, *, dtype: torch.dtype | None = None) -> Engine | None:
         """A faster forward pass without gradient, or None where there is none that agrees with this model.
@@ -396,6 +411,20 @@ _UNFIT = (
     "does not attend as it is told to by mask and positions (ALiBi, recurrent and bidirectional models do not); "
     "use a decoder-only transformer with rotary or learned positions"
 )
+
+
+@contextlib.contextmanager
+def _captured(module: nn.Module | None) -> Iterator[list[Tensor]]:
+    """A list that receives what ``module`` puts out in the block."""
+    captured: list[Tensor] = []
+    if module is None:
+        yield captured
+        return
+    hook = module.register_forward_hook(lambda _module, _inputs, output: captured.append(first_tensor(output)))
+    try:
+        yield captured
+    finally:
+        hook.remove()
 
 
 def _tolerance(dtype: torch.dtype) -> float:

@@ -274,3 +274,25 @@ def test_malformed_input_is_one_line(tmp_path: Path, cache: Path) -> None:
             refusals.append(str(error))
     assert 50 < len(refusals) < 280
     assert not [message for message in refusals if "\n" in message]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("page.ipynb", '{"cells": [], "nbformat": 4}', "is a notebook .*jupyter nbconvert --to markdown"),
+        ("page.txt", '{"cells": [], "nbformat": 4}', "is a notebook"),
+        ("page.tex", "Some text. More of it.", "is LaTeX .*pandoc"),
+        ("page.csv", "a,b\n1,2\n", "is a table, not running text"),
+        ("page.json", "{}", "is data, not running text"),
+        ("page.py", "x = 1\n", "is a program, not running text"),
+    ],
+)
+def test_text_that_is_no_article_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=rf"{name} {message}"):
+        read_file(tmp_path / name)
+
+
+def test_a_folder_names_the_option_for_folders(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is a folder; .*--train-articles"):
+        read_article(str(tmp_path), cache_dir=tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,19 @@ def test_drawn_probes_depend_on_the_generator_alone() -> None:
     assert draw(2) != first
     with pytest.raises(ConfigError, match="negative"):
         hold_out_probes(make_pairs(5), -1)
+
+
+def test_sentences_in_no_pair_are_counted_by_reason() -> None:
+    left_out: Counter[str] = Counter()
+    text = (
+        "The cat sat on a mat. Yes. The mat was red. 1234567890123456789.\n\n\nA dog came by later on. "
+        + "a b " * 600
+        + "."
+    )
+    assert len(sentence_pairs(text, left_out=left_out)) == 1
+    assert left_out == {
+        "shorter than 15 characters": 1,
+        "without two words": 1,
+        "longer than 2,000 characters": 1,
+        "without a neighbour to pair with": 1,
+    }

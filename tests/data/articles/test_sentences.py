@@ -134,3 +134,17 @@ def test_real_articles_keep_every_character(test_data: Path, folder: str) -> Non
     assert 110 < sum(lengths) / len(lengths) < 150
     assert sum(length < 15 for length in lengths) < 0.005 * len(lengths)
     assert max(lengths) < 2_000
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "expected"),
+    [
+        ("de", "Im 19. Jahrhundert war es. Am 3. Mai nicht.", ["Im 19. Jahrhundert war es.", "Am 3. Mai nicht."]),
+        ("de", "Ludwig XIV. Bau blieb. Er steht noch.", ["Ludwig XIV. Bau blieb.", "Er steht noch."]),
+        ("de", "Das war im Jahr 1990. Danach kam nichts.", ["Das war im Jahr 1990.", "Danach kam nichts."]),
+        ("da", "Den 3. Maj sejlede de. Det var godt.", ["Den 3. Maj sejlede de.", "Det var godt."]),
+        ("en", "He was 19. Then he left.", ["He was 19.", "Then he left."]),
+    ],
+)  # fmt: skip
+def test_an_ordinal_does_not_end_a_sentence(language: str, text: str, expected: list[str]) -> None:
+    assert split_sentences(text, language=language) == expected

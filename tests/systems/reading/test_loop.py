@@ -501,3 +501,17 @@ def test_keys_that_all_read_the_same_are_told(
     (tmp_path / "page.txt").write_text("It tells of boats and lamps. " * 30)
     assert main(command("--article", "page.txt")) == 0
     assert "every key of 'page' reads the same" in capsys.readouterr().err
+
+
+def test_what_is_left_out_and_another_language_are_told(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        f"Der Hafen der Stadt wurde im {n}. Jahr von den Leuten gebaut und nicht mit dem Fluss." for n in range(10, 30)
+    ]
+    (tmp_path / "page.txt").write_text(" ".join(lines) + " Ja.")
+    assert main(command("--article", "page.txt")) == 0
+    said = capsys.readouterr().err
+    assert "sentences of 'page' cannot be read: " in said
+    assert "shorter than 15 characters" in said
+    assert "'page' reads like 'de', and its sentences are split as 'en'; set data.language=de" in said

@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from preceptor.lm.load import Adapter, load_language_model
 from preceptor.lm.model import LanguageModel
+from preceptor.systems.reading import loss
 from preceptor.systems.reading.environment import Trajectories
 from preceptor.systems.reading.loss import Coefficients, UpdateMetrics, accumulate_gradient, score_actions
 from preceptor.systems.reading.policy import Keys, Policy, identity_projection
@@ -352,3 +353,35 @@ def test_the_gradient_is_that_of_the_documented_loss_by_finite_differences(monke
     assert measured.query_kl == pytest.approx(loss(only(query_kl=1.0)), abs=1e-9)
     assert measured.value_kl == pytest.approx(loss(only(value_kl=1.0)), abs=1e-9)
     assert measured.query_entropy == pytest.approx(-loss(only(query_entropy=1.0)), abs=1e-9)
+
+
+@pytest.mark.parametrize("with_reference", [True, False])
+@pytest.mark.parametrize("with_values", [True, False])
+def test_many_logits_are_scored_a_few_positions_at_a_time(
+    with_reference: bool, with_values: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers and gradients, and never the logits of more than five positions."""
+    found = []
+    for in_parts in (False, True):
+        policy, untrained, article, keys = policies(language_model(), top_k=50)
+        perturb(policy, scale=0.05)
+        trajectories = rollout(policy, article, keys)
+        if in_parts:
+            monkeypatch.setattr(loss, "MAX_SAVED_LOGITS", 5 * 300)
+        heights: list[int] = []
+        head = policy.lm.model.get_output_embeddings()
+        head.register_forward_hook(lambda _module, _inputs, output, heights=heights: heights.append(len(output)))
+        scores = loss.score_actions(
+            policy, trajectories, keys,
+            reference_model=untrained.lm if with_reference else None, with_values=with_values,
+        )  # fmt: skip
+        tensors = [scores.query_log_probs, scores.query_entropy]
+        tensors += [each for each in (scores.query_kl, scores.value_kl) if each is not None]
+        sum((number + 1) * each.square().sum() for number, each in enumerate(tensors)).backward()  # type: ignore[union-attr]
+        gradients = [parameter.grad for parameter in policy.lm.trainable_parameters().values()]
+        found.append([*(each.detach() for each in tensors), *gradients])
+        assert (max(heights) <= 5) == in_parts
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(
+            parts, whole, rtol=2e-5, atol=2e-5 * float(whole.abs().max() if whole.numel() else 1)
+        )

@@ -103,7 +103,9 @@ def read_article(
     if is_file:
         return read_file(Path(source))
     if is_folder:
-        raise DataError(f"'{source}' is a folder; pass one of its files, or use it as a folder of articles")
+        raise DataError(
+            f"'{source}' is a folder; pass one of its files, or train on all of them: --train-articles {source}"
+        )
     # 3. A mistyped path must not be looked up on Wikipedia.
     if _looks_like_path(source):
         raise DataError(_no_such_file(Path(source)))
@@ -119,8 +121,39 @@ def read_file(path: Path) -> Article:
             body = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from error
-    form = FORMATS.get(path.suffix.lower())
+    suffix = path.suffix.lower()
+    if what := _NO_ARTICLES.get(suffix) or (_NO_ARTICLES[".ipynb"] if _is_notebook(body) else None):
+        raise DataError(
+            f"{path} is {what}; an article is plain text, Markdown, HTML or wikitext in UTF-8 ({_suffixes()})"
+        )
+    form = FORMATS.get(suffix)
     return _article(body, form=form, name=str(path), title=path.stem.replace("_", " "))
+
+
+_TABLE, _CODE, _DATA = (f"{what}, not running text" for what in ("a table", "a program", "data"))
+_CONVERT = "save or convert it as text first"
+_NO_ARTICLES = {
+    ".ipynb": f"a notebook ({_CONVERT}: jupyter nbconvert --to markdown)",
+    ".tex": f"LaTeX ({_CONVERT}: pandoc -t markdown)",
+    ".rst": f"reStructuredText ({_CONVERT}: pandoc -t markdown)",
+    ".org": f"Org mode ({_CONVERT}: pandoc -t markdown)",
+    ".adoc": f"AsciiDoc ({_CONVERT}: asciidoctor, then the HTML)",
+    ".rtf": f"rich text ({_CONVERT})",
+    ".eml": f"an e-mail ({_CONVERT})",
+    ".srt": f"subtitles ({_CONVERT})",
+    ".vtt": f"subtitles ({_CONVERT})",
+    ".svg": "a drawing, not running text",
+    ".bib": "a bibliography, not running text",
+    **dict.fromkeys((".csv", ".tsv"), _TABLE),
+    **dict.fromkeys([".json", ".jsonl", ".ndjson", ".yaml", ".yml", ".toml", ".ini", ".xml", ".log"], _DATA),
+    **dict.fromkeys([".py", ".js", ".ts", ".c", ".h", ".cpp", ".rs", ".go", ".java", ".sh", ".rb", ".sql"], _CODE),
+}  # fmt: skip
+"""Suffixes of text that is no article, and what it is; whatever is not known is read as text."""
+
+
+def _is_notebook(body: bytes) -> bool:
+    """By its content, should it have lost its suffix."""
+    return body.lstrip()[:1] == b"{" and b'"nbformat"' in body and b'"cells"' in body
 
 
 def article_folder(path: Path) -> list[Path]:

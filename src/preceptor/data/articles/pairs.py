@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -29,7 +30,12 @@ class Pair:
 
 
 def sentence_pairs(
-    text: str, *, language: str = "en", min_characters: int = 15, max_characters: int = 2_000
+    text: str,
+    *,
+    language: str = "en",
+    min_characters: int = 15,
+    max_characters: int = 2_000,
+    left_out: Counter[str] | None = None,
 ) -> list[Pair]:
     r"""Non-overlapping pairs of consecutive sentences of ``text``, in the order of the article.
 
@@ -45,6 +51,7 @@ def sentence_pairs(
         language: ISO 639-1 code for the sentence splitter.
         min_characters: shortest sentence that counts; a Chinese or Japanese character counts as three.
         max_characters: longest sentence that counts.
+        left_out: receives how many sentences are in no pair, by reason.
 
     Raises:
         DataError: there is not even one pair.
@@ -53,18 +60,21 @@ def sentence_pairs(
     [Pair(index=0, key='The cat sat on a mat.', value='The mat was red.')]
     """
     pairs: list[Pair] = []
-    num_sentences = 0
+    num_sentences, reasons = 0, Counter[str]() if left_out is None else left_out
     # Sections first, then paragraphs: a pair across a section's end would join two topics.
     for section in re.split(r"\n[^\S\n]*\n[^\S\n]*\n\s*", text):
         pending: str | None = None
         for paragraph in split_paragraphs(section):
-            sentences = [
-                sentence
-                for sentence in split_sentences(paragraph, language=language)
-                if _latin_length(sentence) >= min_characters
-                and len(sentence) <= max_characters
-                and _has_two_words(sentence)
-            ]
+            sentences = []
+            for sentence in split_sentences(paragraph, language=language):
+                if _latin_length(sentence) < min_characters:
+                    reasons[f"shorter than {min_characters} characters"] += 1
+                elif len(sentence) > max_characters:
+                    reasons[f"longer than {max_characters:,} characters"] += 1
+                elif not _has_two_words(sentence):
+                    reasons["without two words"] += 1
+                else:
+                    sentences.append(sentence)
             num_sentences += len(sentences)
             # Both paragraphs are odd: their left-over sentences make one pair, and no other pairing changes.
             if pending is not None and len(sentences) % 2:
@@ -74,6 +84,8 @@ def sentence_pairs(
             # An empty paragraph leaves the pending sentence waiting; an even one clears it.
             if sentences:
                 pending = sentences[-1] if len(sentences) % 2 else None
+    if num_unpaired := num_sentences - 2 * len(pairs):
+        reasons["without a neighbour to pair with"] += num_unpaired
     if not pairs:
         raise DataError(
             f"the article is too short for one pair: it has {num_sentences} usable sentences (of {min_characters} to "

@@ -12,6 +12,12 @@ _ABBREVIATION_BEFORE_NUMBER = re.compile(
     r"sect|ser|tab|vers|vol|vols)\.$",
     re.IGNORECASE,
 )
+# In many languages a number with a full stop is an ordinal ("Im 19. Jahrhundert", "Ludwig XIV. war"). Where it may as
+# well end the sentence, the text is kept together.
+_ORDINAL_LANGUAGES = (
+    *("de", "da", "nb", "nn", "no", "fi", "cs", "sk", "sl", "hr", "sr", "bs", "hu", "et", "lv", "tr", "is", "eu"),
+)
+_ORDINAL = re.compile(r"(?:^|[\s(–-])(?:\d{1,2}|[IVXL]{1,6})\.$")
 # And what it keeps together: a sentence that stands in parentheses as a whole, with the one after it.
 _WHOLE_PARENTHESIS = re.compile(r"^(\([^()]*[.!?]\)\s+)(?=[A-Z\"“‘(])")
 
@@ -44,7 +50,7 @@ def _split_paragraph(paragraph: str, language: str) -> list[str]:
     for segment in sentencex.segment(language, paragraph):
         # The pattern's group makes split() keep the parenthesis as a part of its own.
         for part in filter(None, _WHOLE_PARENTHESIS.split(segment)):
-            if sentences and _continues(sentences[-1].rstrip(), part.strip()):
+            if sentences and _continues(sentences[-1].rstrip(), part.strip(), language):
                 # Joined with its own white space, so that no character of the text is lost.
                 sentences[-1] += part
             else:
@@ -52,10 +58,11 @@ def _split_paragraph(paragraph: str, language: str) -> list[str]:
     return [sentence.strip() for sentence in sentences]
 
 
-def _continues(previous: str, part: str) -> bool:
+def _continues(previous: str, part: str, language: str) -> bool:
     """Whether ``part`` belongs to ``previous``, although the splitter cut between them."""
     return bool(
         _LIST_MARKER.fullmatch(previous)
+        or (language in _ORDINAL_LANGUAGES and _ORDINAL.search(previous))
         or not re.search(r"\w", part)  # a lone bracket or quotation mark
         or (part[0].isdigit() and _ABBREVIATION_BEFORE_NUMBER.search(previous))
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
 from preceptor.data.articles.article import Article, article_folder, read_article, read_file
+from preceptor.data.articles.language import other_language
 from preceptor.data.articles.pairs import Pair, chunk_pairs, sentence_pairs
 from preceptor.errors import DataError
 from preceptor.lm.chat import ChatMarkers, RenderedMarkers
@@ -31,6 +33,7 @@ class ArticlePairs:
         keys: text by which a pair is chosen.
         values: text that is read once its pair is chosen.
         probe: held-out text that is never read, only scored; empty if there is none.
+        remarks: what to tell about how the text was cut: sentences left out by reason, another language.
     """
 
     name: str
@@ -38,6 +41,7 @@ class ArticlePairs:
     keys: tuple[str, ...]
     values: tuple[str, ...]
     probe: str = ""
+    remarks: tuple[str, ...] = ()
 
     @property
     def num_pairs(self) -> int:
@@ -102,7 +106,8 @@ def select_pairs(article: Article, options: DataOptions, lm: LanguageModel, *, n
     Raises:
         DataError: fewer than two pairs are left to read.
     """
-    candidates = _cut(article, options, lm)
+    left_out: Counter[str] = Counter()
+    candidates = _cut(article, options, lm, left_out)
     # Tokens of each value; a key without tokens cannot be embedded.
     lengths = {pair.index: len(lm.encode(" " + pair.value)) for pair in candidates if lm.encode(pair.key)}
     shortest = sorted((index for index, length in lengths.items() if length), key=lengths.__getitem__)[:3]
@@ -111,6 +116,8 @@ def select_pairs(article: Article, options: DataOptions, lm: LanguageModel, *, n
         for pair in candidates
         if 0 < lengths.get(pair.index, 0) <= options.max_value_tokens or pair.index in shortest
     ]
+    too_long = f"in a pair whose value has more than {options.max_value_tokens} tokens"
+    left_out[too_long] += 2 * sum(lengths.get(pair.index, 0) > 0 for pair in candidates if pair not in usable)
     # Too short an article gives up probes first, down to a third of it, and then pairs.
     num_probes = options.num_probes
     if len(usable) < (options.num_pairs or 2) + num_probes:
@@ -130,7 +137,19 @@ def select_pairs(article: Article, options: DataOptions, lm: LanguageModel, *, n
         keys=tuple(pair.key for pair in selected),
         values=tuple(pair.value for pair in selected),
         probe=" ".join(usable[place].value for place in sorted(probe_places)),
+        remarks=tuple(_remarks(article, options, +left_out)),
     )
+
+
+def _remarks(article: Article, options: DataOptions, left_out: Counter[str]) -> Iterator[str]:
+    if left_out:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
+        yield f"{left_out.total()} sentences of '{article.title}' cannot be read: {reasons}"
+    if options.pairing == "sentences" and (other := other_language(article.text, options.language)):
+        yield (
+            f"'{article.title}' reads like '{other}', and its sentences are split as '{options.language}'; "
+            f"set data.language={other}"
+        )
 
 
 def evenly_spread(total: int, count: int) -> list[int]:
@@ -142,9 +161,9 @@ def evenly_spread(total: int, count: int) -> list[int]:
     return [(2 * index + 1) * total // (2 * count) for index in range(count)]
 
 
-def _cut(article: Article, options: DataOptions, lm: LanguageModel) -> list[Pair]:
+def _cut(article: Article, options: DataOptions, lm: LanguageModel, left_out: Counter[str]) -> list[Pair]:
     if options.pairing == "sentences":
-        return sentence_pairs(article.text, language=options.language)
+        return sentence_pairs(article.text, language=options.language, left_out=left_out)
     # Chunks are cut in tokens and go back to text, since the reader may have another vocabulary.
     chunks = chunk_pairs(lm.encode(article.text), key_tokens=options.key_tokens, value_tokens=options.value_tokens)
     return [Pair(index, lm.decode(key), lm.decode(value).strip()) for index, (key, value) in enumerate(chunks)]

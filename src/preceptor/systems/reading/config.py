@@ -83,7 +83,7 @@ class DataOptions(Options):
     article: str = Field("", description="File, URL or Wikipedia title; empty is the bundled article.")
     train_articles: str = Field("", description="Folder of articles to train on instead; each update reads one.")
     eval_articles: str = Field("", description="Folder of held-out articles, which are only evaluated.")
-    language: str = Field("en", description="Wikipedia's language for titles.")
+    language: str = Field("en", description="Language that sentences are split by, and Wikipedia's for titles.")
     pairing: Literal["sentences", "chunks"] = Field(
         "sentences", description="Whether pairs are sentences or token chunks of fixed length."
     )

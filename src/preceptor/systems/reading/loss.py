@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
+from preceptor.lm.log_probs import MAX_SAVED_LOGITS, in_blocks
 from preceptor.lm.model import LanguageModel
+from preceptor.lm.sampling import Sampling
 from preceptor.lm.score import pad_rows, span_mask
 from preceptor.objectives.kl import entropy, kl_exact
 from preceptor.objectives.policy_gradient import reinforce_loss
@@ -178,28 +180,103 @@ def score_actions(
     # The logits at t predict the token at t + 1. No sequence begins with a query, so nothing wraps around.
     keep = is_kept.roll(-1, dims=1)
     is_query = at_query[is_kept]  # of the kept positions, row by row
-    output = lm.forward(tokens, keep=keep, capture=policy.captured_module)
-    query_logits, value_logits = output.logits[is_query], output.logits[~is_query]  # query vocab, value vocab
-
     queries = trajectories.queries.to(lm.device)
-    log_probs = policy.sampling.log_probs(query_logits, drawn=queries.flatten())  # query vocab
+    drawn = torch.full(is_query.shape, -1, device=lm.device).masked_scatter(is_query, queries.flatten())
+    scored, hidden = _score_tokens(
+        lm, tokens, keep, is_query, drawn, policy.sampling, reference_model, capture=policy.captured_module
+    )
     available = trajectories.available_mask.to(lm.device)
-    captured = None if output.captured is None else output.captured[at_query].unflatten(0, shape)
+    captured = None if hidden is None else hidden[at_query].unflatten(0, shape)
     vectors = policy.query_vectors(keys, captured=captured, queries=queries)  # batch step dimension
     selections = selection_log_probs(  # batch step pairs
         vectors, keys.vectors, available_mask=available, temperature=policy.temperature
     )
-    query_kl = value_kl = None
-    if reference_model is not None:
-        with torch.no_grad():
-            reference_logits = reference_model.forward(tokens, keep=keep).logits
-        query_kl = kl_exact(query_logits, reference_logits[is_query])
-        value_kl = kl_exact(value_logits, reference_logits[~is_query])
     return ActionScores(
-        query_log_probs=log_probs.gather(-1, queries.flatten()[:, None])[:, 0].unflatten(0, shape),
-        query_entropy=entropy(log_probs).unflatten(0, shape),
+        query_log_probs=scored.log_probs.unflatten(0, shape),
+        query_entropy=scored.entropy.unflatten(0, shape),
         selection_log_probs=selections.gather(-1, trajectories.order.to(lm.device)[..., None])[..., 0],
         selection_entropy=selection_entropy(selections, available),
-        query_kl=query_kl,
-        value_kl=value_kl,
+        query_kl=scored.query_kl,
+        value_kl=scored.value_kl,
     )
+
+
+@dataclass(frozen=True)
+class _TokenScores:
+    """Of query tokens their log-probability and the entropy they were drawn from, and KLs to the reference model."""
+
+    log_probs: Float[Tensor, " query"]
+    entropy: Float[Tensor, " query"]
+    query_kl: Float[Tensor, " query"] | None
+    value_kl: Float[Tensor, " value"] | None
+
+
+def _score_tokens(
+    lm: LanguageModel,
+    tokens: Int[Tensor, "batch time"],
+    keep: Bool[Tensor, "batch time"],
+    is_query: Bool[Tensor, " kept"],
+    drawn: Int[Tensor, " kept"],
+    sampling: Sampling,
+    reference_model: LanguageModel | None,
+    *,
+    capture: nn.Module | None,
+) -> tuple[_TokenScores, Tensor | None]:
+    """Scores of the kept tokens, and what ``capture`` puts out.
+
+    Where the logits are many, the head is applied to a few positions at a time, forth and back: with a vocabulary of
+    128,256 a single copy of the logits of 1,000 positions takes 489 MiB, and the loss needs about ten.
+    """
+
+    def query_scores(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        log_probs = sampling.log_probs(logits, drawn=chosen)  # query vocab
+        return log_probs.gather(-1, chosen[:, None])[:, 0], entropy(log_probs)
+
+    in_parts = len(is_query) * lm.vocab_size > MAX_SAVED_LOGITS and lm.has_linear_head
+    if reference_model is not None:
+        in_parts = in_parts and reference_model.has_linear_head
+    if not in_parts:
+        output = lm.forward(tokens, keep=keep, capture=capture)
+        query_kl = value_kl = None
+        log_probs, entropies = query_scores(output.logits[is_query], drawn[is_query])
+        if reference_model is not None:
+            with torch.no_grad():
+                reference_logits = reference_model.forward(tokens, keep=keep).logits
+            query_kl = kl_exact(output.logits[is_query], reference_logits[is_query])
+            value_kl = kl_exact(output.logits[~is_query], reference_logits[~is_query])
+        return _TokenScores(log_probs, entropies, query_kl, value_kl), output.captured
+
+    states, captured = lm.states(tokens, keep=keep, capture=capture)  # kept width
+    num_rows = max(1, MAX_SAVED_LOGITS // lm.vocab_size)
+    if reference_model is None:
+        log_probs, entropies = in_blocks(
+            lambda part, chosen: query_scores(lm.logits_of(part), chosen),
+            states[is_query],
+            drawn[is_query],
+            num_rows=num_rows,
+        )
+        return _TokenScores(log_probs, entropies, None, None), captured
+    with torch.no_grad():
+        reference_states, _ = reference_model.states(tokens, keep=keep)
+
+    def divergence(logits: Tensor, reference_part: Tensor) -> Tensor:
+        with torch.no_grad():
+            reference_logits = reference_model.logits_of(reference_part)
+        return kl_exact(logits, reference_logits)
+
+    def query_block(part: Tensor, reference_part: Tensor, chosen: Tensor) -> tuple[Tensor, ...]:
+        logits = lm.logits_of(part)
+        return (*query_scores(logits, chosen), divergence(logits, reference_part))
+
+    log_probs, entropies, query_kl = in_blocks(
+        query_block, states[is_query], reference_states[is_query], drawn[is_query], num_rows=num_rows
+    )
+    value_kl = states.new_zeros(0)
+    if not bool(is_query.all()):
+        (value_kl,) = in_blocks(
+            lambda part, reference_part: (divergence(lm.logits_of(part), reference_part),),
+            states[~is_query],
+            reference_states[~is_query],
+            num_rows=num_rows,
+        )
+    return _TokenScores(log_probs, entropies, query_kl, value_kl), captured

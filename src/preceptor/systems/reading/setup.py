@@ -143,6 +143,9 @@ def prepare(config: ReadingConfig, run: Run, services: Services) -> Setup:
         held_out=tuple(each.name for each in pairs.held_out),
     )
     policy.temperature = initial_policy.temperature = selection.temperature or calibrate(setup)
+    if not (run.path / "articles.json").is_file():  # told once, when nothing can be refused any more
+        for remark in (remark for each in every for remark in each.remarks):
+            run.notice(remark)
     if kept:
         replace_file(run.path / MARKERS_NAME, json.dumps(kept, ensure_ascii=False) + "\n")
     replace_file(run.path / "articles.json", row_json(_articles_json(setup)) + "\n")
