@@ -229,9 +229,9 @@ def test_trackers_open_at_the_first_row_and_close_with_the_run(tmp_path: Path, m
     opened: list[tuple[str, int]] = []
     tracked = Tracked()
 
-    def open_tracker(name: str, folder: Path, *, first_step: int, config: Any) -> Tracked:
+    def open_tracker(name: str, folder: Path, *, first_step: int, manifest: Any) -> Tracked:
         opened.append((name, first_step))
-        assert config == PLAIN
+        assert manifest["config"] == PLAIN
         return tracked
 
     monkeypatch.setattr("preceptor.runs.folder.open_tracker", open_tracker)

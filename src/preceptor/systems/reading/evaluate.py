@@ -273,7 +273,7 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         config: the resolved configuration.
         seeds: of the runs.
     """
-    if config["episode"].get("pool") == "mixed":
+    if config.get("episode", {}).get("pool") == "mixed":
         from preceptor.systems.reading.study.evaluate import result as study_result
 
         return study_result(records, config=config, seeds=seeds)
