@@ -87,9 +87,11 @@ def test_a_study_from_end_to_end(words: list[str], tmp_path: Path) -> None:
 
     # A decision that names what is not there is refused.
     decisions = rows(folder / "decisions.jsonl")
+    recorded = (folder / "decisions.jsonl").read_bytes()
     (folder / "decisions.jsonl").write_text(json.dumps({**decisions[0], "order": [99]}) + "\n")
     with pytest.raises(DataError, match="not all in the pool"):
         list(verify(config, folder, Services(cache_dir=tmp_path)))
+    (folder / "decisions.jsonl").write_bytes(recorded)  # a sealed run that was changed has no page
     page = write_page(folder).read_text()
     assert "Asked about an article" in page
     assert "One sentence of an article read" in page
