@@ -11,7 +11,7 @@ LOWEST_TORCH ?= build/lowest/bin/pip install --quiet --disable-pip-version-check
 # A demo never overwrites an earlier one.
 DEMO_OUT := $(or $(DEMO_OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: help demo test quick test-all mutants bench docs lint check format constraints lowest clean
+.PHONY: help demo soak fuzz test quick test-all mutants bench docs lint check format constraints lowest clean
 
 help: ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -20,8 +20,11 @@ demo: $(VENV)/installed-demo ## Learn the order of one article, then what to rea
 	$(BIN)/preceptor run reading --preset default --threads 2 --out $(DEMO_OUT)/order
 	$(BIN)/preceptor run reading --preset study --threads 2 --out $(DEMO_OUT)/study
 
-test: $(VENV)/installed-test ## All tests but the slow ones, with the examples of docstrings and docs
+test: $(VENV)/installed-test ## All tests but the slow ones, with the examples of docstrings and docs; then two minutes of campaigns
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
+	rm -rf build/slice
+	$(BIN)/python -m campaigns soak --seconds 60 --out build/slice crash-points full-disk write-errors flips races
+	$(BIN)/python -m campaigns fuzz --seconds 60 --out build/slice
 
 quick: $(VENV)/installed-test ## The mathematics and one system, in under a minute
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow" src/preceptor/objectives tests/objectives tests/systems/bandit
@@ -31,6 +34,12 @@ test-all: $(VENV)/installed-test ## The slow tests too
 
 mutants: $(VENV)/installed-test ## Plant every fault of tools/mutants/faults.yaml: hours, resumable (MUTANTS="--only lm --jobs 2")
 	nice -n 15 $(BIN)/python -m tools.mutants $(MUTANTS)
+
+soak: $(VENV)/installed-test ## Kills, crash points, full disks, flips, races; hours, resumable (SOAK="--seconds 600")
+	$(BIN)/python -m campaigns soak $(SOAK)
+
+fuzz: $(VENV)/installed-test ## Malformed input of every kind; hours, resumable (FUZZ="--seconds 600")
+	$(BIN)/python -m campaigns fuzz $(FUZZ)
 
 bench: $(VENV)/installed-test ## Every benchmark beside its peer (BENCH=decode for one); a clean commit adds lines to benchmarks/history.jsonl
 	$(BIN)/python -m benchmarks $(BENCH)

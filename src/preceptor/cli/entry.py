@@ -33,7 +33,7 @@ Use RL to steer how a language model trains, and measure how much it helps.
 
 _STORAGE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM),
-    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EMFILE),
 }
 
 
@@ -66,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_unwritable_output()  # its reader (`| head`) has left
         return 141
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # a word of the command line that can be no path
+            return _complain(
+                [f"{short_repr(error.filename)} is longer than a file's name can be"], ConfigError.exit_code
+            )
         if error.errno not in _STORAGE_ERRORS:
             return _bug()
         what = "disk full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
