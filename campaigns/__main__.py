@@ -18,7 +18,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
     parser.add_argument("--out", type=Path, default=Path("build/campaigns"))
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     classes = importlib.import_module(f"campaigns.{options.campaign}").CLASSES
     if unknown := set(options.classes) - classes.keys():
         parser.error(f"unknown {', '.join(sorted(unknown))}; there are {', '.join(classes)}")
