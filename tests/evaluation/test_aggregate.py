@@ -163,7 +163,9 @@ def test_a_grid_with_holes_is_not_tested_and_says_why() -> None:
     assert crossed_p_value(unbalanced) is None
     measured = _measured(unbalanced)
     assert claims([measured]) == [False]
-    assert "only 19 of 100 pairs of seed and item were measured" in verdict([measured], noun="article")
+    assert "only 19 of 100 pairs of seed and item were measured" in verdict(
+        [measured], lower_is_better=(), noun="article"
+    )
 
 
 @pytest.mark.parametrize(("num_seeds", "num_items"), [(5, 2), (10, 3), (5, 5), (10, 10)])

@@ -32,13 +32,13 @@ class Conclusion(TypedDict):
 def verdict(
     comparisons: Sequence[Comparison],
     *,
+    lower_is_better: Collection[str],
     conclusions: Sequence[Conclusion] = (),
     query_text: QueryText | None = None,
     gaps: Mapping[str, Gap] | None = None,
     measured: Sequence[str] = (),
     noun: str = "",
     subject: str = "",
-    lower_is_better: Collection[str] = (),
     level: float = 0.95,
 ) -> str:
     """One paragraph: what happened, a sentence for each split, then what else was measured and may be concluded.
@@ -48,16 +48,16 @@ def verdict(
 
     Args:
         comparisons: all that is compared, the one that matters most first.
+        lower_is_better: metrics of which less is better, as in ``result.json``: there the lower arm beats the other.
         conclusions: further sentences that rest on claims.
         query_text: what a gain owes to the query text.
         gaps: share of the gap closed, by split.
         measured: sentences that claim nothing.
         noun: what an item is called (``"article"``); without one the verdict speaks of seeds alone.
         subject: who is compared first, in words ("the learned order"); the name of its arm by default.
-        lower_is_better: metrics of which less is better.
         level: of all intervals given.
 
-    >>> verdict([])
+    >>> verdict([], lower_is_better=())
     'Nothing was compared, so no difference can be claimed.'
     """
     members = family(comparisons, conclusions, query_text)
@@ -107,28 +107,27 @@ def _key(comparison: Comparison) -> tuple[str, str, str, str]:
     return comparison["arm"], comparison["baseline"], comparison["metric"], comparison["split"]
 
 
-def opening(
-    comparison: Comparison, *, subject: str, claimed: bool, place: str = "", lower_is_better: bool = False
-) -> str:
+def opening(comparison: Comparison, *, subject: str, claimed: bool, lower_is_better: bool, place: str = "") -> str:
     """One plain sentence of at most twenty words or so that says what happened, the first of every verdict.
 
     Args:
         comparison: the one that a run is about.
         subject: who is compared: "the learned order".
         claimed: whether the difference may be claimed, in its family.
-        place: where: "on this article"; empty says nothing of it.
         lower_is_better: in the compared metric.
+        place: where: "on this article"; empty says nothing of it.
 
     >>> measured: Comparison = {
     ...     "arm": "learned", "baseline": "random", "metric": "reward", "split": "train", "mean": 0.045, "low": None,
     ...     "high": None, "unit": "nats/value token", "n": 1, "num_seeds": 1, "num_items": 1, "share_improved": 1.0,
     ...     "p_value": None,
     ... }
-    >>> opening(measured, subject="the learned order", claimed=False, place="on this article")
+    >>> words = {"subject": "the learned order", "lower_is_better": False}
+    >>> opening(measured, claimed=False, place="on this article", **words)
     'The learned order beats random by 0.045 nats per value token on this article; one seed proves nothing yet.'
-    >>> opening({**measured, "num_seeds": 9}, subject="the learned order", claimed=True)
+    >>> opening({**measured, "num_seeds": 9}, claimed=True, **words)
     'The learned order beats random by 0.045 nats per value token over 9 seeds.'
-    >>> opening({**measured, "num_seeds": 9}, subject="the learned order", claimed=False)
+    >>> opening({**measured, "num_seeds": 9}, claimed=False, **words)
     'Over 9 seeds the learned order cannot be told from random (0.045 nats per value token).'
     """
     baseline = _words(comparison["baseline"])

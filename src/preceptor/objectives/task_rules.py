@@ -232,7 +232,7 @@ class MeanAdvantage(TaskRule):
 
 
 @dataclass(frozen=True)
-class UpperConfidence(TaskRule):
+class UpperConfidence(MeanAdvantage):
     """Softmax of the mean absolute advantage of the latest groups plus √(2 ln(n + 1) / (n_k + 1)).
 
     Source: DUMP, arXiv 2504.09710.
@@ -242,16 +242,7 @@ class UpperConfidence(TaskRule):
         temperature: of the softmax, above 0.
     """
 
-    exploration: float | int = 0.0
     rate: float | int = 0.05
-    temperature: float | int = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_ranges(
-            ("rate", self.rate, 0 < self.rate <= 1, "lie in (0, 1]"),
-            ("temperature", self.temperature, self.temperature > 0, "be above 0"),
-        )
 
     def initial_state(self, tasks: Sequence[int]) -> State:
         """No group yet."""

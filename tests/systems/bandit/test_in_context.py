@@ -77,6 +77,9 @@ def test_every_player_is_judged_on_unseen_bandits(trained: Path) -> None:
     ratio = result(trained)["of_thompson"]["regret"]
     assert ratio["mean"] == pytest.approx(regret(trained, "learned") / regret(trained, "thompson"))
     assert ratio["low"] <= ratio["mean"] <= ratio["high"]
+    # More regret is worse: the sentence says so.
+    relation = "trails" if ratio["mean"] > 1 else "beats"
+    assert result(trained)["verdict"].startswith(f"The trained model {relation} thompson by ")
 
 
 def test_a_resumed_run_is_the_run_that_was_not_stopped(

@@ -26,6 +26,8 @@ SUBJECT = "the trained model"
 
 CROSSING = ("first_word", "first_word_named_first", "first_word_named_second", "template_spread")
 
+LOWER_IS_BETTER = ("regret", "suffix_failure")
+
 COMPARED = (
     ("best_word", "pretrained"),
     ("reward", "uniform"),
@@ -80,14 +82,16 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         "table": list(TABLE),
         "oracles": ["optimum"],
         "baseline": "uniform",
-        "lower_is_better": ["regret"],
+        "lower_is_better": [*LOWER_IS_BETTER],
         "comparisons": comparisons,
         "crossing": crossing,
         "word_scores": scores,
         "subject": SUBJECT,
         "conclusions": conclusions,
         "measured": measured,
-        "verdict": verdict(comparisons, conclusions=conclusions, measured=measured, subject=SUBJECT),
+        "verdict": verdict(
+            comparisons, lower_is_better=LOWER_IS_BETTER, conclusions=conclusions, measured=measured, subject=SUBJECT
+        ),
         "records": list(records),
         "paired_records": averaged,
     }
@@ -130,11 +134,13 @@ def _in_context_result(
         "table": ["regret", "suffix_failure", "greediness", "optimal_share"],
         "oracles": ["optimal"],
         "baseline": "thompson",
-        "lower_is_better": ["regret", "suffix_failure"],
+        "subject": SUBJECT,
+        "lower_is_better": [*LOWER_IS_BETTER],
         "comparisons": comparisons,
         "regret": regret,
         "of_thompson": ratios,
-        "verdict": verdict(comparisons) + f" Regret of Thompson sampling's: {_ratio_text(ratio)}.",
+        "verdict": verdict(comparisons, lower_is_better=LOWER_IS_BETTER, subject=SUBJECT)
+        + f" Regret of Thompson sampling's: {_ratio_text(ratio)}.",
         "records": list(records),
         "paired_records": list(records),
     }

@@ -267,7 +267,14 @@ def verdict(comparisons: Sequence[Comparison], gaps: Mapping[str, Gap]) -> str:
     first, num_seeds = comparisons[0], comparisons[0]["num_seeds"]
     named = family([first, *adaptive, *reward_gains, *contributions])
     claimed = [c for c, claim in zip(named, claims(named), strict=True) if claim]
-    sentences = [opening(first, subject=_subject(first), claimed=first in claimed)]
+    sentences = [
+        opening(
+            first,
+            subject=_subject(first),
+            claimed=first in claimed,
+            lower_is_better=first["metric"] in LOWER_IS_BETTER,
+        )
+    ]
     if num_seeds < MINIMUM_SEEDS:
         sentences.append(
             f"With {num_seeds} seed{'s' * (num_seeds != 1)} no difference can be claimed, for that takes at least "

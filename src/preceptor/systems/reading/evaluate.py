@@ -315,6 +315,8 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         "gap_closed": {split: gaps.get(split) or NOT_MEASURED for split in SPLITS},
         "query_text": text,
         "subject": SUBJECT,
-        "verdict": verdict(comparisons, gaps=gaps, query_text=text, noun="article", subject=SUBJECT),
+        "verdict": verdict(
+            comparisons, lower_is_better=(), gaps=gaps, query_text=text, noun="article", subject=SUBJECT
+        ),
         "records": list(records),
     }

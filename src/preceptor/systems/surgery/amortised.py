@@ -28,10 +28,11 @@ from preceptor.runs.metrics import read_jsonl
 from preceptor.runs.record import read_manifest
 from preceptor.systems.base import Replayed
 from preceptor.systems.surgery import search
+from preceptor.systems.surgery.baselines import sac_agent
 from preceptor.systems.surgery.config import SurgeryConfig
 from preceptor.systems.surgery.environment import Student, scheduled_rate
 from preceptor.systems.surgery.patient import Patient, pretrained_patient, train_students
-from preceptor.systems.surgery.policy import ReplayBuffer, SacAgent
+from preceptor.systems.surgery.policy import SacAgent
 from preceptor.systems.surgery.repaired import result
 from preceptor.systems.surgery.rewards import draw_windows
 from preceptor.systems.surgery.setup import Setup, prepare
@@ -73,20 +74,13 @@ class State:
     """The two learners, what the second is paid next, and the records so far."""
 
     def __init__(self, setup: Setup, ward: Ward) -> None:
-        agent = setup.config.agent
-        dims = {"state_dim": ward.num_sites * FEATURE_DIM, "action_dim": ward.num_sites}
         self.agents = {
-            name: SacAgent(
-                **dims,
-                buffer=ReplayBuffer(agent.capacity, **dims, spill_folder=setup.folder),
+            name: sac_agent(
+                setup.config.agent,
+                state_dim=ward.num_sites * FEATURE_DIM,
+                action_dim=ward.num_sites,
                 generator=setup.generator("surgeon weights"),  # the same beginning for both
-                hidden_dim=agent.hidden_dim,
-                learning_rate=agent.learning_rate,
-                discount=agent.discount,
-                target_step=agent.target_step,
-                batch_size=agent.batch_size,
-                initial_temperature=agent.initial_temperature,
-                random_steps=agent.random_edits,
+                spill_folder=setup.folder,
                 networks=site_networks,
             )
             for name in LEARNERS

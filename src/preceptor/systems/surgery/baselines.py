@@ -13,9 +13,35 @@ from torch import Tensor
 
 from preceptor.objectives.statistics import RunningMoments
 from preceptor.systems.surgery.config import AgentOptions
-from preceptor.systems.surgery.policy import ReplayBuffer, SacAgent
+from preceptor.systems.surgery.policy import Networks, ReplayBuffer, SacAgent
 
 Action = Float[Tensor, " action"]
+
+
+def sac_agent(
+    options: AgentOptions,
+    *,
+    state_dim: int,
+    action_dim: int,
+    generator: torch.Generator,
+    spill_folder: Path,
+    networks: Networks | None = None,
+) -> SacAgent:
+    """The agent that ``options`` describe, with an empty replay buffer; see :class:`SacAgent` and its buffer."""
+    return SacAgent(
+        state_dim,
+        action_dim,
+        buffer=ReplayBuffer(options.capacity, state_dim=state_dim, action_dim=action_dim, spill_folder=spill_folder),
+        generator=generator,
+        hidden_dim=options.hidden_dim,
+        learning_rate=options.learning_rate,
+        discount=options.discount,
+        target_step=options.target_step,
+        batch_size=options.batch_size,
+        initial_temperature=options.initial_temperature,
+        random_steps=options.random_edits,
+        networks=networks,
+    )
 
 
 def make_surgeon(
@@ -52,19 +78,7 @@ def make_surgeon(
         return RandomSurgeon(torch.tensor(learned_actions))
     # `learned` and `shuffled` are one agent; only what it is told differs.
     return SacSurgeon(
-        SacAgent(
-            state_dim,
-            action_dim,
-            buffer=ReplayBuffer(agent.capacity, state_dim=state_dim, action_dim=action_dim, spill_folder=spill_folder),
-            generator=generator,
-            hidden_dim=agent.hidden_dim,
-            learning_rate=agent.learning_rate,
-            discount=agent.discount,
-            target_step=agent.target_step,
-            batch_size=agent.batch_size,
-            initial_temperature=agent.initial_temperature,
-            random_steps=agent.random_edits,
-        ),
+        sac_agent(agent, state_dim=state_dim, action_dim=action_dim, generator=generator, spill_folder=spill_folder),
         updates_per_edit=agent.updates_per_edit,
         shuffled=name == "shuffled",
     )

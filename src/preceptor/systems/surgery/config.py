@@ -208,7 +208,7 @@ class AgentOptions(Options):
     batch_size: int = Field(64, ge=1, description="Number of transitions per update.")
     updates_per_edit: int = Field(8, ge=0, description="Number of the agent's updates per edit.")
     initial_temperature: float = Field(
-        0.05, gt=0, description="Initial entropy weight; rewards are divided by their running standard deviation."
+        0.05, gt=0, description="Initial entropy weight; rewards are divided by their running root mean square."
     )
     random_edits: int = Field(30, ge=0, description="Number of edits drawn uniformly before the policy acts.")
     capacity: int = Field(10_000, ge=1, description="Number of transitions in the replay buffer.")

@@ -46,6 +46,8 @@ TABLE = ("log_prob", "accuracy", "quality", "committed", "model_calls", "tokens"
 SUBJECT = "the surgeon"
 """Who the verdict opens with."""
 
+LOWER_IS_BETTER = ("repetition", "plateau_step")
+
 RIVALS = ("no_edit", "shuffled", "evolution", "random", "best_of_n", "gradient")
 DECIDING = ("evolution", "shuffled")
 """Baselines that SAC must beat before the verdict says that the surgeon helps."""
@@ -246,13 +248,19 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         "arms": summarise(unique, units=UNITS, split="held_out"),
         "table": list(TABLE),
         "baseline": "no_edit",
-        "lower_is_better": ["repetition", "plateau_step"],
+        "lower_is_better": [*LOWER_IS_BETTER],
         "comparisons": comparisons,
         "gap_to_other_objectives": gaps,
         "subject": subject,
         "conclusions": conclusions,
         "measured": measured,
-        "verdict": verdict(comparisons[:1], conclusions=conclusions, measured=measured, subject=subject),
+        "verdict": verdict(
+            comparisons[:1],
+            lower_is_better=LOWER_IS_BETTER,
+            conclusions=conclusions,
+            measured=measured,
+            subject=subject,
+        ),
         "charts": CHARTS,
         "records": unique,
     }

@@ -216,6 +216,6 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
             "train": {"mean": None, "low": None, "high": None, "n": 0, "reason": "judged on held-out articles alone"},
             "held_out": gaps["held_out"],
         },
-        "verdict": verdict(comparisons, gaps=gaps, noun="article"),
+        "verdict": verdict(comparisons, lower_is_better=(), gaps=gaps, noun="article"),
         "records": list(records),
     }
