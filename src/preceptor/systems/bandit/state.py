@@ -158,6 +158,8 @@ class InContextState:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         loss.backward()
+        if len(self.setup.fresh_tokens) and (gradient := self.setup.token_vectors.grad) is not None:
+            gradient[self.setup.fresh_tokens] = 0  # drawn anew for every update, so not learned
         return guarded_step(
             self.guard,
             self.optimizer,
