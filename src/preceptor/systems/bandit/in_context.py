@@ -103,10 +103,9 @@ def draw_words(setup: InContextSetup, n: int) -> None:
     dimensions = max(1, round(WORD_SHARE * width))
     drawn = torch.zeros(len(setup.fresh_tokens), width)
     drawn[:, :dimensions] = torch.randn(len(drawn), dimensions, generator=generator)
-    # As long as the vector of any other token: √width times the deviation of its entries.
-    vectors[setup.fresh_tokens] = (drawn * episodes.initial_deviation(width) * math.sqrt(width / dimensions)).to(
-        vectors
-    )
+    # All of one length, that of other tokens' vectors, so that no word is louder than another.
+    length = episodes.initial_deviation(width) * math.sqrt(width)
+    vectors[setup.fresh_tokens] = (length * F.normalize(drawn, dim=1)).to(vectors)
 
 
 def warm_step(setup: InContextSetup, state: InContextState, n: int) -> dict[str, Any]:
