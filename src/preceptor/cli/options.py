@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,6 +73,18 @@ def num_threads(text: str) -> int:
     if not (text.isdecimal() and len(text) <= 4 and 1 <= int(text) <= 1024):
         raise typer.BadParameter(f"must be a whole number from 1 to 1024, got {short_repr(text)}")
     return int(text)
+
+
+def num_bytes(text: str) -> int:
+    """A size such as ``8GiB``, ``500MiB`` or ``24GB`` in bytes.
+
+    >>> num_bytes("2GiB"), num_bytes("0.5 GB")
+    (2147483648, 500000000)
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?) ?([KMGT])(i?)B", text, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise typer.BadParameter(f"must be a size such as 8GiB or 500MiB, got {short_repr(text)}")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1))
 
 
 def _set_log_level(level: str) -> str:
