@@ -49,7 +49,10 @@ def main(words: list[str]) -> int:
     rows = metrics.read_text().splitlines() if metrics.exists() else []
     for step in range(len(rows) + 1, STEPS + 1):
         time.sleep(float(os.environ.get("FAKE_RUN_SECONDS", "0.02")))
-        rows.append(json.dumps({"step": step, "seconds": time.perf_counter(), "reward": seed_of(config) + step}))
+        row = {"step": step, "seconds": time.perf_counter(), "reward": seed_of(config) + step}
+        if mebibytes := os.environ.get("FAKE_RUN_GPU_MIB"):
+            row["peak_memory_mib"] = float(mebibytes)
+        rows.append(json.dumps(row))
         replace(metrics, "".join(f"{row}\n" for row in rows))
     records = [
         {

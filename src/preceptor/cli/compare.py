@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from preceptor.cli import options
-from preceptor.cli import launching
+from preceptor.cli import launching, options
 from preceptor.cli.launching import configuration_of_run
 from preceptor.cli.parsing import PassingCommand, SystemGroup, made, system_command
 from preceptor.config import to_dict
@@ -21,8 +20,8 @@ from preceptor.systems import find_system, known_systems
 from preceptor.systems.base import System
 
 if TYPE_CHECKING:
-    from preceptor.comparison.runs import FinishedRun
     from preceptor.comparison.cells import Cell
+    from preceptor.comparison.runs import FinishedRun
 
 HELP = """\
 Compare arms over seeds and inputs, or finished runs.
@@ -35,8 +34,10 @@ Compare arms over seeds and inputs, or finished runs.
 With a system it runs every seed on every input, several runs at a time with one thread each; words after -- are options
 of `preceptor run` for each of them. Started again with the same words it runs what is missing, and it may be killed at
 any moment. The runs are processes of this machine, tasks of a Ray cluster (--launcher ray) or jobs of Slurm
-(--launcher slurm), and --print lists them for any other scheduler; the comparison is the same. With folders of finished runs (or of a sweep) it compares these: runs whose configurations differ in seed
-and input alone are one set of arms, and where anything else differs each configuration has arms of its own.
+(--launcher slurm), and --print lists them for any other scheduler; the comparison is the same.
+
+With folders of finished runs (or of a sweep) it compares these: runs whose configurations differ in seed and input
+alone are one set of arms, and where anything else differs each configuration has arms of its own.
 """
 EPILOG = f"""\
 DIR then holds comparison.json (arms, paired differences, intervals, verdict), result.json and report.html (all runs as

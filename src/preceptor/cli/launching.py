@@ -126,12 +126,17 @@ def launch_of(
     if jobs is not None and not (jobs.isdecimal() and len(jobs) <= 4 and int(jobs) >= 1):
         faults.append(f"--jobs must be a whole number from 1, got {short_repr(jobs)}")
     numbers = {"--cpus": _number(cpus), "--gpus": _number(gpus)}
-    for flag, given in (("--cpus", cpus), ("--gpus", gpus)):
-        if given is not None and numbers[flag] is None:
-            faults.append(f"{flag} must be a number from 0 to 9999, got {short_repr(given)}")
-    belongs = [("--cpus", cpus, ("ray", "slurm")), ("--gpus", gpus, ("ray", "slurm"))]
-    belongs += [("--memory", memory and str(memory), ("ray", "slurm")), ("--address", address, ("ray",))]
-    belongs += [("--slurm", slurm and slurm[0], ("slurm",))]
+    for flag, text in (("--cpus", cpus), ("--gpus", gpus)):
+        if text is not None and numbers[flag] is None:
+            faults.append(f"{flag} must be a number from 0 to 9999, got {short_repr(text)}")
+    scheduled = ("ray", "slurm")
+    belongs: list[tuple[str, object, tuple[str, ...]]] = [
+        ("--cpus", cpus, scheduled),
+        ("--gpus", gpus, scheduled),
+        ("--memory", memory, scheduled),
+        ("--address", address, ("ray",)),
+        ("--slurm", slurm, ("slurm",)),
+    ]
     for flag, given, launchers in belongs:
         if given is not None and name not in launchers:
             faults.append(f"{flag} belongs to --launcher {' or '.join(launchers)}, not to {name}")

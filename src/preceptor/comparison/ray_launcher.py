@@ -6,13 +6,14 @@ see the folder of the sweep under the same path, and have the same Preceptor.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from preceptor.comparison.cells import Cell, CellFailed, Ended, Resources, run_to_end
-from preceptor.errors import ConfigError, MissingExtraError, PreceptorError
+from preceptor.errors import ConfigError, MissingExtraError, PreceptorError, short_repr
 
 MAX_LOST = 100
 """How often a cell's worker may be lost. A cell goes on from its checkpoint, so that each try brings it further."""
@@ -108,6 +109,8 @@ def _imported() -> Any:
 
 def _connect(ray: Any, address: str | None) -> None:
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    if address is not None:
+        _check_reachable(address)
     try:
         # "local" is said, since without an address Ray would take a cluster that happens to run here.
         if address is None:
@@ -116,10 +119,27 @@ def _connect(ray: Any, address: str | None) -> None:
             ray.init(address, **settings)
     except (ConnectionError, ValueError, RuntimeError) as error:
         said = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"--address {address or 'local'}: no Ray cluster there ({said}); start one with `ray start --head`, "
-            "or leave --address out for one of this machine's own"
-        ) from error
+        raise _no_cluster(address or "local", said) from error
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if address == "auto" or "://" in address:
+        return
+    if not (host and colon and port.isdecimal() and int(port) < 2**16):
+        raise ConfigError(f"--address must be HOST:PORT or auto, got {short_repr(address)}")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise _no_cluster(address, str(error.strerror or error)) from error
+
+
+def _no_cluster(address: str, said: str) -> ConfigError:
+    return ConfigError(
+        f"--address {address}: no Ray cluster there ({said}); start one with `ray start --head`, or leave --address "
+        "out for one of this machine's own"
+    )
 
 
 def _check_feasible(ray: Any, wanted: Resources, *, address: str | None, say: Callable[[str], None]) -> None:

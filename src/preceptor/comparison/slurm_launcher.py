@@ -1,7 +1,7 @@
 """Cells as jobs of Slurm, through submitit: one job a cell, which states its CPUs, GPUs, memory and time.
 
-A job that is preempted or out of time saves and goes back into the queue; one whose machine was lost is submitted again.
-Both go on from the cell's last checkpoint. submitit keeps what it passes to its jobs in the folder ``slurm``.
+A job that is preempted or out of time saves and goes back into the queue; one whose machine was lost is submitted
+again. Both go on from the cell's last checkpoint. submitit keeps what it passes to its jobs in the folder ``slurm``.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ MAX_LOST = 3
 class SlurmLauncher:
     """Jobs of the cluster that this machine can submit to.
 
-    ``settings`` are submitit's: ``partition``, ``account``, ``time`` (minutes), ``constraint`` and others of ``sbatch``;
-    ``cluster=local`` runs the same jobs as processes of this machine, to try them.
+    ``settings`` are submitit's: ``partition``, ``account``, ``time`` (minutes), ``constraint`` and others of
+    ``sbatch``; ``cluster=local`` runs the same jobs as processes of this machine, to try them.
 
     Raises:
         MissingExtraError: submitit is not installed.
@@ -99,7 +99,7 @@ class SlurmLauncher:
 
 
 class CellTask:
-    """What a job does: runs its cell to the end. It returns a failure instead of raising it, so that its code survives."""
+    """What a job does: it runs its cell to the end, and returns a failure, whose code an exception would lose."""
 
     def __init__(self, cell: Cell, root: Path, cwd: Path, program: Sequence[str]) -> None:
         self.arguments = (cell, root, cwd, tuple(program))
