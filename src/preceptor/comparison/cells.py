@@ -232,7 +232,7 @@ def run_to_end(
         try:
             job.process.wait()
         except BaseException:
-            end(job)
+            _end(job)
             raise
         ended = how_it_ended(job, root)
         if ended.failure is not None:
@@ -241,12 +241,12 @@ def run_to_end(
             time.sleep(LOCKED_SECONDS / 10)
 
 
-def end(job: Job, *, seconds: float = STOP_SECONDS) -> None:
+def _end(job: Job) -> None:
     """Tell the process of ``job`` to save and end, and wait for it; one that takes too long is killed."""
     with contextlib.suppress(ProcessLookupError):
         job.process.terminate()
     try:
-        job.process.wait(timeout=seconds)
+        job.process.wait(timeout=STOP_SECONDS)
     except subprocess.TimeoutExpired:
         job.process.kill()
         job.process.wait()

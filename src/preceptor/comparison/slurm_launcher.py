@@ -6,14 +6,17 @@ again. Both go on from the cell's last checkpoint. submitit keeps what it passes
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from preceptor.comparison.cells import Cell, CellFailed, Ended, Job, Resources, end, run_to_end
+from preceptor.comparison.cells import STOP_SECONDS, Cell, CellFailed, Ended, Job, Resources, run_to_end
 from preceptor.errors import ConfigError, MissingExtraError, PreceptorError, did_you_mean, short_repr
+from preceptor.runs.lock import is_locked
 
 FOLDER = "slurm"
 DAY = 24 * 60
@@ -119,7 +122,14 @@ class CellTask:
     def checkpoint(self) -> Any:
         """Called by submitit when the job is preempted or out of time: the cell saves, and the job is queued again."""
         if (job := self.__dict__.pop("_job", None)) is not None:
-            end(job)
+            _, root, *_ = self.arguments
+            with contextlib.suppress(ProcessLookupError):
+                job.process.terminate()
+            # Not `process.wait`: this interrupts the one of `run_to_end`, which holds its lock. The run's own lock is
+            # free when it has saved; one that takes too long is ended by Slurm, and goes on from an older checkpoint.
+            deadline = time.monotonic() + STOP_SECONDS
+            while is_locked(root / job.cell.name) and time.monotonic() < deadline:
+                time.sleep(0.1)
         return _imported().helpers.DelayedSubmission(self)
 
 
