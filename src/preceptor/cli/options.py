@@ -41,7 +41,7 @@ A configuration has four layers, and a later one wins key by key: the defaults, 
 _CONFIGURATION, _EXECUTION = "Configuration", "Execution"
 
 
-def _system_of(context: typer.Context) -> Any:
+def system_of(context: typer.Context) -> Any:
     """The system that a half-typed command is about, if it is known already."""
     # Half a word is no error while it is being typed.
     try:
@@ -51,12 +51,12 @@ def _system_of(context: typer.Context) -> Any:
 
 
 def _presets(ctx: typer.Context, incomplete: str) -> list[str]:
-    system = _system_of(ctx)
+    system = system_of(ctx)
     return [name for name in presets(system) if name.startswith(incomplete)] if system else []
 
 
 def _keys(ctx: typer.Context, incomplete: str) -> list[str]:
-    system = _system_of(ctx)
+    system = system_of(ctx)
     return [f"{key}=" for key in schema(system.Config) if key.startswith(incomplete)] if system else []
 
 
@@ -64,7 +64,7 @@ def arms_completed(ctx: typer.Context, incomplete: str) -> list[str]:
     """The arms that can continue a list of them."""
     # A list is completed in its last entry; what stands before the comma is repeated, for the shell replaces the word.
     before, comma, begun = incomplete.rpartition(",")
-    arms = getattr(_system_of(ctx), "choices", {}).get("arms", {})
+    arms = getattr(system_of(ctx), "choices", {}).get("arms", {})
     return [f"{before}{comma}{arm}" for arm in arms if arm.startswith(begun)]
 
 
