@@ -82,7 +82,7 @@ def test_a_trial_below_the_median_is_stopped(tmp_path: Path, monkeypatch: pytest
     assert best(outcomes) == max(finished, key=lambda outcome: outcome.values["seed"])
     assert all(outcome.value == outcome.values["seed"] + 11.5 for outcome in finished)
     for outcome in pruned:
-        assert 10 < outcome.steps < 16
+        assert 10 <= outcome.steps < 16
         # Stopped for a reason: half of what had ended by then was better.
         assert outcome.values["seed"] < sorted(one.values["seed"] for one in finished)[-2]
         assert not (tmp_path / f"trial{outcome.number:04}" / "result.json").exists()
@@ -146,7 +146,7 @@ def test_another_search_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 def test_a_metric_that_no_row_has_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has the metric 'rewrd' \(did you mean 'reward'\?\)"):
         searched(tmp_path, 3, plan=PLAN._replace(metric="rewrd"), num_jobs=1)
-    assert len(list(tmp_path.glob("trial*"))) == 1  # found after the first
+    assert len(list(tmp_path.glob("trial0*"))) == 1  # found after the first
 
 
 def test_numbers_that_diverge_fail_a_trial_and_anything_else_ends_the_search(

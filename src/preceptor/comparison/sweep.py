@@ -181,6 +181,7 @@ class Local:
         self._gpu_of: dict[str, str] = {}  # by name of the cell
         self._peak = self._gpu_peak = 0  # bytes; they outlive the process: cells are alike, and the next is predicted
         self._turn = 0
+        self._stopped: set[str] = set()
 
     def has_room(self) -> bool:
         if not self._running:
@@ -192,6 +193,7 @@ class Local:
         return len(self._running) < self._limit and fits and self._fits_gpu()
 
     def start(self, cell: Cell) -> None:
+        self._stopped.discard(cell.name)
         program = list(self._program)
         if self._gpus:
             gpu = self._next_gpu()
@@ -206,11 +208,18 @@ class Local:
             self._running.remove(job)
             self._note_gpu_peak(job)
             self._gpu_of.pop(job.cell.name, None)
-        return [how_it_ended(job, self._root) for job in over]
+        return [self._how_it_ended(job) for job in over]
+
+    def _how_it_ended(self, job: Job) -> Ended:
+        ended = how_it_ended(job, self._root)
+        if job.cell.name in self._stopped and not is_finished(self._root / job.cell.name):
+            return Ended(job.cell, CellFailed(f"{job.cell.name}: stopped", 130))
+        return ended
 
     def stop(self, cell: Cell, signal_number: int) -> None:
         for job in self._running:
             if job.cell == cell:
+                self._stopped.add(cell.name)
                 with contextlib.suppress(ProcessLookupError):
                     job.process.send_signal(signal_number)
 
