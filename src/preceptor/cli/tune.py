@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from preceptor.tuning.search import Outcome, Search
 
 HELP = """\
-Search the values of configuration keys for the best of a metric.
+Search a configuration's values for the best metric.
 
 \b
   preceptor tune reading --search update.learning_rate=1e-6:1e-3:log \\
     --metric reward --trials 30 --out runs/tuned
-  preceptor tune bandit --preset smoke --search update.baseline=none,bandit_mean \\
+  preceptor tune bandit --search update.baseline=none,bandit_mean \\
     --metric reward --trials 12 --out runs/tuned -- --device cpu
 
 Every trial is a run. The first ten trials are drawn at random, later ones where earlier ones did well (Optuna's TPE). A
