@@ -181,8 +181,9 @@ def launched(
     if launch.name == "ray":
         from preceptor.comparison.ray_launcher import RayLauncher
 
-        # Ray tells its makers of every start unless it is told not to.
+        # Ray tells its makers of every start, and lets its workers wait for everything else, unless told not to.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")
         launcher = RayLauncher(root, resources, address=launch.address, num_jobs=launch.num_jobs, say=say)
     elif launch.name == "slurm":
         from preceptor.comparison.slurm_launcher import SlurmLauncher
