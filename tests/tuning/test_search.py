@@ -165,3 +165,22 @@ def test_numbers_that_diverge_fail_a_trial_and_anything_else_ends_the_search(
     monkeypatch.delenv("FAKE_RUN_REFUSES")
     again = searched(tmp_path / "b", 6, plan=plan)  # the refused trial is tried again, and none is lost
     assert [outcome.state for outcome in again] == ["finished"] * 6
+
+
+def test_values_that_do_not_go_together_fail_a_trial_and_are_said(tmp_path: Path) -> None:
+    """Each is allowed by itself, so that only the whole configuration can tell."""
+
+    def picky(number: int, values: Mapping[str, Any]) -> Cell:
+        if values["seed"] == "1":
+            raise ConfigError("`a` and `b` exclude each other")
+        return cell_of(number, values)
+
+    said: list[str] = []
+    plan = PLAN._replace(space=(Dimension("seed", choices=("1", "2")),))
+    search = Search(plan, tmp_path, picky)
+    search.run(5, Local(tmp_path, num_jobs=2, program=FAKE), say=said.append)
+    states = [(outcome.values["seed"], outcome.state) for outcome in search.outcomes()]
+    search.close()
+    assert len(states) == 5
+    assert set(states) == {("1", "failed"), ("2", "finished")}
+    assert [line for line in said if line.endswith("is no configuration: `a` and `b` exclude each other")]

@@ -106,8 +106,8 @@ class Search:
     def run(self, num_trials: int, launcher: Launcher, *, say: Callable[[str], None] = lambda text: None) -> None:
         """Run trials until ``num_trials`` have been tried, those of earlier starts among them.
 
-        A trial whose numbers stayed NaN or infinite counts as failed. Any other failure ends the search as it ends a
-        sweep.
+        A trial whose numbers stayed NaN or infinite, or whose values do not go together, counts as failed. Any other
+        failure ends the search as it ends a sweep.
 
         Raises:
             ConfigError: the trials have no such metric.
@@ -118,16 +118,19 @@ class Search:
         say(f"{num_known - len(self._unfinished)} of {num_trials} trials are done")
 
         def take() -> Cell | None:
-            if self._unfinished:
-                frozen = self._unfinished.pop(0)
-                trial, told = self._optuna.trial.Trial(self._study, frozen._trial_id), set(frozen.intermediate_values)
-            elif len(self._study.get_trials(deepcopy=False)) < num_trials:
-                trial, told = self._study.ask(self._distributions), set()
-            else:
-                return None
-            cell = self._cell_of(trial.number, trial.params)
-            self._at_work[cell.name] = _AtWork(trial, cell, MetricsTail(self.root / cell.name / "metrics.jsonl"), told)
-            return cell
+            while (proposed := self._propose(num_trials)) is not None:
+                trial, told = proposed
+                try:
+                    cell = self._cell_of(trial.number, trial.params)
+                except ConfigError as error:
+                    # Each value is allowed by itself; some do not go together, which the sampler is told by a failure.
+                    self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+                    say(f"trial {trial.number} is no configuration: {error}")
+                    continue
+                tail = MetricsTail(self.root / cell.name / "metrics.jsonl")
+                self._at_work[cell.name] = _AtWork(trial, cell, tail, told)
+                return cell
+            return None
 
         def look() -> None:
             for name, work in self._at_work.items():
@@ -141,6 +144,15 @@ class Search:
             say(self._conclude(self._at_work.pop(cell.name), failure))
 
         carry_out(launcher, take, ended, look=look)
+
+    def _propose(self, num_trials: int) -> tuple[Any, set[int]] | None:
+        """A trial that an earlier start left, or a new one, and the steps that are told of it; None at the end."""
+        if self._unfinished:
+            left = self._unfinished.pop(0)
+            return self._optuna.trial.Trial(self._study, left._trial_id), set(left.intermediate_values)
+        if len(self._study.get_trials(deepcopy=False)) < num_trials:
+            return self._study.ask(self._distributions), set()
+        return None
 
     def _tell_rows(self, work: _AtWork) -> float | None:
         """Tell Optuna the trial's value after each new row; the newest value, None where no row has the metric."""
