@@ -80,6 +80,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Two machines with two CPUs each beside the driver's, which has none, so that both can be lost."""
     pytest.importorskip("ray", reason="the extra 'ray' is not installed")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     # Its workers are started by the cluster's own processes, with the environment of this moment.
     monkeypatch.setenv("FAKE_RUN_SECONDS", "0.15")
     import ray
@@ -171,6 +172,7 @@ def test_a_cell_that_fails_on_ray_is_named_with_its_own_exit_code(
     from preceptor.comparison.ray_launcher import RayLauncher
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     monkeypatch.setenv("FAKE_RUN_REFUSES", "1")
     with pytest.raises(ConfigError, match=r"no machine of the Ray cluster has 1 CPUs, 9 GPUs .*lower --cpus"):
         RayLauncher(tmp_path / "s", Resources(gpus=9))
@@ -191,6 +193,7 @@ def test_stopping_a_sweep_on_ray_tells_its_runs_to_save(tmp_path: Path, monkeypa
     from preceptor.comparison.ray_launcher import RayLauncher
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     monkeypatch.setenv("FAKE_RUN_SECONDS", "3")
     launcher = RayLauncher(tmp_path / "s", SMALL, program=FAKE)
     threading.Thread(target=_signal_when, args=(tmp_path / "s" / "seed0-x" / "manifest.json",), daemon=True).start()
