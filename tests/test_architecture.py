@@ -47,6 +47,7 @@ LEVELS = {
     "comparison": 7,
     "doctor": 7,
     "mixtures": 7,
+    "tuning": 8,
     "result": 8,
     "api": 9,
     "cli": 10,

@@ -34,6 +34,11 @@ def candidates(*words: str) -> list[str]:
         (["compare", "reading", "--arms", "learned,untr"], ["learned,untrained"]),
         (["run", "reading", "--tracker", "w"], ["wandb"]),
         (["list", "cu"], ["curriculum"]),
+        (["compare", "reading", "--launcher", ""], ["local", "ray", "slurm"]),
+        (["compare", "reading", "--add"], ["--address"]),
+        (["tune", "rea"], ["reading"]),
+        (["tune", "reading", "--search", "update.lea"], ["update.learning_rate="]),
+        (["tune", "reading", "--direction", "m"], ["max", "min"]),
         (["run", "nowhere", "--pre"], []),
     ],
 )

@@ -334,8 +334,12 @@ def test_help_teaches(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> No
             "list",
             "doctor",
             "compare",
+            "tune",
         ),
-        *("completion", *(f"{command} {system}" for command in ("run", "doctor", "compare") for system in SYSTEMS)),
+        *(
+            "completion",
+            *(f"{command} {system}" for command in ("run", "doctor", "compare", "tune") for system in SYSTEMS),
+        ),
     ],
 )
 def test_help_fits_eighty_columns_and_shows_only_what_belongs(

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-STEPS = 4
+STEPS = int(os.environ.get("FAKE_RUN_STEPS", "4"))
 
 
 def main(words: list[str]) -> int:
@@ -37,6 +37,9 @@ def main(words: list[str]) -> int:
         if f"{seed}" == os.environ.get("FAKE_RUN_REFUSES"):
             print("preceptor: error: `seed` is refused", file=sys.stderr)
             return 2
+        if f"{seed}" in os.environ.get("FAKE_RUN_DIVERGES", "").split():
+            print("preceptor: error: the loss stayed NaN", file=sys.stderr)
+            return 3
         config = json.loads(os.environ["FAKE_RUN_CONFIG"]) | {"seed": seed, "input": words[words.index("--input") + 1]}
         manifest = {
             "schema": 1, "system": "toy", "seed": seed, "streams": [], "save_every": 1, "keep_last": 1, "trackers": [],
@@ -49,7 +52,10 @@ def main(words: list[str]) -> int:
     rows = metrics.read_text().splitlines() if metrics.exists() else []
     for step in range(len(rows) + 1, STEPS + 1):
         time.sleep(float(os.environ.get("FAKE_RUN_SECONDS", "0.02")))
-        rows.append(json.dumps({"step": step, "seconds": time.perf_counter(), "reward": seed_of(config) + step}))
+        row = {"step": step, "seconds": time.perf_counter(), "reward": seed_of(config) + step}
+        if mebibytes := os.environ.get("FAKE_RUN_GPU_MIB"):
+            row["peak_memory_mib"] = float(mebibytes)
+        rows.append(json.dumps(row))
         replace(metrics, "".join(f"{row}\n" for row in rows))
     records = [
         {

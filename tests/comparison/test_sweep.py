@@ -21,9 +21,10 @@ import pytest
 from rich.console import Console
 
 from preceptor.comparison import sweep
+from preceptor.comparison.cells import Cell, CellFailed, Job
 from preceptor.comparison.result import comparison_of, merged_result
 from preceptor.comparison.runs import grouped, merged_records, read_finished, run_folders
-from preceptor.comparison.sweep import Cell, CellFailed, run_cells
+from preceptor.comparison.sweep import run_cells
 from preceptor.comparison.table import comparison_tables
 from preceptor.comparison.write import write_comparison
 from preceptor.errors import ConfigError, DataError, Interrupted
@@ -112,7 +113,8 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
-from preceptor.comparison.sweep import Cell, run_cells
+from preceptor.comparison.cells import Cell
+from preceptor.comparison.sweep import run_cells
 cells = [Cell(n, {{**{config!r}, "seed": s, "input": "x"}}, ("toy", "--seed", str(s), "--input", "x"))
          for n, s in {names!r}]
 run_cells(cells, Path({root!r}), num_jobs=3, program={program!r})
@@ -168,11 +170,11 @@ def _children(pid: int) -> list[int]:
 @pytest.fixture
 def at_work(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """At each start, how many runs are at work then, that one included; the others have done a step by then."""
-    started: list[sweep._Running] = []
+    started: list[Job] = []
     counts: list[int] = []
     start = sweep._start
 
-    def counting(cell: Cell, root: Path, program: Sequence[str]) -> sweep._Running:
+    def counting(cell: Cell, root: Path, program: Sequence[str]) -> Job:
         earlier = [job for job in started if job.process.poll() is None]
         assert all((root / job.cell.name / "metrics.jsonl").exists() for job in earlier)
         started.append(start(cell, root, program))
@@ -226,10 +228,10 @@ def test_a_signal_is_passed_on_and_the_handlers_are_put_back(
     number: signal.Signals, tmp_path: Path, starts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It comes while the first run is at work, which ends by it; no other begins."""
-    jobs: list[sweep._Running] = []
+    jobs: list[Job] = []
     start = sweep._start
 
-    def starting(*arguments: Any) -> sweep._Running:
+    def starting(*arguments: Any) -> Job:
         jobs.append(start(*arguments))
         threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
         return jobs[-1]

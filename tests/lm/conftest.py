@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from preceptor.lm.cpu import kernels
-from preceptor.lm.load import Adapter, _with_adapter, load_language_model
+from preceptor.lm.load import Adapter, load_language_model, with_adapter
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.tokenizer import train_bpe_tokenizer
 
@@ -108,9 +108,7 @@ def make_lora(make_lm: MakeLM) -> MakeLM:
 
     def make(family: str = "llama", **changes: Any) -> LanguageModel:
         lm = make_lm(family, **changes)
-        return LanguageModel(
-            _with_adapter(lm.model, Adapter(rank=2, alpha=4.0)), lm.tokenizer, name=f"{lm.name} + LoRA"
-        )
+        return LanguageModel(with_adapter(lm.model, Adapter(rank=2, alpha=4.0)), lm.tokenizer, name=f"{lm.name} + LoRA")
 
     return make
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -10,18 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from preceptor.cli import options
-from preceptor.cli.parsing import PassingCommand, SystemGroup, explained, made, system_command
-from preceptor.cli.run import run_command
+from preceptor.cli import launching, options
+from preceptor.cli.launching import configuration_of_run
+from preceptor.cli.parsing import PassingCommand, SystemGroup, made, system_command
 from preceptor.config import to_dict
 from preceptor.errors import ConfigError, did_you_mean, short_repr
 from preceptor.systems import find_system, known_systems
 from preceptor.systems.base import System
-from preceptor.systems.configuration import configuration
 
 if TYPE_CHECKING:
+    from preceptor.comparison.cells import Cell
     from preceptor.comparison.runs import FinishedRun
-    from preceptor.comparison.sweep import Cell
 
 HELP = """\
 Compare arms over seeds and inputs, or finished runs.
@@ -33,8 +33,11 @@ Compare arms over seeds and inputs, or finished runs.
 
 With a system it runs every seed on every input, several runs at a time with one thread each; words after -- are options
 of `preceptor run` for each of them. Started again with the same words it runs what is missing, and it may be killed at
-any moment. With folders of finished runs (or of a sweep) it compares these: runs whose configurations differ in seed
-and input alone are one set of arms, and where anything else differs each configuration has arms of its own.
+any moment. The runs are processes of this machine, tasks of a Ray cluster (--launcher ray) or jobs of Slurm
+(--launcher slurm), and --print lists them for any other scheduler; the comparison is the same.
+
+With folders of finished runs (or of a sweep) it compares these: runs whose configurations differ in seed and input
+alone are one set of arms, and where anything else differs each configuration has arms of its own.
 """
 EPILOG = f"""\
 DIR then holds comparison.json (arms, paired differences, intervals, verdict), result.json and report.html (all runs as
@@ -106,32 +109,63 @@ def _sweep(
     preset: options.Preset = "default",
     arms: Arms = "",
     out: Destination = None,
-    jobs: Annotated[
-        str | None,
-        typer.Option("--jobs", metavar="N", help="Runs at a time.  [default: by cores and memory]", show_default=False),
-    ] = None,
+    launcher: launching.Launcher = "local",
+    jobs: launching.Jobs = None,
+    cpus: launching.Cpus = None,
+    gpus: launching.Gpus = None,
+    memory: launching.Memory = None,
+    address: launching.Address = None,
+    slurm: launching.Slurm = None,
+    print_cells: Annotated[
+        bool,
+        typer.Option(
+            "--print",
+            help="List the missing runs as shell commands, for any other scheduler, and stop.",
+            rich_help_panel=launching.PANEL,
+        ),
+    ] = False,
     log_level: options.LogLevel = "warning",
     **given: list[str] | None,
 ) -> int:
     from preceptor.comparison.runs import read_finished
     from preceptor.comparison.sweep import run_cells
 
+    launch = launching.launch_of(launcher, jobs=jobs, cpus=cpus, gpus=gpus, memory=memory, address=address, slurm=slurm)
     if out is None:
         raise ConfigError("a sweep needs a folder; give --out DIR")
-    if jobs is not None and not (jobs.isdecimal() and len(jobs) <= 4 and int(jobs) >= 1):
-        raise ConfigError(f"--jobs must be a whole number from 1, got {short_repr(jobs)}")
     inputs = {flag: values for flag, values in given.items() if values is not None}
     cells = _cells(system, inputs, seeds=_seeds(seeds or []), preset=preset, passed=context.meta["passed"])
     _check_arms(system, _names(arms))
-    run_cells(cells, out, num_jobs=None if jobs is None else int(jobs), say=lambda text: print(text, flush=True))
+    if print_cells:
+        return _print_cells(cells, out)
+    with launching.launched(launch, out, device=launching.device_of(cells[0].arguments), say=_say) as its:
+        run_cells(cells, out, say=_say, launcher=its)
     return _conclude([read_finished(out / cell.name) for cell in cells], arms=_names(arms), out=out)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _print_cells(cells: Sequence[Cell], out: Path) -> int:
+    """The runs that are missing, a line each on the standard output and nothing else there, so that it can be piped."""
+    from preceptor.comparison.cells import check_folder, is_finished, shell_line
+
+    for cell in cells:
+        check_folder(out / cell.name, cell)
+    missing = [cell for cell in cells if not is_finished(out / cell.name)]
+    for cell in missing:
+        print(shell_line(cell, out))
+    note = f"{len(missing)} of {len(cells)} runs are missing; when all have ended, the same command without --print "
+    print(f"preceptor: {note}compares them", file=sys.stderr)
+    return 0
 
 
 def _cells(
     system: System, inputs: Mapping[str, Sequence[str]], *, seeds: Sequence[int], preset: str, passed: Sequence[str]
 ) -> list[Cell]:
     """Every seed on every input, each with its whole configuration, so that a fault is found before anything runs."""
-    from preceptor.comparison.sweep import Cell
+    from preceptor.comparison.cells import Cell
 
     cells: list[Cell] = []
     # An input that is given twice would be the same run twice.
@@ -141,7 +175,7 @@ def _cells(
         words = ["--preset", preset, *passed, "--seed", str(seed), "--threads", "1"]
         for flag, value in zip(inputs, values, strict=True):
             words += ["--set", f"{system.inputs[flag]}={value}"]
-        config = _configuration_of_run(system, words)
+        config = configuration_of_run(system, words)
         # Folder names in characters that every file system takes.
         stems = [re.sub(r"[^A-Za-z0-9._-]+", "-", Path(value).stem)[:40] for value in values]
         name = "-".join([f"seed{seed}", *stems])
@@ -150,24 +184,6 @@ def _cells(
         name += f"~{number + 1}" if number else ""
         cells.append(Cell(name, to_dict(config), (system.name, *words)))
     return cells
-
-
-def _configuration_of_run(system: System, words: Sequence[str]) -> Any:
-    """The configuration of ``preceptor run SYSTEM WORDS``, whose words must leave to the sweep what is the sweep's."""
-    for flag in ("--seed", "--threads", "--preset"):
-        # Once is right: the sweep's own is among the words.
-        if sum(word == flag or word.startswith(f"{flag}=") for word in words) > 1:
-            raise ConfigError(f"{flag} cannot stand after --; a sweep gives it to each run")
-    try:
-        # Parsed as `preceptor run` would parse it, so that a wrong option is found before any run starts.
-        given = run_command(system).make_context(f"preceptor run {system.name}", list(words)).params
-    except typer.TyperException as error:
-        raise ConfigError(f"after --: {explained(error)}") from error
-    if given["out"] is not None or given["print_config"]:
-        raise ConfigError("--out and --print-config cannot stand after --; a sweep has a folder for each run")
-    flags = {flag: given[flag] for flag in system.flags}
-    preset, file, overrides = given["preset"], given["config"], given["overrides"] or ()
-    return configuration(system, preset=preset, file=file, flags=flags, overrides=overrides)
 
 
 def _seeds(words: Sequence[str]) -> list[int]:

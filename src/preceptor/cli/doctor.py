@@ -30,12 +30,18 @@ Each check is a line: ok, warn or fail, with a figure and what to do.
 
 \b
   preceptor doctor reading --model DIR    before a run, with the run's options
+  preceptor doctor reading --preset paper --gpu-memory 24GiB
+                                          whether a GPU will hold the run
   preceptor doctor runs/mine              a finished run: hashes, logs, lock
 
 Before a run: model and tokenizer load, control tokens cannot come from data, the KV cache equals encoding afresh, the
 probability ratio is 1 and the KL 0 before the first step, what is sampled is what is scored, the gradient reaches
 exactly what is to learn, the reference stays frozen; then the run itself begins in a temporary folder, to forecast time
 and memory. It ends with exit code 7 if a check fails.
+
+What a GPU will hold is told part by part (weights, gradients, optimiser, reference, activations, logits, KV cache) from
+the model's config.json alone, and where it is too much, a setting under which it fits. With --gpu-memory nothing else
+is checked and no weights are loaded, so that any machine can tell for any other.
 """
 
 
@@ -71,6 +77,16 @@ def _doctor(
     print_config: options.PrintConfig = False,
     device: options.Device = "auto",
     threads: options.Threads = None,
+    gpu_memory: Annotated[
+        int | None,
+        typer.Option(
+            "--gpu-memory",
+            metavar="SIZE",
+            parser=options.num_bytes,
+            help="Only tell whether a GPU of this memory, such as 24GiB, holds the run.  [default: this device's]",
+            show_default=False,
+        ),
+    ] = None,
     no_forecast: Annotated[bool, typer.Option("--no-forecast", help="Do not begin the run to measure it.")] = False,
     log_level: options.LogLevel = "warning",
     **flags: Any,
@@ -79,6 +95,8 @@ def _doctor(
     if print_config:
         print(dump_yaml(resolved), end="")
         return 0
+    if gpu_memory is not None:
+        return _told(_gpu_memory(system.name, resolved, gpu_bytes=gpu_memory))
     return _told(_before(system.name, resolved, device=device, threads=threads, forecasts=not no_forecast))
 
 
@@ -98,12 +116,25 @@ def _told(checks: Iterable[Check]) -> int:
     return CHECK_FAILED if counts["fail"] else 0
 
 
+def _gpu_memory(name: str, config: Any, *, gpu_bytes: int) -> Iterator[Check]:
+    """What a GPU of ``gpu_bytes`` would hold; a model that cannot be looked at is a failed check."""
+    from preceptor.doctor.check import Check
+    from preceptor.doctor.memory import memory_checks
+
+    try:
+        yield from memory_checks(name, config, gpu_bytes=gpu_bytes)
+    except PreceptorError as error:
+        yield Check("fail", "GPU memory", str(error))
+
+
 def _before(name: str, config: Any, *, device: str, threads: int | None, forecasts: bool) -> Iterator[Check]:
     """The checks before a run: those of the model where the configuration names one, then the first steps."""
     from preceptor.doctor.check import Check
     from preceptor.doctor.forecast import forecast
 
     yield Check("ok", "configuration", f"{name}, no faults")
+    if (gpu_bytes := _device_bytes(device)) is not None:
+        yield from _gpu_memory(name, config, gpu_bytes=gpu_bytes)
     model = getattr(config, "model", None)
     if getattr(model, "name", ""):
         yield from _model(model, getattr(config, "episode", None), device=device, threads=threads)
@@ -117,6 +148,16 @@ def _before(name: str, config: Any, *, device: str, threads: int | None, forecas
             words = [name, "--config", str(file), "--device", device]
             words += ["--threads", str(threads)] if threads else []
             yield from forecast(words, Path(parent) / "run")
+
+
+def _device_bytes(device: str) -> int | None:
+    """The memory of the GPU that ``device`` means, None where it is none."""
+    import torch
+
+    from preceptor.runs.device import choose_device
+
+    chosen = choose_device(device)
+    return torch.cuda.get_device_properties(chosen).total_memory if chosen.type == "cuda" else None
 
 
 def _model(model: Any, episode: Any, *, device: str, threads: int | None) -> Iterator[Check]:

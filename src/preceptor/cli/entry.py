@@ -120,6 +120,7 @@ COMMANDS = {
     "run": "run:APP",
     "resume": "run:resume",
     "compare": "compare:APP",
+    "tune": "tune:APP",
     "watch": "watch:watch",
     "replay": "replay:replay",
     "study": "study:study",

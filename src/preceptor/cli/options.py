@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +41,7 @@ A configuration has four layers, and a later one wins key by key: the defaults, 
 _CONFIGURATION, _EXECUTION = "Configuration", "Execution"
 
 
-def _system_of(context: typer.Context) -> Any:
+def system_of(context: typer.Context) -> Any:
     """The system that a half-typed command is about, if it is known already."""
     # Half a word is no error while it is being typed.
     try:
@@ -50,12 +51,12 @@ def _system_of(context: typer.Context) -> Any:
 
 
 def _presets(ctx: typer.Context, incomplete: str) -> list[str]:
-    system = _system_of(ctx)
+    system = system_of(ctx)
     return [name for name in presets(system) if name.startswith(incomplete)] if system else []
 
 
 def _keys(ctx: typer.Context, incomplete: str) -> list[str]:
-    system = _system_of(ctx)
+    system = system_of(ctx)
     return [f"{key}=" for key in schema(system.Config) if key.startswith(incomplete)] if system else []
 
 
@@ -63,7 +64,7 @@ def arms_completed(ctx: typer.Context, incomplete: str) -> list[str]:
     """The arms that can continue a list of them."""
     # A list is completed in its last entry; what stands before the comma is repeated, for the shell replaces the word.
     before, comma, begun = incomplete.rpartition(",")
-    arms = getattr(_system_of(ctx), "choices", {}).get("arms", {})
+    arms = getattr(system_of(ctx), "choices", {}).get("arms", {})
     return [f"{before}{comma}{arm}" for arm in arms if arm.startswith(begun)]
 
 
@@ -72,6 +73,18 @@ def num_threads(text: str) -> int:
     if not (text.isdecimal() and len(text) <= 4 and 1 <= int(text) <= 1024):
         raise typer.BadParameter(f"must be a whole number from 1 to 1024, got {short_repr(text)}")
     return int(text)
+
+
+def num_bytes(text: str) -> int:
+    """A size such as ``8GiB``, ``500MiB`` or ``24GB`` in bytes.
+
+    >>> num_bytes("2GiB"), num_bytes("0.5 GB")
+    (2147483648, 500000000)
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?) ?([KMGT])(i?)B", text, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise typer.BadParameter(f"must be a size such as 8GiB or 500MiB, got {short_repr(text)}")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1))
 
 
 def _set_log_level(level: str) -> str:

@@ -25,7 +25,7 @@ from preceptor.systems.base import System
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 ONE_EACH = {"--set", "--tag"}
 """Options that are repeated for another value; what follows their value is a word of its own."""
-SWITCHES = {"-h", "--help", "--print-config", "--no-report", "--no-forecast"}
+SWITCHES = {"-h", "--help", "--print-config", "--no-report", "--no-forecast", "--print"}
 """Options without a value that can stand before a system's name."""
 
 

@@ -1,8 +1,7 @@
 """Runs the cells of a sweep, several at once, each as a ``preceptor run`` of its own in its own folder.
 
-A cell that has its ``result.json`` is not run again; one that was stopped is resumed from its last checkpoint, which
-gives the same numbers as if it had run through. So a sweep that was killed at any moment is started again with the same
-words and ends with the same results.
+The state of a sweep is on the disk alone. So one that was killed at any moment is started again with the same words and
+ends with the same results, also with another launcher.
 """
 
 from __future__ import annotations
@@ -13,49 +12,35 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from preceptor.comparison.runs import current_config
-from preceptor.errors import ConfigError, Interrupted, LockedError, PreceptorError
-from preceptor.runs.environment import changes, flattened
+from preceptor.comparison.cells import (
+    LOCKED_SECONDS,
+    LOGS,
+    Cell,
+    CellFailed,
+    Ended,
+    Job,
+    Launcher,
+    check_folder,
+    how_it_ended,
+    is_finished,
+    start_process,
+)
+from preceptor.errors import Interrupted
 from preceptor.runs.files import storage_errors
-from preceptor.runs.record import plain_config, read_manifest
+from preceptor.runs.metrics import read_jsonl
 
-LOGS = "logs"
-"""Folder of a sweep with what each cell said."""
-
-_LOCKED = LockedError.exit_code
 # Often enough that a free core is used at once, seldom enough to cost nothing.
 _POLL_SECONDS = 0.2
-# For how long a cell that another process holds is left alone.
-_LOCKED_SECONDS = 2.0
+_LOCKED_SECONDS = LOCKED_SECONDS
 # Room for cells that have not reached their own peak yet.
 _MEMORY_MARGIN = 1.25
+# What a process holds of a GPU besides its tensors: CUDA's context and kernels.
+_GPU_CONTEXT_BYTES = 600 * 2**20
 
-
-class Cell(NamedTuple):
-    """One run of a sweep."""
-
-    name: str  # of its folder
-    config: Mapping[str, Any]  # resolved, as plain values
-    arguments: tuple[str, ...]  # of `preceptor run`, but for --out
-
-
-class CellFailed(PreceptorError, RuntimeError):
-    """A cell ended with an error; ``exit_code`` is the cell's."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-class _Running(NamedTuple):
-    cell: Cell
-    process: subprocess.Popen[bytes]
-    log: Path
-    resumes: bool
+PROGRAM = (sys.executable, "-m", "preceptor")
 
 
 def run_cells(
@@ -63,133 +48,214 @@ def run_cells(
     root: Path,
     *,
     num_jobs: int | None = None,
-    program: Sequence[str] = (sys.executable, "-m", "preceptor"),
+    program: Sequence[str] = PROGRAM,
     say: Callable[[str], None] = lambda text: None,
+    launcher: Launcher | None = None,
 ) -> None:
-    """Run what is missing of ``cells`` below ``root``, at most ``num_jobs`` at a time (None: one for each core).
+    """Run what is missing of ``cells`` below ``root`` with ``launcher`` (None: :class:`Local` with ``num_jobs``).
 
-    However many are allowed, another cell starts only while the memory that is free holds one more of the largest seen
-    so far. The first failure stops the sweep once the cells at work have ended; Ctrl-C and SIGTERM are passed on to
-    them, and they save.
+    The first failure stops the sweep once the cells at work have ended; Ctrl-C and SIGTERM are passed on to them, and
+    they save.
 
     Raises:
         ConfigError: a cell's folder holds a run of another configuration.
         CellFailed: a cell ended with an error, which the message repeats.
         Interrupted: after the cells at work have saved.
     """
+    waiting = missing(cells, root)
+    say(f"{len(cells) - len(waiting)} of {len(cells)} runs are finished")
+    launcher = launcher or Local(root, num_jobs=num_jobs, program=program)
+    num_done = len(cells) - len(waiting)
+
+    def take() -> Cell | None:
+        return waiting.pop(0) if waiting else None
+
+    def ended(cell: Cell, failure: CellFailed | None) -> None:
+        nonlocal num_done
+        if failure is not None:
+            raise failure
+        num_done += 1
+        say(f"{cell.name} is finished ({num_done} of {len(cells)})")
+
+    carry_out(launcher, take, ended)
+
+
+def missing(cells: Sequence[Cell], root: Path) -> list[Cell]:
+    """The cells that are not finished below ``root``, where the folder for what they say is made.
+
+    Raises :class:`ConfigError` for a folder that holds a run of another configuration.
+    """
     # All of them before any is started: a mistake in the last cell should not cost the time of the others.
     for cell in cells:
-        _check(root / cell.name, cell)
-    waiting = [cell for cell in cells if not is_finished(root / cell.name)]
-    say(f"{len(cells) - len(waiting)} of {len(cells)} runs are finished")
+        check_folder(root / cell.name, cell)
     with storage_errors(f"create {root / LOGS}"):
         (root / LOGS).mkdir(parents=True, exist_ok=True)
-    limit = num_jobs or os.cpu_count() or 1
-    # The state of the sweep is on disk alone; these lists are only what this process has started.
-    running: list[_Running] = []
-    failure: CellFailed | None = None
-    locked_until: dict[str, float] = {}
-    peak = 0
+    return [cell for cell in cells if not is_finished(root / cell.name)]
+
+
+def carry_out(
+    launcher: Launcher,
+    take: Callable[[], Cell | None],
+    ended: Callable[[Cell, CellFailed | None], None],
+    *,
+    look: Callable[[], None] = lambda: None,
+) -> None:
+    """Start the cells that ``take`` gives, while the launcher has room, until it gives none and all have ended.
+
+    Args:
+        launcher: where they run.
+        take: the next cell, None when there is none.
+        ended: told how each cell ended. What it raises stops the sweep once the cells at work have ended.
+        look: called several times a second, to watch the cells at work.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM came; the cells at work have saved.
+    """
+    # These lists are only what this process has started.
+    at_work: list[Cell] = []
+    again: list[tuple[float, Cell]] = []  # when another process may have left it, and the cell
+    failure: Exception | None = None
     with _stop_signals() as stop:
-        while running or (waiting and failure is None and not stop):
-            # The peak outlives its process: cells are alike, so the largest so far predicts the next.
-            peak = max([peak, *(_peak_bytes(job.process.pid) for job in running)])
-            ready = [cell for cell in waiting if locked_until.get(cell.name, 0.0) <= time.monotonic()]
-            # The newest cell must have done a step before its memory says anything; until then no other is started.
-            settled = not running or _has_stepped(root / running[-1].cell.name)
-            fits = not running or (settled and peak * _MEMORY_MARGIN < _available_bytes())
-            # One start a round, so that every new cell is counted in the memory before the next.
-            if ready and failure is None and not stop and len(running) < limit and fits:
-                waiting.remove(ready[0])
-                running.append(_start(ready[0], root, program))
-                continue
-            time.sleep(_POLL_SECONDS)
-            for job in [job for job in running if job.process.poll() is not None]:
-                running.remove(job)
-                code = job.process.returncode
-                # The result decides, not the exit code: a run that wrote its result has done its work.
-                if is_finished(root / job.cell.name):
-                    done = len(cells) - len(waiting) - len(running)
-                    say(f"{job.cell.name} is finished ({done} of {len(cells)})")
-                elif code == _LOCKED or (not job.resumes and _is_begun(root / job.cell.name)):
-                    # A process that outlived a killed sweep is at work on it, and ends by itself. It may have come
-                    # first after a look at the folder; what else fails a fresh run fails its resume as well.
-                    locked_until[job.cell.name] = time.monotonic() + _LOCKED_SECONDS
-                    waiting.append(job.cell)
-                # The first failure is the one reported; those after it are often its consequence.
-                elif not stop:
-                    failure = failure or _failure(job)
-            if stop:
-                # Cells run in sessions of their own, so the signal reaches them only through here, exactly once.
-                for job in running:
-                    with contextlib.suppress(ProcessLookupError):
-                        job.process.send_signal(stop[0])
-                _wait_all(running)
+        while not stop:
+            if failure is None and launcher.has_room():
+                cell = take()
+                if cell is None and again and again[0][0] <= time.monotonic():
+                    cell = again.pop(0)[1]
+                # One start a round, so that every new cell is counted before the next.
+                if cell is not None:
+                    at_work.append(cell)
+                    launcher.start(cell)
+                    continue
+            if not at_work and (failure is not None or not again):
                 break
+            time.sleep(_POLL_SECONDS)
+            for one in launcher.ended():
+                at_work.remove(one.cell)
+                if one.again:
+                    again.append((time.monotonic() + _LOCKED_SECONDS, one.cell))
+                    continue
+                # Stopped cells fail by the signal, which is no fault of theirs.
+                if stop:
+                    continue
+                try:
+                    ended(one.cell, one.failure)
+                except Exception as error:  # noqa: BLE001 - raised below, when the cells at work have ended
+                    # The first failure is the one reported; those after it are often its consequence.
+                    failure = failure or error
+            if not stop:
+                look()
+        # Cells run in sessions of their own, so the signal reaches them only through here, exactly once.
+        for cell in at_work:
+            launcher.stop(cell, stop[0])
+        while at_work:
+            time.sleep(_POLL_SECONDS)
+            for one in launcher.ended():
+                at_work.remove(one.cell)
     if stop:
         raise Interrupted("stopped; what was saved is kept, and the same command goes on", stop[0])
     if failure is not None:
         raise failure
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether a run has ended: its result is written last, and in one step."""
-    return (folder / "result.json").is_file()
+class Local:
+    """Processes of this machine, at most ``num_jobs`` at a time (None: one for each core, or for each GPU).
+
+    However many are allowed, another cell starts only while the memory that is free holds one more of the largest seen
+    so far. ``gpus`` are the ids of GPUs as ``CUDA_VISIBLE_DEVICES`` names them: each cell sees one of them, the one
+    with the fewest cells, in turn. Two share a GPU only where ``num_jobs`` is above the number of GPUs, and its free
+    memory holds one more of the largest cell.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        num_jobs: int | None = None,
+        program: Sequence[str] = PROGRAM,
+        gpus: Sequence[str] = (),
+    ) -> None:
+        cores = os.cpu_count() or 1
+        self._root, self._program, self._gpus = root, program, tuple(gpus)
+        self._limit = num_jobs or (min(cores, len(gpus)) if gpus else cores)
+        self._running: list[Job] = []
+        self._gpu_of: dict[str, str] = {}  # by name of the cell
+        self._peak = self._gpu_peak = 0  # bytes; they outlive the process: cells are alike, and the next is predicted
+        self._turn = 0
+        self._stopped: set[str] = set()
+
+    def has_room(self) -> bool:
+        if not self._running:
+            return True
+        self._peak = max([self._peak, *(_peak_bytes(job.process.pid) for job in self._running)])
+        # The newest cell must have done a step before its memory says anything; until then no other is started.
+        settled = _has_stepped(self._root / self._running[-1].cell.name)
+        fits = settled and self._peak * _MEMORY_MARGIN < _available_bytes()
+        return len(self._running) < self._limit and fits and self._fits_gpu()
+
+    def start(self, cell: Cell) -> None:
+        self._stopped.discard(cell.name)
+        program = list(self._program)
+        if self._gpus:
+            gpu = self._next_gpu()
+            self._turn = self._gpus.index(gpu) + 1
+            self._gpu_of[cell.name] = gpu
+            program = ["env", f"CUDA_VISIBLE_DEVICES={gpu}", *program]
+        self._running.append(_start(cell, self._root, program))
+
+    def ended(self) -> list[Ended]:
+        over = [job for job in self._running if job.process.poll() is not None]
+        for job in over:
+            self._running.remove(job)
+            self._note_gpu_peak(job)
+            self._gpu_of.pop(job.cell.name, None)
+        return [self._how_it_ended(job) for job in over]
+
+    def _how_it_ended(self, job: Job) -> Ended:
+        ended = how_it_ended(job, self._root)
+        if job.cell.name in self._stopped and not is_finished(self._root / job.cell.name):
+            return Ended(job.cell, CellFailed(f"{job.cell.name}: stopped", 130))
+        return ended
+
+    def stop(self, cell: Cell, signal_number: int) -> None:
+        for job in self._running:
+            if job.cell == cell:
+                self._stopped.add(cell.name)
+                with contextlib.suppress(ProcessLookupError):
+                    job.process.send_signal(signal_number)
+
+    def close(self) -> None:
+        for job in self._running:
+            self.stop(job.cell, signal.SIGTERM)
+
+    def _num_cells(self, gpu: str) -> int:
+        return list(self._gpu_of.values()).count(gpu)
+
+    def _next_gpu(self) -> str:
+        turn = self._turn % len(self._gpus)
+        # The first of the least loaded, counted from the one whose turn it is.
+        return min(self._gpus[turn:] + self._gpus[:turn], key=self._num_cells)
+
+    def _fits_gpu(self) -> bool:
+        if not self._gpus or not self._num_cells(gpu := self._next_gpu()):
+            return True
+        for job in self._running:
+            self._note_gpu_peak(job)
+        return self._gpu_peak * _MEMORY_MARGIN + _GPU_CONTEXT_BYTES < _free_gpu_bytes(gpu)
+
+    def _note_gpu_peak(self, job: Job) -> None:
+        metrics = self._root / job.cell.name / "metrics.jsonl"
+        if self._gpus and metrics.is_file():
+            told = [row["peak_memory_mib"] for row in read_jsonl(metrics) if row.get("peak_memory_mib")]
+            self._gpu_peak = max([self._gpu_peak, *(int(mebibytes * 2**20) for mebibytes in told)])
 
 
-def _is_begun(folder: Path) -> bool:
-    return (folder / "manifest.json").is_file()
-
-
-def _check(folder: Path, cell: Cell) -> None:
-    if not _is_begun(folder):
-        return
-    wanted = flattened(plain_config(cell.config))
-    manifest = read_manifest(folder)
-    # Compared key by key in today's names, so that a run made before a key was renamed still counts as the same.
-    if differing := changes(flattened(current_config(manifest["system"], manifest["config"])), wanted):
-        raise ConfigError(
-            f"{folder} was run with another configuration ({', '.join(differing[:3])}); choose another --out"
-        )
-
-
-def _start(cell: Cell, root: Path, program: Sequence[str]) -> _Running:
-    folder, log = root / cell.name, root / LOGS / f"{cell.name}.log"
-    resumes = _is_begun(folder)
-    words = ["resume", str(folder)] if resumes else ["run", *cell.arguments, "--out", str(folder)]
-    if not resumes and not any(word.partition("=")[0] == "--group" for word in cell.arguments):
-        words.append(f"--group={root.resolve().name}")  # trackers show the seeds together
-    # Appended: a resumed cell's log keeps what was said before it was stopped.
-    with storage_errors(f"write {log}"), log.open("ab") as output:
-        process = subprocess.Popen(
-            [*program, *words, "--no-report"],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # the terminal's Ctrl-C reaches the sweep alone, which passes it on once
-        )
-    return _Running(cell, process, log, resumes)
-
-
-def _failure(job: _Running) -> CellFailed:
-    lines = job.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    # The program prints its own errors as one line with this prefix; the last such line is the cause.
-    said = [line.removeprefix("preceptor: error: ") for line in lines if line.startswith("preceptor: ")]
-    code = job.process.returncode
-    reason = said[-1] if said else f"ended by signal {-code}" if code < 0 else f"exit code {code}"
-    # Popen gives a negative code for a signal.
-    return CellFailed(f"{job.cell.name}: {reason}; all it said is in {job.log}", code if code > 0 else 1)
+_start = start_process
 
 
 def _has_stepped(folder: Path) -> bool:
     """Whether a run has done its first step, so that its memory says something of what a run needs."""
     metrics = folder / "metrics.jsonl"
     return is_finished(folder) or (metrics.is_file() and metrics.stat().st_size > 0)
-
-
-def _wait_all(running: Sequence[_Running]) -> None:
-    for job in running:
-        job.process.wait()
 
 
 @contextlib.contextmanager
@@ -215,6 +281,16 @@ def _peak_bytes(pid: int) -> int:
 def _available_bytes() -> int:
     """Memory that a new process can have without others being swapped out; without limit where it is not known."""
     return _kibibytes(Path("/proc/meminfo"), "MemAvailable:") or sys.maxsize
+
+
+def _free_gpu_bytes(gpu: str) -> int:
+    """Free memory of a GPU as its driver tells it; without limit where it is not known."""
+    words = ["nvidia-smi", f"--id={gpu}", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout
+        return int(said.split()[0]) * 2**20  # in MiB
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return sys.maxsize
 
 
 def _kibibytes(path: Path, name: str) -> int:

@@ -97,5 +97,17 @@ class KVCacheLayer(CacheLayerMixin):
         return self.length + query_length, 0
 
 
+def num_slots(length: int) -> int:
+    """Slots that a layer holds once it has grown, token by token, to ``length``.
+
+    >>> num_slots(256), num_slots(257)
+    (256, 576)
+    """
+    slots = _FIRST_SLOTS
+    while slots < length:
+        slots = _round_up(2 * (slots + 1))
+    return slots
+
+
 def _round_up(slots: int) -> int:
     return -(-slots // _SLOTS_MULTIPLE) * _SLOTS_MULTIPLE

@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import HfApi, errors, try_to_load_from_cache
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -108,7 +109,7 @@ def load_language_model(
             )
     try:
         model.to(device)
-        return LanguageModel(model if adapter is None else _with_adapter(model, adapter), tokenizer, name=name)
+        return LanguageModel(model if adapter is None else with_adapter(model, adapter), tokenizer, name=name)
     except (PreceptorError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # an architecture or tokenizer of a kind that nobody has tried
@@ -157,6 +158,30 @@ def _check_configuration(name: str, config: Mapping[str, Any]) -> None:
                     raise ModelError(
                         f"config.json of model '{name}' has {key} {str(value)[:30]}, it must be 1 to {largest:,} {what}"
                     )
+
+
+def load_model_config(name: str) -> PreTrainedConfig:
+    """The configuration of the model called ``name``, without its weights or its tokenizer.
+
+    Args:
+        name: ``starter``, a local folder with a ``config.json``, or a name on the Hugging Face hub.
+
+    Raises:
+        ModelError: there is no such model, or its configuration is damaged or of an unsupported kind.
+    """
+    source = _source(name)
+    try:
+        with _quiet():
+            _check_configuration(name, PreTrainedConfig.get_config_dict(**source)[0])
+            config: PreTrainedConfig = AutoConfig.from_pretrained(**source, trust_remote_code=False)
+    except PreceptorError:
+        raise
+    except Exception as error:  # whatever Transformers meets in a folder that is not as it should be
+        raise ModelError(
+            f"the configuration of model '{name}' cannot be read: {_first_line(error)}; give 'starter', a folder with "
+            "config.json, or a hub name that this machine can reach"
+        ) from error
+    return config
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -291,7 +316,8 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _with_adapter(model: PreTrainedModel, adapter: Adapter) -> Any:
+def with_adapter(model: PreTrainedModel, adapter: Adapter) -> Any:
+    """``model`` with a LoRA adapter whose matrices alone learn; raises :class:`MissingExtraError` without peft."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:

@@ -1,0 +1,1 @@
+"""Searching a configuration's values: trials as cells of a sweep, proposed and pruned by Optuna, told honestly."""
