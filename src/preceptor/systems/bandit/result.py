@@ -26,7 +26,8 @@ SUBJECT = "the trained model"
 
 CROSSING = ("first_word", "first_word_named_first", "first_word_named_second", "template_spread")
 
-LOWER_IS_BETTER = ("regret", "suffix_failure")
+LOWER_IS_BETTER = ("regret",)
+IN_CONTEXT_LOWER_IS_BETTER = (*LOWER_IS_BETTER, "suffix_failure")
 
 COMPARED = (
     ("best_word", "pretrained"),
@@ -135,11 +136,11 @@ def _in_context_result(
         "oracles": ["optimal"],
         "baseline": "thompson",
         "subject": SUBJECT,
-        "lower_is_better": [*LOWER_IS_BETTER],
+        "lower_is_better": [*IN_CONTEXT_LOWER_IS_BETTER],
         "comparisons": comparisons,
         "regret": regret,
         "of_thompson": ratios,
-        "verdict": verdict(comparisons, lower_is_better=LOWER_IS_BETTER, subject=SUBJECT)
+        "verdict": verdict(comparisons, lower_is_better=IN_CONTEXT_LOWER_IS_BETTER, subject=SUBJECT)
         + f" Regret of Thompson sampling's: {_ratio_text(ratio)}.",
         "records": list(records),
         "paired_records": list(records),
