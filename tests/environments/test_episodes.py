@@ -86,11 +86,11 @@ def test_refusals() -> None:
         episode.take(0)
     with pytest.raises(ConfigError, match=r"unknown task 'readin' \(did you mean 'reading'\?\)"):
         load_task("readin")
-    with pytest.raises(ConfigError, match="needs `episode.pool` one"):
+    with pytest.raises(ConfigError, match=r"needs `episode[.]pool` one"):
         load_task("reading", preset="study-smoke")
-    with pytest.raises(ConfigError, match="needs `episode.pool` mixed"):
+    with pytest.raises(ConfigError, match=r"needs `episode[.]pool` mixed"):
         load_task("study", preset="smoke")
-    with pytest.raises(ConfigError, match="needs `data.eval_articles`"):
+    with pytest.raises(ConfigError, match=r"needs `data[.]eval_articles`"):
         load_task("reading", split="held_out")
     with pytest.raises(ConfigError, match="`mode` is asked or seed"):
         load_task("reading", mode="asked")

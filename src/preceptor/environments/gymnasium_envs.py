@@ -62,9 +62,7 @@ class ReadingEnv(gymnasium.Env[Observation, np.int64]):
         self.action_space = spaces.Discrete(self._num_choices)
         shape = (self._num_choices, task.keys(0).shape[1])
         keys = [task.keys(index) for index in range(len(task))]
-        self.observation_space = spaces.Dict(
-            {"keys": _box(keys, shape), **_read_spaces(self._num_choices, budget)}
-        )
+        self.observation_space = spaces.Dict({"keys": _box(keys, shape), **_read_spaces(self._num_choices, budget)})
         self._episode: Reading | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
@@ -85,9 +83,8 @@ class ReadingEnv(gymnasium.Env[Observation, np.int64]):
     def _observe(self, episode: Reading) -> tuple[Observation, Info]:
         space = self.observation_space
         assert isinstance(space, spaces.Dict)
-        keys = np.zeros(space["keys"].shape, np.float32)
         own = self.task.keys(episode.index).float().numpy()
-        keys[: len(own)] = own
+        keys = np.pad(own, ((0, self._num_choices - len(own)), (0, 0)))
         observation, info = _read_so_far(episode, space)
         return {"keys": keys, **observation}, info
 

@@ -49,7 +49,7 @@ class StudyTask:
         cache_dir: Path | None,
         device: torch.device | None = None,
     ) -> None:
-        modes = ("asked", "seed") if config.study.mode == "both" else (config.study.mode,)
+        modes: tuple[Mode, ...] = ("asked", "seed") if config.study.mode == "both" else (config.study.mode,)
         chosen: Mode = mode or modes[0]
         faults = []
         if config.episode.pool != "mixed":

@@ -1,4 +1,4 @@
-"""The tasks in TRL's ``GRPOTrainer``: rows of prompts and a reward function, or an environment that is called as a tool.
+"""The tasks in TRL's ``GRPOTrainer``: rows of prompts and a reward function, or an environment that is a tool.
 
 With :func:`reward_function` one completion plays a whole episode: its lines are the queries of reading and study, its
 words the pulls of bandit, and what it leaves open is read in the task's own order. The trainer generates with whatever
