@@ -9,7 +9,7 @@ import pytest
 from preceptor.environments import load_task
 from preceptor.environments.episodes import Episode, finish, is_over, play
 from preceptor.errors import ConfigError
-from tests.environments.conftest import QUICK, READING, STUDY, read_pairs, recorded
+from tests.environments.recorded import QUICK, READING, STUDY, read_pairs, recorded
 
 ROUNDS = {"in_context.rounds": 4, "in_context.first_rounds": 4, "in_context.num_arms": 3}
 

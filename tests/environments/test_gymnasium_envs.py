@@ -15,7 +15,7 @@ from gymnasium.utils.env_checker import check_env
 import preceptor.environments  # noqa: F401  # registers
 from preceptor.errors import ConfigError
 from preceptor.runs.random import derived_seed
-from tests.environments.conftest import QUICK, READING, STUDY, read_pairs, recorded
+from tests.environments.recorded import QUICK, READING, STUDY, read_pairs, recorded
 
 MADE: dict[str, dict[str, Any]] = {
     "Reading": {"overrides": READING},

@@ -12,7 +12,7 @@ from transformers.utils import get_json_schema
 from preceptor.environments.episodes import play
 from preceptor.environments.trl_rewards import ToolEnvironment, load_task, prompt_rows, reward_function
 from preceptor.lm.load import load_language_model
-from tests.environments.conftest import QUICK, READING, read_pairs, recorded
+from tests.environments.recorded import QUICK, READING, read_pairs, recorded
 
 # transformers 5 announces the end of an argument that TRL still sets.
 pytestmark = [

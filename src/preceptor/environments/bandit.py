@@ -16,7 +16,6 @@ from preceptor.errors import ConfigError
 from preceptor.systems.bandit.config import OPTIONS, BanditConfig
 from preceptor.systems.bandit.environment import BanditFamily
 from preceptor.systems.bandit.episodes import reward_levels
-from preceptor.systems.bandit.vector_env import vector_env
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
@@ -94,6 +93,8 @@ class BanditTask:
         self._env()  # refuse here, not at the first episode
 
     def _env(self) -> VectorEnv:
+        from preceptor.systems.bandit.vector_env import vector_env
+
         return vector_env(self.family, num_envs=1, rounds=self._options.rounds)
 
     def __len__(self) -> int:

@@ -22,7 +22,6 @@ from preceptor.environments.reading import ReadingTask
 from preceptor.environments.study import StudyTask
 from preceptor.errors import ConfigError
 from preceptor.systems.bandit.environment import BanditFamily
-from preceptor.systems.bandit.vector_env import vector_env
 
 Observation = dict[str, Any]
 Info = dict[str, Any]
@@ -174,6 +173,8 @@ class BanditEnv(gymnasium.Env[Observation, np.int64]):
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  # as in gymnasium
 
     def __init__(self, family: BanditFamily | None = None, *, rounds: int = 100) -> None:
+        from preceptor.systems.bandit.vector_env import vector_env
+
         self._env = vector_env(family, num_envs=1, rounds=rounds)
         self.action_space = self._env.single_action_space
         self.observation_space = self._env.single_observation_space

@@ -99,6 +99,7 @@ class VLLMGenerator:
         Raises:
             ServiceError: the server is out of reach, or its answer is not as asked for.
         """
+        end = end_token(self._lm)
         answer = self._request(
             "POST",
             "/v1/completions",
@@ -110,6 +111,11 @@ class VLLMGenerator:
                 "temperature": sampling.temperature,
                 "top_k": sampling.top_k or -1,
                 "top_p": sampling.top_p,
+                # What a model's own file may set otherwise: nothing but our end token ends a row, nothing is penalised.
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "ignore_eos": True,
+                "stop_token_ids": [end] if end >= 0 else [],
                 "logit_bias": {str(token): FORBIDDEN for token in sampling.suppressed},
                 "seed": int(torch.randint(2**31, (), generator=generator)),
                 "logprobs": 0,  # of the sampled token alone
@@ -133,7 +139,7 @@ class VLLMGenerator:
                 f"the vLLM server answered with {len(rows)} continuations, {len(prompts) * number} of 1 to "
                 f"{num_tokens} tokens with a log-probability each were asked for"
             )
-        filler, device = max(end_token(self._lm), 0), self._lm.device
+        filler, device = max(end, 0), self._lm.device
         return Generations(
             tokens=torch.tensor([row + [filler] * (num_tokens - len(row)) for row in rows], device=device),
             mask=torch.tensor([[place < len(row) for place in range(num_tokens)] for row in rows], device=device),
