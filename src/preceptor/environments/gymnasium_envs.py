@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from preceptor.environments import load_task
-from preceptor.environments.episodes import Reading, is_over
+from preceptor.environments.episodes import Reading, Task, is_over
 from preceptor.environments.reading import ReadingTask
 from preceptor.environments.study import StudyTask
 from preceptor.errors import ConfigError
@@ -72,10 +72,7 @@ class ReadingEnv(gymnasium.Env[Observation, np.int64]):
 
     def step(self, action: np.int64) -> tuple[Observation, float, bool, bool, Info]:
         """Reads a pair."""
-        episode = _begun(self._episode)
-        episode.take(int(action))
-        over = is_over(episode)
-        reward = self.task.rewards([episode])[0] if over else 0.0
+        episode, reward, over = _read(self.task, self._episode, action)
         observation, info = self._observe(episode)
         return observation, reward, over, False, info
 
@@ -139,10 +136,7 @@ class StudyEnv(gymnasium.Env[Observation, np.int64]):
 
     def step(self, action: np.int64) -> tuple[Observation, float, bool, bool, Info]:
         """Reads a candidate."""
-        episode = _begun(self._episode)
-        episode.take(int(action))
-        over = is_over(episode)
-        reward = self.task.rewards([episode])[0] if over else 0.0
+        episode, reward, over = _read(self.task, self._episode, action)
         observation, info = self._observe(episode)
         return observation, reward, over, False, info
 
@@ -246,7 +240,10 @@ def _problem(env: gymnasium.Env[Any, Any], options: Mapping[str, Any] | None, nu
     return int(index)
 
 
-def _begun(episode: Reading | None) -> Reading:
+def _read(task: Task, episode: Reading | None, action: np.int64) -> tuple[Reading, float, bool]:
+    """The episode after ``action``, the reward of that step, and whether it was the last one."""
     if episode is None:
         raise ResetNeeded("call reset before step")
-    return episode
+    episode.take(int(action))
+    over = is_over(episode)
+    return episode, task.rewards([episode])[0] if over else 0.0, over

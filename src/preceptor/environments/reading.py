@@ -125,7 +125,7 @@ def text_vector(lm: LanguageModel, embedding: ModelEmbedding, text: str) -> Floa
 
 
 def nearest_key(
-    keys: Float[Tensor, "choice dimension"], vector: Float[Tensor, " dimension"], available: Sequence[bool]
+    keys: Float[Tensor, "choices dimension"], vector: Float[Tensor, " dimension"], available: Sequence[bool]
 ) -> int:
     """The available key with the largest inner product; of equals the first."""
     scores = (keys @ vector).masked_fill(~torch.tensor(available, device=keys.device), -torch.inf)

@@ -384,9 +384,10 @@ def sample_rollouts(setup: Setup, state: State) -> RolloutBatch:
     )
     counts = state.outcome.counts
     counts["rollout_tokens"] += int(mask.sum())
-    # Sampled and scored by the reference; then every epoch of the update takes their gradient.
+    # Sampled and scored by the reference (and, where another engine sampled, by the policy); then every epoch of the
+    # update takes their gradient.
     counts["model_calls"] += len(rollouts)
-    counts["forward_passes"] += len(rollouts) * (2 + 3 * ppo.epochs)
+    counts["forward_passes"] += len(rollouts) * (2 + (setup.engine is not None) + 3 * ppo.epochs)
     counts["rewards_excluded"] += int((~finite).sum())
     metrics |= {
         "reward": _mean(rewards.total[finite]),
