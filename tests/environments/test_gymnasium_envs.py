@@ -15,6 +15,7 @@ from gymnasium.utils.env_checker import check_env
 import preceptor.environments  # noqa: F401  # registers
 from preceptor.errors import ConfigError
 from preceptor.runs.random import derived_seed
+from preceptor.systems.bandit.environment import BanditFamily
 from tests.environments.recorded import QUICK, READING, STUDY, read_pairs, recorded
 
 MADE: dict[str, dict[str, Any]] = {
@@ -105,10 +106,12 @@ def test_bandit_pays_what_a_run_recorded(tmp_path: Path) -> None:
 
 
 def test_one_bandit_is_that_of_the_vector_environment() -> None:
-    envs = gymnasium.make_vec("Preceptor/Bandit-v0", num_envs=1, rounds=5)
+    gaussian = {"family": BanditFamily(2, "gaussian", "normal"), "rounds": 5}  # no two of its rewards are equal
+    envs = gymnasium.make_vec("Preceptor/Bandit-v0", num_envs=1, **gaussian)
     envs.reset(seed=3)
     rewards = [float(envs.step(np.array([round_ % 2]))[1][0]) for round_ in range(5)]
-    assert paid(make("Bandit"), [0, 1, 0, 1, 0], seed=3) == rewards
+    assert paid(make("Bandit", **gaussian), [0, 1, 0, 1, 0], seed=3) == rewards
+    assert paid(make("Bandit", **gaussian), [0, 1, 0, 1, 0], seed=4) != rewards
 
 
 def test_observations_say_what_was_read() -> None:
