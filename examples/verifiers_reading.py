@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from preceptor.environments.verifiers_env import GeneratorClient, load_environment
+from preceptor.environments.verifiers_env import generator_client, load_environment
 from preceptor.lm.generators.base import OwnGenerator
 from preceptor.lm.load import load_language_model
 from preceptor.lm.sampling import Sampling
@@ -24,7 +24,7 @@ def main(num_steps: int = 3) -> list[float]:
     env = load_environment("reading", preset="smoke", num_rows=num_steps)
     lm = load_language_model("starter", device=torch.device("cpu"))
     sampling = Sampling(suppressed=lm.never_drawn)
-    client = GeneratorClient(
+    client = generator_client(
         lm, OwnGenerator(lm), sampling=sampling, num_tokens=6, generator=torch.Generator().manual_seed(0)
     )
     optimizer = torch.optim.AdamW(lm.trainable_parameters().values(), lr=1e-4)

@@ -59,7 +59,6 @@ IMPORT_NAMES = {"pyyaml": "yaml", "markdown-it-py": "markdown_it"}
 # Modules that derive from an extra's classes, and are themselves imported only by whoever wants them.
 EXTENSIONS = {
     "preceptor.environments.gymnasium_envs": "gymnasium",
-    "preceptor.environments.verifiers_env": "verifiers",
     "preceptor.systems.bandit.vector_env": "gymnasium",
 }
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from preceptor.environments import load_task
 from preceptor.environments.episodes import play
 from preceptor.errors import ConfigError
 from preceptor.lm.generators.base import Generations, OwnGenerator
@@ -46,9 +47,9 @@ class Script:
 
 
 def rolled_out(env: Any, lm: LanguageModel, engine: Any, *, num_tokens: int = 6) -> dict[str, Any]:
-    from preceptor.environments.verifiers_env import GeneratorClient
+    from preceptor.environments.verifiers_env import generator_client
 
-    client = GeneratorClient(
+    client = generator_client(
         lm,
         engine,
         sampling=Sampling(suppressed=lm.never_drawn),
@@ -70,8 +71,8 @@ def test_a_rollout_pays_what_a_run_recorded(tmp_path: Path, lm: LanguageModel) -
     settings = {**QUICK, "episode.batch_size": 1, "update.advantage": "running_mean"}
     decisions = [row for row in recorded(tmp_path / "run", "reading", settings=settings) if row["episode"] < 3]
     assert len(decisions) == 3
-    env = load("reading", READING)
-    pairs = env._task.articles[0].pairs
+    env, task = load("reading", READING), load_task("reading", overrides=READING)
+    pairs = task.articles[0].pairs
     for row in decisions:
         output = rolled_out(env, lm, Script(lm, [pairs.keys[pair] for pair in read_pairs(row)]))
         assert output["reward"] == row["reward"]
@@ -81,11 +82,11 @@ def test_a_rollout_pays_what_a_run_recorded(tmp_path: Path, lm: LanguageModel) -
 
 
 def test_turns_that_say_nothing_run_out_and_the_rest_is_read_in_order(lm: LanguageModel) -> None:
-    env = load("reading", READING)
-    key = env._task.articles[0].pairs.keys[2]
+    env, task = load("reading", READING), load_task("reading", overrides=READING)
+    key = task.articles[0].pairs.keys[2]
     output = rolled_out(env, lm, Script(lm, [" ", key, *[" "] * 6]))
     assert len(output["trajectory"]) == 8
-    assert output["reward"] == env._task.rewards([play(env._task, 0, key)])[0]
+    assert output["reward"] == task.rewards([play(task, 0, key)])[0]
 
 
 @pytest.mark.parametrize(

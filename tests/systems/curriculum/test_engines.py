@@ -145,6 +145,20 @@ def test_the_loss_is_weighed_by_the_truncated_ratio(loss: Any, tiny: LanguageMod
         assert loss_of(tiny, rollouts, options) == pytest.approx(weight * plain, rel=1e-5)
 
 
+def test_the_weight_of_a_sequence_is_its_geometric_mean(tiny: LanguageModel) -> None:
+    sampling = rollout_sampling(tiny, 1.0)
+    rollouts = written(tiny, 0.0)
+    differences = torch.tensor([[0.4, -0.2, 0.1, 0.1]]).expand(4, 4)  # mean 0.1
+    rollouts = replace(rollouts, log_probs=rollouts.log_probs - differences, mask=torch.ones(4, 4, dtype=torch.bool))
+    weights = {}
+    for loss in ("clip", "gspo"):
+        options = PPOOptions(loss=loss, generator_max_gap=1.0)  # type: ignore[arg-type]
+        found, _ = corrected(rollouts, tiny, sampling=sampling, engine=Shifted(tiny, 0.0), options=options)
+        weights[loss] = found.weights
+    assert torch.allclose(weights["clip"], differences.exp(), atol=1e-5)  # type: ignore[arg-type]
+    assert torch.allclose(weights["gspo"], torch.full((4, 4), 1.1051709), atol=1e-5)  # type: ignore[arg-type]
+
+
 def test_weights_follow_their_rows(tiny: LanguageModel) -> None:
     rollouts = written(tiny, 0.0)
     rollouts = replace(rollouts, weights=torch.arange(4.0)[:, None].expand(4, 4))
