@@ -21,6 +21,7 @@ from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.engines import corrected
 from preceptor.systems.curriculum.policy import Prompt, Rollouts, generate_rollouts, rollout_log_probs, rollout_sampling
 from preceptor.systems.curriculum.ppo_config import PPOOptions
+from preceptor.systems.curriculum.tasks import loop as tasks_loop
 from preceptor.systems.curriculum.update import Experience, policy_loss
 from tests.lm.generators.fake_server import serving
 from tests.systems.curriculum.small import STEPS, arguments, rows
@@ -143,6 +144,17 @@ def test_the_loss_is_weighed_by_the_truncated_ratio(loss: Any, tiny: LanguageMod
         assert counted.tolist() == pytest.approx([weight] * len(counted), rel=1e-5)
         # The ratio itself begins at 1, whatever the engine said, so nothing is clipped and the loss scales.
         assert loss_of(tiny, rollouts, options) == pytest.approx(weight * plain, rel=1e-5)
+
+
+def test_answers_to_tasks_are_corrected_before_they_are_learned_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks_loop, "build_engine", lambda options, lm, run, services: Shifted(lm, 0.02))
+    assert main([*tasks_run.arguments(tmp_path / "run"), "--set", "tasks.controls=[]"]) == 0
+    for row in tasks_run.metrics(tmp_path / "run"):
+        assert row["generator_gap"] == pytest.approx(0.02, abs=1e-5)
+        # PPO's ratio begins at 1; with the engine's own log-probabilities the KL would be 0.02² / 2 = 2e-4.
+        assert row["old_policy_kl"] < 1e-6
 
 
 def test_the_weight_of_a_sequence_is_its_geometric_mean(tiny: LanguageModel) -> None:
