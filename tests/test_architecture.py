@@ -46,6 +46,7 @@ LEVELS = {
     "pretraining": 6,
     "comparison": 7,
     "doctor": 7,
+    "environments": 7,
     "mixtures": 7,
     "tuning": 8,
     "result": 8,
@@ -57,7 +58,10 @@ OBJECTIVES_MAY_IMPORT = {"torch", "jaxtyping", "preceptor.errors", "preceptor.ob
 # A distribution whose import name is not its own name with underscores.
 IMPORT_NAMES = {"pyyaml": "yaml", "markdown-it-py": "markdown_it"}
 # Modules that derive from an extra's classes, and are themselves imported only by whoever wants them.
-EXTENSIONS = {"preceptor.systems.bandit.vector_env": "gymnasium"}
+EXTENSIONS = {
+    "preceptor.environments.gymnasium_envs": "gymnasium",
+    "preceptor.systems.bandit.vector_env": "gymnasium",
+}
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 
 

@@ -21,6 +21,7 @@ from preceptor.version import __version__
 if TYPE_CHECKING:
     import preceptor.mixtures as mixtures
     from preceptor.result import Result
+    from preceptor.systems.base import Services
     from preceptor.systems.surgery.repair import Repair
     from preceptor.systems.surgery.theater import SurgicalTheater
 
@@ -79,7 +80,7 @@ def run(
     return api.start(
         chosen,
         resolved,
-        api.services(os.environ),
+        _services(),
         preset=preset,
         out=None if out is None else Path(out),
         device=device,
@@ -112,7 +113,7 @@ def resume(
 
     return api.go_on(
         Path(folder),
-        api.services(os.environ),
+        _services(),
         overrides=overrides,
         device=device,
         threads=threads,
@@ -179,6 +180,13 @@ def load(folder: str | Path) -> Result:
     from preceptor.result import Result
 
     return Result(folder)
+
+
+def _services() -> Services:
+    """What systems and environments take from the surroundings of this process."""
+    from preceptor import api
+
+    return api.services(os.environ)
 
 
 def __getattr__(name: str) -> Any:

@@ -28,6 +28,7 @@ def services(environ: Mapping[str, str]) -> Services:
         cache_dir=cache_dir(environ),
         openai_api_key=environ.get("OPENAI_API_KEY"),
         openai_base_url=environ.get("OPENAI_BASE_URL"),
+        vllm_api_key=environ.get("VLLM_API_KEY"),
     )
 
 

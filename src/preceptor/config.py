@@ -27,6 +27,7 @@ from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic.fields import FieldInfo
@@ -417,3 +418,14 @@ def _lines(config: Options, *, indent: str) -> Iterator[str]:
 def _comment(*sentences: str | None) -> str:
     text = " ".join(" ".join(filter(None, sentences)).replace("``", "`").split())
     return f"  # {text}" if text else ""
+
+
+def is_service_url(url: str) -> bool:
+    """Whether ``url`` is the http(s) address of a service, without a user's name, which would be a secret in a file."""
+    try:
+        parts = urlsplit(url)
+        return bool(
+            parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and parts.port != 0
+        )
+    except ValueError:  # a port that is no number, a broken IPv6 address
+        return False

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-RUN_ELSEWHERE = {"mixture_torch.py", "mixture_trainer.py", "mixture_trl.py"}
+RUN_ELSEWHERE = {"mixture_torch.py", "mixture_trainer.py", "mixture_trl.py", "verifiers_reading.py"}
 
 
 WHOLE_METHODS = {"reading_loop.py": 190}

@@ -31,11 +31,13 @@ class Services:
         cache_dir: downloads and bought embeddings.
         openai_api_key: of the openai embedder, if there is one.
         openai_base_url: where that embedder's requests go, if not to the SDK's own default.
+        vllm_api_key: of the vLLM server that writes rollouts, if it asks for one.
     """
 
     cache_dir: Path
     openai_api_key: str | None = None
     openai_base_url: str | None = None
+    vllm_api_key: str | None = None
 
 
 class Replayed(NamedTuple):

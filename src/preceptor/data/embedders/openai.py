@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from preceptor.config import is_service_url
 from preceptor.data.embedders.answer import read_answer
 from preceptor.data.embedders.base import require_texts
 from preceptor.data.embedders.paid_cache import PaidCache, Vector, text_key
@@ -299,7 +300,7 @@ def _faults(
     elif not api_key.isascii() or not api_key.isprintable() or " " in api_key:
         # The HTTP library would refuse such a key too, and quote it in full.
         yield "the OpenAI API key holds a space, line break or non-ASCII character; copy it again"
-    if not _is_service_url(url):  # which is not repeated: one that holds user:password@ is a secret too
+    if not is_service_url(url):  # which is not repeated: one that holds user:password@ is a secret too
         yield "base_url must be http(s)://host/path without a user name"
     if usd_per_million_tokens is not None and not (
         math.isfinite(usd_per_million_tokens) and usd_per_million_tokens >= 0
@@ -311,16 +312,6 @@ def _faults(
         yield f"timeout must be a positive number of seconds, got {timeout}"
     if max_retries < 0:
         yield f"max_retries must be at least 0, got {max_retries}"
-
-
-def _is_service_url(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return bool(
-            parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and parts.port != 0
-        )
-    except ValueError:  # a port that is no number, a broken IPv6 address
-        return False
 
 
 def _one_line(text: str) -> str:

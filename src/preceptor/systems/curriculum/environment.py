@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from preceptor.data.corpora.blocks import TokenBlocks, pack_blocks, pad_blocks, split_held_out, tokenise
 from preceptor.data.corpora.datasets import read_sources
 from preceptor.errors import DataError
+from preceptor.lm.generators.base import end_token
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.score import token_log_probs
 from preceptor.systems.curriculum.config import DataOptions, DatasetOptions
-from preceptor.systems.curriculum.policy import Prompt, end_token
+from preceptor.systems.curriculum.policy import Prompt
 
 MAX_CHARACTERS = 100_000
 """Of one built-in dataset: enough for a run of minutes."""

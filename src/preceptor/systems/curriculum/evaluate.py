@@ -9,6 +9,7 @@ import torch
 
 from preceptor.errors import NumericError
 from preceptor.lm.decode import Decoder
+from preceptor.lm.generators.base import end_token
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.lm.score import token_log_probs
@@ -17,7 +18,6 @@ from preceptor.objectives.statistics import masked_mean
 from preceptor.runs.random import derived_seed
 from preceptor.systems.curriculum.environment import Corpus, evenly_spaced_rows
 from preceptor.systems.curriculum.policy import (
-    end_token,
     generate_rollouts,
     rollout_log_probs,
     rollout_sampling,

@@ -37,6 +37,7 @@ from preceptor.runs.device import peak_memory_mib
 from preceptor.runs.export import save_model
 from preceptor.runs.random import derived_seed
 from preceptor.systems.curriculum.config import CurriculumConfig
+from preceptor.systems.curriculum.engines import corrected
 from preceptor.systems.curriculum.environment import (
     Gradient,
     aligned,
@@ -88,7 +89,7 @@ def train(config: CurriculumConfig, run: Run, services: Services) -> dict[str, A
     ``best_model`` and ``model``.
     """
     if config.tasks.tasks:
-        return train_on_tasks(config, run)
+        return train_on_tasks(config, run, services)
     setup = prepare(config, run, services)
     state = State(setup)
     run.restore(state)
@@ -341,6 +342,9 @@ def sample_rollouts(setup: Setup, state: State) -> RolloutBatch:
         continuation_tokens=ppo.continuation_tokens,
         generator=streams["prompt"],
     )
+    metrics: dict[str, Any] = {}
+    if setup.engine is not None:
+        setup.engine.refresh()
     with autocast(lm, config.update.bf16):
         rollouts = generate_rollouts(  # [prompts · group_size, continuation_tokens]
             lm,
@@ -349,8 +353,11 @@ def sample_rollouts(setup: Setup, state: State) -> RolloutBatch:
             num_tokens=ppo.continuation_tokens,
             sampling=sampling,
             generator=streams["rollout"],
+            engine=setup.engine,
         )
-        if config.update.bf16 or lm.dtype not in (torch.float32, torch.float64):
+        if setup.engine is not None:
+            rollouts, metrics = corrected(rollouts, lm, sampling=sampling, engine=setup.engine, options=ppo)
+        elif config.update.bf16 or lm.dtype not in (torch.float32, torch.float64):
             # In few digits two ways to the same number part by more than a small policy step; PPO's ratio must begin
             # at 1, so both of its sides come from the scorer.
             rollouts = replace(rollouts, log_probs=rollout_log_probs(lm, rollouts, sampling))
@@ -377,11 +384,12 @@ def sample_rollouts(setup: Setup, state: State) -> RolloutBatch:
     )
     counts = state.outcome.counts
     counts["rollout_tokens"] += int(mask.sum())
-    # Sampled and scored by the reference; then every epoch of the update takes their gradient.
+    # Sampled and scored by the reference (and, where another engine sampled, by the policy); then every epoch of the
+    # update takes their gradient.
     counts["model_calls"] += len(rollouts)
-    counts["forward_passes"] += len(rollouts) * (2 + 3 * ppo.epochs)
+    counts["forward_passes"] += len(rollouts) * (2 + (setup.engine is not None) + 3 * ppo.epochs)
     counts["rewards_excluded"] += int((~finite).sum())
-    metrics: dict[str, Any] = {
+    metrics |= {
         "reward": _mean(rewards.total[finite]),
         "reward_terms": {name: _mean(sums[finite]) for name, sums in rewards.terms.items()},
         "kl": float(masked_mean(kl_k3(rollouts.log_probs, reference_log_probs), mask)),

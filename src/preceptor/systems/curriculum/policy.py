@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from preceptor.lm.decode import Decoder
+from preceptor.lm.generators.base import Generator, OwnGenerator, end_token
 from preceptor.lm.load import Adapter, load_language_model
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
@@ -122,6 +122,7 @@ class Rollouts:
         mask: True = the token counts: the continuation had not ended before it.
         log_probs: of each sampled token under the distribution that it was sampled from, nats.
         entropy: of that distribution, nats.
+        weights: importance weights of the tokens where another engine sampled them; None where the policy did.
     """
 
     prompts: tuple[Prompt, ...]
@@ -129,6 +130,7 @@ class Rollouts:
     mask: Bool[Tensor, "batch token"]
     log_probs: Float[Tensor, "batch token"]
     entropy: Float[Tensor, "batch token"]
+    weights: Float[Tensor, "batch token"] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -150,6 +152,7 @@ class Rollouts:
             mask=self.mask[indices],
             log_probs=self.log_probs[indices],
             entropy=self.entropy[indices],
+            weights=None if self.weights is None else self.weights[indices],
         )
 
     def without(self, rows: Bool[Tensor, " batch"]) -> Rollouts:
@@ -186,8 +189,9 @@ def generate_rollouts(
     num_tokens: int,
     sampling: Sampling,
     generator: torch.Generator,
+    engine: Generator | None = None,
 ) -> Rollouts:
-    """``group_size`` continuations of every prompt, sampled in one batch; a prompt is read once for its group.
+    """``group_size`` continuations of every prompt, sampled in one batch.
 
     A row ends with the tokenizer's end token; that token counts, what is sampled after it does not.
 
@@ -198,25 +202,23 @@ def generate_rollouts(
         num_tokens: tokens of a continuation, at most.
         sampling: the distribution to sample from, without truncation.
         generator: of the samples.
+        engine: writes them; None is the policy's own decoder.
     """
-    decoder = Decoder(lm, batch_size=len(prompts))
-    decoder.append([prompt.tokens for prompt in prompts])
-    decoder.repeat(group_size)  # copies the prompts' KV cache: [prompts · group_size] rows from here
-    generated = decoder.generate(num_tokens, sampling=sampling, generator=generator)
-    ends = generated.tokens == end_token(lm)
+    generated = (engine or OwnGenerator(lm)).generate(
+        [prompt.tokens for prompt in prompts],
+        number=group_size,
+        num_tokens=num_tokens,
+        sampling=sampling,
+        generator=generator,
+    )
     return Rollouts(
         prompts=tuple(prompt for prompt in prompts for _ in range(group_size)),
         tokens=generated.tokens,
-        mask=ends.cumsum(1) - ends.long() == 0,  # no end *before* the token: the end itself counts
+        mask=generated.mask,
         log_probs=generated.log_probs,
-        entropy=generated.entropy,
+        # −ln p of the sampled token is an unbiased estimate of its distribution's entropy.
+        entropy=-generated.log_probs if generated.entropy is None else generated.entropy,
     )
-
-
-def end_token(lm: LanguageModel) -> int:
-    """The token that ends a continuation; −1 where the tokenizer has none."""
-    token = lm.tokenizer.eos_token_id
-    return -1 if token is None else int(token)
 
 
 def rollout_sampling(lm: LanguageModel, temperature: float) -> Sampling:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from preceptor.errors import ConfigError
+from preceptor.lm.generators.base import Generator
 from preceptor.lm.model import LanguageModel
 from preceptor.runs.random import derived_seed
 from preceptor.systems.base import Services
 from preceptor.systems.curriculum.baselines import Method, plan_methods
 from preceptor.systems.curriculum.config import CurriculumConfig
+from preceptor.systems.curriculum.engines import build_engine
 from preceptor.systems.curriculum.environment import Corpus, held_out_prompts, read_corpora
 from preceptor.systems.curriculum.policy import Prompt, build_policy
 from preceptor.systems.curriculum.rewards import RewardTerm, reward_terms
@@ -37,6 +39,7 @@ class Setup:
         judged: all datasets whose validation loss is measured: ``corpora`` and targets that are not learned from.
         prompts: held out; rewards are measured on them.
         held_out_terms: the reward's terms on held-out prompts, where ``log_likelihood`` is that of the initial model.
+        engine: writes the rollouts that are learned from; None is the policy's own decoder.
     """
 
     config: CurriculumConfig
@@ -49,6 +52,7 @@ class Setup:
     judged: Sequence[Corpus]
     prompts: Sequence[Prompt]
     held_out_terms: Sequence[RewardTerm]
+    engine: Generator | None = None
 
     def steps_before(self, method: Method) -> int:
         """Steps of the run that the methods before ``method`` take."""
@@ -67,11 +71,13 @@ def prepare(config: CurriculumConfig, run: Run, services: Services) -> Setup:
         ConfigError: a row does not fit into the model's context.
         DataError: a dataset is missing, unreadable or too small.
         ModelError: the model cannot be loaded.
+        ServiceError: a server that is to write rollouts is out of reach.
     """
     # The seed of the weights is derived, so that another number of draws elsewhere leaves them as they are.
     lm = build_policy(config.model, device=run.device, seed=derived_seed(config.seed, "weights"))
     # Before the datasets are read, which may take minutes.
     check_lengths(config, lm)
+    engine = build_engine(config.ppo, lm, run, services)
     corpora = read_corpora(config.data, lm)
     for corpus in corpora:
         trained = f"{corpus.train.num_tokens:,} tokens to train on in {len(corpus.documents):,} documents"
@@ -98,6 +104,7 @@ def prepare(config: CurriculumConfig, run: Run, services: Services) -> Setup:
             continuation_tokens=config.ppo.continuation_tokens,
         ),
         held_out_terms=reward_terms(config.ppo.rewards, lm, likelihood=initial_model) if config.ppo.weight else (),
+        engine=engine,
     )
 
 

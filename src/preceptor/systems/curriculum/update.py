@@ -371,6 +371,9 @@ def accumulate_ppo(
 def policy_loss(log_probs: Float[Tensor, "batch token"], part: Experience, *, options: PPOOptions) -> Float[Tensor, ""]:
     """The policy-gradient loss that ``options`` names, over the rows of ``part``."""
     rollouts, advantages = part.rollouts, part.advantages
+    if rollouts.weights is not None:
+        # A weight is positive, so it may as well multiply the advantage: clipping stays as it is.
+        advantages = advantages * rollouts.weights
     if options.loss == "gspo":
         # One advantage per sequence, [rows]: all tokens of a row have the same, and the first always counts.
         return gspo_loss(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,7 @@ from preceptor.runs.export import save_model
 from preceptor.runs.guard import first_nonfinite
 from preceptor.runs.random import derived_seed
 from preceptor.systems.curriculum.config import CurriculumConfig
+from preceptor.systems.curriculum.engines import build_engine, corrected
 from preceptor.systems.curriculum.policy import build_policy, rollout_sampling
 from preceptor.systems.curriculum.rewards import token_advantages
 from preceptor.systems.curriculum.tasks.result import mean_success, records_of, task_charts, task_result
@@ -37,20 +39,22 @@ from preceptor.systems.curriculum.tasks.state import TaskSetup, TaskState
 from preceptor.systems.curriculum.update import Experience, Sums, accumulate_ppo
 
 if TYPE_CHECKING:
+    from preceptor.lm.generators.base import Generator
     from preceptor.lm.model import LanguageModel
     from preceptor.runs.folder import Run
+    from preceptor.systems.base import Services
 
 PROGRESS_COLUMNS = {"arm_number": "rule", "success": "success", "reward": "reward", "rollout_tokens": "tokens"}
 
 
-def train_on_tasks(config: CurriculumConfig, run: Run) -> dict[str, Any]:
+def train_on_tasks(config: CurriculumConfig, run: Run, services: Services) -> dict[str, Any]:
     """Trains every rule of ``config`` inside ``run`` and compares them; gives ``result.json``.
 
     Raises:
         ConfigError: an unknown rule or setting.
         DataError: a task cannot be read.
     """
-    setup = prepare_tasks(config, run)
+    setup = prepare_tasks(config, run, services)
     state = TaskState(setup)
     run.restore(state)
     steps = config.update.steps
@@ -77,7 +81,7 @@ def train_on_tasks(config: CurriculumConfig, run: Run) -> dict[str, Any]:
     return task_result(records, config=to_dict(config), seeds=[config.seed]) | {"charts": charts}
 
 
-def prepare_tasks(config: CurriculumConfig, run: Run) -> TaskSetup:
+def prepare_tasks(config: CurriculumConfig, run: Run, services: Services) -> TaskSetup:
     """Builds the policy and the sources, and warms the policy up."""
     lm = build_policy(config.model, device=run.device, seed=derived_seed(config.seed, "weights"))
     sources = build_sources(config.tasks.tasks)
@@ -93,6 +97,7 @@ def prepare_tasks(config: CurriculumConfig, run: Run) -> TaskSetup:
         costs=costs,
         lm=lm,
         initial_weights={name: parameter.detach().clone() for name, parameter in lm.trainable_parameters().items()},
+        engine=build_engine(config.ppo, lm, run, services),
     )
 
 
@@ -154,6 +159,9 @@ def task_step(setup: TaskSetup, state: TaskState, n: int, *, last: bool) -> dict
 
     # 2. and 3. Levels, items, answers; dynamic sampling draws until groups that teach fill the budget.
     weights, batches, useful, spent = state.mixture.weights, [], 0.0, 0.0
+    sums = Sums()
+    if setup.engine is not None:
+        setup.engine.refresh()
     while True:
         missing = options.tokens_per_step - (useful if state.mixture.rule.resamples else spent)
         drawn = draw_sources(setup.costs, weights, budget=missing, chooser=state.chooser)
@@ -165,7 +173,10 @@ def task_step(setup: TaskSetup, state: TaskState, n: int, *, last: bool) -> dict
             temperature=config.ppo.temperature,
             chooser=state.chooser,
             generator=setup.run.streams["rollout"],
+            engine=setup.engine,
         )
+        if setup.engine is not None:
+            answers = audited(setup, setup.engine, answers, sums)
         batches.append(answers)
         success = answers.success(config.ppo.group_size)
         teaches = (success > 0) & (success < 1)
@@ -185,7 +196,6 @@ def task_step(setup: TaskSetup, state: TaskState, n: int, *, last: bool) -> dict
             break
 
     # 4. and 5. One optimizer step on every batch, and the rule.
-    sums = Sums()
     progress = counts["steps"] / config.update.steps
     total = sum(len(answers.rollouts) for answers in batches)
     for answers in batches:
@@ -219,6 +229,17 @@ def task_step(setup: TaskSetup, state: TaskState, n: int, *, last: bool) -> dict
         **sums.means(),
         "seconds": time.perf_counter() - started,
     }
+
+
+def audited(setup: TaskSetup, engine: Generator, answers: Answers, sums: Sums) -> Answers:
+    """The answers of another engine, ready to be learned from; its audit is added to ``sums``."""
+    sampling = rollout_sampling(setup.lm, setup.config.ppo.temperature)
+    rollouts, metrics = corrected(
+        answers.rollouts, setup.lm, sampling=sampling, engine=engine, options=setup.config.ppo
+    )
+    for name, value in metrics.items():
+        sums.add(name, value, answers.num_tokens)
+    return replace(answers, rollouts=rollouts)
 
 
 def accumulate_gradient(setup: TaskSetup, answers: Answers, sums: Sums, *, share: float) -> torch.Tensor:

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from preceptor.lm.generators.base import Generator, end_token
 from preceptor.lm.model import LanguageModel
-from preceptor.systems.curriculum.policy import Prompt, Rollouts, end_token, generate_rollouts, rollout_sampling
+from preceptor.systems.curriculum.policy import Prompt, Rollouts, generate_rollouts, rollout_sampling
 from preceptor.systems.curriculum.tasks.sources import Item, Source
 
 
@@ -73,6 +74,7 @@ def sample_answers(
     temperature: float,
     chooser: random.Random,
     generator: torch.Generator,
+    engine: Generator | None = None,
 ) -> Answers:
     """``group_size`` answers to a fresh item of each source in ``drawn``.
 
@@ -84,6 +86,7 @@ def sample_answers(
         temperature: of sampling.
         chooser: of the items, and of coins.
         generator: of the answers.
+        engine: writes them; None is the policy's own decoder.
     """
     items = [sources[index].draw(chooser) for index in drawn]
     longest = [longest_answer(lm, sources[index], item) for index, item in zip(drawn, items, strict=True)]
@@ -98,6 +101,7 @@ def sample_answers(
         num_tokens=max(longest),
         sampling=rollout_sampling(lm, temperature),
         generator=generator,
+        engine=engine,
     )
     # Rows are sampled to the longest answer of the batch; an easy item's answer counts only as far as it may go.
     allowed = torch.tensor(longest).repeat_interleave(group_size)[:, None]  # [batch, 1]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from preceptor.errors import CheckpointError
+from preceptor.lm.generators.base import Generator
 from preceptor.lm.model import LanguageModel
 from preceptor.objectives.task_mixture import make_task_mixture
 from preceptor.runs.guard import NonFiniteGuard
@@ -36,6 +37,7 @@ class TaskSetup:
         costs: nominal tokens of a group of each source.
         lm: the policy, trained in place.
         initial_weights: the policy's weights after the warm-up, by name.
+        engine: writes the answers that are learned from; None is the policy's own decoder.
     """
 
     config: CurriculumConfig
@@ -45,6 +47,7 @@ class TaskSetup:
     costs: Sequence[float]
     lm: LanguageModel
     initial_weights: Mapping[str, Tensor]
+    engine: Generator | None = None
 
     @property
     def num_levels(self) -> list[int]:

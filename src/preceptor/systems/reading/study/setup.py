@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from preceptor.errors import ConfigError, DataError
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
 
     from preceptor.runs.folder import Run
     from preceptor.systems.base import Services
+
+
+STORE_NAME = "study.sqlite"
+"""In the cache folder: what readers said."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +106,47 @@ def frozen_reader(config: ReadingConfig, run_device: str) -> tuple[LanguageModel
     return lm, MODEL_EMBEDDINGS[config.selection.embedder](lm, layer=config.selection.layer)
 
 
-def prepare(config: ReadingConfig, run: Run, services: Services) -> Setup:
-    """The setup that ``config`` describes; writes ``pools.json`` into the run folder.
+@dataclass(frozen=True)
+class World:
+    """Pools and cases of a configuration, which no run changes.
 
-    What a reader says is remembered in the cache folder, so that runs with other seeds do not ask again.
+    Attributes:
+        scorer: the frozen reader.
+        embedding: of its texts.
+        splits: cases by split (``train``, ``judge``) and mode.
+        corpus, scales: statistics of the training articles.
+        pools: of every split, by name.
     """
-    lm, embedding = frozen_reader(config, str(run.device))
-    scorer = Scorer(lm, services.cache_dir / "study.sqlite")
+
+    scorer: Scorer
+    embedding: ModelEmbedding
+    splits: Mapping[str, Mapping[Mode, Split]]
+    corpus: Corpus
+    scales: Tensor
+    pools: Mapping[str, Sequence[Pool]]
+
+
+def build_world(
+    config: ReadingConfig,
+    *,
+    device: str,
+    store: Path | None,
+    splits: Sequence[str] = ("train", "judge"),
+    notice: Callable[[str], None] = lambda message: None,
+    pause: Callable[[], None] = lambda: None,
+) -> World:
+    """The pools and cases that ``config`` describes, with every candidate scored.
+
+    Args:
+        config: of reading, with `episode.pool` mixed.
+        device: of the reader.
+        store: database in which scores are remembered; None remembers nothing.
+        splits: whose cases are drawn and scored; the statistics are of the training articles in any case.
+        notice: told what is being scored.
+        pause: called after each case; may raise to stop.
+    """
+    lm, embedding = frozen_reader(config, device)
+    scorer = Scorer(lm, store)
     data, study = config.data, config.study
 
     def load(folder: str, split: str) -> list[StudyArticle]:
@@ -133,31 +172,47 @@ def prepare(config: ReadingConfig, run: Run, services: Services) -> Setup:
     features: dict[str, dict[str, PoolFeatures]] = {
         split: {pool.name: pool_features(pool, corpus, scorer, embedding, channels=channels) for pool in each}
         for split, each in pools.items()
+        if split == "train" or split in splits
     }
     scales = channel_scales(features["train"], pools["train"])
     modes: Sequence[Mode] = ("asked", "seed") if study.mode == "both" else (study.mode,)
-    splits: dict[str, dict[Mode, Split]] = {"train": {}, "judge": {}}
+    found: dict[str, dict[Mode, Split]] = {split: {} for split in splits}
     for split, articles in (("train", learn), ("judge", judge)):
-        for mode in modes:
+        for mode in modes if split in splits else ():
             cases = draw_cases(
                 pools[split], mode, num_questions=study.num_questions, target_names=[each.name for each in articles]
             )
             gains = []
             for number, case in enumerate(cases, start=1):
                 if number % 100 == 1:
-                    run.notice(f"{split}, {mode}: scoring the candidates of case {number} of {len(cases)}")
+                    notice(f"{split}, {mode}: scoring the candidates of case {number} of {len(cases)}")
                 gains.append(scorer.candidate_gains(case))
-                run.stop_if_requested()
-            splits[split][mode] = Split(tuple(cases), case_batch(cases, features[split], scales, gains))
-    replace_file(run.path / "pools.json", row_json(pools_json(pools)) + "\n")
+                pause()
+            found[split][mode] = Split(tuple(cases), case_batch(cases, features[split], scales, gains))
+    return World(scorer=scorer, embedding=embedding, splits=found, corpus=corpus, scales=scales, pools=pools)
+
+
+def prepare(config: ReadingConfig, run: Run, services: Services) -> Setup:
+    """The setup that ``config`` describes; writes ``pools.json`` into the run folder.
+
+    What a reader says is remembered in the cache folder, so that runs with other seeds do not ask again.
+    """
+    world = build_world(
+        config,
+        device=str(run.device),
+        store=services.cache_dir / STORE_NAME,
+        notice=run.notice,
+        pause=run.stop_if_requested,
+    )
+    replace_file(run.path / "pools.json", row_json(pools_json(world.pools)) + "\n")
     return Setup(
         config=config,
         run=run,
-        scorer=scorer,
-        train=splits["train"],
-        judge=splits["judge"],
-        corpus=corpus,
-        scales=scales,
+        scorer=world.scorer,
+        train=world.splits["train"],
+        judge=world.splits["judge"],
+        corpus=world.corpus,
+        scales=world.scales,
     )
 
 

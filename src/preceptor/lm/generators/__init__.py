@@ -1,0 +1,1 @@
+"""Engines that write continuations, behind one protocol, and the audit that stands behind each of them."""
