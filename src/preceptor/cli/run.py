@@ -17,6 +17,7 @@ from preceptor.systems import find_system
 from preceptor.systems.base import System
 from preceptor.systems.configuration import configuration
 
+
 class RunGroup(SystemGroup):
     """``preceptor run SYSTEM``."""
 

@@ -36,7 +36,14 @@ from preceptor.runs.metrics import JsonlLog
 from preceptor.runs.naming import check_run_name, default_run_path
 from preceptor.runs.progress import COLUMNS, PLAN_NAME, Progress
 from preceptor.runs.random import RandomStreams, derived_seed, global_random_state, load_global_random_state
-from preceptor.runs.record import RECORD, plain_config, read_config, read_manifest, require_free, write_record
+from preceptor.runs.record import (
+    discard_unbegun,
+    plain_config,
+    read_config,
+    read_manifest,
+    require_free,
+    write_record,
+)
 from preceptor.runs.seal import SEAL_NAME, seal
 from preceptor.runs.signals import StopSignals
 from preceptor.runs.state import Stateful
@@ -423,20 +430,6 @@ def _extend(path: Path, manifest: dict[str, Any], extended: Mapping[str, Any]) -
             os.replace(path / "result.json", path / f"result-step-{last_step:06d}.json")
     write_record(path, manifest)
     return config
-
-
-def discard_unbegun(path: Path) -> None:
-    """Removes the run in ``path`` if it did nothing before it failed: a folder that holds its own record alone.
-
-    Whatever a system has written, be it one row, makes it a run that has begun; then nothing is changed.
-    """
-    with contextlib.ExitStack() as on_exit, storage_errors(f"remove {path}"):
-        on_exit.callback(FolderLock(path).release)
-        if set(os.listdir(path)) <= set(RECORD):
-            for name in RECORD:
-                (path / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # no longer empty: another process has begun a run here
-                path.rmdir()
 
 
 @contextlib.contextmanager

@@ -45,9 +45,7 @@ class World:
         store: of the launcher, through which processes that can no longer compute together still agree on who speaks.
     """
 
-    def __init__(
-        self, *, rank: int = 0, size: int = 1, local_rank: int = 0, store: dist.Store | None = None
-    ) -> None:
+    def __init__(self, *, rank: int = 0, size: int = 1, local_rank: int = 0, store: dist.Store | None = None) -> None:
         self.rank = rank
         self.size = size
         self.local_rank = local_rank
@@ -90,9 +88,14 @@ class World:
         """
         if self.size == 1 or num_rows < self.size:
             return tuple(compute(slice(0, num_rows)))
-        mine = tuple(compute(self.shard(num_rows)))
+        return self.gather(num_rows, *compute(self.shard(num_rows)))
+
+    def gather(self, num_rows: int, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Each of ``parts``, which holds this process's rows (perhaps none), with those of all processes."""
+        if self.size == 1:
+            return parts
         sizes = [self.shard(num_rows, rank) for rank in range(self.size)]
-        return self._gather(mine, [rows.stop - rows.start for rows in sizes])
+        return self._gather(parts, [rows.stop - rows.start for rows in sizes])
 
     def gathered_lists(self, lengths: Sequence[int], compute: Callable[[slice], Sequence[Tensor]]) -> list[Tensor]:
         """The same where each row has a tensor of its own length: ``compute`` gives one per row, ``lengths`` in all."""

@@ -178,9 +178,7 @@ def scores_after_initial_queries(
     if trajectories.initial_queries is None:
         raise DataError("untrained_query needs queries of the initial policy; run the episodes with `initial_policy`")
     article = reader.article(trajectories.article)
-    places = list(
-        zip(sequences, trajectories.order.tolist(), trajectories.initial_queries.tolist(), strict=True)
-    )
+    places = list(zip(sequences, trajectories.order.tolist(), trajectories.initial_queries.tolist(), strict=True))
     lengths = [[len(article.turns[pair]) for pair in order] for _, order, _ in places]
 
     def flat(rows: slice) -> list[Tensor]:
