@@ -14,7 +14,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 from preceptor.errors import ConfigError, Interrupted, LostProcessError, PreceptorError, ToldElsewhere, ToldHere
 from preceptor.lm.sampling import SharedStream, Stream
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
 
@@ -45,7 +48,7 @@ class World:
         store: of the launcher, through which processes that can no longer compute together still agree on who speaks.
     """
 
-    def __init__(self, *, rank: int = 0, size: int = 1, local_rank: int = 0, store: dist.Store | None = None) -> None:
+    def __init__(self, *, rank: int = 0, size: int = 1, local_rank: int = 0, store: Store | None = None) -> None:
         self.rank = rank
         self.size = size
         self.local_rank = local_rank
@@ -295,14 +298,18 @@ def joined(environ: Mapping[str, str]) -> Iterator[World]:
             f"WORLD_SIZE is {environ['WORLD_SIZE']} and {', '.join(missing)} is not set; start with torchrun or "
             "accelerate launch, or unset WORLD_SIZE"
         )
+    # Imported here: a torch without distributed computing still runs in one process.
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
     local_rank = int(environ.get("LOCAL_RANK", rank))
-    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=TIMEOUT))
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
     if torch.cuda.is_available() and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)  # where NCCL and broadcast objects live
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
-        backend, store=dist.PrefixStore("preceptor/group", store), rank=rank, world_size=size, timeout=TIMEOUT
+        backend, store=PrefixStore("preceptor/group", store), rank=rank, world_size=size, timeout=TIMEOUT
     )
     world = World(rank=rank, size=size, local_rank=local_rank, store=store)
     try:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from preceptor.lm.decode import Decoder
 from preceptor.lm.load import Adapter, load_language_model
 from preceptor.lm.model import LanguageModel
-from preceptor.lm.sampling import Sampling
+from preceptor.lm.sampling import Sampling, Stream
 from preceptor.lm.score import pad_rows
 from preceptor.lm.tokenizer import train_bpe_tokenizer
 from preceptor.systems.curriculum.config import ModelOptions
@@ -185,7 +185,7 @@ def generate_rollouts(
     group_size: int,
     num_tokens: int,
     sampling: Sampling,
-    generator: torch.Generator,
+    generator: Stream,
 ) -> Rollouts:
     """``group_size`` continuations of every prompt, sampled in one batch; a prompt is read once for its group.
 

@@ -69,7 +69,7 @@ def train_on_tasks(config: CurriculumConfig, run: Run) -> dict[str, Any]:
         for n in run.loop(last_step, state):
             if not state.finished:
                 run.log(n, task_step(setup, state, n, last=n == last_step))
-            if number == 1 and n == last_step:
+            if number == 1 and n == last_step and run.writes:
                 save_model(setup.lm.model, setup.lm.tokenizer, run.path / "model")
     records = records_of(state.outcomes, counted=setup.counted, seed=config.seed)
     names = [source.name for source in setup.sources]
@@ -165,6 +165,7 @@ def task_step(setup: TaskSetup, state: TaskState, n: int, *, last: bool) -> dict
             temperature=config.ppo.temperature,
             chooser=state.chooser,
             generator=setup.run.streams["rollout"],
+            world=setup.run.world,
         )
         batches.append(answers)
         success = answers.success(config.ppo.group_size)
@@ -200,6 +201,7 @@ def task_step(setup: TaskSetup, state: TaskState, n: int, *, last: bool) -> dict
         state.mixture.update(groups, progress=progress)
         setup.run.record([group_row(groups, state, step=n, progress=progress)])
     named = [(name, parameter) for name, parameter in setup.lm.trainable_parameters().items()]
+    setup.run.world.sum_gradients(parameter for _, parameter in named)
     if (reason := first_nonfinite((f"gradient of {name}", p.grad) for name, p in named)) is None:
         norm = nn.utils.clip_grad_norm_([parameter for _, parameter in named], config.update.clip_norm)
         row["gradient_norm"] = float(norm)
@@ -216,7 +218,7 @@ def task_step(setup: TaskSetup, state: TaskState, n: int, *, last: bool) -> dict
         "rollout_tokens": counts["rollout_tokens"],
         "groups_that_teach": counts["groups_that_teach"] / counts["groups"],
         "weights": dict(zip(names, weights.tolist(), strict=True)),
-        **sums.means(),
+        **sums.shared(setup.run.world).means(),
         "seconds": time.perf_counter() - started,
     }
 
@@ -242,6 +244,7 @@ def accumulate_gradient(setup: TaskSetup, answers: Answers, sums: Sums, *, share
         micro_batch_size=config.update.micro_batch_size or len(mask),
         bf16=config.update.bf16,
         sums=sums,
+        world=setup.run.world,
     )
     return advantages[:, 0].cpu()  # the same at every token, and the first always counts
 
@@ -278,6 +281,7 @@ def success_rates(setup: TaskSetup, *, num_prompts: int, seed: int) -> tuple[lis
         temperature=setup.config.ppo.temperature,
         chooser=random.Random(derived_seed(setup.config.seed, f"validation items {seed}")),
         generator=torch.Generator().manual_seed(derived_seed(setup.config.seed, f"validation answers {seed}")),
+        world=setup.run.world,
     )
     return answers.right.double().view(len(setup.sources), num_prompts).mean(1).tolist(), answers.num_tokens
 
