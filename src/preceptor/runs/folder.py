@@ -229,13 +229,8 @@ class Run:
 
     def _stop_by(self, signal_number: int) -> None:
         if signal_number:
-            raise Interrupted(f"stopped at step {self.step}; resume with: {self.resume_command}", signal_number)
-
-    @property
-    def resume_command(self) -> str:
-        """What goes on with this run, in as many processes."""
-        command = f"preceptor resume {self.path}"
-        return command if self.world.size == 1 else f"torchrun --nproc-per-node {self.world.size} -m {command}"
+            how = self.world.resume_command(self.path)
+            raise Interrupted(f"stopped at step {self.step}; resume with: {how}", signal_number)
 
     def save(self, state: Stateful) -> None:
         """Saves a checkpoint of ``state``, the random streams, and how far the logs were."""

@@ -36,5 +36,5 @@ def shared_run(world: World, opened: Callable[[], Run]) -> Run:
                 f"it differs from the first process: {', '.join(differing)}; processes of one run must compute alike"
             )
         first = Run(Path(path), manifest, None, quiet=True, world=world)
-    world.resume_hint = f"; resume with: {first.resume_command}" if world.size > 1 else ""
+    world.resume_hint = f"; resume with: {world.resume_command(first.path)}" if world.size > 1 else ""
     return first

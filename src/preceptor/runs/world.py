@@ -14,7 +14,8 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -64,6 +65,11 @@ class World:
         """Raises ``ConfigError`` in a world of several processes: ``what`` works in one alone."""
         if self.size > 1:
             raise ConfigError(f"{what} works in one process, this run has {self.size}; start it without a launcher")
+
+    def resume_command(self, folder: Path) -> str:
+        """What goes on with the run in ``folder`` in as many processes."""
+        command = f"preceptor resume {folder}"
+        return command if self.size == 1 else f"torchrun --nproc-per-node {self.size} -m {command}"
 
     # Rows
 

@@ -9,9 +9,7 @@ gradients; only :func:`optimizer_step` changes weights.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +33,7 @@ from preceptor.systems.curriculum.policy import (
 )
 from preceptor.systems.curriculum.setup import Setup
 from preceptor.systems.curriculum.state import State
+from preceptor.systems.curriculum.sums import Sums
 from preceptor.systems.curriculum.value_network import ValueNetwork
 
 MAX_SAMPLER_KL = 1e-6
@@ -90,27 +89,6 @@ class Experience:
             values=None if self.values is None else self.values[indices],
             reference_log_probs=self.reference_log_probs[indices],
         )
-
-
-@dataclass
-class Sums:
-    """Weighted sums of a step's metrics, for their means at its end."""
-
-    totals: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    weights: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    def add(self, name: str, value: Tensor | float, weight: float = 1.0) -> None:
-        """Adds ``value`` with ``weight``."""
-        self.totals[name] += float(value) * weight
-        self.weights[name] += weight
-
-    def shared(self, world: World) -> Sums:
-        """The same over the processes of ``world``, which have the same names."""
-        return Sums(world.sums(self.totals), world.sums(self.weights)) if world.size > 1 else self
-
-    def means(self) -> Mapping[str, float]:
-        """The weighted mean of every metric."""
-        return {name: total / self.weights[name] for name, total in self.totals.items() if self.weights[name]}
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,12 @@ from preceptor.runs.random import derived_seed
 from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.policy import build_policy, rollout_sampling
 from preceptor.systems.curriculum.rewards import token_advantages
+from preceptor.systems.curriculum.sums import Sums
 from preceptor.systems.curriculum.tasks.result import mean_success, records_of, task_charts, task_result
 from preceptor.systems.curriculum.tasks.rollouts import Answers, draw_sources, longest_answer, sample_answers
 from preceptor.systems.curriculum.tasks.sources import Source, build_sources
 from preceptor.systems.curriculum.tasks.state import TaskSetup, TaskState
-from preceptor.systems.curriculum.update import Experience, Sums, accumulate_ppo
+from preceptor.systems.curriculum.update import Experience, accumulate_ppo
 
 if TYPE_CHECKING:
     from preceptor.lm.model import LanguageModel
