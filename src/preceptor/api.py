@@ -215,6 +215,7 @@ def _record(run: Run, result: Mapping[str, Any], *, report: bool) -> None:
             write_page(run.path)
         run.conclude_trackers(result)
     run.world.barrier()  # so that nobody reads the folder, or leaves, before it is whole
+    run.world.resume_hint = ""
 
 
 def _require_distributed(system: System, world: World) -> None:

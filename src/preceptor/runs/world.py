@@ -35,7 +35,7 @@ BUCKET = 2**24
 TIMEOUT = timedelta(hours=2)
 """For which a process waits for the others: rank 0 may download, and a dead process is noticed at once in any case."""
 
-TELLER = "preceptor/teller"
+TELLER = "teller"
 """Counter in the launcher's store; the process that raises it from 0 is the one that tells what happened."""
 
 
@@ -305,17 +305,28 @@ def joined(environ: Mapping[str, str]) -> Iterator[World]:
             "accelerate launch, or unset WORLD_SIZE"
         )
     # Imported here: a torch without distributed computing still runs in one process.
-    from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # its stubs do not name them
 
     rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
     local_rank = int(environ.get("LOCAL_RANK", rank))
-    store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+    # torchrun keeps the store in a process of its own, which outlives ours; else the first process keeps it.
+    kept_by_launcher = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = PrefixStore(
+        f"preceptor/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
+        TCPStore(
+            environ["MASTER_ADDR"],
+            int(environ["MASTER_PORT"]),
+            size,
+            is_master=rank == 0 and not kept_by_launcher,
+            timeout=TIMEOUT,
+            multi_tenant=True,
+        ),
+    )
     if torch.cuda.is_available() and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)  # where NCCL and broadcast objects live
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
-        backend, store=PrefixStore("preceptor/group", store), rank=rank, world_size=size, timeout=TIMEOUT
+        backend, store=PrefixStore("group", store), rank=rank, world_size=size, timeout=TIMEOUT
     )
     world = World(rank=rank, size=size, local_rank=local_rank, store=store)
     try:
@@ -323,5 +334,6 @@ def joined(environ: Mapping[str, str]) -> Iterator[World]:
             yield world
     finally:
         # Not waited for: a process that failed must not wait for others that wait for it.
-        with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
+        if dist.is_initialized():
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
