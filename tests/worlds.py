@@ -11,7 +11,7 @@ from typing import Any
 
 from preceptor.runs.world import World, joined
 
-TIMEOUT = 120.0
+TIMEOUT = 300.0
 """Seconds after which a world that does not end is a failure."""
 
 
@@ -33,16 +33,16 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def in_world(size: int, function: Callable[[World], Any]) -> list[Any]:
-    """What ``function`` gives in each process of a world, in rank order; fails with what one of them raised."""
+def in_processes(size: int, function: Callable[[int], Any]) -> list[Any]:
+    """What ``function`` gives for each rank in a process of its own, whose environment is a launcher's."""
     context = multiprocessing.get_context("fork")
     port, results = free_port(), context.Queue()
 
     def process(rank: int) -> None:
+        os.environ.update(launcher_variables(rank, size, port))
         try:
-            with joined(launcher_variables(rank, size, port)) as world:
-                results.put((rank, function(world), None))
-        except BaseException:
+            results.put((rank, function(rank), None))
+        except BaseException:  # noqa: BLE001 - whatever it was, the test fails with its traceback
             results.put((rank, None, traceback.format_exc()))
         results.close()
         results.join_thread()
@@ -59,6 +59,16 @@ def in_world(size: int, function: Callable[[World], Any]) -> list[Any]:
             given[rank] = result
     finally:
         for each in processes:
-            each.join(5)
+            each.join(5 if len(given) == size else 0.1)
             each.kill()
     return [given[rank] for rank in range(size)]
+
+
+def in_world(size: int, function: Callable[[World], Any]) -> list[Any]:
+    """What ``function`` gives in each process of a world, in rank order; fails with what one of them raised."""
+
+    def joining(_: int) -> Any:
+        with joined(os.environ) as world:
+            return function(world)
+
+    return in_processes(size, joining)

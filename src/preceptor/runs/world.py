@@ -47,14 +47,16 @@ class World:
         size: number of processes.
         local_rank: among those of this machine: which GPU is this process's.
         store: of the launcher, through which processes that can no longer compute together still agree on who speaks.
+        carrier: device of the tensors that travel; the CPU needs gloo, a GPU suits a process group of NCCL alone.
     """
 
-    def __init__(self, *, rank: int = 0, size: int = 1, local_rank: int = 0, store: Store | None = None) -> None:
+    def __init__(self, *, rank: int = 0, size: int = 1, local_rank: int = 0, store: Store | None = None, carrier: torch.device | None = None) -> None:
         self.rank = rank
         self.size = size
         self.local_rank = local_rank
         self.resume_hint = ""
         self._store = store
+        self._carrier = carrier or torch.device("cpu")
 
     @property
     def is_first(self) -> bool:
@@ -123,7 +125,7 @@ class World:
         raw = [tensor.detach().cpu().contiguous() for tensor in tensors]
         row_bytes = [math.prod(tensor.shape[1:]) * tensor.element_size() for tensor in raw]
         total = sum(row_bytes)
-        message = torch.zeros(max(sizes) * total, dtype=torch.uint8)
+        message = torch.zeros(max(sizes) * total, dtype=torch.uint8, device=self._carrier)
         place = 0
         for tensor in raw:
             flat = tensor.view(-1).view(torch.uint8)
@@ -136,7 +138,7 @@ class World:
         for size, received in zip(sizes, messages, strict=True):
             place = 0
             for tensor, num_bytes, out in zip(raw, row_bytes, parts, strict=True):
-                piece = received[place : place + size * num_bytes].clone()
+                piece = received[place : place + size * num_bytes].clone().cpu()
                 out.append(piece.view(tensor.dtype).view(size, *tensor.shape[1:]))
                 place += size * num_bytes
         return tuple(torch.cat(part).to(tensor.device) for part, tensor in zip(parts, tensors, strict=True))
@@ -147,7 +149,7 @@ class World:
         """The sum of ``values`` over the processes, in float64 arithmetic and back in their dtype; no gradient."""
         if self.size == 1:
             return values
-        total = values.detach().double().cpu()
+        total = values.detach().to(self._carrier, torch.float64)
         with self._together():
             dist.all_reduce(total)
         return total.to(values)
@@ -163,7 +165,7 @@ class World:
         """The largest of the processes' values."""
         if self.size == 1:
             return value
-        largest = torch.tensor(value, dtype=torch.float64)
+        largest = torch.tensor(value, dtype=torch.float64, device=self._carrier)
         with self._together():
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return float(largest)
@@ -212,14 +214,14 @@ class World:
             return value()
         held = [value() if self.is_first else None]
         with self._together():
-            dist.broadcast_object_list(held)
+            dist.broadcast_object_list(held, device=self._carrier)
         return held[0]  # type: ignore[return-value]
 
     def barrier(self) -> None:
         """Waits for all processes."""
         if self.size > 1:
             with self._together():
-                dist.all_reduce(torch.zeros(1))
+                dist.all_reduce(torch.zeros(1, device=self._carrier))
 
     @contextlib.contextmanager
     def first_then_others(self) -> Iterator[None]:
