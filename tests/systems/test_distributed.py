@@ -25,7 +25,7 @@ from preceptor.runs.world import World
 from preceptor.systems import find_system
 from preceptor.systems.base import Services
 from preceptor.systems.configuration import configuration
-from tests.systems.reading.conftest import tiny_folder  # noqa: F401 - a fixture
+from tests.systems.reading import conftest as shared_fixtures
 from tests.worlds import free_port, in_processes, in_world, launcher_variables
 
 LEFT_OUT = {"seconds", "tokens_per_second", "peak_memory_mib", "evaluation_seconds", "z", "acceptance_z"}
@@ -97,6 +97,9 @@ JOBS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 @pytest.fixture(autouse=True)
 def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+tiny_folder = shared_fixtures.tiny_folder
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -401,9 +404,9 @@ def test_a_killed_process_ends_all_under_torchrun_and_the_run_goes_on(tmp_path: 
     folder = tmp_path / "run"
     words = ["run", "surgery", "--preset", "smoke", "--threads", "1", "--no-report", "--out", str(folder)]
     sets = [word for each in (*SURGERY, "phases.bootstrap_steps=4000", "save_every=10") for word in ("--set", each)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "preceptor"]
-        + [*words, *sets],
+        [*torchrun, "-m", "preceptor", *words, *sets],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -50,7 +50,15 @@ class World:
         carrier: device of the tensors that travel; the CPU needs gloo, a GPU suits a process group of NCCL alone.
     """
 
-    def __init__(self, *, rank: int = 0, size: int = 1, local_rank: int = 0, store: Store | None = None, carrier: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        rank: int = 0,
+        size: int = 1,
+        local_rank: int = 0,
+        store: Store | None = None,
+        carrier: torch.device | None = None,
+    ) -> None:
         self.rank = rank
         self.size = size
         self.local_rank = local_rank
@@ -327,9 +335,7 @@ def joined(environ: Mapping[str, str]) -> Iterator[World]:
     if torch.cuda.is_available() and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)  # where NCCL and broadcast objects live
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(
-        backend, store=PrefixStore("group", store), rank=rank, world_size=size, timeout=TIMEOUT
-    )
+    dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=size, timeout=TIMEOUT)
     world = World(rank=rank, size=size, local_rank=local_rank, store=store)
     try:
         with world.one_voice():
