@@ -105,7 +105,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
 
 
 @pytest.mark.parametrize("learning_rate", [0.0, 0.01])
-def test_at_learning_rate_0_nothing_moves(tmp_path: Path, learning_rate: float) -> None:
+def test_at_learning_rate_0_nothing_moves_and_words_are_never_learned(tmp_path: Path, learning_rate: float) -> None:
     config = from_dict(
         BanditConfig,
         {
@@ -125,7 +125,20 @@ def test_at_learning_rate_0_nothing_moves(tmp_path: Path, learning_rate: float) 
         setup = prepare_in_context(config, opened)
         state = InContextState(setup)
         in_context.learn(setup, state)
-    begun, ended = (dict(lm.model.named_parameters()) for lm in (setup.initial_model, setup.lm))
+    # Words' vectors are drawn anew for every update and never learned: drawing the last ones again changes nothing.
+    words = setup.token_vectors[setup.fresh_tokens].clone()
+    assert len(words) == len(config.in_context.words) + len(config.in_context.held_out_words)
+    in_context.draw_words(setup, 4)
+    assert torch.equal(setup.token_vectors[setup.fresh_tokens], words)
+    in_context.draw_words(setup, 5)
+    assert not torch.equal(setup.token_vectors[setup.fresh_tokens], words)
+    # Nothing else moves at 0, everything else does above it.
+    begun, ended = (
+        {name: parameter.detach().clone() for name, parameter in lm.model.named_parameters()}
+        for lm in (setup.initial_model, setup.lm)
+    )
+    for parameters in (begun, ended):
+        parameters["model.embed_tokens.weight"][setup.fresh_tokens] = 0
     moved = [name for name in begun if not torch.equal(begun[name], ended[name])]
     assert len(moved) == (0 if learning_rate == 0 else len(begun))
 

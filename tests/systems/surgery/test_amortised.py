@@ -89,10 +89,15 @@ def test_both_learners_meet_the_same_damage(whole: tuple[Path, SurgeryConfig, di
     assert {len(row["action"]) for row in decisions} == {2, 4}  # students with one and two layers of two heads
 
 
+@pytest.mark.parametrize("learner", ["sac", "ppo"])
 def test_a_stop_leaves_no_trace(
-    whole: tuple[Path, SurgeryConfig, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: tuple[Path, SurgeryConfig, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learner: str
 ) -> None:
     folder, config, result = whole
+    if learner == "ppo":
+        folder, config = tmp_path / "whole", config_of(tmp_path, "amortised.learner=ppo")
+        with start(config, folder) as run:
+            result = train(config, run, SERVICES)
     log = Run.log
 
     def logging(run: Run, at: int, row: Mapping[str, Any]) -> None:

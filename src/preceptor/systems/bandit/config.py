@@ -196,6 +196,11 @@ class InContextOptions(Options):
     held_out_words: tuple[str, ...] = Field(
         _pool("kmpt")[:16], description="Words that are dealt in evaluation alone (text: words)."
     )
+    fresh_words: bool = Field(
+        True,
+        description="Draw the words' vectors anew for every update of a model from random weights, so that words it "
+        "was never dealt are like the others (text: words).",
+    )
     template: str = Field(
         "{options}", description="How an episode begins; {options} is where the words stand, each after its number."
     )

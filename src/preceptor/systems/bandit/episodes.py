@@ -106,6 +106,14 @@ class Layout:
         return torch.stack([options.gather(1, actions), self.levels[levels]], dim=-1)
 
 
+def initial_deviation(width: int) -> float:
+    """Standard deviation of random weights, about 1/√width.
+
+    The usual 0.02 is for wide models; here attention would hardly tell tokens apart.
+    """
+    return 0.8 / math.sqrt(width)
+
+
 def build_language_model(config: BanditConfig, *, device: torch.device) -> LanguageModel:
     """The named model, or a small decoder with rotary positions, random weights and a token for each word."""
     options = config.model
@@ -122,8 +130,7 @@ def build_language_model(config: BanditConfig, *, device: torch.device) -> Langu
             num_key_value_heads=options.num_heads,
             max_position_embeddings=options.context_length,
             tie_word_embeddings=True,
-            # About 1/√width: the usual 0.02 is for wide models, and here attention would hardly tell tokens apart.
-            initializer_range=0.8 / math.sqrt(options.width),
+            initializer_range=initial_deviation(options.width),
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=None,
         )

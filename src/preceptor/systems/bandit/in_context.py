@@ -29,7 +29,7 @@ from preceptor.objectives.statistics import whiten
 from preceptor.objectives.value import explained_variance, value_loss
 from preceptor.runs.device import peak_memory_mib
 from preceptor.runs.random import derived_seed
-from preceptor.systems.bandit import baselines
+from preceptor.systems.bandit import baselines, episodes
 from preceptor.systems.bandit.config import BanditConfig
 from preceptor.systems.bandit.environment import BanditFamily, EpisodeTables
 from preceptor.systems.bandit.episodes import Batch, Scored, play, score, written
@@ -49,6 +49,9 @@ AGREEMENT = 0.8
 
 HARDER = 0.02
 """By how much of the whole way, in one update."""
+
+WORD_SHARE = 0.25
+"""Share of a model's dimensions that tells words apart (`in_context.fresh_words`)."""
 
 MAX_TOKENS = 8192
 """Tokens of a warm-start batch of short episodes, about."""
@@ -84,10 +87,32 @@ def shown_tables(config: BanditConfig, tables: EpisodeTables) -> EpisodeTables:
     return EpisodeTables(rewards=tables.rewards.roll(1, 0), expected=tables.expected)
 
 
+@torch.no_grad()
+def draw_words(setup: InContextSetup, n: int) -> None:
+    """Gives all words new random vectors for update ``n``: a function of the seed and ``n`` alone.
+
+    A word then is nothing but a vector unlike the others, so a model can only learn to recognise it again, and words
+    that no update has dealt are as good as those that it has. The vectors lie in the first :data:`WORD_SHARE` of the
+    dimensions: a choice needs both options, the last word and what was paid beside each other in one state.
+    """
+    if not len(setup.fresh_tokens):
+        return
+    vectors = setup.token_vectors  # also the output's
+    generator = torch.Generator().manual_seed(derived_seed(setup.config.seed, f"words of step {n}"))
+    width = vectors.shape[1]
+    dimensions = max(1, round(WORD_SHARE * width))
+    drawn = torch.zeros(len(setup.fresh_tokens), width)
+    drawn[:, :dimensions] = torch.randn(len(drawn), dimensions, generator=generator)
+    # All of one length, that of other tokens' vectors, so that no word is louder than another.
+    length = episodes.initial_deviation(width) * math.sqrt(width)
+    vectors[setup.fresh_tokens] = (length * F.normalize(drawn, dim=1)).to(vectors)
+
+
 def warm_step(setup: InContextSetup, state: InContextState, n: int) -> dict[str, Any]:
     """One supervised update on histories that others played; gives step ``n``'s metrics."""
     began = time.perf_counter()
     options, run, family = setup.config.in_context, setup.run, setup.family
+    draw_words(setup, n)
     # 1. Bandits as hard as the model can bear: from nearly certain rewards and 4 rounds to the prior and all rounds.
     difficulty = state.difficulty
     sharpness = FIRST_SHARPNESS ** (1 - difficulty)
@@ -194,6 +219,7 @@ def step(setup: InContextSetup, state: InContextState, n: int) -> dict[str, Any]
     progress = (n - 1 - options.warm_steps) / options.steps
     num_rounds = num_rounds_at(setup, progress)
     num_episodes = options.batch_size
+    draw_words(setup, n)
 
     # 1. Play.
     tables = sampled_tables(setup.config, family, n, num_episodes=num_episodes, num_rounds=num_rounds)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from preceptor.errors import ConfigError
 from preceptor.lm.model import LanguageModel
@@ -143,6 +143,8 @@ class InContextSetup:
         run: folder, random streams and logs.
         lm: the model that plays; training moves its weights in place.
         layout, held_out_layout: how episodes are written, with the words of training and with those held out.
+        fresh_tokens: the tokens whose vectors are drawn anew for every update, those of all words; none of a model that
+            has learned its words before.
         family: the bandits that are sampled.
         initial_model: ``lm`` before any update, frozen.
     """
@@ -152,8 +154,16 @@ class InContextSetup:
     lm: LanguageModel
     layout: Layout
     held_out_layout: Layout | None
+    fresh_tokens: Int[Tensor, " words"]
     family: BanditFamily
     initial_model: LanguageModel
+
+    @property
+    def token_vectors(self) -> Float[Tensor, "vocab width"]:
+        """The weight of the model's input embedding, a parameter."""
+        embedding = self.lm.model.get_input_embeddings()
+        assert isinstance(embedding, nn.Embedding)
+        return embedding.weight
 
 
 def prepare_in_context(config: BanditConfig, run: Run) -> InContextSetup:
@@ -174,12 +184,17 @@ def prepare_in_context(config: BanditConfig, run: Run) -> InContextSetup:
             f"the longest episode takes {num_tokens} tokens and the context of {lm.name} holds {lm.context_length}; "
             "lower `in_context.rounds` or `in_context.horizons`, or raise `model.context_length`"
         )
+    held_out_layout = None if layout.joint else episodes.build_layout(lm, config, options.held_out_words)
+    fresh = torch.empty(0, dtype=torch.long)
+    if held_out_layout is not None and options.fresh_words and not config.model.name:
+        fresh = torch.cat([layout.words, held_out_layout.words])
     return InContextSetup(
         config=config,
         run=run,
         lm=lm,
         layout=layout,
-        held_out_layout=None if layout.joint else episodes.build_layout(lm, config, options.held_out_words),
+        held_out_layout=held_out_layout,
+        fresh_tokens=fresh,
         family=BanditFamily(options.num_arms, options.kind, options.prior),
         initial_model=lm.frozen_copy(),
     )

@@ -164,6 +164,8 @@ class InContextState:
             group["lr"] = learning_rate
         if loss is not None:
             loss.backward()
+        if len(self.setup.fresh_tokens) and (gradient := self.setup.token_vectors.grad) is not None:
+            gradient[self.setup.fresh_tokens] = 0  # drawn anew for every update, so not learned
         self.setup.run.world.sum_gradients(self.parameters.values())
         return guarded_step(
             self.guard,

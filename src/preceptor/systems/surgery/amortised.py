@@ -1,4 +1,4 @@
-"""The amortised surgeon: soft actor-critic over many damaged students, to repair models that it has never seen.
+"""The amortised surgeon: trained over many damaged students by SAC or PPO, to repair models that it has never seen.
 
 Each training step
 1. takes some students and damages each in a way of its own,
@@ -33,6 +33,7 @@ from preceptor.systems.surgery.config import SurgeryConfig
 from preceptor.systems.surgery.environment import Student, scheduled_rate
 from preceptor.systems.surgery.patient import Patient, pretrained_patient, train_students
 from preceptor.systems.surgery.policy import SacAgent
+from preceptor.systems.surgery.ppo import PpoAgent
 from preceptor.systems.surgery.repaired import result
 from preceptor.systems.surgery.rewards import draw_windows
 from preceptor.systems.surgery.setup import Setup, prepare
@@ -74,17 +75,7 @@ class State:
     """The two learners, what the second is paid next, and the records so far."""
 
     def __init__(self, setup: Setup, ward: Ward) -> None:
-        self.agents = {
-            name: sac_agent(
-                setup.config.agent,
-                state_dim=ward.num_sites * FEATURE_DIM,
-                action_dim=ward.num_sites,
-                generator=setup.generator("surgeon weights"),  # the same beginning for both
-                spill_folder=setup.folder,
-                networks=site_networks,
-            )
-            for name in LEARNERS
-        }
+        self.agents = {name: make_agent(setup, ward) for name in LEARNERS}
         self.last_rewards: list[float] = []
         self.records: list[dict[str, Any]] = []
 
@@ -106,6 +97,21 @@ class State:
             agent.load_state_dict(state[name])
         self.last_rewards = list(state["last_rewards"])
         self.records = list(state["records"])
+
+
+def make_agent(setup: Setup, ward: Ward) -> SacAgent | PpoAgent:
+    """A learner as it begins, the same for every call."""
+    options, generator = setup.config.agent, setup.generator("surgeon weights")
+    if setup.config.amortised.learner == "ppo":
+        return PpoAgent(options, generator=generator)
+    return sac_agent(
+        options,
+        state_dim=ward.num_sites * FEATURE_DIM,
+        action_dim=ward.num_sites,
+        generator=generator,
+        spill_folder=setup.folder,
+        networks=site_networks,
+    )
 
 
 def train(config: SurgeryConfig, run: Run, services: Services) -> dict[str, Any]:
@@ -231,7 +237,7 @@ def step(setup: Setup, ward: Ward, state: State, n: int) -> tuple[dict[str, Any]
 def learn_from(
     setup: Setup,
     ward: Ward,
-    agent: SacAgent,
+    agent: SacAgent | PpoAgent,
     seen: list[tuple[Tensor, Tensor, float]],
     rewards: list[float],
     *,
@@ -241,10 +247,7 @@ def learn_from(
     generator = setup.generator("updates", n)
     for (observation, action, _), reward in zip(seen, rewards, strict=True):
         agent.observe(observation, action, ward.reward_scale * reward, observation, terminated=True)
-    metrics: dict[str, float] = {}
-    if agent.buffer.num_added >= agent.random_steps:
-        for _ in range(setup.config.amortised.updates_per_step):
-            metrics = agent.update(generator=generator)
+    metrics = agent.learn(setup.config.amortised.updates_per_step, generator=generator)
     return {f"surgeon_{name}": value for name, value in metrics.items()}
 
 

@@ -46,7 +46,7 @@ DAMAGES = {
 }
 REPAIRS = {
     "inverse": "the known inverse of the damage",
-    "amortised": "SAC trained over many damaged models",
+    "amortised": "the surgeon trained over many damaged models",
     "shuffled": "the same, each edit paid with the reward of another damage",
     "norms": "every head's norm is set to the mean of its layer",
     "gradient": "Adam on the numbers of the edit",
@@ -234,9 +234,12 @@ Repair = Literal["inverse", "amortised", "shuffled", "norms", "gradient", "evolu
 class AmortisedOptions(Options):
     """The surgeon that learns on many damaged models (training: amortised)."""
 
+    learner: Literal["sac", "ppo"] = Field("sac", description="How the surgeon learns from what its edits earned.")
     steps: int = Field(200, ge=1, description="Number of training steps.")
     damages_per_step: int = Field(16, ge=1, description="Number of damaged students in a step.")
-    updates_per_step: int = Field(8, ge=0, description="Number of the agent's updates in a step.")
+    updates_per_step: int = Field(
+        8, ge=0, description="Number of the agent's updates in a step; for ppo, of passes over the step's edits."
+    )
     edits_per_damage: int = Field(
         1, ge=1, description="Number of edits of a damaged student; with a discount of 0 each is an episode of its own."
     )

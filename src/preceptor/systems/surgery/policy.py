@@ -194,6 +194,14 @@ class SacAgent:
             "entropy_target": self.target_entropy,
         }
 
+    def learn(self, num_updates: int, *, generator: torch.Generator) -> dict[str, float]:
+        """So many updates, once the first random actions are over; gives the metrics of the last one."""
+        metrics: dict[str, float] = {}
+        if self.buffer.num_added >= self.random_steps:
+            for _ in range(num_updates):
+                metrics = self.update(generator=generator)
+        return metrics
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next update depends on, as live tensors and plain numbers."""
         return {

@@ -31,7 +31,8 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
 
     ``repair`` holds ``{METHOD: {EVALUATIONS: {"mean", "low", "high"}}}`` over the unseen students of sizes that the
     surgeon was trained on, under kinds of damage that it was trained on; ``repair_by_item`` the same of every unseen
-    student and kind of damage by itself.
+    student and kind of damage by itself. ``comparisons`` and, for the other students under these kinds of damage,
+    ``comparisons_by_item`` are one family.
 
     Args:
         records: of every method, item and seed.
@@ -40,16 +41,14 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
     """
     records = [_with_budget(record) for record in records]
     main = [record for record in records if is_main(record["item"], config)]
-    comparisons = [
-        compare(main, metric=BUDGET, arm="amortised", baseline=rival, unit=UNITS[BUDGET], split="held_out")
-        for rival in RIVALS
-        if {"amortised", rival} <= {record["arm"] for record in main if BUDGET in record}
-    ]
+    comparisons = _comparisons(main)
     arms = summarise(main, units=UNITS, split="held_out")
-    by_item = {}
+    by_item, elsewhere = {}, {}
     for item in dict.fromkeys(record["item"] for record in records):
         of_item = [record for record in records if record["item"] == item]
         by_item[item] = _repair(summarise(of_item, units=UNITS, split="held_out"))
+        if not is_main(item, config) and item.rpartition("/")[2] in config["amortised"]["damages"]:
+            elsewhere[item] = _comparisons(of_item)
     return {
         "system": "surgery",
         "status": "finished",
@@ -62,7 +61,8 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         "comparisons": comparisons,
         "repair": _repair(arms),
         "repair_by_item": by_item,
-        "verdict": _verdict(arms, comparisons),
+        "comparisons_by_item": elsewhere,
+        "verdict": _verdict(arms, comparisons, by_item, elsewhere),
         "charts": _charts(arms, by_item),
         "records": records,
     }
@@ -93,7 +93,23 @@ def _repair(arms: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, d
     }
 
 
-def _verdict(arms: Mapping[str, Mapping[str, Estimate]], comparisons: Sequence[Comparison]) -> str:
+def _comparisons(records: Sequence[Mapping[str, Any]]) -> list[Comparison]:
+    """The surgeon against every rival that these records hold, within 10 forward passes."""
+    arms = {record["arm"] for record in records if BUDGET in record}
+    return [
+        compare(records, metric=BUDGET, arm="amortised", baseline=rival, unit=UNITS[BUDGET], split="held_out")
+        for rival in RIVALS
+        if {"amortised", rival} <= arms
+    ]
+
+
+def _verdict(
+    arms: Mapping[str, Mapping[str, Estimate]],
+    comparisons: Sequence[Comparison],
+    by_item: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    elsewhere: Mapping[str, Sequence[Comparison]],
+) -> str:
+    """What is claimed of the students of trained sizes and of each other one, all of it as one family."""
     if "amortised" not in arms:
         return "No amortised surgeon was judged on an unseen student of a size that it was trained on."
     shares = {mark: arms["amortised"][f"repaired_{mark}"] for mark in (1, 3)}
@@ -103,27 +119,36 @@ def _verdict(arms: Mapping[str, Mapping[str, Estimate]], comparisons: Sequence[C
     ]
     if not comparisons:
         return sentences[0]
-    claimed = dict(zip((c["baseline"] for c in comparisons), claims(comparisons), strict=True))
-    measured = ", ".join(f"{c['baseline']} {c['mean']:+.2f}" for c in comparisons)
-    num_seeds = min(comparison["num_seeds"] for comparison in comparisons)
-    deciding = [c for c in comparisons if c["baseline"] in DECIDING]
-    if num_seeds < MINIMUM_SEEDS:
-        sentences.append(
-            f"Within 10 forward passes its share less that of {measured}; {num_seeds} "
-            f"seed{' proves' if num_seeds == 1 else 's prove'} nothing yet."
-        )
-    elif len(deciding) == len(DECIDING) and all(claimed[c["baseline"]] and c["mean"] > 0 for c in deciding):
-        sentences.append(
-            f"Within 10 forward passes that is above search and shuffled rewards: its share less that of {measured}."
-        )
-    else:
-        sentences.append(
-            f"That it is above search and shuffled rewards within 10 forward passes cannot be claimed: {measured}."
-        )
+    claimed = claims([*comparisons, *(c for each in elsewhere.values() for c in each)])
+    sentences.append(_against(comparisons, claimed[: len(comparisons)]))
+    first = len(comparisons)
+    for item, compared in elsewhere.items():
+        if compared:
+            edits = by_item[item]["amortised"]
+            sentences.append(
+                f"On {item.rpartition('/')[0]} it is {_percent(edits['1'])} and {_percent(edits['3'])}. "
+                + _against(compared, claimed[first : first + len(compared)])
+            )
+        first += len(compared)
     return " ".join(sentences)
 
 
-def _percent(estimate: Estimate) -> str:
+def _against(comparisons: Sequence[Comparison], claimed: Sequence[bool]) -> str:
+    """One sentence: whether the surgeon is above search and shuffled rewards, with every difference measured."""
+    measured = ", ".join(f"{c['baseline']} {c['mean']:+.2f}" for c in comparisons)
+    num_seeds = min(comparison["num_seeds"] for comparison in comparisons)
+    deciding = [(c, claim) for c, claim in zip(comparisons, claimed, strict=True) if c["baseline"] in DECIDING]
+    if num_seeds < MINIMUM_SEEDS:
+        return (
+            f"Within 10 forward passes its share less that of {measured}; {num_seeds} "
+            f"seed{' proves' if num_seeds == 1 else 's prove'} nothing yet."
+        )
+    if len(deciding) == len(DECIDING) and all(claim and c["mean"] > 0 for c, claim in deciding):
+        return f"Within 10 forward passes that is above search and shuffled rewards: its share less that of {measured}."
+    return f"That it is above search and shuffled rewards within 10 forward passes cannot be claimed: {measured}."
+
+
+def _percent(estimate: Mapping[str, Any]) -> str:
     low, high = estimate["low"], estimate["high"]
     spread = "" if low is None or high is None else f" [{100 * low:.0f}, {100 * high:.0f}]"
     return f"{100 * estimate['mean']:.0f} %{spread}"

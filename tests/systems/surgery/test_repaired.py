@@ -1,0 +1,57 @@
+"""What the verdict of an amortised surgeon claims: of students of trained sizes and of others, as one family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from preceptor.systems.surgery.repaired import BUDGET, DECIDING, RIVALS, result
+
+CONFIG = {"amortised": {"sizes": ["2x4x64"], "damages": ["head_scale"]}}
+TRAINED_SIZE, STARTER = "unseen_0_2x4x64/head_scale", "starter/head_scale"
+MARKS = {"amortised": (1, 3), "shuffled": (1, 3), "gradient": (1, 3), "norms": (1,)}
+
+
+def records(num_seeds: int, gains: dict[str, float], generator: np.random.Generator) -> list[dict[str, Any]]:
+    """Shares repaired by every method: noise, and what the surgeon has above it on each student."""
+    return [
+        {"arm": arm, "item": item, "split": "held_out", "seed": seed, "damage": 0.3}
+        | {
+            f"repaired_{mark}": 0.5 + 0.1 * generator.normal() + (gain if arm == "amortised" else 0.0)
+            for mark in MARKS.get(arm, (1, 3, 10))
+        }
+        for seed in range(num_seeds)
+        for item, gain in gains.items()
+        for arm in ("amortised", *RIVALS)
+    ]
+
+
+def said(num_seeds: int, gains: dict[str, float], *, seed: int = 0) -> dict[str, Any]:
+    made = records(num_seeds, gains, np.random.default_rng(seed))
+    return result(made, config=CONFIG, seeds=list(range(num_seeds)))
+
+
+def test_each_student_has_its_own_claim() -> None:
+    found = said(10, {TRAINED_SIZE: 0.4, STARTER: 0.0})
+    of_trained, of_starter = found["verdict"].split("On starter it is ")
+    assert "that is above search and shuffled rewards" in of_trained
+    assert "cannot be claimed" in of_starter
+    assert found["repair"]["amortised"]["1"]["mean"] == pytest.approx(0.9, abs=0.1)
+    assert [c["baseline"] for c in found["comparisons_by_item"][STARTER]] == list(RIVALS)
+    # Within 10 forward passes: three edits, ten evaluations.
+    edits = [r for r in found["records"] if r["arm"] == "amortised" and r["item"] == STARTER]
+    assert all(r[BUDGET] == r["repaired_3"] for r in edits)
+
+
+def test_few_seeds_prove_nothing() -> None:
+    assert "1 seed proves nothing yet" in said(1, {TRAINED_SIZE: 0.4})["verdict"]
+    assert "4 seeds prove nothing yet" in said(4, {TRAINED_SIZE: 0.4})["verdict"]
+
+
+def test_nothing_is_claimed_by_chance() -> None:
+    """Five seeds without a difference: at most one of twelve texts claims something."""
+    texts = [said(5, {TRAINED_SIZE: 0.0, STARTER: 0.0}, seed=seed)["verdict"] for seed in range(12)]
+    assert sum("that is above" in text for text in texts) <= 1
+    assert len(DECIDING) == 3
