@@ -30,6 +30,7 @@ BENCHMARKS = {
     "start-up": "startup",
     "growth": "growth",
     "gpu": "gpu",
+    "scale": "scale",
 }
 """Name, and the module that holds ``comparisons``."""
 

@@ -1,12 +1,14 @@
 """A mixture of datasets in a Trainer of Transformers, whose weights a callback moves.
 
 Run: python examples/mixture_trainer.py [number of steps]
+Or:  accelerate launch --num_processes 2 examples/mixture_trainer.py [number of steps]
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import sys
 import tempfile
 from functools import partial
@@ -51,5 +53,6 @@ def main(folder: str, num_steps: int = 40, every: int = 10, resume: bool = False
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        for row in main(folder, *map(int, sys.argv[1:])).history:
+        history = main(folder, *map(int, sys.argv[1:])).history
+        for row in history if os.environ.get("RANK", "0") == "0" else ():  # every process has the same
             print(row["step"], {name: round(share, 2) for name, share in row["weight"].items()})

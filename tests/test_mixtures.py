@@ -132,10 +132,12 @@ def test_measuring_leaves_the_model_in_its_mode(lm):
 
 def test_what_does_not_fit_is_refused(lm):
     training = Training(lm)
-    with pytest.raises(ConfigError, match="works in one process, this run has 2"):
-        training.callback.on_train_begin(
-            SimpleNamespace(**vars(ARGUMENTS) | {"world_size": 2}), training.state, TrainerControl(), model=lm.model
-        )
+    cut_up = {"world_size": 2, "fsdp": [], "deepspeed": None}
+    for how in ({"fsdp": ["full_shard"]}, {"deepspeed": "zero.json"}):
+        with pytest.raises(ConfigError, match="measures a whole model, which FSDP and DeepSpeed cut up; use DDP"):
+            training.callback.on_train_begin(
+                SimpleNamespace(**vars(ARGUMENTS) | cut_up | how), training.state, TrainerControl(), model=lm.model
+            )
     with pytest.raises(ConfigError, match="2 datasets, a mixture of 3 and samples of 2"):
         MixtureCallback(
             make_mixture("uniform", num_datasets=3),

@@ -74,25 +74,27 @@ def run(
     from preceptor.systems import find_system
     from preceptor.systems.configuration import configuration
 
-    chosen = find_system(system)
-    file = None if config is None else Path(config)
-    resolved = configuration(chosen, preset=preset, file=file, flags=flags, overrides=overrides)
-    return api.start(
-        chosen,
-        resolved,
-        _services(),
-        preset=preset,
-        out=None if out is None else Path(out),
-        device=device,
-        threads=threads,
-        trackers=trackers,
-        name=name,
-        tags=tags,
-        project=project,
-        group=group,
-        report=report,
-        quiet=quiet,
-    )
+    with api.launched(os.environ) as world:
+        chosen = find_system(system)
+        file = None if config is None else Path(config)
+        resolved = configuration(chosen, preset=preset, file=file, flags=flags, overrides=overrides)
+        return api.start(
+            chosen,
+            resolved,
+            _services(),
+            preset=preset,
+            out=None if out is None else Path(out),
+            device=device,
+            threads=threads,
+            trackers=trackers,
+            name=name,
+            tags=tags,
+            project=project,
+            group=group,
+            report=report,
+            quiet=quiet,
+            world=world,
+        )
 
 
 def resume(
@@ -111,15 +113,17 @@ def resume(
     """
     from preceptor import api
 
-    return api.go_on(
-        Path(folder),
-        _services(),
-        overrides=overrides,
-        device=device,
-        threads=threads,
-        allow_inexact=allow_inexact,
-        quiet=quiet,
-    )
+    with api.launched(os.environ) as world:
+        return api.go_on(
+            Path(folder),
+            _services(),
+            overrides=overrides,
+            device=device,
+            threads=threads,
+            allow_inexact=allow_inexact,
+            quiet=quiet,
+            world=world,
+        )
 
 
 def compare(*folders: str | Path, methods: Sequence[str] = (), out: str | Path | None = None) -> Result:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from preceptor.systems.configuration import extended_configuration
 if TYPE_CHECKING:
     from preceptor.comparison.runs import FinishedRun
     from preceptor.runs.folder import Run
+    from preceptor.runs.world import World
     from preceptor.systems.surgery.repair import Repair
 
 
@@ -41,6 +42,23 @@ def cache_dir(environ: Mapping[str, str]) -> Path:
     return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "preceptor"
 
 
+def started_together(environ: Mapping[str, str]) -> bool:
+    """Whether a launcher (torchrun, accelerate launch) started several processes with this command."""
+    return environ.get("WORLD_SIZE", "1") != "1"
+
+
+@contextlib.contextmanager
+def launched(environ: Mapping[str, str]) -> Iterator[World | None]:
+    """The processes that a launcher started together; None without one."""
+    if not started_together(environ):
+        yield None  # before torch is imported
+        return
+    from preceptor.runs.world import joined
+
+    with joined(environ) as world:
+        yield world
+
+
 def start(
     system: System,
     config: Any,
@@ -57,44 +75,55 @@ def start(
     group: str | None = None,
     report: bool = True,
     quiet: bool = False,
+    world: World | None = None,
 ) -> Result:
     """Trains ``system`` with ``config`` in a new run folder and measures what the training was worth.
 
-    A folder in which nothing happened, since an article or a model was refused, is removed again.
+    A folder in which nothing happened, since an article or a model was refused, is removed again. ``world`` holds the
+    processes that do this together, if there are several: each of them calls this function.
 
     Raises:
         PreceptorError: of the kind that says what is wrong; ``Interrupted`` after Ctrl-C, when the run can be resumed.
     """
     from preceptor.lm.cpu.kernels import keep_kernels_in
     from preceptor.runs.folder import create_run, default_run_path, discard_unbegun
+    from preceptor.runs.sharing import shared_run
+    from preceptor.runs.world import ALONE
 
+    world = world or ALONE
+    _require_distributed(system, world)
     keep_kernels_in(services.cache_dir / "kernels")
-    # Dated and numbered: two runs started on one day do not collide.
-    path = out or default_run_path(Path("runs"), system.name, date.today())
-    try:
-        run = create_run(
-            path,
-            system=system.name,
-            config=to_dict(config),
-            seed=config.seed,
-            save_every=config.save_every,
-            streams=system.streams,
-            device=device,
-            threads=threads,
-            trackers=trackers,
-            preset=preset,
-            name=name,
-            tags=tags,
-            project=project,
-            group=group,
-            quiet=quiet,
-        )
-    except PreceptorError:
-        # The folder was made for this run and is empty; one that the user named is left to the user.
-        if out is None:
-            with contextlib.suppress(OSError):  # no longer empty: then it holds something to look at
-                path.rmdir()
-        raise
+
+    def created() -> Run:
+        # Dated and numbered: two runs started on one day do not collide.
+        path = out or default_run_path(Path("runs"), system.name, date.today())
+        try:
+            return create_run(
+                path,
+                system=system.name,
+                config=to_dict(config),
+                seed=config.seed,
+                save_every=config.save_every,
+                streams=system.streams,
+                device=device,
+                threads=threads,
+                trackers=trackers,
+                preset=preset,
+                name=name,
+                tags=tags,
+                project=project,
+                group=group,
+                quiet=quiet,
+                world=world,
+            )
+        except PreceptorError:
+            # The folder was made for this run and is empty; one that the user named is left to the user.
+            if out is None:
+                with contextlib.suppress(OSError):  # no longer empty: then it holds something to look at
+                    path.rmdir()
+            raise
+
+    run = shared_run(world, created)
     try:
         # On entry: signal handlers. On exit: logs and trackers are closed and the lock is released.
         with run:
@@ -102,9 +131,10 @@ def start(
     except Interrupted:
         raise
     except PreceptorError:
-        discard_unbegun(path)  # what was refused must not block the next try
+        if run.writes:
+            discard_unbegun(run.path)  # what was refused must not block the next try
         raise
-    return Result(path)
+    return Result(run.path)
 
 
 def go_on(
@@ -117,6 +147,7 @@ def go_on(
     allow_inexact: bool = False,
     report: bool = True,
     quiet: bool = False,
+    world: World | None = None,
 ) -> Result:
     """Goes on with the run in ``folder`` from its last checkpoint, bit for bit.
 
@@ -129,6 +160,7 @@ def go_on(
         allow_inexact: go on though last bits, or more, will differ.
         report: write ``report.html`` at the end.
         quiet: show no progress.
+        world: the processes that do this together, if there are several.
 
     Raises:
         ConfigError: no run, another machine or version without ``allow_inexact``, or a key that may not change.
@@ -136,23 +168,32 @@ def go_on(
     from preceptor.lm.cpu.kernels import keep_kernels_in
     from preceptor.runs.folder import open_run
     from preceptor.runs.record import read_manifest
+    from preceptor.runs.sharing import shared_run
+    from preceptor.runs.world import ALONE
 
+    world = world or ALONE
     if not (folder / "manifest.json").is_file():
         raise ConfigError(f"{folder} is not a run folder (no manifest.json); start one with: preceptor run SYSTEM")
     keep_kernels_in(services.cache_dir / "kernels")
     # The manifest is the record of the run; whether config.yaml was edited since then is checked on opening.
     manifest = read_manifest(folder)
     system = find_system(manifest["system"])
+    _require_distributed(system, world)
     config = from_dict(system.Config, manifest["config"])
-    extended = extended_configuration(system, config, overrides) if overrides else None
-    run = open_run(
-        folder,
-        allow_inexact=allow_inexact,
-        device=device,
-        threads=threads,
-        extended=None if extended is None else to_dict(extended),
-        quiet=quiet,
-    )
+
+    def opened() -> Run:
+        extended = extended_configuration(system, config, overrides) if overrides else None
+        return open_run(
+            folder,
+            allow_inexact=allow_inexact,
+            device=device,
+            threads=threads,
+            extended=None if extended is None else to_dict(extended),
+            quiet=quiet,
+            world=world,
+        )
+
+    run = shared_run(world, opened)
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(run.close)
         # Read again, since a resume may have extended it; closed if even that fails, or the lock would stay.
@@ -167,12 +208,20 @@ def _record(run: Run, result: Mapping[str, Any], *, report: bool) -> None:
     """Writes what came of ``run`` beside its model, and shows it to the trackers."""
     from preceptor.runs.export import write_model_card
 
-    run.write_result(result)
-    write_model_card(run.path)
-    run.seal()
-    if report:
-        write_page(run.path)
-    run.conclude_trackers(result)
+    if run.writes:
+        run.write_result(result)
+        write_model_card(run.path)
+        run.seal()
+        if report:
+            write_page(run.path)
+        run.conclude_trackers(result)
+    run.world.barrier()  # so that nobody reads the folder, or leaves, before it is whole
+    run.world.resume_hint = ""
+
+
+def _require_distributed(system: System, world: World) -> None:
+    if not system.distributed:
+        world.refuse(f"the system {system.name}")
 
 
 def compare(folders: Sequence[Path], *, methods: Sequence[str] = (), out: Path | None = None) -> Result:

@@ -101,6 +101,35 @@ class Interrupted(PreceptorError, KeyboardInterrupt):
         return type(self), (str(self), self.signal_number)
 
 
+class LostProcessError(PreceptorError, RuntimeError):
+    """Another process of a run on many ended, so that this one cannot go on."""
+
+    exit_code = 8
+
+
+class ToldHere(PreceptorError, RuntimeError):
+    """An error in one process of a run on many, which tells it in ``faults`` for all of them."""
+
+    def __init__(self, faults: Iterable[str], exit_code: int) -> None:
+        self.faults = tuple(faults)
+        super().__init__("; ".join(self.faults))
+        self.exit_code = exit_code
+
+    def __reduce__(self) -> tuple[type[ToldHere], tuple[tuple[str, ...], int]]:
+        return type(self), (self.faults, self.exit_code)
+
+
+class ToldElsewhere(PreceptorError, RuntimeError):
+    """This process ends because of an error that another process of the run tells; ``exit_code`` is that error's."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another process of this run tells what happened")
+        self.exit_code = exit_code
+
+    def __reduce__(self) -> tuple[type[ToldElsewhere], tuple[int]]:
+        return type(self), (self.exit_code,)
+
+
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """A hint ``" (did you mean 'x'?)"`` naming the candidate closest to ``word``, or ``""`` when none is close.
 

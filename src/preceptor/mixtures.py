@@ -34,6 +34,7 @@ from preceptor.lm.model import LanguageModel
 from preceptor.objectives import MIXTURE_RULES, Alignment, Mixture, document_difficulty, make_mixture
 from preceptor.objectives.task_mixture import TASK_RULES, TaskMixture, make_task_mixture
 from preceptor.objectives.task_rules import Groups
+from preceptor.runs.world import ALONE, World
 from preceptor.systems.curriculum.environment import document_losses, gradient_alignment
 
 __all__ = [
@@ -66,7 +67,11 @@ class MixtureCallback(TrainerCallback, ExportableState):
     It measures the same rows each time, so that a change is not due to the choice of rows. Under the rule ``alignment``
     it takes their gradients, with the optimizer's second moments, so give a few rows of each alone. Its state is
     saved in the Trainer's own ``trainer_state.json``. To resume, pass ``ignore_data_skip=True`` to the Trainer: the
-    sampler knows how far it was. It works in a single process only.
+    sampler knows how far it was.
+
+    In a distributed Trainer (``accelerate launch``, ``torchrun``) every process has a callback over the same mixture,
+    dataset and samples, and a sampler of the same seed. The processes share the rows of a measurement, and all have the
+    same weights. Each must hold the whole model: FSDP and DeepSpeed are refused.
 
     Args:
         mixture: the weights and the rule that moves them.
@@ -114,6 +119,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
         self.tokenizer = tokenizer
         self.every = every
         self.history: list[dict[str, Any]] = []
+        self._world = ALONE
         self._lm: LanguageModel | None = None
         self._optimizer: Any = None
         self._start = (0, 0)  # optimizer step and row at which this training began
@@ -126,7 +132,9 @@ class MixtureCallback(TrainerCallback, ExportableState):
         """Measures for the first time, or goes on where the checkpoint was saved."""
         self._optimizer = objects.get("optimizer")
         if args.world_size > 1:
-            raise ConfigError(f"MixtureCallback works in one process, this run has {args.world_size}")
+            if args.fsdp or args.deepspeed:
+                raise ConfigError("MixtureCallback measures a whole model, which FSDP and DeepSpeed cut up; use DDP")
+            self._world = World(rank=args.process_index, size=args.world_size, carrier=_carrier(args.device))
         model: nn.Module = objects["model"]
         training = model.training
         self._lm = LanguageModel(model, self.tokenizer, name="the trainer's model")
@@ -157,7 +165,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
         """Counts the rows that were trained on, and measures every ``every`` steps."""
         # The loader reads a batch ahead, so more rows were drawn than trained on.
         first_step, first_row = self._start
-        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps
+        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * self._world.size
         self._num_consumed = first_row + (state.global_step - first_step) * rows_per_step
         if state.global_step % self.every == 0:
             self._measure(step=state.global_step)
@@ -185,12 +193,15 @@ class MixtureCallback(TrainerCallback, ExportableState):
                 self._optimizer, "optimizer", self._optimizer
             )  # Accelerate's wrapper holds the real one
             with torch.enable_grad():
-                alignment, losses = gradient_alignment(self._lm, self.samples, self.target_samples, optimizer=optimizer)
+                alignment, losses = gradient_alignment(
+                    self._lm, self.samples, self.target_samples, optimizer=optimizer, world=self._world
+                )
         else:
-            losses = document_losses(self._lm, self.samples)
+            losses = document_losses(self._lm, self.samples, world=self._world)
         model.train(training)
         previous = [torch.tensor(values) for values in self._last["losses"]] if self._last else losses
-        rows = self.dataset.state_dict(num_consumed=self._num_consumed)["counts"]
+        # Accelerate reads an iterable dataset in the first process and hands the rows out, so that one alone counts.
+        rows = self._world.of_first(lambda: self.dataset.state_dict(num_consumed=self._num_consumed)["counts"])
         before = self._last["rows"] if self._last else rows
         tokens = [
             (rows[blocks.name] - before[blocks.name]) * blocks.num_tokens / len(blocks)
@@ -208,3 +219,8 @@ class MixtureCallback(TrainerCallback, ExportableState):
                 "weight": dict(zip(names, weights.tolist(), strict=True)),
             }
         )
+
+
+def _carrier(device: torch.device) -> torch.device:
+    """Where the tensors of a process group travel: the CPU, unless the group has no backend for it."""
+    return device if "gloo" not in str(torch.distributed.get_backend_config()) else torch.device("cpu")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from preceptor.errors import CheckpointError, ConfigError
+from preceptor.runs.world import World
+from tests.worlds import in_processes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MIXTURES = ("mixture_torch", "mixture_trainer", "mixture_trl")
@@ -52,6 +56,68 @@ def test_interrupted_trainer_goes_on_as_if_it_had_not_been(tmp_path):
     sampler = whole.dataset.sampler
     assert sampler.num_drawn > 48
     assert sum(whole.state()["attributes"]["sampler"]["counts"].values()) == 48
+
+
+def in_two_processes(example: ModuleType, *runs: dict) -> list[list]:
+    """The example in two processes of half the batch each: the callback's history after each run, of each process."""
+    arguments = example.TrainingArguments
+    example.TrainingArguments = lambda **given: arguments(**given | {"per_device_train_batch_size": 4})
+
+    def trained(rank: int) -> list:
+        from accelerate.state import AcceleratorState
+
+        # The forked process remembers a Trainer of the test's own process, which was alone.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        callbacks = [example.main(**run) for run in runs]
+        # The first process draws the rows and saves.
+        states = [None if rank else callback.state() for callback in callbacks]
+        return [
+            (each.history, each.mixture.weights.tolist(), state) for each, state in zip(callbacks, states, strict=True)
+        ]
+
+    return in_processes(2, trained)
+
+
+def test_two_processes_have_the_weights_of_one_and_resume_exactly(tmp_path):
+    steps = {"num_steps": 4, "every": 2}
+    alone = load("mixture_trainer").main(str(tmp_path / "alone"), **steps).history
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    first, second = in_two_processes(load("mixture_trainer"), {"folder": str(whole), **steps})
+    ((history, weights, state),) = first
+    assert [(history, weights)] == [each[:2] for each in second]
+    for row, expected in zip(history, alone, strict=True):
+        assert row["step"] == expected["step"]
+        for name in ("loss", "weight"):
+            assert row[name] == pytest.approx(expected[name], abs=1e-4)
+    assert len({row["weight"]["code"] for row in history}) == 3  # weights that move
+
+    shutil.copytree(whole / "checkpoint-2", again / "checkpoint-2")
+    first, second = in_two_processes(load("mixture_trainer"), {"folder": str(again), **steps, "resume": True})
+    assert first == [(history, weights, state)]
+    assert [each[:2] for each in second] == [(history, weights)]
+    files = [folder / "checkpoint-4" / "model.safetensors" for folder in (whole, again)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_process_that_measures_for_itself_is_seen(tmp_path, monkeypatch):
+    # The fault: each process measures its own part of the samples and does not tell the other.
+    monkeypatch.setattr(World, "gathered_lists", lambda self, lengths, compute: compute(self.shard(len(lengths))))
+    with pytest.raises(AssertionError, match="process"):
+        in_two_processes(load("mixture_trainer"), {"folder": str(tmp_path), "num_steps": 2, "every": 1})
+
+
+@pytest.mark.slow
+def test_the_example_under_its_launcher(tmp_path):
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, str(EXAMPLES / "mixture_trainer.py"), "20"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines() if "'code'" in line] == ["0", "10", "20"]
 
 
 def test_trainer_that_would_skip_data_is_refused(tmp_path, monkeypatch):

@@ -13,9 +13,18 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command, get_group
 
+from preceptor.api import started_together
 from preceptor.cli.options import EXIT_CODES, VARIABLE
 from preceptor.cli.parsing import SETTINGS, Group, explained, made
-from preceptor.errors import ConfigError, Interrupted, PreceptorError, StorageError, short_repr
+from preceptor.errors import (
+    ConfigError,
+    Interrupted,
+    PreceptorError,
+    StorageError,
+    ToldElsewhere,
+    ToldHere,
+    short_repr,
+)
 from preceptor.systems import known_systems
 from preceptor.version import __version__
 
@@ -44,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 is no reason to fail
     try:
         # Not `command.main`: it would take an Interrupted for Ctrl-C and forget its message and exit code.
-        with _context(sys.argv[1:] if argv is None else argv) as context:
+        words = sys.argv[1:] if argv is None else argv
+        if started_together(os.environ):
+            _require_shared_command(words)
+        with _context(words) as context:
             exit_code = int(context.command.invoke(context) or 0)
         sys.stdout.flush()  # here, where a full disk or a closed pipe still has an exit code
         return exit_code
@@ -52,14 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return done.exit_code
     except SystemExit as done:  # so has --install-completion
         return int(done.code or 0)
+    except ToldElsewhere as told:
+        return told.exit_code
+    except ToldHere as told:
+        return _complain(told.faults, told.exit_code)
+    # Processes that were started together meet these alike, and the first one tells them.
     except typer.TyperException as error:
-        return _complain([explained(error)], ConfigError.exit_code)
+        return _complain_once([explained(error)], ConfigError.exit_code)
     except Interrupted as stop:
-        return _complain([str(stop)], stop.exit_code, label="")
+        return _complain_once([str(stop)], stop.exit_code, label="")
     except ConfigError as error:
-        return _complain(error.faults, error.exit_code)
+        return _complain_once(error.faults, error.exit_code)
     except PreceptorError as error:
-        return _complain([str(error)], error.exit_code)
+        return _complain_once([str(error)], error.exit_code)
     except KeyboardInterrupt:
         return _complain(["stopped by Ctrl-C"], 130, label="")
     except BrokenPipeError:
@@ -79,6 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain([f"{what}{where}; what was saved is safe"], StorageError.exit_code)
     except Exception:  # noqa: BLE001 - shown whole, with a request to report it
         return _bug()
+
+
+def _complain_once(messages: Sequence[str], exit_code: int, *, label: str = "error: ") -> int:
+    if started_together(os.environ) and os.environ.get("RANK", "0") != "0":
+        return exit_code
+    return _complain(messages, exit_code, label=label)
 
 
 def _complain(messages: Sequence[str], exit_code: int, *, label: str = "error: ") -> int:
@@ -102,6 +125,16 @@ def _bug() -> int:
     traceback.print_exc()
     print("preceptor: this is a bug of Preceptor; please report it with the lines above", file=sys.stderr)
     return 1
+
+
+def _require_shared_command(argv: Sequence[str]) -> None:
+    """Refuses what a launcher cannot start in several processes: they would do it several times."""
+    command = next((word for word in argv if not word.startswith("-")), "")
+    if command in COMMANDS and command not in SHARED_COMMANDS:
+        raise ConfigError(
+            f"preceptor {command} works in one process, {os.environ['WORLD_SIZE']} were started; start it without a "
+            "launcher"
+        )
 
 
 def _context(argv: Sequence[str]) -> Any:
@@ -133,6 +166,9 @@ COMMANDS = {
     "completion": "completion:completion",
 }
 """In the order in which help shows them; a module is imported for its own command alone."""
+
+SHARED_COMMANDS = {"run", "resume", "pretrain"}
+"""What torchrun or accelerate may start in several processes, which then work on one run."""
 
 
 class Root(Group):

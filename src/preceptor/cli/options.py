@@ -30,6 +30,7 @@ exit codes:
   6    a remote service failed, refused the key, or its budget is spent
   7    a check failed: a replay that differs from the record, or a fault that
        doctor found
+  8    of a run on many processes, one was killed; the others ended too
   130  stopped by Ctrl-C (143: by SIGTERM); what was saved is kept, and
        `preceptor resume RUN` goes on
 """

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from preceptor.api import go_on, services, start
+from preceptor.api import go_on, launched, services, start
 from preceptor.cli import options
 from preceptor.cli.parsing import SystemGroup, system_command
 from preceptor.config import dump_yaml
@@ -69,27 +69,30 @@ def _run(
     log_level: options.LogLevel = "warning",
     **flags: Any,
 ) -> int:
-    # Every fault of the configuration is reported before anything heavy is imported or written.
-    resolved = configuration(system, preset=preset, file=config, flags=flags, overrides=overrides or ())
-    if print_config:
-        print(dump_yaml(resolved), end="")
-        return 0
-    result = start(
-        system,
-        resolved,
-        services(os.environ),
-        preset=preset,
-        out=out,
-        device=device,
-        threads=threads,
-        trackers=tracker or (),
-        name=name,
-        tags=tag or (),
-        project=project,
-        group=group,
-        report=not no_report,
-    )
-    return _show(result)
+    with launched(os.environ) as world:
+        # Every fault of the configuration is reported before anything heavy is imported or written.
+        resolved = configuration(system, preset=preset, file=config, flags=flags, overrides=overrides or ())
+        if print_config:
+            if world is None or world.is_first:
+                print(dump_yaml(resolved), end="")
+            return 0
+        result = start(
+            system,
+            resolved,
+            services(os.environ),
+            preset=preset,
+            out=out,
+            device=device,
+            threads=threads,
+            trackers=tracker or (),
+            name=name,
+            tags=tag or (),
+            project=project,
+            group=group,
+            report=not no_report,
+            world=world,
+        )
+        return _show(result) if world is None or world.is_first else 0
 
 
 def resume(
@@ -124,16 +127,18 @@ def resume(
     log_level: options.LogLevel = "warning",
 ) -> int:
     """Go on with a run that was stopped, from its last checkpoint."""
-    result = go_on(
-        folder,
-        services(os.environ),
-        overrides=overrides or (),
-        device=device,
-        threads=threads,
-        allow_inexact=allow_inexact,
-        report=not no_report,
-    )
-    return _show(result)
+    with launched(os.environ) as world:
+        result = go_on(
+            folder,
+            services(os.environ),
+            overrides=overrides or (),
+            device=device,
+            threads=threads,
+            allow_inexact=allow_inexact,
+            report=not no_report,
+            world=world,
+        )
+        return _show(result) if world is None or world.is_first else 0
 
 
 def report(

@@ -13,7 +13,7 @@ from transformers import Cache
 from preceptor.errors import ModelError, ShapeError
 from preceptor.lm.kv_cache import KVCacheLayer
 from preceptor.lm.model import LanguageModel
-from preceptor.lm.sampling import Sampling, draw
+from preceptor.lm.sampling import Sampling, Stream, draw
 from preceptor.lm.score import pad_rows
 
 
@@ -165,7 +165,7 @@ class Decoder:
             self._next_logits = self._next_logits.repeat_interleave(times, 0)
 
     @torch.no_grad()
-    def generate(self, num_tokens: int, *, sampling: Sampling, generator: torch.Generator) -> Generated:
+    def generate(self, num_tokens: int, *, sampling: Sampling, generator: Stream) -> Generated:
         """Sample ``num_tokens`` tokens for every row and append them.
 
         The log-probabilities are those of the forward pass that the tokens were sampled from, not of a second one.

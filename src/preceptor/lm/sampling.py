@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from preceptor.errors import ConfigError, NumericError
+from preceptor.errors import ConfigError, NumericError, ShapeError
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,31 @@ class Sampling:
         return allowed
 
 
-def draw(log_probs: Float[Tensor, "batch choices"], generator: torch.Generator) -> Int[Tensor, " batch"]:
+@dataclass(frozen=True)
+class SharedStream:
+    """A stream of random numbers for ``total`` rows, of which this process has ``rows``.
+
+    The numbers of all rows are drawn and this process's are kept, so that a row gets the same number and the stream
+    goes on from the same place however many processes share the batch.
+    """
+
+    generator: torch.Generator
+    total: int
+    rows: slice
+
+    def uniform(self, num_rows: int) -> Float[Tensor, "batch 1"]:
+        """A number in [0, 1) for each of this process's rows, float64."""
+        own = torch.rand(self.total, 1, dtype=torch.float64, generator=self.generator)[self.rows]
+        if len(own) != num_rows:
+            raise ShapeError(f"rows {self.rows.start}..{self.rows.stop} of {self.total} were shared, got {num_rows}")
+        return own
+
+
+Stream: TypeAlias = torch.Generator | SharedStream
+"""Where the random numbers of a batch's rows come from."""
+
+
+def draw(log_probs: Float[Tensor, "batch choices"], generator: Stream) -> Int[Tensor, " batch"]:
     """One index per row, sampled by inversion: the first whose cumulative probability exceeds a uniform number.
 
     Uniform numbers come from a CPU generator and sums are in float64, so that every device samples the same. An index
@@ -107,6 +132,9 @@ def draw(log_probs: Float[Tensor, "batch choices"], generator: torch.Generator) 
     total = cumulative[:, -1:]  # 1 but for rounding
     if not bool((total > 0).all()):
         raise NumericError("a distribution to draw from is NaN or empty; the model's weights may be damaged")
-    uniform = torch.rand(len(total), 1, dtype=torch.float64, generator=generator).to(total.device)
+    if isinstance(generator, SharedStream):
+        uniform = generator.uniform(len(total)).to(total.device)
+    else:
+        uniform = torch.rand(len(total), 1, dtype=torch.float64, generator=generator).to(total.device)
     # right=True finds the first sum strictly above the number, and so skips indices of probability 0.
     return torch.searchsorted(cumulative, uniform * total, right=True)[:, 0]

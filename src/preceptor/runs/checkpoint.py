@@ -141,6 +141,19 @@ class CheckpointStore:
             )
         return None
 
+    def read(self, step: int) -> Checkpoint:
+        """The checkpoint of ``step``, which another process of the run has verified.
+
+        Raises ``CheckpointError`` where this process does not see it: all of them must share the run folder.
+        """
+        paths = self._paths()
+        if step not in paths:
+            raise CheckpointError(
+                f"{self.root / _name(step)} is not here, though the run's first process has it; "
+                "put the run folder on a disk that all machines share"
+            )
+        return _read(paths[step], step)
+
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first, not verified."""
         return sorted(self._paths())

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from preceptor.errors import ConfigError, did_you_mean
+from preceptor.runs.world import World
 
 _STATUS = Path("/proc/self/status")
 
@@ -40,6 +41,38 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
             f"device {name} is not available{did_you_mean(full_name, present)}; here: {', '.join(present)}"
         )
     return torch.device(full_name)
+
+
+def choose_world_device(name: str | torch.device, world: World) -> torch.device:
+    """:func:`choose_device` in a run on many processes: the first process's device, which stands for everyone's.
+
+    Raises ``ConfigError`` for one certain GPU, and where this process has no GPU of its own.
+    """
+    device = choose_device(name)
+    if world.size == 1 or device.type == "cpu":
+        return device
+    if str(name) not in ("auto", "cuda", "cuda:0"):
+        raise ConfigError(
+            f"with {world.size} processes each takes a GPU of its own; give --device cuda or cpu, got {name}"
+        )
+    return device_of("cuda:0", world)
+
+
+def device_of(name: str, world: World) -> torch.device:
+    """The device of this process where the first one has ``name``: the CPU, or the GPU of its local rank.
+
+    Raises ``ConfigError`` where the machine has no such GPU.
+    """
+    device = torch.device(name)
+    if world.size == 1 or device.type != "cuda":
+        return device
+    num_gpus = torch.cuda.device_count()
+    if world.local_rank >= num_gpus:
+        raise ConfigError(
+            f"process {world.local_rank} of this machine has no GPU of its own, there are {num_gpus}; start at most "
+            f"{num_gpus} processes here, or give --device cpu"
+        )
+    return torch.device("cuda", world.local_rank)
 
 
 def parse_dtype(name: str) -> torch.dtype:

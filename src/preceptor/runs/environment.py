@@ -16,13 +16,13 @@ from preceptor.version import __version__
 
 EXACT = (
     *("preceptor", "torch", "transformers", "machine", "cpu", "device", "threads"),
-    *("float32_matmul_precision", "kernels"),
+    *("float32_matmul_precision", "kernels", "processes"),
 )
 """The fields that change the last bits of a result; the others of ``environment`` are for the reader."""
 
 
-def environment(device: torch.device, num_threads: int) -> dict[str, Any]:
-    """Versions, machine, device and numerical settings of this process."""
+def environment(device: torch.device, num_threads: int, *, num_processes: int = 1) -> dict[str, Any]:
+    """Versions, machine, device and numerical settings of this process, and how many processes share the run."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "preceptor": __version__,
@@ -35,6 +35,7 @@ def environment(device: torch.device, num_threads: int) -> dict[str, Any]:
         "device": f"{device} ({name})" if name else str(device),
         "threads": num_threads,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "processes": num_processes,
         "kernels": "pytorch" if kernel_library() is None else "compiled",
     }
 

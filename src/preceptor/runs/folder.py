@@ -18,10 +18,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import date, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,18 +29,29 @@ import torch
 from preceptor.errors import CheckpointError, ConfigError, Interrupted
 from preceptor.runs import environment as env
 from preceptor.runs.checkpoint import CheckpointStore
-from preceptor.runs.device import choose_device, exact_matmul_precision, set_threads
+from preceptor.runs.device import choose_world_device, device_of, exact_matmul_precision, set_threads
 from preceptor.runs.files import replace_file, storage_errors, write_all
 from preceptor.runs.lock import FolderLock
 from preceptor.runs.metrics import JsonlLog
+from preceptor.runs.naming import check_run_name, default_run_path
 from preceptor.runs.progress import COLUMNS, PLAN_NAME, Progress
 from preceptor.runs.random import RandomStreams, derived_seed, global_random_state, load_global_random_state
-from preceptor.runs.record import RECORD, plain_config, read_config, read_manifest, require_free, write_record
+from preceptor.runs.record import (
+    discard_unbegun,
+    plain_config,
+    read_config,
+    read_manifest,
+    require_free,
+    write_record,
+)
 from preceptor.runs.seal import SEAL_NAME, seal
 from preceptor.runs.signals import StopSignals
 from preceptor.runs.state import Stateful
 from preceptor.runs.strict_json import row_json
 from preceptor.runs.trackers import Tracker, check_trackers, open_tracker
+from preceptor.runs.world import ALONE, World
+
+__all__ = ["FORMAT", "Run", "check_run_name", "create_run", "default_run_path", "discard_unbegun", "open_run"]
 
 FORMAT = 1
 """Of a run folder's files (``manifest.json`` and ``result.json`` name it): raised when a reader of one form could not
@@ -61,14 +71,26 @@ class Run:
     All rows of a step are written inside the loop's body, before the checkpoint that may follow it: a resume drops the
     rows that came after the checkpoint it starts from. Rows written after the loop (a final evaluation) are those that
     the system writes again when it is resumed.
+
+    In a run on many processes every process has a ``Run`` with the same streams, which goes through the same steps;
+    that of the first process holds the lock and writes, the others (``lock`` is None) write and show nothing.
     """
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any], lock: FolderLock, *, quiet: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Mapping[str, Any],
+        lock: FolderLock | None,
+        *,
+        quiet: bool,
+        world: World = ALONE,
+    ) -> None:
         self.path = path
+        self.world = world
         self.manifest = manifest
         self.config: dict[str, Any] = manifest["config"]
         self.seed: int = manifest["seed"]
-        self.device = torch.device(manifest["device"])
+        self.device = device_of(manifest["device"], world)
         self.threads: int = manifest["environment"]["threads"]
         self.save_every: int = manifest["save_every"]
         self.streams = RandomStreams(self.seed, manifest["streams"])
@@ -78,11 +100,16 @@ class Run:
         self.decisions = JsonlLog(path / "decisions.jsonl", one_row_per_step=False)
         self.quiet = quiet
         self._lock = lock
-        self._signals = StopSignals()
+        self._signals = StopSignals(says_so=world.size == 1)
         self._progress: Progress | None = None
         self._trackers: list[Tracker] | None = None
         self._restored = False
         self.step = 0
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is the process that writes into the run folder."""
+        return self.world.is_first
 
     def __enter__(self) -> Self:
         self._signals.__enter__()
@@ -94,7 +121,8 @@ class Run:
     def close(self) -> None:
         """Closes logs, trackers and the bar, puts the signal handlers back, unlocks; one failing stops none."""
         with contextlib.ExitStack() as stack:
-            stack.callback(self._lock.release)
+            if self._lock is not None:
+                stack.callback(self._lock.release)
             stack.callback(self._signals.__exit__)
             stack.callback(self.metrics.close)
             stack.callback(self.decisions.close)
@@ -111,11 +139,15 @@ class Run:
 
         The total is written down too, for whoever looks on from outside.
         """
+        if not self.writes:
+            return
         replace_file(self.path / PLAN_NAME, json.dumps({"num_steps": total}) + "\n")
         self._progress = Progress(total, first_step=self.step, columns=columns, enabled=not self.quiet)
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
         """Records the metrics of ``step``: to ``metrics.jsonl``, then the trackers and the screen."""
+        if not self.writes:
+            return
         self.metrics.append({"step": step, **row})
         for tracker in self._open_trackers(step):
             tracker.log(step, row)
@@ -124,10 +156,13 @@ class Run:
 
     def record(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Records the teacher's actions; each row has its ``step``."""
-        self.decisions.append(*rows)
+        if self.writes:
+            self.decisions.append(*rows)
 
     def notice(self, text: str) -> None:
         """Tells the person now and ``notices.log`` for later."""
+        if not self.writes:
+            return
         line = f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n".encode()
         with storage_errors(f"append to {self.path / 'notices.log'}"):
             descriptor = os.open(self.path / "notices.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -176,20 +211,31 @@ class Run:
         while self.step < num_steps:
             yield self.step + 1
             self.step += 1
-            if self.step % self.save_every == 0 or self.step == num_steps or self._signals.requested:
+            stop = self._stop_signal()
+            if self.step % self.save_every == 0 or self.step == num_steps or stop:
                 self.save(state)
-            self.stop_if_requested()
+            self._stop_by(stop)
 
     def stop_if_requested(self) -> None:
         """Raises ``Interrupted`` with the signal's exit code if Ctrl-C or SIGTERM has come.
 
         Called by the loop after each step, and by a system between the parts of a long evaluation.
         """
-        if (signal_number := self._signals.signal_number) is not None:
-            raise Interrupted(f"stopped at step {self.step}; resume with: preceptor resume {self.path}", signal_number)
+        self._stop_by(self._stop_signal())
 
-    def save(self, state: Stateful) -> Path:
+    def _stop_signal(self) -> int:
+        """The signal that has asked to stop, the same in every process of the run at the same step; 0 without one."""
+        return int(self.world.maximum(self._signals.signal_number or 0))
+
+    def _stop_by(self, signal_number: int) -> None:
+        if signal_number:
+            how = self.world.resume_command(self.path)
+            raise Interrupted(f"stopped at step {self.step}; resume with: {how}", signal_number)
+
+    def save(self, state: Stateful) -> None:
         """Saves a checkpoint of ``state``, the random streams, and how far the logs were."""
+        if not self.writes:
+            return
         self.metrics.sync()
         self.decisions.sync()
         own = {
@@ -200,7 +246,7 @@ class Run:
         }
         parts = state.state_dict()
         assert "run" not in parts, "this part of a checkpoint is the run's own"
-        return self.checkpoints.save(self.step, {**parts, "run": own})
+        self.checkpoints.save(self.step, {**parts, "run": own})
 
     def restore(self, state: Stateful) -> None:
         """Puts ``state``, streams and logs back to the newest sound checkpoint; a second call does nothing.
@@ -212,8 +258,13 @@ class Run:
         if self._restored:
             return
         self._restored = True
-        checkpoint = self.checkpoints.latest()
+        # The first process says which checkpoint, and reads every byte of it; the others read the same one.
+        newest = self.checkpoints.latest() if self.writes else None
+        step = self.world.of_first(lambda: None if newest is None else newest.step)
+        checkpoint = newest if self.writes or step is None else self.checkpoints.read(step)
         if checkpoint is None:
+            if not self.writes:
+                return
             last_step = self.metrics.last_step
             if last_step > self.save_every:
                 raise CheckpointError(
@@ -229,6 +280,9 @@ class Run:
         state.load_state_dict(checkpoint.state)
         self.streams.load_state_dict(own["streams"])
         load_global_random_state(own["torch"])
+        self.step = checkpoint.step
+        if not self.writes:
+            return
         for text in self.checkpoints.notices:
             self.notice(text)
         for log, saved in ((self.metrics, own["num_metrics"]), (self.decisions, own["num_decisions"])):
@@ -237,7 +291,6 @@ class Run:
                 self.notice(
                     f"{log.path.name} holds {log.num_rows} of the {saved} rows it had at {checkpoint.path.name}"
                 )
-        self.step = checkpoint.step
         self.notice(f"resumed at step {checkpoint.step}")
 
     def _open_trackers(self, first_step: int) -> list[Tracker]:
@@ -268,6 +321,7 @@ def create_run(
     project: str = "preceptor",
     group: str | None = None,
     quiet: bool = False,
+    world: World = ALONE,
 ) -> Run:
     """A new run in ``path``, which must be absent or empty; locks it, writes ``config.yaml`` and ``manifest.json``.
 
@@ -296,7 +350,7 @@ def create_run(
         "tags": list(tags),
         "project": project,
         "group": group,
-        "device": str(choose_device(device)),
+        "device": str(choose_world_device(device, world)),
         "code": env.code_version(),
         "config": plain_config(config),
     }
@@ -305,8 +359,8 @@ def create_run(
         path.mkdir(parents=True, exist_ok=True)
     with _locked(path) as lock:
         require_free(path)  # again: another process may have been here before the lock was ours
-        manifest["environment"] = _prepare(manifest["device"], threads, float32_matmul_precision)
-        run = Run(path, manifest, lock, quiet=quiet)
+        manifest["environment"] = prepare(manifest["device"], threads, float32_matmul_precision, world)
+        run = Run(path, manifest, lock, quiet=quiet, world=world)
         write_record(path, manifest)
         return run
 
@@ -319,6 +373,7 @@ def open_run(
     threads: int | None = None,
     extended: Mapping[str, Any] | None = None,
     quiet: bool = False,
+    world: World = ALONE,
 ) -> Run:
     """The run in ``path``, locked, to be resumed with the configuration, device and threads it was started with.
 
@@ -333,12 +388,13 @@ def open_run(
         raise ConfigError(f"{path} is not a run folder (no manifest.json); start one with: preceptor run SYSTEM")
     with _locked(path) as lock:
         manifest, config = read_manifest(path), read_config(path)
-        recorded = manifest["environment"]
-        manifest["device"] = str(choose_device(device or manifest["device"]))
-        here = _prepare(
+        recorded = {"processes": 1, **manifest["environment"]}  # older runs name no number of processes
+        manifest["device"] = str(choose_world_device(device or manifest["device"], world))
+        here = prepare(
             manifest["device"],
             recorded["threads"] if threads is None else threads,
             recorded["float32_matmul_precision"],
+            world,
         )
         differing = env.changes(recorded, here, env.EXACT)
         differing += env.changes(env.flattened(manifest["config"]), env.flattened(config))
@@ -349,7 +405,7 @@ def open_run(
             (path / SEAL_NAME).unlink(missing_ok=True)  # from here on its files change
         if extended is not None:
             config = _extend(path, manifest, extended)
-        run = Run(path, manifest | {"environment": here, "config": config}, lock, quiet=quiet)
+        run = Run(path, manifest | {"environment": here, "config": config}, lock, quiet=quiet, world=world)
         if differing:
             run.notice(f"resuming though it is not bit-exact: {', '.join(differing)}")
         if code := env.changes(manifest["code"], env.code_version()):
@@ -371,44 +427,6 @@ def _extend(path: Path, manifest: dict[str, Any], extended: Mapping[str, Any]) -
     return config
 
 
-def discard_unbegun(path: Path) -> None:
-    """Removes the run in ``path`` if it did nothing before it failed: a folder that holds its own record alone.
-
-    Whatever a system has written, be it one row, makes it a run that has begun; then nothing is changed.
-    """
-    with contextlib.ExitStack() as on_exit, storage_errors(f"remove {path}"):
-        on_exit.callback(FolderLock(path).release)
-        if set(os.listdir(path)) <= set(RECORD):
-            for name in RECORD:
-                (path / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # no longer empty: another process has begun a run here
-                path.rmdir()
-
-
-def check_run_name(name: str) -> str:
-    """``name`` if it may name a run folder, else ``ConfigError``: 1 to 64 of ``A-Z a-z 0-9 . _ -``, no leading dot."""
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", name):
-        raise ConfigError(f"run name {name!r} is not allowed; use 1 to 64 of A-Z a-z 0-9 . _ - and no leading dot")
-    return name
-
-
-def default_run_path(root: Path, system: str, today: date) -> Path:
-    """``root/<system>-<date>-<n>``, an empty folder made here with the next free n; two processes never share it."""
-    stem = check_run_name(f"{system}-{today.isoformat()}-1").removesuffix("1")
-    with storage_errors(f"create a run folder in {root}"):
-        root.mkdir(parents=True, exist_ok=True)
-        taken = [match[1] for path in root.iterdir() if (match := re.fullmatch(re.escape(stem) + r"(\d+)", path.name))]
-        number = max(map(int, taken), default=0) + 1
-        while True:
-            path = root / f"{stem}{number}"
-            try:
-                path.mkdir()
-            except FileExistsError:
-                number += 1
-            else:
-                return path
-
-
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[FolderLock]:
     """Locks ``path``; unlocks again if the block fails."""
@@ -419,8 +437,10 @@ def _locked(path: Path) -> Iterator[FolderLock]:
         on_failure.pop_all()
 
 
-def _prepare(device: str, threads: int | None, float32_matmul_precision: str | None) -> dict[str, Any]:
+def prepare(
+    device: str, threads: int | None, float32_matmul_precision: str | None, world: World = ALONE
+) -> dict[str, Any]:
     """Sets the process-wide numerics and returns the environment with them."""
     num_threads = set_threads(threads)
     torch.set_float32_matmul_precision(float32_matmul_precision or exact_matmul_precision(torch.device(device)))
-    return env.environment(torch.device(device), num_threads)
+    return env.environment(torch.device(device), num_threads, num_processes=world.size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import yaml
 
 from preceptor.errors import ConfigError, StorageError
 from preceptor.runs.files import TEMPORARY, replace_file, storage_errors
-from preceptor.runs.lock import LOCK_NAME
+from preceptor.runs.lock import LOCK_NAME, FolderLock
 from preceptor.runs.strict_json import json_fault
 
 RECORD = ("manifest.json", "config.yaml", "notices.log", LOCK_NAME)
@@ -60,6 +61,20 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
             f"the configuration cannot be written down: {fault}; use finite numbers, text, lists, mappings"
         )
     return copy
+
+
+def discard_unbegun(path: Path) -> None:
+    """Removes the run in ``path`` if it did nothing before it failed: a folder that holds its own record alone.
+
+    Whatever a system has written, be it one row, makes it a run that has begun; then nothing is changed.
+    """
+    with contextlib.ExitStack() as on_exit, storage_errors(f"remove {path}"):
+        on_exit.callback(FolderLock(path).release)
+        if set(os.listdir(path)) <= set(RECORD):
+            for name in RECORD:
+                (path / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # no longer empty: another process has begun a run here
+                path.rmdir()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

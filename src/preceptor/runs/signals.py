@@ -17,9 +17,13 @@ class StopSignals:
 
     The previous handlers are back when the block is left, and before ``Interrupted`` is raised, so that a third signal
     does what it always does. Outside the main thread, where Python allows no handlers, signals are left alone.
+
+    Args:
+        says_so: tell on stderr that the first signal has come; not in a run on many processes, each of which gets it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, says_so: bool = True) -> None:
+        self._says_so = says_so
         self.signal_number: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -51,6 +55,8 @@ class StopSignals:
             self._restore()
             raise Interrupted(f"stopped at once by {name}; what was saved is safe, resume continues from there", number)
         self.signal_number = number
+        if not self._says_so:
+            return
         # Not print: the signal may have come while print held its lock. A closed stderr is no reason to die here.
         with contextlib.suppress(OSError):
             os.write(2, f"\n{name}: finishing this step and saving; once more stops at once\n".encode())

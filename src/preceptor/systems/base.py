@@ -94,6 +94,7 @@ class System:
         choices: what ``preceptor list`` shows: kind → name → line.
         extendable: keys that ``preceptor resume --set`` may raise to go on past the planned end.
         presets: folder of the preset files; None is the package's own.
+        distributed: whether ``train`` can run on many processes (``run.world``); others are refused there.
     """
 
     name: str
@@ -109,6 +110,7 @@ class System:
     choices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     extendable: tuple[str, ...] = ()
     presets: Path | None = None
+    distributed: bool = False
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)

@@ -196,7 +196,8 @@ class MixtureDataset(IterableDataset[dict[str, Any]]):
 
     It refuses loader workers: each would hold a copy of the sampler, all would give the same rows, and no change of the
     weights would reach them. Nothing is lost: the blocks are in memory and drawing one is an index. In a distributed
-    run give the sampler of each process its own seed.
+    Trainer give the samplers of all processes one seed: Accelerate hands the rows of the first one's out. In a loop of
+    your own, in which each process reads for itself, give each its own.
 
     Args:
         datasets: the tokenised datasets.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from preceptor.lm.decode import Decoder
 from preceptor.lm.model import LanguageModel
-from preceptor.lm.sampling import Sampling
+from preceptor.lm.sampling import Sampling, Stream
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class OwnGenerator:
         number: int,
         num_tokens: int,
         sampling: Sampling,
-        generator: torch.Generator,
+        generator: Stream,
     ) -> Generations:
         """``number`` continuations of every prompt (:meth:`Generator.generate`)."""
         decoder = Decoder(self._lm, batch_size=len(prompts))

@@ -17,4 +17,5 @@ SYSTEM = System(
     flags=FLAGS,
     choices=CHOICES,
     extendable=("update.epochs", "history.steps"),
+    distributed=True,
 )

@@ -22,6 +22,7 @@ from preceptor.lm.decode import Decoder
 from preceptor.lm.load import load_language_model
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import draw
+from preceptor.runs.world import ALONE, World
 from preceptor.systems.bandit.config import OPTIONS, BanditConfig
 from preceptor.systems.bandit.environment import EpisodeTables
 
@@ -260,6 +261,7 @@ def play(
     kind: str,
     generator: torch.Generator,
     earlier: Batch | None = None,
+    world: World = ALONE,
 ) -> Batch:
     """One episode for each bandit of ``tables``, all on one KV cache; weights rest.
 
@@ -271,26 +273,34 @@ def play(
         kind: of the rewards.
         generator: of the choices.
         earlier: finished episodes that stand before these in the same contexts; what is returned does not hold them.
+        world: the processes that share the episodes: each plays its own and gets all of them.
     """
     num_rounds = tables.rewards.shape[1]
-    decoder = Decoder(lm, batch_size=len(options))
     prompt = layout.prompt(options)
     if earlier is not None:
         prompt = torch.cat([earlier.tokens, prompt[:, 1:]], dim=1)  # a text begins once
-    decoder.append(prompt.tolist())
-    actions, log_probs = [], []
-    for round_ in range(num_rounds):
-        # A softmax over the options' tokens alone: [episodes, arms].
-        policy = decoder.next_log_probs.cpu().gather(1, options).log_softmax(-1)
-        arms = draw(policy, generator)  # [episodes]
-        actions.append(arms)
-        log_probs.append(policy.gather(1, arms[:, None])[:, 0])
-        if round_ + 1 < num_rounds:  # nothing is chosen after the last round
-            paid = tables.rewards[:, round_].gather(1, arms[:, None])  # [episodes, 1]
-            new = layout.rounds(options, arms[:, None], reward_levels(paid, kind))[:, 0]  # [episodes, tokens]
-            for column in new.T:  # token by token: the engine is fastest at one token per row
-                decoder.append(column[:, None].tolist())
-    return written(layout, tables, options, torch.stack(actions, 1), kind=kind, log_probs=torch.stack(log_probs, 1))
+
+    def rounds(rows: slice) -> tuple[Tensor, Tensor]:
+        own, paid_by = options[rows], tables.rewards[rows]
+        stream = world.stream(generator, rows, len(options))
+        decoder = Decoder(lm, batch_size=len(own))
+        decoder.append(prompt[rows].tolist())
+        actions, log_probs = [], []
+        for round_ in range(num_rounds):
+            # A softmax over the options' tokens alone: [episodes, arms].
+            policy = decoder.next_log_probs.cpu().gather(1, own).log_softmax(-1)
+            arms = draw(policy, stream)  # [episodes]
+            actions.append(arms)
+            log_probs.append(policy.gather(1, arms[:, None])[:, 0])
+            if round_ + 1 < num_rounds:  # nothing is chosen after the last round
+                paid = paid_by[:, round_].gather(1, arms[:, None])  # [episodes, 1]
+                new = layout.rounds(own, arms[:, None], reward_levels(paid, kind))[:, 0]  # [episodes, tokens]
+                for column in new.T:  # token by token: the engine is fastest at one token per row
+                    decoder.append(column[:, None].tolist())
+        return torch.stack(actions, 1), torch.stack(log_probs, 1)
+
+    actions, log_probs = world.gathered(len(options), rounds)
+    return written(layout, tables, options, actions, kind=kind, log_probs=log_probs)
 
 
 @dataclass(frozen=True)

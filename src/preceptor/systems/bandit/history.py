@@ -19,6 +19,7 @@ from preceptor.lm.decode import Decoder
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import draw
 from preceptor.runs.random import derived_seed
+from preceptor.runs.world import ALONE, World
 from preceptor.systems.bandit import baselines
 from preceptor.systems.bandit.environment import EpisodeTables, sample_tables
 from preceptor.systems.bandit.policy import Context, Options
@@ -97,37 +98,49 @@ def corpus_lines(setup: Setup) -> list[str]:
 
 @torch.no_grad()
 def play(
-    lm: LanguageModel, prompts: list[Prompt], options: Options, tables: EpisodeTables, generator: torch.Generator
+    lm: LanguageModel,
+    prompts: list[Prompt],
+    options: Options,
+    tables: EpisodeTables,
+    generator: torch.Generator,
+    *,
+    world: World = ALONE,
 ) -> Episodes:
-    """One episode for each prompt, all of one bandit, on one KV cache."""
-    num_rounds = tables.rewards.shape[1]
-    texts = [[lm.begin_token, *lm.encode(prompt.text)] for prompt in prompts]
-    choices: list[list[tuple[int, Options]]] = [[] for _ in prompts]
-    decoder = Decoder(lm, batch_size=len(prompts))
-    decoder.append(texts)
-    actions, rewards, log_probs = [], [], []
-    for round_ in range(num_rounds):
-        policy = _option_log_probs(decoder, options)  # [episodes, arms]
-        arms = draw(policy, generator)  # [episodes]
-        paid = tables.rewards[:, round_].gather(1, arms.cpu()[:, None])[:, 0]  # [episodes]
-        added = []
-        for text, places, arm, reward in zip(texts, choices, arms.tolist(), paid.tolist(), strict=True):
+    """One episode for each prompt, all of one bandit, on one KV cache; the processes of ``world`` share them."""
+    num_episodes, num_rounds, _ = tables.rewards.shape
+    starts = [[lm.begin_token, *lm.encode(prompt.text)] for prompt in prompts]
+
+    def rounds(rows: slice) -> tuple[Tensor, Tensor]:
+        stream = world.stream(generator, rows, num_episodes)
+        paid_by = tables.rewards[rows]  # [episodes, rounds, arms]
+        decoder = Decoder(lm, batch_size=len(paid_by))
+        decoder.append(starts[rows])
+        actions, log_probs = [], []
+        for round_ in range(num_rounds):
+            policy = _option_log_probs(decoder, options)  # [episodes, arms]
+            arms = draw(policy, stream)  # [episodes]
+            if round_ + 1 < num_rounds:  # nothing is chosen after the last round
+                paid = paid_by[:, round_].gather(1, arms.cpu()[:, None])[:, 0]  # [episodes]
+                decoder.append(
+                    [
+                        [*options[arm], *lm.encode(reward_text(reward))]
+                        for arm, reward in zip(arms.tolist(), paid.tolist(), strict=True)
+                    ]
+                )
+            actions.append(arms.cpu())
+            log_probs.append(policy.gather(1, arms[:, None])[:, 0].cpu())
+        return torch.stack(actions, 1), torch.stack(log_probs, 1)
+
+    actions, log_probs = world.gathered(num_episodes, rounds)
+    rewards = tables.rewards.gather(2, actions[..., None])[..., 0]  # [episodes, rounds]
+    contexts = []
+    for start, arms, paid in zip(starts, actions.tolist(), rewards.tolist(), strict=True):
+        text, places = list(start), []
+        for arm, reward in zip(arms, paid, strict=True):
             places.append((len(text), options))
-            new = [*options[arm], *lm.encode(reward_text(reward))]
-            text += new
-            added.append(new)
-        if round_ + 1 < num_rounds:  # nothing is chosen after the last round
-            decoder.append(added)
-        actions.append(arms.cpu())
-        rewards.append(paid)
-        log_probs.append(policy.gather(1, arms[:, None])[:, 0].cpu())
-    return Episodes(
-        contexts=[Context(tuple(text), tuple(places)) for text, places in zip(texts, choices, strict=True)],
-        actions=torch.stack(actions, 1),
-        rewards=torch.stack(rewards, 1),
-        log_probs=torch.stack(log_probs, 1),
-        expected=tables.expected,
-    )
+            text += [*options[arm], *lm.encode(reward_text(reward))]
+        contexts.append(Context(tuple(text), tuple(places)))
+    return Episodes(contexts, actions, rewards, log_probs, expected=tables.expected)
 
 
 def _option_log_probs(decoder: Decoder, options: Options) -> Float[Tensor, "batch options"]:
@@ -167,7 +180,7 @@ def evaluate(setup: Setup, state: State) -> tuple[list[dict[str, Any]], list[dic
                 setup.run.stop_if_requested()
                 # Both models draw from the same random numbers.
                 draws = torch.Generator().manual_seed(derived_seed(seed, f"evaluation {bandit.name} {split}"))
-                episodes = play(lm, prompts, words, tables, draws)
+                episodes = play(lm, prompts, words, tables, draws, world=setup.run.world)
                 plays.append((method, split, episodes.actions, options.rounds))
         pulls = baselines.play_all(
             tables.rewards / bandit.base_reward,

@@ -150,11 +150,16 @@ def warm_step(setup: InContextSetup, state: InContextState, n: int) -> dict[str,
         labels = best[:, None].expand(-1, num_rounds, -1)
 
     # 4. Cross-entropy of the choice, and of the reward tokens, for which a word must be bound to what it paid.
-    scored = score(setup.lm, setup.layout, batch)
-    cross_entropy = -(labels.to(scored.log_probs.device) * scored.log_probs).sum(-1).mean()
+    world = run.world
+    rows = world.shard(num_episodes)  # at least 64 episodes, so there are some
+    share = (rows.stop - rows.start) / num_episodes
+    scored = score(setup.lm, setup.layout, batch.rows(torch.arange(rows.start, rows.stop)))
+    cross_entropy = -(labels[rows].to(scored.log_probs.device) * scored.log_probs).sum(-1).mean() * share
     loss = cross_entropy
+    reward_loss = None
     if scored.reward_log_probs is not None:
-        loss = loss - scored.reward_log_probs.mean()
+        reward_loss = -scored.reward_log_probs.mean() * share
+        loss = loss + reward_loss
     progress = (n - 1) / options.warm_steps
     learning_rate = options.warm_learning_rate * min(1.0, n / 20) * (1 - 0.7 * progress)
     gradient_norm = state.descend(loss, n, learning_rate=learning_rate)
@@ -163,16 +168,17 @@ def warm_step(setup: InContextSetup, state: InContextState, n: int) -> dict[str,
     means = (sums + 1) / (counts + 2)
     top_two = means.topk(2, dim=-1).values
     differ = top_two[..., 0] - top_two[..., 1] > 1e-6
-    agrees = scored.log_probs.detach().cpu().argmax(-1) == means.argmax(-1)
+    (favorites,) = world.gather(num_episodes, scored.log_probs.detach().cpu().argmax(-1))
+    agrees = favorites == means.argmax(-1)
     agreement = float(agrees[differ].double().mean()) if bool(differ.any()) else 0.0
     state.agreement = 0.8 * state.agreement + 0.2 * agreement
     if state.agreement > AGREEMENT:
         state.difficulty = min(1.0, state.difficulty + HARDER)
-    reward_loss = None if scored.reward_log_probs is None else -float(scored.reward_log_probs.detach().mean())
+    parts = world.sums({"loss": cross_entropy.item()} | ({} if reward_loss is None else {"reward": reward_loss.item()}))
     return {
         "phase": "warm start",
-        "loss": cross_entropy.item(),
-        "reward_token_loss": reward_loss,
+        "loss": parts["loss"],
+        "reward_token_loss": parts.get("reward"),
         "rounds": num_rounds,
         "difficulty": difficulty,
         "agreement": agreement,
@@ -225,6 +231,7 @@ def step(setup: InContextSetup, state: InContextState, n: int) -> dict[str, Any]
         dealt,
         kind=family.kind,
         generator=run.streams["actions"],
+        world=run.world,
     )
     state.num_pulls += batch.actions.numel()
 
@@ -233,7 +240,7 @@ def step(setup: InContextSetup, state: InContextState, n: int) -> dict[str, Any]
     every_round = torch.ones_like(rewards, dtype=torch.bool)
     if options.algorithm == "ppo":
         with torch.no_grad():
-            values = state.values(score(setup.lm, setup.layout, batch)).cpu()
+            (values,) = run.world.gathered(num_episodes, lambda rows: (values_of(setup, state, batch, rows),))
         advantages = gae(rewards, values, mask=every_round, discount=options.discount, gae_lambda=options.gae_lambda)
         returns = advantages + values
         explained = float(explained_variance(values, returns, every_round))
@@ -248,16 +255,23 @@ def step(setup: InContextSetup, state: InContextState, n: int) -> dict[str, Any]
     learning_rate = options.learning_rate * min(1.0, (n - options.warm_steps) / 10) * (1 - progress) ** 0.7
     losses, entropies, norms = [], [], []
     for rows in minibatches(setup, num_episodes):
-        part = batch.rows(rows)
-        scored = score(setup.lm, setup.layout, part)
-        mean_entropy = entropy(scored.log_probs).mean()
-        loss = policy_loss(setup, part, scored, advantages[rows]) - entropy_coefficient * mean_entropy
-        if options.algorithm == "ppo":
-            loss = loss + value_loss(state.values(scored).cpu(), returns[rows], mask=every_round[rows])
-        if scored.reward_log_probs is not None:
-            loss = loss - options.reward_coefficient * scored.reward_log_probs.mean()
-        losses.append(loss.item())
-        entropies.append(mean_entropy.item())
+        mine = rows[run.world.shard(len(rows))]
+        loss, parts = None, {"loss": 0.0, "entropy": 0.0}
+        if len(mine):
+            share = len(mine) / len(rows)  # every mean is over the rounds of all rows
+            part = batch.rows(mine)
+            scored = score(setup.lm, setup.layout, part)
+            mean_entropy = entropy(scored.log_probs).mean()
+            loss = policy_loss(setup, part, scored, advantages[mine]) - entropy_coefficient * mean_entropy
+            if options.algorithm == "ppo":
+                loss = loss + value_loss(state.values(scored).cpu(), returns[mine], mask=every_round[mine])
+            if scored.reward_log_probs is not None:
+                loss = loss - options.reward_coefficient * scored.reward_log_probs.mean()
+            loss = loss * share
+            parts = {"loss": loss.item(), "entropy": share * mean_entropy.item()}
+        parts = run.world.sums(parts)
+        losses.append(parts["loss"])
+        entropies.append(parts["entropy"])
         norms.append(state.descend(loss, n, learning_rate=learning_rate))
 
     run.record(
@@ -286,6 +300,14 @@ def step(setup: InContextSetup, state: InContextState, n: int) -> dict[str, Any]
         "seconds": time.perf_counter() - began,
         "peak_memory_mib": peak_memory_mib(setup.lm.device),
     }
+
+
+def values_of(
+    setup: InContextSetup, state: InContextState, batch: Batch, rows: slice
+) -> Float[Tensor, "episodes rounds"]:
+    """What the value head expects from each round of some episodes on."""
+    part = batch if rows == slice(0, len(batch.actions)) else batch.rows(torch.arange(rows.start, rows.stop))
+    return state.values(score(setup.lm, setup.layout, part)).cpu()
 
 
 def minibatches(setup: InContextSetup, num_episodes: int) -> Iterator[Int[Tensor, " rows"]]:

@@ -14,14 +14,15 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from preceptor.config import to_dict
+from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import draw
 from preceptor.objectives.advantages import reward_to_go
 from preceptor.runs.device import peak_memory_mib
@@ -30,7 +31,7 @@ from preceptor.runs.random import derived_seed
 from preceptor.systems.bandit import evaluate, history, in_context, unseen
 from preceptor.systems.bandit.config import BanditConfig
 from preceptor.systems.bandit.environment import sample_tables
-from preceptor.systems.bandit.policy import Context, decide
+from preceptor.systems.bandit.policy import Context, Decision, decide
 from preceptor.systems.bandit.pretraining import (
     dropout_from,
     next_token_loss,
@@ -58,6 +59,8 @@ def train(config: BanditConfig, run: Run, services: Services) -> dict[str, Any]:
     if config.mode == "in-context":
         return train_in_context(config, run)
     setup = prepare(config, run, services)
+    if draws_dropout(setup):
+        run.world.refuse("dropout (a mask is drawn for a whole batch; set `model.dropout` 0)")
     state = State(setup)
     run.restore(state)
     last_step = config.pretraining.steps + num_updates(setup)
@@ -67,7 +70,8 @@ def train(config: BanditConfig, run: Run, services: Services) -> dict[str, Any]:
         pretrain(setup, state)
         # The checkpoint of the last pretraining step lies before this transition, which a resume from there repeats.
         state.begin_rewards()
-        save_model(setup.lm.model, setup.lm.tokenizer, run.path / "pretrained")
+        if run.writes:
+            save_model(setup.lm.model, setup.lm.tokenizer, run.path / "pretrained")
     run.notice(evaluate.balance_notice(setup, state))
 
     if config.mode == "history":
@@ -79,7 +83,8 @@ def train(config: BanditConfig, run: Run, services: Services) -> dict[str, Any]:
         for n in run.loop(last_step, state):
             run.log(n, step(setup, state, n))
         records, charts = evaluate.evaluate(setup, state)
-    save_model(setup.lm.model, setup.lm.tokenizer, run.path / MODEL)
+    if run.writes:
+        save_model(setup.lm.model, setup.lm.tokenizer, run.path / MODEL)
     return result(records, config=to_dict(config), seeds=[config.seed]) | {"charts": charts}
 
 
@@ -89,7 +94,8 @@ def train_in_context(config: BanditConfig, run: Run) -> dict[str, Any]:
     state = InContextState(setup)
     in_context.learn(setup, state)
     records, episode = unseen.evaluate(setup, state)
-    save_model(setup.lm.model, setup.lm.tokenizer, run.path / MODEL)
+    if run.writes:
+        save_model(setup.lm.model, setup.lm.tokenizer, run.path / MODEL)
     return result(records, config=to_dict(config), seeds=[config.seed]) | {"episode": episode}
 
 
@@ -117,9 +123,13 @@ def pretrain(setup: Setup, state: State) -> None:
         tokens = sliding_windows(
             stream, batch_size=options.batch_size, window=options.window, generator=run.streams["windows"]
         )
-        with dropout_from(lm, run.streams["dropout"]):
-            loss = next_token_loss(lm, tokens)
-        row: dict[str, Any] = {"phase": "pretraining", "loss": loss.item()}
+        mine = tokens[run.world.shard(len(tokens))]
+        loss = None
+        if len(mine):
+            with dropout_from(lm, run.streams["dropout"]):
+                loss = next_token_loss(lm, mine) * (len(mine) / len(tokens))  # rows are of one length
+        row: dict[str, Any] = {"phase": "pretraining"}
+        row |= run.world.sums({"loss": 0.0 if loss is None else loss.item()})
         row["gradient_norm"] = state.descend(loss, n, clip_norm=options.clip_norm)
         if setup.validation_lines and (n % options.validate_every == 0 or n == options.steps):
             row["validation_loss"] = validation_loss(lm, setup.validation_lines)
@@ -139,9 +149,13 @@ def step(setup: Setup, state: State, n: int) -> dict[str, Any]:
 
     # 1. Act. Acting and scoring are one pass, so a word's log-probability is that of the distribution it was drawn
     # from, dropout included.
+    rows = run.world.shard(len(contexts))
     with dropout_from(lm, run.streams["dropout"] if setup.config.update.dropout else None):
-        decision = decide(lm, contexts)  # log_probs [batch, arms]
-    actions = draw(decision.log_probs, run.streams["actions"])  # [batch]
+        decision = decide(lm, contexts[rows]) if contexts[rows] else no_decision(lm, len(bandit.words))
+    log_probs, p_candidates = run.world.gather(  # [batch, arms], [batch]
+        len(contexts), decision.log_probs.detach(), decision.p_candidates
+    )
+    actions = draw(log_probs, run.streams["actions"])  # [batch]
 
     # 2. Get paid: each pull of a bandit has a row of its own in the bandit's table.
     first_pull = state.num_pulls[bandit.name]
@@ -150,10 +164,12 @@ def step(setup: Setup, state: State, n: int) -> dict[str, Any]:
 
     # 3. Learn.
     advantages = state.baseline.advantages(rewards, bandit.name).to(lm.device)
-    loss, gradient_norm = reinforce(setup, state, n, contexts, decision.log_probs, actions, advantages)
+    loss, gradient_norm = reinforce(
+        setup, state, n, contexts[rows], decision.log_probs, actions[rows], advantages[rows], num_choices=len(actions)
+    )
 
     state.count(bandit, actions.cpu(), rewards)
-    probabilities = decision.log_probs.detach().double().exp().cpu()
+    probabilities = log_probs.double().exp().cpu()
     p_best = float(probabilities[:, bandit.best].mean())
     prompts = [setup.training_prompts(bandit.name)[index] for index in indices]
     run.record(
@@ -182,7 +198,7 @@ def step(setup: Setup, state: State, n: int) -> dict[str, Any]:
         "regret": {bandit.name: state.regret[bandit.name][-1]},
         "entropy": loss.entropy / math.log(len(bandit.words)),
         "kl": loss.kl,
-        "named_mass": float(decision.p_candidates.mean()),
+        "named_mass": float(p_candidates.mean()),
         "gradient_norm": gradient_norm,
         "skipped_steps": state.guard.num_skipped,
         "pulls": num_pulls,
@@ -221,7 +237,7 @@ def history_step(setup: Setup, state: State, n: int) -> dict[str, Any]:
     indices = torch.randint(len(training), (options.batch_size,), generator=run.streams["prompts"])
     prompts = [training[index] for index in indices]
     words = setup.vocabulary.options(bandit.words)
-    episodes = history.play(lm, prompts, words, tables, run.streams["actions"])
+    episodes = history.play(lm, prompts, words, tables, run.streams["actions"], world=run.world)
 
     # 2. Credit: a choice is followed by the rewards of its own and of later rounds.
     every_round = torch.ones_like(episodes.rewards, dtype=torch.bool)
@@ -230,21 +246,25 @@ def history_step(setup: Setup, state: State, n: int) -> dict[str, Any]:
     advantages = torch.stack([state.baseline.advantages(column, bandit.name) for column in returns.T], dim=1)
 
     # 3. Learn. One pass over the finished texts scores every choice again, with gradient.
-    decision = decide(lm, episodes.contexts)  # log_probs [episodes * rounds, arms]
-    actions = episodes.actions.flatten()  # [episodes * rounds], in the same order
+    rows = run.world.shard(options.batch_size)
+    contexts = episodes.contexts[rows]
+    decision = decide(lm, contexts) if contexts else no_decision(lm, len(bandit.words))  # [episodes * rounds, arms]
+    actions = episodes.actions[rows].flatten()  # [episodes * rounds], in the same order
     loss, gradient_norm = reinforce(
         setup,
         state,
         n,
-        episodes.contexts,
+        contexts,
         decision.log_probs,
         actions.to(lm.device),
-        advantages.flatten().to(lm.device),
+        advantages[rows].flatten().to(lm.device),
+        num_choices=episodes.actions.numel(),
     )
 
     rescored = decision.log_probs.detach().cpu().gather(1, actions[:, None])[:, 0]
+    differences = (rescored - episodes.log_probs[rows].flatten()).abs()
     first_pull = state.num_pulls[bandit.name]
-    state.num_pulls[bandit.name] += actions.numel()
+    state.num_pulls[bandit.name] += episodes.actions.numel()
     run.record(
         {
             "step": n,
@@ -271,7 +291,7 @@ def history_step(setup: Setup, state: State, n: int) -> dict[str, Any]:
         "entropy": loss.entropy / math.log(len(bandit.words)),
         "kl": loss.kl,
         # The KV cache and the packed pass must agree on every choice but for rounding.
-        "log_ratio_maximum": float((rescored - episodes.log_probs.flatten()).abs().max()),
+        "log_ratio_maximum": run.world.maximum(float(differences.max()) if len(differences) else 0.0),
         "gradient_norm": gradient_norm,
         "skipped_steps": state.guard.num_skipped,
         "pulls": sum(state.num_pulls.values()),
@@ -288,11 +308,20 @@ def reinforce(
     log_probs: Float[Tensor, "choices options"],
     actions: Int[Tensor, " choices"],
     advantages: Float[Tensor, " choices"],
+    *,
+    num_choices: int,
 ) -> tuple[LossMetrics, float]:
-    """One gradient step on the choices of ``contexts``; gives the loss and the gradient's norm before clipping."""
-    update = setup.config.update
+    """One gradient step on ``num_choices`` choices, of which this process has those of ``contexts``.
+
+    Gives the loss of all of them and the gradient's norm before clipping.
+    """
+    update, world = setup.config.update, setup.run.world
+    needs_reference = bool(update.kl_coefficient) and state.initial_model is not None
+    if len(actions) == 0:
+        parts = {"loss": 0.0, "entropy": 0.0} | ({"kl": 0.0} if needs_reference else {})
+        return loss_metrics(world.sums(parts)), state.descend(None, n, clip_norm=update.clip_norm)
     reference_log_probs = None
-    if update.kl_coefficient and state.initial_model is not None:
+    if needs_reference and state.initial_model is not None:
         with torch.no_grad():
             reference_log_probs = decide(state.initial_model, contexts).log_probs
     loss, metrics = policy_gradient_loss(
@@ -303,4 +332,23 @@ def reinforce(
         kl_coefficient=update.kl_coefficient,
         reference_log_probs=reference_log_probs,
     )
-    return metrics, state.descend(loss, n, clip_norm=update.clip_norm)
+    share = len(actions) / num_choices  # the loss is a mean over the choices of all processes
+    parts = {"loss": metrics.loss, "entropy": metrics.entropy} | ({} if metrics.kl is None else {"kl": metrics.kl})
+    means = world.sums({name: share * value for name, value in parts.items()})
+    return loss_metrics(means), state.descend(loss * share, n, clip_norm=update.clip_norm)
+
+
+def loss_metrics(means: Mapping[str, float]) -> LossMetrics:
+    """From the means by name."""
+    return LossMetrics(means["loss"], means["entropy"], means.get("kl"))
+
+
+def no_decision(lm: LanguageModel, num_options: int) -> Decision:
+    """The policy at no choice: of a process without rows."""
+    return Decision(torch.zeros(0, num_options, device=lm.device), torch.zeros(0, device=lm.device))
+
+
+def draws_dropout(setup: Setup) -> bool:
+    """Whether some phase of the run computes with dropout."""
+    dropouts = [module for module in setup.lm.model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    return bool(dropouts) and (setup.config.pretraining.steps > 0 or setup.config.update.dropout)

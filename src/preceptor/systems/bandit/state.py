@@ -57,9 +57,14 @@ class State:
     def _fresh_optimizer(self, options: PretrainingOptions | UpdateOptions) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters.values(), lr=options.learning_rate, weight_decay=options.weight_decay)
 
-    def descend(self, loss: Tensor, step: int, *, clip_norm: float) -> float:
-        """One optimizer step down ``loss``; the gradient's norm before clipping, NaN for a step that was skipped."""
-        loss.backward()
+    def descend(self, loss: Tensor | None, step: int, *, clip_norm: float) -> float:
+        """One optimizer step down ``loss``; the gradient's norm before clipping, NaN for a step that was skipped.
+
+        In a run on many processes ``loss`` is this process's part of a sum, None where it has no part.
+        """
+        if loss is not None:
+            loss.backward()
+        self.setup.run.world.sum_gradients(self.parameters.values())
         return guarded_step(
             self.guard,
             self.optimizer,
@@ -153,13 +158,15 @@ class InContextState:
         self.warm_model = self.setup.lm.frozen_copy()
         self.optimizer = self._fresh_optimizer()
 
-    def descend(self, loss: Tensor, step: int, *, learning_rate: float) -> float:
-        """One optimizer step down ``loss``; the gradient's norm before clipping, NaN for a step that was skipped."""
+    def descend(self, loss: Tensor | None, step: int, *, learning_rate: float) -> float:
+        """One optimizer step down ``loss``, as :meth:`State.descend`."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        loss.backward()
+        if loss is not None:
+            loss.backward()
         if len(self.setup.fresh_tokens) and (gradient := self.setup.token_vectors.grad) is not None:
             gradient[self.setup.fresh_tokens] = 0  # drawn anew for every update, so not learned
+        self.setup.run.world.sum_gradients(self.parameters.values())
         return guarded_step(
             self.guard,
             self.optimizer,

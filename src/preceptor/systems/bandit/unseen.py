@@ -133,7 +133,9 @@ def play_unseen(
         setup.run.stop_if_requested()
         part = EpisodeTables(tables.rewards[first : first + size], tables.expected[first : first + size])
         options = layout.deal(len(part.expected), setup.family.num_arms, generator)
-        chunks.append(play(lm, layout, part, options, kind=setup.family.kind, generator=generator).actions)
+        chunks.append(
+            play(lm, layout, part, options, kind=setup.family.kind, generator=generator, world=setup.run.world).actions
+        )
     return torch.cat(chunks)
 
 
@@ -236,11 +238,22 @@ def carry_over(setup: InContextSetup, tables: EpisodeTables) -> list[dict[str, f
     )
     arms = family.num_arms
     words = layout.deal(num_bandits, min(2 * arms, len(layout.words)), generator)  # [bandits, both bandits' arms]
-    earlier = play(setup.lm, layout, first, words[:, :arms], kind=family.kind, generator=generator)
+    earlier = play(
+        setup.lm, layout, first, words[:, :arms], kind=family.kind, generator=generator, world=setup.run.world
+    )
     after = play(
-        setup.lm, layout, second, words[:, -arms:], kind=family.kind, generator=generator, earlier=earlier
+        setup.lm,
+        layout,
+        second,
+        words[:, -arms:],
+        kind=family.kind,
+        generator=generator,
+        earlier=earlier,
+        world=setup.run.world,
     ).actions
-    alone = play(setup.lm, layout, second, words[:, -arms:], kind=family.kind, generator=generator).actions
+    alone = play(
+        setup.lm, layout, second, words[:, -arms:], kind=family.kind, generator=generator, world=setup.run.world
+    ).actions
     carried = after[:, 0] == first.expected.argmax(1)
     measured = torch.stack(
         [

@@ -16,4 +16,5 @@ SYSTEM = System(
     verify=lazy("preceptor.systems.curriculum.verify:verify"),
     flags=FLAGS,
     choices=CHOICES,
+    distributed=True,
 )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from preceptor.errors import ConfigError
 from preceptor.lm.generators.audit import audit
 from preceptor.lm.generators.base import Generator
 from preceptor.lm.generators.transformers_generate import TransformersGenerator
@@ -28,11 +29,17 @@ def build_engine(options: PPOOptions, lm: LanguageModel, run: Run, services: Ser
     """The engine that ``options`` name; None is the policy's own decoder.
 
     Raises:
+        ConfigError: the run is on many processes.
         ServiceError: a server is out of reach.
         MissingExtraError: what it needs is not installed.
     """
     if not options.weight or options.generator == "own":
         return None
+    if run.world.size > 1:
+        raise ConfigError(
+            f"`ppo.generator` {options.generator} works in one process, got {run.world.size}; leave it at own, or "
+            "start one process"
+        )
     if options.generator == "transformers":
         return TransformersGenerator(lm)
     return VLLMGenerator(lm, url=options.generator_url, folder=run.path / WEIGHTS_FOLDER, api_key=services.vllm_api_key)

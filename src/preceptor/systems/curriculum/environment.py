@@ -20,7 +20,8 @@ from preceptor.data.corpora.datasets import read_sources
 from preceptor.errors import DataError
 from preceptor.lm.generators.base import end_token
 from preceptor.lm.model import LanguageModel
-from preceptor.lm.score import token_log_probs
+from preceptor.runs.scoring import shared_log_probs
+from preceptor.runs.world import ALONE, World
 from preceptor.systems.curriculum.config import DataOptions, DatasetOptions
 from preceptor.systems.curriculum.policy import Prompt
 
@@ -110,7 +111,11 @@ def evenly_spaced_rows(blocks: TokenBlocks, num_rows: int) -> list[list[int]]:
 
 
 def document_losses(
-    lm: LanguageModel, samples: Sequence[Sequence[Sequence[int]]], *, max_tokens: int | None = None
+    lm: LanguageModel,
+    samples: Sequence[Sequence[Sequence[int]]],
+    *,
+    max_tokens: int | None = None,
+    world: World = ALONE,
 ) -> list[Float[Tensor, " text"]]:
     """The loss of each sampled row of each dataset in nats per token, given the row's first token; no gradient.
 
@@ -121,6 +126,7 @@ def document_losses(
         lm: the model, usually a frozen copy of the one that is trained.
         samples: rows of token ids for each dataset, each row of two tokens or more.
         max_tokens: padded tokens per forward pass; None: as many as keep the logits within memory.
+        world: processes that hold the same model and share the rows; each gets the losses of all of them.
 
     Returns:
         one float32 tensor per dataset on the CPU, in the order of its rows.
@@ -134,7 +140,8 @@ def document_losses(
             raise DataError(f"the sample of dataset {index} must hold rows of two tokens or more, to have a loss")
     rows = [row for sample in samples for row in sample]
     # One span per row: every token but the first, which nothing predicts.
-    log_probs = token_log_probs(lm, rows, spans=[[(1, len(row))] for row in rows], max_tokens=max_tokens)
+    spans = [[(1, len(row))] for row in rows]
+    log_probs = shared_log_probs(lm, rows, spans=spans, max_tokens=max_tokens, world=world)
     losses = iter([-values.mean() for values in log_probs])
     return [torch.stack([next(losses) for _ in sample]) for sample in samples]  # per dataset: [rows]
 
@@ -145,6 +152,7 @@ def gradient_alignment(
     targets: Sequence[Sequence[Sequence[int]]],
     *,
     optimizer: torch.optim.Optimizer | None = None,
+    world: World = ALONE,
 ) -> tuple[Float[Tensor, " choices"], list[Float[Tensor, " text"]]]:
     """How far a step on each dataset lowers the targets' loss, to first order, and the loss of each sampled row.
 
@@ -158,13 +166,14 @@ def gradient_alignment(
         samples: rows of token ids for each dataset, each row of two tokens or more.
         targets: the same for each target; at least one.
         optimizer: of the parameters, Adam's or another one; None for P = 1.
+        world: processes that hold the same model and share the rows of each sample.
 
     Returns:
         the alignment of each dataset, float64 on the CPU; for each dataset one loss per row, nats per token.
     """
     parameters = list(lm.trainable_parameters().values())
-    target_gradients = [loss_gradient(lm, rows)[1] for rows in targets]
-    losses, gradients = zip(*(loss_gradient(lm, rows) for rows in samples), strict=True)
+    target_gradients = [loss_gradient(lm, rows, world=world)[1] for rows in targets]
+    losses, gradients = zip(*(loss_gradient(lm, rows, world=world) for rows in samples), strict=True)
     return aligned(gradients, target_gradients, parameters=parameters, optimizer=optimizer), list(losses)
 
 
@@ -190,19 +199,28 @@ def aligned(
     return products
 
 
-def loss_gradient(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> tuple[Float[Tensor, " text"], Gradient]:
+def loss_gradient(
+    lm: LanguageModel, rows: Sequence[Sequence[int]], *, world: World = ALONE
+) -> tuple[Float[Tensor, " text"], Gradient]:
     """The loss of each row in nats per token, and the gradient of their mean over the tokens."""
     parameters = list(lm.trainable_parameters().values())
-    batch = pad_blocks([torch.as_tensor(row) for row in rows], filler=lm.begin_token)
-    tokens, mask = batch.tokens.to(lm.device), batch.token_mask.clone().to(lm.device)
-    mask[:, 0] = False  # nothing predicts the first token of a row
-    token_losses = -lm.chosen_log_probs(tokens, keep=mask.roll(-1, dims=1), chosen=tokens[mask])  # [targets]
-    gradients: Sequence[Tensor | None] = torch.autograd.grad(token_losses.mean(), parameters, allow_unused=True)
-    row_losses = torch.stack([row.mean() for row in token_losses.detach().split(mask.sum(1).tolist())])
-    return row_losses.cpu(), [
-        torch.zeros_like(parameter) if gradient is None else gradient.float()
-        for gradient, parameter in zip(gradients, parameters, strict=True)
-    ]
+    num_targets = sum(len(row) - 1 for row in rows)
+    mine = rows[world.shard(len(rows))]
+    row_losses, gradients = torch.zeros(0), [torch.zeros_like(parameter) for parameter in parameters]
+    if mine:
+        batch = pad_blocks([torch.as_tensor(row) for row in mine], filler=lm.begin_token)
+        tokens, mask = batch.tokens.to(lm.device), batch.token_mask.clone().to(lm.device)
+        mask[:, 0] = False  # nothing predicts the first token of a row
+        token_losses = -lm.chosen_log_probs(tokens, keep=mask.roll(-1, dims=1), chosen=tokens[mask])  # [targets]
+        loss = token_losses.mean() if len(mine) == len(rows) else token_losses.sum() / num_targets
+        taken: Sequence[Tensor | None] = torch.autograd.grad(loss, parameters, allow_unused=True)
+        row_losses = torch.stack([row.mean() for row in token_losses.detach().split(mask.sum(1).tolist())]).cpu()
+        gradients = [
+            zeros if gradient is None else gradient.float() for gradient, zeros in zip(taken, gradients, strict=True)
+        ]
+    world.sum_in_place(gradients)
+    (row_losses,) = world.gather(len(rows), row_losses)
+    return row_losses, gradients
 
 
 def _adam_scale(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor | float:

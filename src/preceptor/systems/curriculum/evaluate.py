@@ -12,18 +12,15 @@ from preceptor.lm.decode import Decoder
 from preceptor.lm.generators.base import end_token
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
-from preceptor.lm.score import token_log_probs
 from preceptor.objectives.kl import kl_k3
 from preceptor.objectives.statistics import masked_mean
 from preceptor.runs.random import derived_seed
+from preceptor.runs.scoring import shared_log_probs
+from preceptor.runs.world import ALONE, World
 from preceptor.systems.curriculum.environment import Corpus, evenly_spaced_rows
-from preceptor.systems.curriculum.policy import (
-    generate_rollouts,
-    rollout_log_probs,
-    rollout_sampling,
-)
+from preceptor.systems.curriculum.policy import rollout_sampling
 from preceptor.systems.curriculum.result import macro_mean
-from preceptor.systems.curriculum.rewards import score_rollouts
+from preceptor.systems.curriculum.scored import scored_rollouts
 from preceptor.systems.curriculum.setup import Setup
 from preceptor.systems.curriculum.state import State
 from preceptor.systems.curriculum.verify import sample_rows
@@ -62,18 +59,20 @@ def evaluate(setup: Setup, state: State, step: int) -> dict[str, Any]:
 
 def measure(setup: Setup, state: State, method_step: int) -> None:
     """Adds the losses and rewards after ``method_step`` steps of the method (0: before training) to its outcome."""
-    losses = validation_losses(setup.lm, setup.judged, num_rows=setup.config.validation.rows)
+    losses = validation_losses(setup.lm, setup.judged, num_rows=setup.config.validation.rows, world=setup.run.world)
     state.outcome.curve.append((method_step, losses))
     if state.method.policy_gradient:
         state.outcome.rewards.append({"step": float(method_step), **held_out_rewards(setup)})
 
 
-def validation_losses(lm: LanguageModel, corpora: Sequence[Corpus], *, num_rows: int) -> dict[str, float]:
+def validation_losses(
+    lm: LanguageModel, corpora: Sequence[Corpus], *, num_rows: int, world: World = ALONE
+) -> dict[str, float]:
     """Cross-entropy on at most ``num_rows`` held-out rows of each dataset, mean over tokens in nats; no gradient."""
     rows = {corpus.name: evenly_spaced_rows(corpus.validation, num_rows) for corpus in corpora}
     # All datasets in one call, which batches rows of similar length whatever dataset they come from.
     all_rows = [row for dataset_rows in rows.values() for row in dataset_rows]
-    log_probs = iter(token_log_probs(lm, all_rows, spans=[[(1, len(row))] for row in all_rows]))
+    log_probs = iter(shared_log_probs(lm, all_rows, spans=[[(1, len(row))] for row in all_rows], world=world))
     losses = {}
     for name, dataset_rows in rows.items():
         dataset_log_probs = torch.cat([next(log_probs) for _ in dataset_rows])  # [tokens]: rows weigh by their length
@@ -91,24 +90,25 @@ def held_out_rewards(setup: Setup) -> dict[str, float]:
         NumericError: none of the rewards is finite.
     """
     lm, ppo = setup.lm, setup.config.ppo
-    sampling = rollout_sampling(lm, ppo.temperature)
-    rollouts = generate_rollouts(
+    # The KL is to the initial model, not to the rolling one: it says how far training has led in all.
+    scored = scored_rollouts(
         lm,
         setup.prompts,
         group_size=1,
         num_tokens=ppo.continuation_tokens,
-        sampling=sampling,
+        sampling=rollout_sampling(lm, ppo.temperature),
         generator=torch.Generator().manual_seed(derived_seed(setup.config.seed, "held-out rollouts")),
+        terms=setup.held_out_terms,
+        reference_model=setup.initial_model,
+        world=setup.run.world,
     )
-    rewards = score_rollouts(rollouts, setup.held_out_terms)
+    rollouts, rewards = scored.rollouts, scored.rewards
     finite = rewards.finite_rows
     if not finite.any():
         raise NumericError("every reward on held-out prompts is NaN or infinite; look at `ppo.rewards`")
-    # The KL is to the initial model, not to the rolling one: it says how far training has led in all.
-    initial_log_probs = rollout_log_probs(setup.initial_model, rollouts, sampling)
     return {
         "reward": float(rewards.total[finite].double().mean()),
-        "kl": float(masked_mean(kl_k3(rollouts.log_probs, initial_log_probs), rollouts.mask)),
+        "kl": float(masked_mean(kl_k3(rollouts.log_probs, scored.reference_log_probs), rollouts.mask)),
         **{name: float(values[finite].double().mean()) for name, values in rewards.terms.items()},
     }
 

@@ -37,7 +37,6 @@ from preceptor.runs.device import peak_memory_mib
 from preceptor.runs.export import save_model
 from preceptor.runs.random import derived_seed
 from preceptor.systems.curriculum.config import CurriculumConfig
-from preceptor.systems.curriculum.engines import corrected
 from preceptor.systems.curriculum.environment import (
     Gradient,
     aligned,
@@ -47,14 +46,10 @@ from preceptor.systems.curriculum.environment import (
     loss_gradient,
 )
 from preceptor.systems.curriculum.evaluate import evaluate, measure
-from preceptor.systems.curriculum.policy import (
-    Rollouts,
-    generate_rollouts,
-    rollout_log_probs,
-    rollout_sampling,
-)
+from preceptor.systems.curriculum.policy import Rollouts, rollout_sampling
 from preceptor.systems.curriculum.result import charts, outcome_records, result
-from preceptor.systems.curriculum.rewards import Rewards, score_rollouts, token_advantages
+from preceptor.systems.curriculum.rewards import Rewards, token_advantages
+from preceptor.systems.curriculum.scored import scored_rollouts
 from preceptor.systems.curriculum.setup import Setup, prepare
 from preceptor.systems.curriculum.state import State, learning_rate_scale
 from preceptor.systems.curriculum.tasks.loop import train_on_tasks
@@ -62,7 +57,6 @@ from preceptor.systems.curriculum.update import (
     Documents,
     Experience,
     UpdateResult,
-    autocast,
     kl_reference_model,
     update,
 )
@@ -112,10 +106,10 @@ def train(config: CurriculumConfig, run: Run, services: Services) -> dict[str, A
                 row |= evaluate(setup, state, n)
                 if row["validation_loss"] < state.best_loss:
                     state.best_loss = row["validation_loss"]
-                    if number == 1:
+                    if number == 1 and run.writes:
                         save_model(setup.lm.model, setup.lm.tokenizer, run.path / "best_model")
             run.log(n, {"arm": method.name, "arm_number": number, "arm_step": n - state.steps_before, **row})
-            if number == 1 and n == last_step:
+            if number == 1 and n == last_step and run.writes:
                 save_model(setup.lm.model, setup.lm.tokenizer, run.path / "model")
     targets = {corpus.name: corpus.target for corpus in setup.judged}
     records = outcome_records(state.outcomes, targets=targets, seed=config.seed)
@@ -215,7 +209,7 @@ def measure_difficulty(setup: Setup, state: State, n: int) -> dict[str, Any]:
         [corpus.difficulty[index].tolist() for index in indices]
         for corpus, indices in zip(setup.corpora, state.sample, strict=True)
     ]
-    losses = document_losses(state.frozen_model, rows)  # per dataset: [rows]
+    losses = document_losses(state.frozen_model, rows, world=setup.run.world)  # per dataset: [rows]
     count_rows(state, sum(map(len, rows)), backward=False)
     # The same rows as last time give the error of the *change*; at the first measurement there is no change yet.
     previous = None if options.resample else state.sample_losses or losses
@@ -238,7 +232,7 @@ def measure_alignment(setup: Setup, state: State, n: int) -> dict[str, Any]:
 
     samples = [drawn(corpus.train) for corpus in setup.corpora]
     targets = [drawn(corpus.difficulty) for corpus in setup.judged if corpus.target]
-    alignment, losses = gradient_alignment(setup.lm, samples, targets, optimizer=state.optimizer)
+    alignment, losses = gradient_alignment(setup.lm, samples, targets, optimizer=state.optimizer, world=setup.run.world)
     count_rows(state, num_rows * (len(samples) + len(targets)), backward=True)
     return move_mixture(setup, state, n, replace(document_difficulty(losses), alignment=alignment))
 
@@ -252,7 +246,7 @@ def far_target_gradients(setup: Setup, state: State, method_step: int) -> list[G
             if corpus.target and not corpus.learned_from:
                 indices = torch.randint(len(corpus.difficulty), (num_rows,), generator=generator)
                 rows = [corpus.difficulty[index].tolist() for index in indices.tolist()]
-                state.target_gradients.append(list(loss_gradient(setup.lm, rows)[1]))
+                state.target_gradients.append(list(loss_gradient(setup.lm, rows, world=setup.run.world)[1]))
                 count_rows(state, num_rows, backward=True)
     return list(state.target_gradients)
 
@@ -333,7 +327,6 @@ class RolloutBatch:
 def sample_rollouts(setup: Setup, state: State) -> RolloutBatch:
     """Continuations of drawn prompts with all that the update needs: rewards, reference, values and advantages."""
     config, ppo, lm, streams = setup.config, setup.config.ppo, setup.lm, setup.run.streams
-    sampling = rollout_sampling(lm, ppo.temperature)
     prompts = draw_prompts(
         setup.corpora,
         state.mixture.weights,
@@ -342,32 +335,31 @@ def sample_rollouts(setup: Setup, state: State) -> RolloutBatch:
         continuation_tokens=ppo.continuation_tokens,
         generator=streams["prompt"],
     )
-    metrics: dict[str, Any] = {}
     if setup.engine is not None:
         setup.engine.refresh()
-    with autocast(lm, config.update.bf16):
-        rollouts = generate_rollouts(  # [prompts · group_size, continuation_tokens]
-            lm,
-            prompts,
-            group_size=ppo.group_size,
-            num_tokens=ppo.continuation_tokens,
-            sampling=sampling,
-            generator=streams["rollout"],
-            engine=setup.engine,
-        )
-        if setup.engine is not None:
-            rollouts, metrics = corrected(rollouts, lm, sampling=sampling, engine=setup.engine, options=ppo)
-        elif config.update.bf16 or lm.dtype not in (torch.float32, torch.float64):
-            # In few digits two ways to the same number part by more than a small policy step; PPO's ratio must begin
-            # at 1, so both of its sides come from the scorer.
-            rollouts = replace(rollouts, log_probs=rollout_log_probs(lm, rollouts, sampling))
-    rewards = score_rollouts(rollouts, state.terms)
-    finite = rewards.finite_rows
+    scored = scored_rollouts(
+        lm,
+        prompts,
+        group_size=ppo.group_size,
+        num_tokens=ppo.continuation_tokens,
+        sampling=rollout_sampling(lm, ppo.temperature),
+        generator=streams["rollout"],
+        terms=state.terms,
+        reference_model=kl_reference_model(setup, state),
+        value_network=state.value_network,
+        bf16=config.update.bf16,
+        # In few digits two ways to the same number part by more than a small policy step; PPO's ratio must begin at 1,
+        # so both of its sides come from the scorer.
+        rescore=config.update.bf16 or lm.dtype not in (torch.float32, torch.float64),
+        engine=setup.engine,
+        options=ppo,
+        world=setup.run.world,
+    )
+    rollouts, rewards, values = scored.rollouts, scored.rewards, scored.values
+    metrics: dict[str, Any] = dict(scored.metrics)
+    reference_log_probs, finite = scored.reference_log_probs, rewards.finite_rows
     usable = rollouts.without(~finite.to(rollouts.mask.device))  # the rows stay, so groups keep their size
     mask = usable.mask
-    with autocast(lm, config.update.bf16):
-        reference_log_probs = rollout_log_probs(kl_reference_model(setup, state), usable, sampling)
-        values = None if state.value_network is None else state.value_network(usable)
 
     token_rewards = rewards.tokens.to(lm.device)
     if ppo.kl_place == "reward_k1":

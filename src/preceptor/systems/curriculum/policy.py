@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from preceptor.lm.generators.base import Generator, OwnGenerator, end_token
 from preceptor.lm.load import Adapter, load_language_model
 from preceptor.lm.model import LanguageModel
-from preceptor.lm.sampling import Sampling
+from preceptor.lm.sampling import Sampling, Stream
 from preceptor.lm.score import pad_rows
 from preceptor.lm.tokenizer import train_bpe_tokenizer
 from preceptor.systems.curriculum.config import ModelOptions
@@ -188,7 +188,7 @@ def generate_rollouts(
     group_size: int,
     num_tokens: int,
     sampling: Sampling,
-    generator: torch.Generator,
+    generator: Stream,
     engine: Generator | None = None,
 ) -> Rollouts:
     """``group_size`` continuations of every prompt, sampled in one batch.
@@ -204,13 +204,13 @@ def generate_rollouts(
         generator: of the samples.
         engine: writes them; None is the policy's own decoder.
     """
-    generated = (engine or OwnGenerator(lm)).generate(
-        [prompt.tokens for prompt in prompts],
-        number=group_size,
-        num_tokens=num_tokens,
-        sampling=sampling,
-        generator=generator,
-    )
+    rows = [prompt.tokens for prompt in prompts]
+    asked: dict[str, Any] = {"number": group_size, "num_tokens": num_tokens, "sampling": sampling}
+    if engine is None:
+        generated = OwnGenerator(lm).generate(rows, **asked, generator=generator)
+    else:
+        assert isinstance(generator, torch.Generator), "another engine writes in a world of one process"
+        generated = engine.generate(rows, **asked, generator=generator)
     return Rollouts(
         prompts=tuple(prompt for prompt in prompts for _ in range(group_size)),
         tokens=generated.tokens,

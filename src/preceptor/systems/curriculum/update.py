@@ -9,9 +9,7 @@ gradients; only :func:`optimizer_step` changes weights.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from preceptor.objectives.policy_gradient import cispo_loss, clip_fraction, gspo
 from preceptor.objectives.statistics import masked_mean
 from preceptor.objectives.value import value_loss
 from preceptor.runs.guard import first_nonfinite
+from preceptor.runs.world import ALONE, World
 from preceptor.systems.curriculum.config import PPOOptions
 from preceptor.systems.curriculum.policy import (
     Rollouts,
@@ -34,6 +33,7 @@ from preceptor.systems.curriculum.policy import (
 )
 from preceptor.systems.curriculum.setup import Setup
 from preceptor.systems.curriculum.state import State
+from preceptor.systems.curriculum.sums import Sums
 from preceptor.systems.curriculum.value_network import ValueNetwork
 
 MAX_SAMPLER_KL = 1e-6
@@ -91,23 +91,6 @@ class Experience:
         )
 
 
-@dataclass
-class Sums:
-    """Weighted sums of a step's metrics, for their means at its end."""
-
-    totals: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    weights: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    def add(self, name: str, value: Tensor | float, weight: float = 1.0) -> None:
-        """Adds ``value`` with ``weight``."""
-        self.totals[name] += float(value) * weight
-        self.weights[name] += weight
-
-    def means(self) -> Mapping[str, float]:
-        """The weighted mean of every metric."""
-        return {name: total / self.weights[name] for name, total in self.totals.items() if self.weights[name]}
-
-
 @dataclass(frozen=True)
 class UpdateResult:
     """Metrics of an update; ``nonfinite`` names what kept optimizer steps from being taken.
@@ -132,7 +115,7 @@ def update(
     stop, the rest of the update is cross-entropy alone.
     """
     ppo, options = setup.config.ppo, setup.config.update
-    sums = Sums()
+    sums, world = Sums(), setup.run.world
     num_minibatches = ppo.epochs * ppo.minibatches if ppo.weight else 1
     document_parts = torch.arange(len(documents)).tensor_split(num_minibatches)
     loss_sums = torch.zeros(state.mixture.num_datasets, 2, dtype=torch.float64)  # per dataset: sum, number of tokens
@@ -147,6 +130,7 @@ def update(
                 "num_datasets": len(loss_sums),
                 "micro_batch_size": options.micro_batch_size or len(documents),
                 "bf16": options.bf16,
+                "world": world,
             }
             if by_dataset and not gradients:  # of the first part alone, at the weights that the step began with
                 sums_of_part, gradients = accumulate_by_dataset(state.lm, documents.at(rows), **arguments)
@@ -168,6 +152,7 @@ def update(
                 micro_batch_size=options.micro_batch_size or len(experience.rollouts),
                 bf16=options.bf16,
                 sums=sums,
+                world=world,
             )
             if (
                 num_used == 0 and kl_from_old_policy > MAX_SAMPLER_KL
@@ -178,11 +163,13 @@ def update(
                 )
             num_used += 1
             stopped_early = ppo.kl_early_stop > 0 and kl_from_old_policy > ppo.kl_early_stop
+        world.sum_gradients(parameter for group in state.optimizer.param_groups for parameter in group["params"])
         if (reason := optimizer_step(state, clip_norm=options.clip_norm, sums=sums)) is not None:
             nonfinite.append(reason)
     if not nonfinite:  # ends the guard's count of skipped steps in a row
         state.guard.ok()
-    metrics: dict[str, Any] = dict(sums.means())
+    metrics: dict[str, Any] = dict(sums.shared(world).means())
+    loss_sums = world.sum(loss_sums)
     if loss_sums[:, 1].sum():
         metrics["cross_entropy"] = float(loss_sums[:, 0].sum() / loss_sums[:, 1].sum())
     if experience is not None:
@@ -218,11 +205,19 @@ def optimizer_step(state: State, *, clip_norm: float, sums: Sums) -> str | None:
 
 
 def accumulate_cross_entropy(
-    lm: LanguageModel, documents: Documents, *, weight: float, num_datasets: int, micro_batch_size: int, bf16: bool
+    lm: LanguageModel,
+    documents: Documents,
+    *,
+    weight: float,
+    num_datasets: int,
+    micro_batch_size: int,
+    bf16: bool,
+    world: World = ALONE,
 ) -> Float[Tensor, "choices 2"]:
     """Adds ``weight`` × the mean cross-entropy of ``documents`` to the policy's gradient.
 
-    The mean is over every token but the first of its row, so ``micro_batch_size`` changes rounding alone.
+    The mean is over every token but the first of its row, so ``micro_batch_size`` changes rounding alone. Where
+    processes share the documents, gradient and sums are this one's part of them.
 
     Returns:
         for each dataset the sum of the losses of its tokens, in nats, and their number.
@@ -231,7 +226,8 @@ def accumulate_cross_entropy(
     target_mask[:, 0] = False  # nothing predicts the first token of a row
     num_targets = int(target_mask.sum())
     sums = torch.zeros(num_datasets, 2, dtype=torch.float64)
-    for rows in torch.arange(len(documents)).split(micro_batch_size):
+    mine = torch.arange(len(documents))[world.shard(len(documents))]
+    for rows in mine.split(micro_batch_size) if len(mine) else ():
         tokens, targets = documents.tokens[rows].to(lm.device), target_mask[rows].to(lm.device)
         with autocast(lm, bf16):
             # Position t predicts token t + 1: the kept positions are the targets shifted to the left. [targets]
@@ -245,7 +241,14 @@ def accumulate_cross_entropy(
 
 
 def accumulate_by_dataset(
-    lm: LanguageModel, documents: Documents, *, weight: float, num_datasets: int, micro_batch_size: int, bf16: bool
+    lm: LanguageModel,
+    documents: Documents,
+    *,
+    weight: float,
+    num_datasets: int,
+    micro_batch_size: int,
+    bf16: bool,
+    world: World = ALONE,
 ) -> tuple[Float[Tensor, "choices 2"], dict[int, list[Tensor]]]:
     """What :func:`accumulate_cross_entropy` does, one dataset after another, for the gradient of each.
 
@@ -269,9 +272,11 @@ def accumulate_by_dataset(
             num_datasets=num_datasets,
             micro_batch_size=micro_batch_size,
             bf16=bf16,
+            world=world,
         )
         taken = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         gradients[dataset] = [gradient / (weight * share) for gradient in taken]
+        world.sum_in_place(gradients[dataset])
         for parameter, total, gradient in zip(parameters, totals, taken, strict=True):
             total += gradient
             parameter.grad = None
@@ -292,6 +297,7 @@ def accumulate_ppo(
     micro_batch_size: int,
     bf16: bool,
     sums: Sums,
+    world: World = ALONE,
 ) -> float:
     """Adds the gradient of one minibatch to the policy and the value network, a few rows at a time.
 
@@ -306,6 +312,7 @@ def accumulate_ppo(
         micro_batch_size: rows per forward and backward pass.
         bf16: compute in bfloat16.
         sums: receives the metrics, each weighted by its number of tokens.
+        world: processes that share the minibatch; gradient and ``sums`` are of this one's rows.
 
     Returns:
         KL(old policy ‖ present policy) on this minibatch, estimated by k3, nats per token.
@@ -314,8 +321,11 @@ def accumulate_ppo(
     num_tokens, num_rows = int(mask.sum()), int(mask.any(1).sum())
     if num_tokens == 0:
         return 0.0
+    for name in ("policy_loss", "old_policy_kl", "clip_fraction", *(["value_loss"] if value_network else [])):
+        sums.add(name, 0.0, 0.0)  # every process has the same names, whatever its rows
     kl_from_old_policy = 0.0
-    for rows in torch.arange(len(experience.rollouts), device=mask.device).split(micro_batch_size):
+    mine = torch.arange(len(experience.rollouts), device=mask.device)[world.shard(len(experience.rollouts))]
+    for rows in mine.split(micro_batch_size) if len(mine) else ():
         part = experience.at(rows)
         part_mask = part.rollouts.mask
         part_tokens = int(part_mask.sum())
@@ -365,7 +375,7 @@ def accumulate_ppo(
                 ),
                 part_tokens,
             )
-    return kl_from_old_policy
+    return float(world.sum(torch.tensor(kl_from_old_policy, dtype=torch.float64)))
 
 
 def policy_loss(log_probs: Float[Tensor, "batch token"], part: Experience, *, options: PPOOptions) -> Float[Tensor, ""]:

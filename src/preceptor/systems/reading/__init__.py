@@ -29,4 +29,5 @@ SYSTEM = System(
     inputs=INPUTS,
     choices=CHOICES,
     extendable=("update.steps",),
+    distributed=True,
 )

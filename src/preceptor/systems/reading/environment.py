@@ -11,8 +11,9 @@ from torch import Tensor
 
 from preceptor.errors import DataError, ShapeError
 from preceptor.lm.decode import Decoder
-from preceptor.lm.sampling import draw
+from preceptor.lm.sampling import Stream, draw
 from preceptor.objectives.selection import selection_log_probs
+from preceptor.runs.world import ALONE, World
 from preceptor.systems.reading.articles import TokenizedArticle, TokenSequence
 from preceptor.systems.reading.policy import Keys, Policy
 
@@ -92,6 +93,7 @@ def run_episodes(
     orders: Sequence[Sequence[int]] | None = None,
     initial_policy: Policy | None = None,
     greedy: bool = False,
+    world: World = ALONE,
 ) -> Trajectories:
     """``num_episodes`` episodes over ``article``, which advance together on one KV cache.
 
@@ -112,11 +114,58 @@ def run_episodes(
         orders: read in these orders instead of drawn ones (a baseline writes queries but does not choose).
         initial_policy: also record what this policy would write at each step.
         greedy: take the most likely token and pair at each step instead of drawing them.
+        world: the processes that share the batch: each runs its own episodes and gets all of them.
 
     Raises:
         DataError: the budget does not fit the pairs or the context.
     """
     check_budget(policy.lm.context_length, article, budget=budget, query_tokens=query_tokens)
+
+    def episodes(rows: slice) -> tuple[Tensor, ...]:
+        streams = {name: world.stream(each, rows, num_episodes) for name, each in generators.items()}
+        return _run_rows(
+            policy,
+            article,
+            keys,
+            num_episodes=rows.stop - rows.start,
+            budget=budget,
+            query_tokens=query_tokens,
+            streams=streams,
+            orders=None if orders is None else orders[rows],
+            initial_policy=initial_policy,
+            greedy=greedy,
+        )
+
+    queries, log_probs, entropies, query_vectors, order, masks, selections, *initial = world.gathered(
+        num_episodes, episodes
+    )
+    return Trajectories(
+        article=article,
+        queries=queries,
+        query_log_probs=log_probs,
+        query_entropy=entropies,
+        query_vectors=query_vectors,
+        order=order,
+        available_mask=masks,
+        selection_log_probs=selections,
+        initial_queries=initial[0] if initial else None,
+    )
+
+
+def _run_rows(
+    policy: Policy,
+    article: TokenizedArticle,
+    keys: Keys,
+    *,
+    num_episodes: int,
+    budget: int,
+    query_tokens: int,
+    streams: Mapping[str, Stream],
+    orders: Sequence[Sequence[int]] | None,
+    initial_policy: Policy | None,
+    greedy: bool,
+) -> tuple[Tensor, ...]:
+    """This process's episodes: the fields of :class:`Trajectories` in their order, the last one if there is one."""
     device, markers = policy.lm.device, article.chat_markers
     # Greedy by temperature 0, under the same truncation and suppressed tokens.
     sampling = replace(policy.sampling, temperature=0.0) if greedy else policy.sampling
@@ -130,12 +179,12 @@ def run_episodes(
             # Its query is rewound: only the policy's own enters the context.
             mark = initial_decoder.mark()
             initial_query = initial_decoder.generate(
-                query_tokens, sampling=initial_policy.sampling, generator=generators["reference"]
+                query_tokens, sampling=initial_policy.sampling, generator=streams["reference"]
             )
             initial_decoder.rewind(mark)
             initial_queries.append(initial_query.tokens)
 
-        query = decoder.generate(query_tokens, sampling=sampling, generator=generators["query"])  # batch token
+        query = decoder.generate(query_tokens, sampling=sampling, generator=streams["query"])  # batch token
         vectors = policy.query_vectors(keys, captured=query.captured, queries=query.tokens)  # batch dimension
         selection = selection_log_probs(  # batch pairs
             vectors, keys.vectors, available_mask=available, temperature=policy.temperature
@@ -144,7 +193,7 @@ def run_episodes(
             # The probabilities that are recorded stay the policy's own.
             pair = torch.tensor([order[step] for order in orders], device=device)
         else:
-            pair = selection.argmax(-1) if greedy else draw(selection, generators["selection"])
+            pair = selection.argmax(-1) if greedy else draw(selection, streams["selection"])
         steps.append((query.tokens, query.log_probs, query.entropy, vectors, pair, available, selection))
 
         available = available.scatter(1, pair[:, None], False)  # a new tensor: the old one is recorded
@@ -155,20 +204,10 @@ def run_episodes(
                 queries_and_values = zip(query.tokens.tolist(), values, strict=True)
                 initial_decoder.append([[*tokens, *value] for tokens, value in queries_and_values])
     # Everything recorded is batch × …; the step becomes the second axis.
-    queries, log_probs, entropies, query_vectors, order, masks, selections = (
-        torch.stack(tensors, 1).cpu() for tensors in zip(*steps, strict=True)
-    )
-    return Trajectories(
-        article=article,
-        queries=queries,
-        query_log_probs=log_probs,
-        query_entropy=entropies,
-        query_vectors=query_vectors,
-        order=order,
-        available_mask=masks,
-        selection_log_probs=selections,
-        initial_queries=torch.stack(initial_queries, 1).cpu() if initial_queries else None,
-    )
+    recorded = [torch.stack(tensors, 1).cpu() for tensors in zip(*steps, strict=True)]
+    if initial_queries:
+        recorded.append(torch.stack(initial_queries, 1).cpu())
+    return tuple(recorded)
 
 
 def _after_prompt(policy: Policy, article: TokenizedArticle, num_episodes: int) -> Decoder:

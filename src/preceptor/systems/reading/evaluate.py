@@ -106,6 +106,7 @@ def evaluate_article(
             query_tokens=setup.config.episode.query_tokens,
             generators=generators,
             orders=orders,
+            world=setup.run.world,
         )
 
     # Episodes of the learned policy, of the initial one, and of the initial one made to read the baselines' orders.
@@ -234,6 +235,7 @@ class GapMeter:
                 budget=setup.articles[name].num_pairs,
                 query_tokens=setup.config.episode.query_tokens,
                 generators=generators,
+                world=setup.run.world,
             )
             gains += _mean(scores.values(trajectories.order.tolist())) - random_value
             gaps += oracle_value - random_value

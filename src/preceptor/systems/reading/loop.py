@@ -67,6 +67,7 @@ def train(config: ReadingConfig, run: Run, services: Services, *, setup: Setup |
         # Imported here: the two tasks share the command and nothing of the loop.
         from preceptor.systems.reading.study.loop import train as train_study
 
+        run.world.refuse("`episode.pool` mixed")
         return train_study(config, run, services)
     setup = setup or prepare(config, run, services)
     state = State(setup.policy, setup.initial_policy.lm, config.update)
@@ -83,8 +84,9 @@ def train(config: ReadingConfig, run: Run, services: Services, *, setup: Setup |
         for warning in (*setup.policy.lm.take_notices(), *state.collapse.warnings(number, row)):
             run.notice(warning)
     records = evaluate(setup, state)
-    save_model(setup.policy.lm.model, setup.policy.lm.tokenizer, run.path / MODEL)
-    save_selection(run.path / MODEL, setup.policy, setup.keys, config.selection)
+    if run.writes:
+        save_model(setup.policy.lm.model, setup.policy.lm.tokenizer, run.path / MODEL)
+        save_selection(run.path / MODEL, setup.policy, setup.keys, config.selection)
     # The order that the policy would read each article in if nothing were left to chance.
     return {
         **result(records, config=to_dict(config), seeds=[config.seed]),
@@ -110,6 +112,7 @@ def step(setup: Setup, state: State, number: int) -> dict[str, Any]:
         query_tokens=config.episode.query_tokens,
         generators=run.streams,
         initial_policy=setup.initial_policy if reward.normalisation == "untrained_query" else None,
+        world=run.world,
     )
 
     # 3. The reader's scores, in the reward's context and in the other one.
@@ -120,6 +123,7 @@ def step(setup: Setup, state: State, number: int) -> dict[str, Any]:
         kind=reward.kind,
         context=reward.context,
         normalisation=reward.normalisation,
+        world=run.world,
     )
     rewards = batch.normalised
     step_rewards = rewards.step_rewards  # batch step
@@ -163,6 +167,7 @@ def step(setup: Setup, state: State, number: int) -> dict[str, Any]:
             selection_entropy=update.selection_entropy_coefficient,
         ),
         micro_batch_size=update.micro_batch_size or config.episode.batch_size,
+        world=run.world,
     )
     gradient_norm = optimizer_step(setup, state, number, kept_mask=kept_mask, usable_mask=usable_mask)
 

@@ -15,6 +15,7 @@ from preceptor.lm.score import pad_rows, span_mask
 from preceptor.objectives.kl import entropy, kl_exact
 from preceptor.objectives.policy_gradient import reinforce_loss
 from preceptor.objectives.selection import selection_entropy, selection_log_probs
+from preceptor.runs.world import ALONE, World
 from preceptor.systems.reading.environment import Trajectories
 from preceptor.systems.reading.policy import Keys, Policy
 
@@ -72,6 +73,7 @@ def accumulate_gradient(
     reference_model: LanguageModel | None,
     coefficients: Coefficients,
     micro_batch_size: int,
+    world: World = ALONE,
 ) -> UpdateMetrics:
     """Add the loss's gradient to the policy's parameters, a few trajectories at a time.
 
@@ -91,6 +93,7 @@ def accumulate_gradient(
         reference_model: of the KL terms; None when both are off.
         coefficients: weights of the terms.
         micro_batch_size: trajectories per pass.
+        world: the processes that share the trajectories; afterwards each has the gradient of all of them.
     """
     kept = kept_mask.nonzero()[:, 0]
     if len(kept) == 0:
@@ -105,7 +108,8 @@ def accumulate_gradient(
     with_values = reference_model is not None and coefficients.value_kl > 0
     selection_weight = coefficients.selection * policy.selection_has_gradient
     totals = {"policy_loss": 0.0, "value_kl": 0.0, "query_kl": 0.0, "query_entropy": 0.0}
-    for indices in kept.split(micro_batch_size):
+    mine = kept[world.shard(len(kept))]
+    for indices in mine.split(micro_batch_size) if len(mine) else ():
         scores = score_actions(
             policy, trajectories.at(indices), keys, reference_model=reference_model, with_values=with_values
         )
@@ -145,6 +149,8 @@ def accumulate_gradient(
         loss.backward()
         totals["policy_loss"] += float(policy_loss.detach())
         totals["query_entropy"] += float(query_entropy.detach())
+    world.sum_gradients(policy.parameters().values())
+    totals = world.sums(totals)
     return UpdateMetrics(
         policy_loss=totals["policy_loss"],
         value_kl=totals["value_kl"] if with_values else None,

@@ -16,6 +16,7 @@ from preceptor.lm.model import LanguageModel
 from preceptor.lm.score import branch_log_probs, token_log_probs
 from preceptor.objectives.advantages import group_normalised, leave_one_out, reward_to_go
 from preceptor.objectives.statistics import RunningMoments
+from preceptor.runs.world import ALONE, World
 from preceptor.systems.reading.articles import TokenizedArticle, TokenSequence
 from preceptor.systems.reading.environment import Trajectories
 
@@ -95,6 +96,45 @@ class LanguageModelReader:
         return branch_log_probs(self.lm, sequence.tokens, branches)
 
 
+class SharedReader:
+    """A reader whose sequences are scored by the processes of a run together, each its part of them.
+
+    Args:
+        reader: the same one in every process.
+        world: the processes.
+    """
+
+    def __init__(self, reader: Reader, world: World) -> None:
+        self._reader = reader
+        self._world = world
+
+    def article(self, policy_article: TokenizedArticle) -> TokenizedArticle:
+        return self._reader.article(policy_article)
+
+    def query_tokens(self, query: Sequence[int]) -> Sequence[int]:
+        return self._reader.query_tokens(query)
+
+    def score(self, sequences: Sequence[TokenSequence]) -> list[SequenceScores]:
+        lengths = [[end - start for start, end in each.ranges("value", "probe")] for each in sequences]
+
+        def flat(rows: slice) -> list[Tensor]:
+            return [torch.cat(each.log_probs) for each in self._reader.score(sequences[rows])]
+
+        scores = self._world.gathered_lists([sum(each) for each in lengths], flat)
+        return [
+            SequenceScores(sequence, each.split(sizes))
+            for sequence, each, sizes in zip(sequences, scores, lengths, strict=True)
+        ]
+
+    def branches(self, sequence: TokenSequence, branches: Sequence[Branch]) -> list[Float[Tensor, " token"]]:
+        return self._reader.branches(sequence, branches)
+
+
+def shared(reader: Reader, world: World) -> Reader:
+    """``reader`` as the processes of a run share it; itself in one process."""
+    return reader if world.size == 1 else SharedReader(reader, world)
+
+
 def reader_sequences(
     reader: Reader, trajectories: Trajectories, *, context: Context, with_probe: bool = False
 ) -> list[TokenSequence]:
@@ -126,7 +166,7 @@ def probe_curve(reader: Reader, article: TokenizedArticle, order: Sequence[int])
 
 
 def scores_after_initial_queries(
-    reader: Reader, trajectories: Trajectories, sequences: Sequence[TokenSequence]
+    reader: Reader, trajectories: Trajectories, sequences: Sequence[TokenSequence], *, world: World = ALONE
 ) -> list[SequenceScores]:
     """Each value after the query that the *initial* policy wrote in its place, everything before it unchanged.
 
@@ -138,17 +178,25 @@ def scores_after_initial_queries(
     if trajectories.initial_queries is None:
         raise DataError("untrained_query needs queries of the initial policy; run the episodes with `initial_policy`")
     article = reader.article(trajectories.article)
-    scores = []
-    for sequence, order, queries in zip(
-        sequences, trajectories.order.tolist(), trajectories.initial_queries.tolist(), strict=True
-    ):
-        branches: list[Branch] = []
-        for (start, _), pair, query in zip(sequence.ranges("query"), order, queries, strict=True):
-            # The branch starts where the policy's own query stands; the other query is given, the value is scored.
-            given = (*reader.query_tokens(query), *article.chat_markers.before_value)
-            branches.append((start, (*given, *article.turns[pair]), len(given)))
-        scores.append(SequenceScores(sequence, tuple(reader.branches(sequence, branches))))
-    return scores
+    places = list(zip(sequences, trajectories.order.tolist(), trajectories.initial_queries.tolist(), strict=True))
+    lengths = [[len(article.turns[pair]) for pair in order] for _, order, _ in places]
+
+    def flat(rows: slice) -> list[Tensor]:
+        scores = []
+        for sequence, order, queries in places[rows]:
+            branches: list[Branch] = []
+            for (start, _), pair, query in zip(sequence.ranges("query"), order, queries, strict=True):
+                # The branch starts where the policy's own query stands; the other query is given, the value is scored.
+                given = (*reader.query_tokens(query), *article.chat_markers.before_value)
+                branches.append((start, (*given, *article.turns[pair]), len(given)))
+            scores.append(torch.cat(reader.branches(sequence, branches)))
+        return scores
+
+    every = world.gathered_lists([sum(each) for each in lengths], flat)
+    return [
+        SequenceScores(sequence, scores.split(sizes))
+        for sequence, scores, sizes in zip(sequences, every, lengths, strict=True)
+    ]
 
 
 # ---- rewards ---------------------------------------------------------------------------------------------------------
@@ -208,6 +256,7 @@ def batch_rewards(
     kind: Literal["values", "probe"],
     context: Context,
     normalisation: Literal["none", "untrained_query", "untrained_reader"],
+    world: World = ALONE,
 ) -> BatchRewards:
     """Score a batch in both contexts; the reward comes from ``context``.
 
@@ -218,6 +267,7 @@ def batch_rewards(
         kind: log-probability of the values read, or of the probe after them.
         context: what the reader sees for the reward.
         normalisation: what is subtracted.
+        world: the processes of the run, which share what ``untrained_query`` costs.
     """
     probe = kind == "probe"
     # Both contexts are always measured: a reward that sees the queries pays for their text before it pays for order.
@@ -228,7 +278,7 @@ def batch_rewards(
     scores, measure = contexts[context], probe_rewards if probe else value_rewards
     raw, reference = measure(scores), None
     if normalisation == "untrained_query":
-        reference = scores_after_initial_queries(reader, trajectories, [each.sequence for each in scores])
+        reference = scores_after_initial_queries(reader, trajectories, [each.sequence for each in scores], world=world)
     elif normalisation == "untrained_reader":
         reference = initial_reader.score(
             reader_sequences(initial_reader, trajectories, context=context, with_probe=probe)

@@ -21,11 +21,12 @@ from preceptor.objectives.selection import calibrated_temperature
 from preceptor.runs.device import parse_dtype
 from preceptor.runs.files import replace_file, storage_errors
 from preceptor.runs.strict_json import row_json
+from preceptor.runs.world import World
 from preceptor.systems.reading.articles import ArticlePairs, TokenizedArticle, load_articles, tokenize_article
 from preceptor.systems.reading.config import ModelOptions, ReadingConfig
 from preceptor.systems.reading.environment import check_budget, run_episodes
 from preceptor.systems.reading.policy import Keys, Policy, identity_projection
-from preceptor.systems.reading.rewards import LanguageModelReader, Reader
+from preceptor.systems.reading.rewards import LanguageModelReader, Reader, shared
 
 if TYPE_CHECKING:
     from preceptor.data.embedders.base import TextEmbedder
@@ -78,19 +79,21 @@ def prepare(config: ReadingConfig, run: Run, services: Services) -> Setup:
     """
     # The model that learns, and the same model as it is now.
     adapter = Adapter(config.model.adapter_rank, config.model.adapter_alpha) if config.model.adapter_rank else None
-    lm = load_language_model(
-        config.model.name, device=run.device, dtype=parse_dtype(config.model.dtype), adapter=adapter
-    )
+    with run.world.first_then_others():
+        lm = load_language_model(
+            config.model.name, device=run.device, dtype=parse_dtype(config.model.dtype), adapter=adapter
+        )
     initial_lm = lm.initial_model()
 
     # Articles, as text and in the model's tokens.
-    pairs = load_articles(config.data, lm, cache_dir=services.cache_dir)
+    with run.world.first_then_others():
+        pairs = load_articles(config.data, lm, cache_dir=services.cache_dir)
     every = (*pairs.train, *pairs.held_out)
     train = tuple(each.name for each in pairs.train)
     for each in every:
         if each.num_pairs < config.data.num_pairs:
             run.notice(f"'{each.name}' is short: {each.num_pairs} of {config.data.num_pairs} pairs can be read")
-    kept = kept_markers(run.path)
+    kept = run.world.of_first(lambda: first_markers(run.path, config.model, lm))
     articles = tokenize_articles(every, lm, config.model, kept=kept)
     _check_budgets(config, articles, lm.context_length, train=train)
 
@@ -102,7 +105,7 @@ def prepare(config: ReadingConfig, run: Run, services: Services) -> Setup:
         # A control token inside a query could end a turn or a text, and a token without text has nothing to say.
         suppressed=lm.never_drawn,
     )
-    text_embedder = _text_embedder(config, services, run.device)
+    text_embedder = _text_embedder(config, services, run.device, run.world)
 
     selection = config.selection
     policy, initial_policy = (
@@ -124,7 +127,8 @@ def prepare(config: ReadingConfig, run: Run, services: Services) -> Setup:
     # The reader: the initial model, the policy as it learns, or another model with its own tokens.
     reader = LanguageModelReader(lm if config.reward.reader == "policy" else initial_lm)
     if config.reward.reader not in ("", "policy"):
-        reader_lm = load_language_model(config.reward.reader, device=run.device)
+        with run.world.first_then_others():
+            reader_lm = load_language_model(config.reward.reader, device=run.device)
         reader_lm.model.requires_grad_(False)
         reader_articles = tokenize_articles(every, reader_lm, config.model, kept=kept)
         _check_budgets(config, reader_articles, reader_lm.context_length)
@@ -135,8 +139,8 @@ def prepare(config: ReadingConfig, run: Run, services: Services) -> Setup:
         run=run,
         policy=policy,
         initial_policy=initial_policy,
-        reader=reader,
-        initial_reader=LanguageModelReader(initial_lm),
+        reader=shared(reader, run.world),
+        initial_reader=shared(LanguageModelReader(initial_lm), run.world),
         articles=articles,
         keys=keys,
         train=train,
@@ -146,9 +150,10 @@ def prepare(config: ReadingConfig, run: Run, services: Services) -> Setup:
     if not (run.path / "articles.json").is_file():  # told once, when nothing can be refused any more
         for remark in (remark for each in every for remark in each.remarks):
             run.notice(remark)
-    if kept:
-        replace_file(run.path / MARKERS_NAME, json.dumps(kept, ensure_ascii=False) + "\n")
-    replace_file(run.path / "articles.json", row_json(_articles_json(setup)) + "\n")
+    if run.writes:
+        if kept:
+            replace_file(run.path / MARKERS_NAME, json.dumps(kept, ensure_ascii=False) + "\n")
+        replace_file(run.path / "articles.json", row_json(_articles_json(setup)) + "\n")
     return setup
 
 
@@ -172,6 +177,14 @@ def tokenize_articles(
         )
         for each in articles
     }
+
+
+def first_markers(folder: Path, options: ModelOptions, lm: LanguageModel) -> dict[str, RenderedMarkers]:
+    """:func:`kept_markers`, and those of ``lm`` as rendered now if there are none yet."""
+    kept = kept_markers(folder)
+    if options.use_chat_template and lm.name not in kept and (rendered := rendered_markers(lm)):
+        kept[lm.name] = rendered
+    return kept
 
 
 def kept_markers(folder: Path) -> dict[str, RenderedMarkers]:
@@ -215,6 +228,7 @@ def calibrate(setup: Setup) -> float:
             budget=1,
             query_tokens=episode.query_tokens,
             generators=setup.generators("calibration_"),
+            world=setup.run.world,
         )
         temperature = calibrated_temperature(
             trajectories.query_vectors[:, 0],  # batch dimension
@@ -245,7 +259,9 @@ def _check_budgets(
             check_budget(context_length, article, budget=config.episode.budget, **lengths)
 
 
-def _text_embedder(config: ReadingConfig, services: Services, device: torch.device) -> TextEmbedder | None:
+def _text_embedder(
+    config: ReadingConfig, services: Services, device: torch.device, world: World
+) -> TextEmbedder | None:
     """The configured embedder of texts, or None where the policy's own vectors are used."""
     options = config.selection
     named: dict[str, Any] = {"model": options.text_model} if options.text_model else {}
@@ -253,6 +269,7 @@ def _text_embedder(config: ReadingConfig, services: Services, device: torch.devi
         # Imported only where they are used: both need a package that few runs need.
         from preceptor.data.embedders.openai import OpenAIEmbedder
 
+        world.refuse("`selection.embedder` openai, which pays for each text,")
         if not services.openai_api_key:
             raise ConfigError("`selection.embedder` openai needs a key; set the environment variable OPENAI_API_KEY")
         return OpenAIEmbedder(

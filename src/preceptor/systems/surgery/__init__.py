@@ -16,4 +16,5 @@ SYSTEM = System(
     verify=lazy("preceptor.systems.surgery.verify:verify"),
     flags=FLAGS,
     choices=CHOICES,
+    distributed=True,
 )

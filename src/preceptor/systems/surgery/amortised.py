@@ -116,7 +116,7 @@ def make_agent(setup: Setup, ward: Ward) -> SacAgent | PpoAgent:
 
 def train(config: SurgeryConfig, run: Run, services: Services) -> dict[str, Any]:
     """Trains the surgeon inside ``run`` and repairs every unseen student; gives ``result.json``."""
-    setup = prepare(config, device=run.device, folder=run.path, notice=run.notice)
+    setup = prepare(config, device=run.device, folder=run.path, notice=run.notice, world=run.world)
     ward = admit(setup, stop=run.stop_if_requested)
     state = State(setup, ward)
     num_steps = config.amortised.steps
@@ -127,7 +127,7 @@ def train(config: SurgeryConfig, run: Run, services: Services) -> dict[str, Any]
             metrics, decisions = evaluate(setup, ward, state, n - num_steps)
         run.record({"step": n, **decision} for decision in decisions)
         run.log(n, {**metrics, "peak_memory_mib": peak_memory_mib(run.device)})
-        if n == num_steps:
+        if n == num_steps and run.writes:
             trained_surgeon(setup, state, "amortised").save(run.path / SURGEON)
     return result(state.records, config=to_dict(config), seeds=[config.seed])
 

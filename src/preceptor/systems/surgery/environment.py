@@ -19,6 +19,7 @@ from preceptor.objectives.kl import entropy
 from preceptor.objectives.statistics import RunningMoments
 from preceptor.runs.guard import NonFiniteGuard, guarded_step
 from preceptor.runs.state import copy_tensors, load_optimizer, optimizer_state
+from preceptor.runs.world import ALONE, World
 from preceptor.systems.surgery.config import LearningOptions, StudentOptions
 from preceptor.systems.surgery.reference_lm import TRAINING_FACTOR, ReferenceLM, flops_per_token
 from preceptor.systems.surgery.rewards import needs_reference, next_token_logits, objective_loss
@@ -83,9 +84,13 @@ class Student:
         model: with random weights; its parameters stay the same objects throughout.
         learning: the optimizer's numbers and those of the objectives.
         reference_lm: for the objectives that use it.
+        world: the processes that share the windows of an update.
     """
 
-    def __init__(self, model: PreTrainedModel, learning: LearningOptions, reference_lm: ReferenceLM) -> None:
+    def __init__(
+        self, model: PreTrainedModel, learning: LearningOptions, reference_lm: ReferenceLM, *, world: World = ALONE
+    ) -> None:
+        self._world = world
         self.model = model
         self.costs = Costs()
         self.guard = NonFiniteGuard()
@@ -135,6 +140,35 @@ class Student:
         Raises:
             NumericError: too many steps in a row were not finite.
         """
+        rows = self._world.shard(len(windows))
+        share = (rows.stop - rows.start) / len(windows)
+        parts = {"loss": 0.0, "reward": 0.0, "accuracy": 0.0, "entropy": 0.0}
+        if share:
+            loss, parts = self._loss(windows[rows], objective=objective, generator=generator, rows_before=rows.start)
+            (loss * share).backward()  # every mean is over the positions of all windows, which are of one length
+        self._world.sum_gradients(self._parameters.values())
+        parts = self._world.sums({name: share * value for name, value in parts.items()})
+        # The schedule is the caller's; the optimizer holds no scheduler whose state would have to be saved.
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = guarded_step(
+            self.guard, self.optimizer, self._parameters, step=step, clip_norm=self._learning.clip_norm, notice=notice
+        )
+        num_tokens = windows[:, 1:].numel()
+        self.costs.tokens += num_tokens
+        # Counted whether or not the step was skipped: the work was done.
+        self.costs.flops += self.step_flops(objective, num_tokens=num_tokens)
+        return {
+            **parts,
+            "entropy_maximum": math.log(self.model.config.vocab_size),
+            "gradient_norm": norm,
+            "learning_rate": learning_rate,
+        }
+
+    def _loss(
+        self, windows: Int[Tensor, "batch time"], *, objective: str, generator: torch.Generator, rows_before: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The objective's loss, with gradient, and metrics; all of them are means over positions."""
         # [batch, time − 1] each: position t predicts the token at t + 1.
         inputs, targets = windows[:, :-1], windows[:, 1:]
         logits = next_token_logits(self.model, inputs)  # [batch, time - 1, vocab]
@@ -146,25 +180,13 @@ class Student:
             reference_probs=self._reference_lm.probabilities(inputs) if uses_reference else None,
             learning=self._learning,
             generator=generator,
+            positions_before=rows_before * targets.shape[1],
         )
-        loss.backward()
-        # The schedule is the caller's; the optimizer holds no scheduler whose state would have to be saved.
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        norm = guarded_step(
-            self.guard, self.optimizer, self._parameters, step=step, clip_norm=self._learning.clip_norm, notice=notice
-        )
-        self.costs.tokens += targets.numel()
-        # Counted whether or not the step was skipped: the work was done.
-        self.costs.flops += self.step_flops(objective, num_tokens=targets.numel())
-        return {
+        return loss, {
             "loss": loss.item(),
             "reward": reward,
             "accuracy": float((logits.argmax(-1) == targets).float().mean()),
             "entropy": float(entropy(logits.detach()).mean()),
-            "entropy_maximum": math.log(logits.shape[-1]),
-            "gradient_norm": norm,
-            "learning_rate": learning_rate,
         }
 
     def reset(self) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from preceptor.evaluation.summary import Comparison, Gap, compare, gap_closed, summarise
 from preceptor.evaluation.verdict import MINIMUM_SEEDS, Conclusion, verdict
 from preceptor.objectives.kl import entropy
+from preceptor.runs.world import ALONE, World
 from preceptor.systems.surgery import repaired
 from preceptor.systems.surgery.config import EDITING_ARMS
 from preceptor.systems.surgery.reference_lm import NGram
@@ -135,15 +136,17 @@ class TextScore:
 
 
 @torch.no_grad()
-def score_text(model: PreTrainedModel, tokens: Int[Tensor, " token"], *, block_size: int) -> TextScore:
+def score_text(
+    model: PreTrainedModel, tokens: Int[Tensor, " token"], *, block_size: int, world: World = ALONE
+) -> TextScore:
     """How well ``model`` predicts the running text ``tokens``, read in consecutive blocks of ``block_size``.
 
     Every token but the first of the text is predicted once, from what precedes it in its block, as nanoGPT does it; a
-    last, shorter block is read too.
+    last, shorter block is read too. The processes of ``world`` share the blocks.
     """
     inputs, targets = tokens[:-1], tokens[1:]
     num_in_blocks = len(inputs) // block_size * block_size
-    nats, hits, entropies = 0.0, 0, 0.0
+    nats, hits, entropies = 0.0, 0.0, 0.0
     # All whole blocks as rows of one matrix, then the rest of the text as a matrix of one shorter row.
     for start, end in ((0, num_in_blocks), (num_in_blocks, len(inputs))):
         if start == end:
@@ -151,6 +154,8 @@ def score_text(model: PreTrainedModel, tokens: Int[Tensor, " token"], *, block_s
         # A text shorter than a block is one row of its own length.
         length = block_size if start == 0 and num_in_blocks else end - start
         blocks, next_tokens = (part[start:end].view(-1, length) for part in (inputs, targets))  # [block, length]
+        own = world.shard(len(blocks))
+        blocks, next_tokens = blocks[own], next_tokens[own]
         for first in range(0, len(blocks), BLOCKS_PER_PASS):
             logits = next_token_logits(model, blocks[first : first + BLOCKS_PER_PASS])  # [block, length, vocab]
             target = next_tokens[first : first + BLOCKS_PER_PASS]
@@ -158,6 +163,8 @@ def score_text(model: PreTrainedModel, tokens: Int[Tensor, " token"], *, block_s
             nats += float(losses.double().sum())  # float32 sums of a long text would lose digits
             hits += int((logits.argmax(-1) == target).sum())
             entropies += float(entropy(logits).double().sum())
+    sums = world.sums({"nats": nats, "hits": hits, "entropies": entropies})
+    nats, hits, entropies = sums["nats"], sums["hits"], sums["entropies"]
     return TextScore(nats / len(inputs), hits / len(inputs), entropies / len(inputs))
 
 
@@ -166,7 +173,10 @@ def evaluate(state: State) -> dict[str, Any]:
     setup, student, phase = state.setup, state.student, state.phase
     # On the whole held-out text, not on windows: this number is compared across methods and seeds.
     score = score_text(
-        student.model, setup.corpus.held_out.to(setup.device), block_size=setup.config.student.block_size
+        student.model,
+        setup.corpus.held_out.to(setup.device),
+        block_size=setup.config.student.block_size,
+        world=setup.world,
     )
     examiner = setup.held_out_examiner
     # The same prompts and noise for every method, since this stream is made anew each time.

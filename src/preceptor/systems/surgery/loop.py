@@ -53,7 +53,7 @@ def train(config: SurgeryConfig, run: Run, services: Services) -> dict[str, Any]
     """
     if config.training == "amortised":
         return amortised.train(config, run, services)
-    setup = prepare(config, device=run.device, folder=run.path, notice=run.notice)
+    setup = prepare(config, device=run.device, folder=run.path, notice=run.notice, world=run.world)
     state = State(setup)
     run.restore(state)
     run.show_progress(sum(phase.num_steps for phase in state.phases), PROGRESS_COLUMNS)
@@ -84,7 +84,7 @@ def train(config: SurgeryConfig, run: Run, services: Services) -> dict[str, Any]
         state.records.append(evaluate(state))
         if phase.method == "no_edit":
             state.bootstrapped = state.student.snapshot()
-        if phase.method in MAIN_METHODS:
+        if phase.method in MAIN_METHODS and run.writes:
             save_model(state.student.model, setup.corpus.tokenizer, run.path / MODEL)
         run.stop_if_requested()
     records = [*state.records, *ladder_records(setup)]
@@ -223,7 +223,8 @@ def measure(state: State, local: int) -> dict[str, Any]:
         every = max(1, every // 10)  # these phases have far fewer steps
     if local % every and local != phase.num_steps:
         return {}
-    score = score_text(state.student.model, setup.watched, block_size=setup.config.student.block_size)
+    block_size = setup.config.student.block_size
+    score = score_text(state.student.model, setup.watched, block_size=block_size, world=setup.world)
     if phase.method == "no_edit" and state.plateau.measure(local, score.cross_entropy):
         setup.notice(f"a plateau at update {local}: {score.cross_entropy:.3f} nats on the held-out text")
     return {

@@ -15,10 +15,11 @@ from preceptor.errors import DataError
 from preceptor.lm.edit_targets import attention_targets
 from preceptor.lm.load import load_language_model
 from preceptor.runs.export import load_model, save_model
+from preceptor.runs.world import ALONE, World
 from preceptor.systems.surgery.config import StudentOptions
 from preceptor.systems.surgery.damage import Undo, add_damage
 from preceptor.systems.surgery.environment import Student, build_student
-from preceptor.systems.surgery.rewards import draw_windows, window_losses
+from preceptor.systems.surgery.rewards import draw_windows, shared_window_losses
 from preceptor.systems.surgery.setup import Setup, encode, read_text
 from preceptor.systems.surgery.sites import Sites
 
@@ -36,6 +37,7 @@ class Patient:
         block_size: tokens of a window.
         roles: of the matrices that are edited.
         kind, rank, max_factor: of the :class:`Sites`.
+        world: the processes that share the windows of a measurement.
 
     Attributes:
         sites: the action space.
@@ -54,6 +56,7 @@ class Patient:
         kind: str,
         rank: int,
         max_factor: float,
+        world: World = ALONE,
     ) -> None:
         self.name = name
         self.model = model
@@ -62,6 +65,7 @@ class Patient:
         self.sites = Sites(model, edited, kind=kind, rank=rank, max_factor=max_factor)
         self._tokens = {"train": train, "held_out": held_out}
         self._block_size = block_size
+        self._world = world
         self._clean = self.snapshot()
         self._clean_norms = self._log_norms()
 
@@ -73,7 +77,7 @@ class Patient:
 
     def loss(self, windows: Int[Tensor, "window time"]) -> float:
         """Mean loss of the model as it is now, nats per token: one evaluation of a search."""
-        return float(window_losses(self.model, windows).mean())
+        return float(shared_window_losses(self.model, windows, self._world).mean())
 
     def damage(self, kind: str, *, strength: float, generator: torch.Generator) -> Undo:
         """Puts the model back and damages it; gives the exact inverse."""
@@ -134,12 +138,13 @@ def train_students(
         )
         seed = setup.generator(f"weights of {purpose}", number).initial_seed()
         model = build_student(options, vocab_size=setup.corpus.vocab_size, seed=seed, device=setup.device)
-        if (folder / "config.json").is_file():
+        if setup.world.of_first((folder / "config.json").is_file):
             model.load_state_dict(load_model(folder)[0].state_dict())
         else:
-            learn(Student(model, config.learning, setup.reference_lm), name)
-            folder.parent.mkdir(exist_ok=True)
-            save_model(model, setup.corpus.tokenizer, folder)
+            learn(Student(model, config.learning, setup.reference_lm, world=setup.world), name)
+            if setup.world.is_first:
+                folder.parent.mkdir(exist_ok=True)
+                save_model(model, setup.corpus.tokenizer, folder)
         patients.append(_patient(setup, name, model, setup.corpus.train, setup.corpus.held_out))
     return patients
 
@@ -194,4 +199,5 @@ def _patient(setup: Setup, name: str, model: PreTrainedModel, train: Tensor, hel
         kind=edit.kind,
         rank=edit.rank,
         max_factor=setup.config.amortised.max_factor,
+        world=setup.world,
     )

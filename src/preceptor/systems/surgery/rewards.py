@@ -25,6 +25,7 @@ from preceptor.objectives.next_token import (
     next_token_rewards,
     sampled_reward_loss,
 )
+from preceptor.runs.world import ALONE, World
 from preceptor.systems.surgery.config import LearningOptions
 from preceptor.systems.surgery.reference_lm import ReferenceLM
 
@@ -50,6 +51,7 @@ def objective_loss(
     reference_probs: Float[Tensor, "batch time vocab"] | None,
     learning: LearningOptions,
     generator: torch.Generator,
+    positions_before: int = 0,
 ) -> tuple[Float[Tensor, ""], float]:
     """The loss to minimise, and the mean reward Σ_a π(a) (1[a = y] + c · p_reference(a)) over all positions.
 
@@ -60,6 +62,7 @@ def objective_loss(
         reference_probs: the reference model's distributions, where :func:`needs_reference` says so.
         learning: c (``partial_reward``) and the objective's other numbers.
         generator: draws the groups of ``sampled``, on the CPU.
+        positions_before: positions of the batch before these, which other processes have; their draws are passed over.
     """
     reward = _mean_reward(logits.detach(), targets, reference_probs, learning.partial_reward, objective)
     if objective == "cross_entropy":
@@ -82,6 +85,8 @@ def objective_loss(
         return expected_reward_loss(logits, rewards), reward
     # On the CPU, so that the same seed draws the same groups on every device. [batch · time, vocab]
     probs = logits.detach().softmax(-1).flatten(0, 1).cpu()
+    # A draw takes one float64 uniform number, so this leaves the stream where the positions before would have.
+    torch.rand(positions_before * learning.group_size, dtype=torch.float64, generator=generator)
     samples = torch.multinomial(probs, learning.group_size, replacement=True, generator=generator)
     samples = samples.view(*targets.shape, learning.group_size).to(logits.device)  # [batch, time, group]
     return sampled_reward_loss(logits, rewards, samples=samples, advantage=learning.advantage), reward
@@ -127,6 +132,14 @@ def window_losses(model: PreTrainedModel, windows: Int[Tensor, "window time"]) -
     # cross_entropy wants the classes on the second axis.
     losses = F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")  # [window, time - 1]
     return losses.double().mean(1)
+
+
+def shared_window_losses(
+    model: PreTrainedModel, windows: Int[Tensor, "window time"], world: World
+) -> Float[Tensor, " window"]:
+    """:func:`window_losses` of all windows, of which each process computes its part."""
+    (losses,) = world.gathered(len(windows), lambda rows: (window_losses(model, windows[rows]),))
+    return losses
 
 
 @torch.no_grad()
@@ -195,6 +208,7 @@ class Examiner:
         continuation_tokens: length of a continuation.
         windows: of the text, whose loss counts.
         weights: of ``loss``, ``referee``, ``repetition`` and ``distinct``.
+        world: the processes that share windows and prompts.
     """
 
     def __init__(
@@ -207,6 +221,7 @@ class Examiner:
         continuation_tokens: int,
         windows: Int[Tensor, "window time"],
         weights: Mapping[str, float],
+        world: World = ALONE,
     ) -> None:
         self._reference_lm = reference_lm
         self._tokens = tokens
@@ -214,6 +229,7 @@ class Examiner:
         self._lengths = prompt_tokens, continuation_tokens
         self._windows = windows
         self._weights = dict(weights)
+        self._world = world
 
     @property
     def num_tokens(self) -> tuple[int, int]:
@@ -231,12 +247,17 @@ class Examiner:
     def examine(self, model: PreTrainedModel, draws: Draws) -> Quality:
         """The quality of ``model`` as it is now."""
         prompts, noise = draws
-        log_prob = -float(window_losses(model, self._windows).mean())
-        continuations = sample_continuations(model, prompts, noise)
-        text = torch.cat([prompts, continuations], dim=1)
-        # The prompt's last position predicts the first token of the continuation. [prompt, token, vocab]
-        probs = self._reference_lm.probabilities(text[:, :-1])[:, prompts.shape[1] - 1 :]
-        referee_log_prob = float(probs.gather(-1, continuations[..., None]).double().log().mean())
+        log_prob = -float(shared_window_losses(model, self._windows, self._world).mean())
+
+        def written(rows: slice) -> tuple[Tensor, Tensor]:
+            continuations = sample_continuations(model, prompts[rows], noise[rows])
+            text = torch.cat([prompts[rows], continuations], dim=1)
+            # The prompt's last position predicts the first token of the continuation. [prompt, token, vocab]
+            probs = self._reference_lm.probabilities(text[:, :-1])[:, prompts.shape[1] - 1 :]
+            return continuations, probs.gather(-1, continuations[..., None])
+
+        continuations, probs = self._world.gathered(len(prompts), written)
+        referee_log_prob = float(probs.double().log().mean())
         repetition, distinct = repeated_share(continuations, length=REPEATED), distinct_share(continuations, length=2)
         # Signed so that more is better: repetition is the one part that counts against.
         total = (

@@ -19,6 +19,7 @@ from preceptor.data.corpora.corpus import read_documents
 from preceptor.errors import DataError
 from preceptor.lm.tokenizer import train_bpe_tokenizer
 from preceptor.runs.random import derived_seed
+from preceptor.runs.world import ALONE, World
 from preceptor.systems.surgery.config import EDITING_ARMS, ControlOptions, PhaseOptions, SurgeryConfig
 from preceptor.systems.surgery.reference_lm import (
     ModelReference,
@@ -51,6 +52,7 @@ class Setup:
         held_out_examiner: measures quality on the held-out text, at the end of a phase.
         feature_windows: text on which the surgeon sees attention.
         watched: the beginning of the held-out text, measured now and then.
+        world: the processes of the run, which share windows and prompts.
     """
 
     config: SurgeryConfig
@@ -63,6 +65,7 @@ class Setup:
     held_out_examiner: Examiner
     feature_windows: Int[Tensor, "window time"]
     watched: Int[Tensor, " token"]
+    world: World = ALONE
 
     def generator(self, purpose: str, step: int = 0) -> torch.Generator:
         """A generator for one ``purpose`` at one ``step``, the same whenever it is asked for.
@@ -78,7 +81,12 @@ def _generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
 
 
 def prepare(
-    config: SurgeryConfig, *, device: torch.device, folder: Path, notice: Callable[[str], None] = lambda _: None
+    config: SurgeryConfig,
+    *,
+    device: torch.device,
+    folder: Path,
+    notice: Callable[[str], None] = lambda _: None,
+    world: World = ALONE,
 ) -> Setup:
     """Everything fixed of a run in ``folder``.
 
@@ -120,6 +128,7 @@ def prepare(
                 "repetition": quality.repetition_weight,
                 "distinct": quality.distinct_weight,
             },
+            world=world,
         )
 
     features = draw_windows(
@@ -137,6 +146,7 @@ def prepare(
         feature_windows=features.to(device),
         # As many blocks as windows, plus the token that the last one only predicts.
         watched=corpus.held_out[: evaluation.num_windows * block + 1].to(device),
+        world=world,
     )
 
 

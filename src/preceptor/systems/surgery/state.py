@@ -45,7 +45,7 @@ class State:
             seed=setup.generator("student").initial_seed(),
             device=setup.device,
         )
-        self.student = Student(model, config.learning, setup.reference_lm)
+        self.student = Student(model, config.learning, setup.reference_lm, world=setup.world)
         targets = attention_targets(model, roles=config.edit.roles, layers=config.edit.layers or None)
         own = Edit(config.edit.kind, targets, rank=config.edit.rank, max_relative_norm=config.edit.max_relative_norm)
         self._own_surgery = self.surgery = self._new_surgery(own)
@@ -105,6 +105,7 @@ class State:
             self.setup.examiner,
             required_z=quality.acceptance_z,
             moments=self.setup.config.edit.moments,
+            world=self.setup.world,
         )
 
     def new_surgeon(self, phase: Phase) -> Surgeon | None:

@@ -24,8 +24,9 @@ from torch.optim import Optimizer
 
 from preceptor.errors import ConfigError, ModelError, ShapeError, did_you_mean
 from preceptor.lm.edit_targets import Target
+from preceptor.runs.world import ALONE, World
 from preceptor.systems.surgery.environment import Student
-from preceptor.systems.surgery.rewards import Acceptance, Draws, Examiner, Quality, acceptance, window_losses
+from preceptor.systems.surgery.rewards import Acceptance, Draws, Examiner, Quality, acceptance, shared_window_losses
 from preceptor.systems.surgery.theater import SurgicalTheater
 
 EditKind = Literal["singular_values", "head_scale", "low_rank"]
@@ -220,16 +221,25 @@ class Surgery:
         examiner: measures quality.
         required_z: of the acceptance test, standard errors.
         moments: a key of ``MOMENT_SCALES``.
+        world: the processes that share the windows of a test.
     """
 
     def __init__(
-        self, student: Student, edit: ActionSpace, examiner: Examiner, *, required_z: float, moments: str
+        self,
+        student: Student,
+        edit: ActionSpace,
+        examiner: Examiner,
+        *,
+        required_z: float,
+        moments: str,
+        world: World = ALONE,
     ) -> None:
         self.edit = edit
         self._student = student
         self._examiner = examiner
         self._required_z = required_z
         self._moment_scale = MOMENT_SCALES[moments]
+        self._world = world
 
     def examine(self, draws: Draws) -> Quality:
         """The quality of the student as it is now."""
@@ -256,10 +266,11 @@ class Surgery:
     def test(self, action: Float[Tensor, " action"], windows: Int[Tensor, "window time"]) -> Acceptance:
         """Compares losses on ``windows``, which no reward has seen, with and without the edit; commits what passes."""
         model = self._student.model
-        losses = window_losses(model, windows)  # [window]
+        losses = shared_window_losses(model, windows, self._world)  # [window]
         with SurgicalTheater(model, self.edit.targets) as theater:
             self.edit.apply_(action)
-            result = acceptance(losses, window_losses(model, windows), required_z=self._required_z)
+            after = shared_window_losses(model, windows, self._world)
+            result = acceptance(losses, after, required_z=self._required_z)
             if result.passed:
                 self._keep(theater)
         self._student.costs.flops += 2 * windows[:, 1:].numel() * self._student.flops_per_token

@@ -32,11 +32,12 @@ from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.engines import build_engine, corrected
 from preceptor.systems.curriculum.policy import build_policy, rollout_sampling
 from preceptor.systems.curriculum.rewards import token_advantages
+from preceptor.systems.curriculum.sums import Sums
 from preceptor.systems.curriculum.tasks.result import mean_success, records_of, task_charts, task_result
 from preceptor.systems.curriculum.tasks.rollouts import Answers, draw_sources, longest_answer, sample_answers
 from preceptor.systems.curriculum.tasks.sources import Source, build_sources
 from preceptor.systems.curriculum.tasks.state import TaskSetup, TaskState
-from preceptor.systems.curriculum.update import Experience, Sums, accumulate_ppo
+from preceptor.systems.curriculum.update import Experience, accumulate_ppo
 
 if TYPE_CHECKING:
     from preceptor.lm.generators.base import Generator
@@ -73,7 +74,7 @@ def train_on_tasks(config: CurriculumConfig, run: Run, services: Services) -> di
         for n in run.loop(last_step, state):
             if not state.finished:
                 run.log(n, task_step(setup, state, n, last=n == last_step))
-            if number == 1 and n == last_step:
+            if number == 1 and n == last_step and run.writes:
                 save_model(setup.lm.model, setup.lm.tokenizer, run.path / "model")
     records = records_of(state.outcomes, counted=setup.counted, seed=config.seed)
     names = [source.name for source in setup.sources]
@@ -174,6 +175,7 @@ def task_step(setup: TaskSetup, state: TaskState, n: int, *, last: bool) -> dict
             chooser=state.chooser,
             generator=setup.run.streams["rollout"],
             engine=setup.engine,
+            world=setup.run.world,
         )
         if setup.engine is not None:
             answers = audited(setup, setup.engine, answers, sums)
@@ -210,6 +212,7 @@ def task_step(setup: TaskSetup, state: TaskState, n: int, *, last: bool) -> dict
         state.mixture.update(groups, progress=progress)
         setup.run.record([group_row(groups, state, step=n, progress=progress)])
     named = [(name, parameter) for name, parameter in setup.lm.trainable_parameters().items()]
+    setup.run.world.sum_gradients(parameter for _, parameter in named)
     if (reason := first_nonfinite((f"gradient of {name}", p.grad) for name, p in named)) is None:
         norm = nn.utils.clip_grad_norm_([parameter for _, parameter in named], config.update.clip_norm)
         row["gradient_norm"] = float(norm)
@@ -226,7 +229,7 @@ def task_step(setup: TaskSetup, state: TaskState, n: int, *, last: bool) -> dict
         "rollout_tokens": counts["rollout_tokens"],
         "groups_that_teach": counts["groups_that_teach"] / counts["groups"],
         "weights": dict(zip(names, weights.tolist(), strict=True)),
-        **sums.means(),
+        **sums.shared(setup.run.world).means(),
         "seconds": time.perf_counter() - started,
     }
 
@@ -263,6 +266,7 @@ def accumulate_gradient(setup: TaskSetup, answers: Answers, sums: Sums, *, share
         micro_batch_size=config.update.micro_batch_size or len(mask),
         bf16=config.update.bf16,
         sums=sums,
+        world=setup.run.world,
     )
     return advantages[:, 0].cpu()  # the same at every token, and the first always counts
 
@@ -299,6 +303,7 @@ def success_rates(setup: TaskSetup, *, num_prompts: int, seed: int) -> tuple[lis
         temperature=setup.config.ppo.temperature,
         chooser=random.Random(derived_seed(setup.config.seed, f"validation items {seed}")),
         generator=torch.Generator().manual_seed(derived_seed(setup.config.seed, f"validation answers {seed}")),
+        world=setup.run.world,
     )
     return answers.right.double().view(len(setup.sources), num_prompts).mean(1).tolist(), answers.num_tokens
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from preceptor.lm.generators.base import Generator, end_token
 from preceptor.lm.model import LanguageModel
+from preceptor.runs.world import ALONE, World
 from preceptor.systems.curriculum.policy import Prompt, Rollouts, generate_rollouts, rollout_sampling
 from preceptor.systems.curriculum.tasks.sources import Item, Source
 
@@ -75,6 +76,7 @@ def sample_answers(
     chooser: random.Random,
     generator: torch.Generator,
     engine: Generator | None = None,
+    world: World = ALONE,
 ) -> Answers:
     """``group_size`` answers to a fresh item of each source in ``drawn``.
 
@@ -87,6 +89,7 @@ def sample_answers(
         chooser: of the items, and of coins.
         generator: of the answers.
         engine: writes them; None is the policy's own decoder.
+        world: processes that share the items; each gets all answers.
     """
     items = [sources[index].draw(chooser) for index in drawn]
     longest = [longest_answer(lm, sources[index], item) for index, item in zip(drawn, items, strict=True)]
@@ -94,14 +97,28 @@ def sample_answers(
         Prompt(sources[index].name, (lm.begin_token, *lm.encode(item.prompt)), tuple(lm.encode(item.answer)))
         for index, item in zip(drawn, items, strict=True)
     ]
-    rollouts = generate_rollouts(
-        lm,
-        prompts,
-        group_size=group_size,
-        num_tokens=max(longest),
-        sampling=rollout_sampling(lm, temperature),
-        generator=generator,
-        engine=engine,
+
+    def sampled(rows: slice) -> list[Tensor]:
+        own = generate_rollouts(
+            lm,
+            prompts[rows],
+            group_size=group_size,
+            num_tokens=max(longest),
+            sampling=rollout_sampling(lm, temperature),
+            generator=world.stream(generator, rows, len(prompts), each=group_size),
+            engine=engine,
+        )
+        # A row of what is gathered is a prompt, so that a group stays in one process.
+        tensors = (own.tokens, own.mask, own.log_probs, own.entropy)
+        return [each.unflatten(0, (-1, group_size)) for each in tensors]
+
+    tokens, mask, log_probs, entropy = (each.flatten(0, 1) for each in world.gathered(len(prompts), sampled))
+    rollouts = Rollouts(
+        prompts=tuple(prompt for prompt in prompts for _ in range(group_size)),
+        tokens=tokens,
+        mask=mask,
+        log_probs=log_probs,
+        entropy=entropy,
     )
     # Rows are sampled to the longest answer of the batch; an easy item's answer counts only as far as it may go.
     allowed = torch.tensor(longest).repeat_interleave(group_size)[:, None]  # [batch, 1]
@@ -113,7 +130,7 @@ def sample_answers(
         if sources[drawn[group]].random_reward:
             right.append(chooser.random() < 0.5)
             continue
-        tokens = rollouts.continuation(row)
-        ended = bool(tokens) and tokens[-1] == end_token(lm)
-        right.append(ended and items[group].check(lm.decode(tokens[:-1])))
+        answer = rollouts.continuation(row)
+        ended = bool(answer) and answer[-1] == end_token(lm)
+        right.append(ended and items[group].check(lm.decode(answer[:-1])))
     return Answers(list(drawn), items, rollouts, torch.tensor(right))
