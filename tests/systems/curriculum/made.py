@@ -10,6 +10,7 @@ import torch
 
 from preceptor.config import load_config
 from preceptor.lm.model import LanguageModel
+from preceptor.runs.world import ALONE
 from preceptor.systems.curriculum.baselines import Method
 from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.environment import Corpus
@@ -25,7 +26,7 @@ def setup_and_state(
     lm: LanguageModel, corpora: list[Corpus], *methods: Method, config: CurriculumConfig = CONFIG
 ) -> tuple[Setup, State]:
     """The setup of a run that trains ``methods``, with seeded streams and no folder, and the state of its first one."""
-    run: Any = SimpleNamespace(streams={"difficulty": torch.Generator().manual_seed(0)})
+    run: Any = SimpleNamespace(streams={"difficulty": torch.Generator().manual_seed(0)}, world=ALONE)
     initial_weights = {name: parameter.detach().clone() for name, parameter in lm.trainable_parameters().items()}
     setup = Setup(
         config, run, methods, lm, initial_weights, lm.initial_model(), corpora, corpora, prompts=(), held_out_terms=()
