@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from preceptor.cli import main
 from preceptor.cli.compare import _cells, _names, _seeds
 from preceptor.errors import ConfigError
 from preceptor.systems import find_system
@@ -40,3 +43,16 @@ def test_seeds_are_numbers_and_ranges() -> None:
     for words in (["3-1"], ["x"], ["0-99999"], []):
         with pytest.raises(ConfigError):
             _seeds(words)
+
+
+def test_a_key_is_set_for_every_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before -- it is the same as after it."""
+    words = ["compare", "bandit", "--preset", "smoke", "--seeds", "0-1", "--print", "--out", str(tmp_path / "all")]
+    printed = []
+    for setting in (["--set", "update.epochs=7"], ["--", "--set=update.epochs=7"]):
+        assert main([*words, *setting]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert printed[0].count("--set=update.epochs=7") == 2
+    assert main([*words, "--set", "update.epoch=7"]) == 2
+    assert "update.epochs" in capsys.readouterr().err

@@ -28,6 +28,7 @@ Compare arms over seeds and inputs, or finished runs.
 
 \b
   preceptor compare reading --seeds 0-9 --articles A.txt B.txt --out runs/all
+  preceptor compare reading --seeds 0-9 --set update.steps=60 --out runs/ten
   preceptor compare reading --seeds 0-9 --out runs/ten -- --model DIR
   preceptor compare runs/a runs/b runs/c
 
@@ -107,6 +108,7 @@ def _sweep(
         list[str] | None, typer.Option("--seeds", metavar="N|N-M", help="Such as 0-9, or 1 5 7.", show_default=False)
     ] = None,
     preset: options.Preset = "default",
+    overrides: options.Overrides = None,
     arms: Arms = "",
     out: Destination = None,
     launcher: launching.Launcher = "local",
@@ -134,7 +136,8 @@ def _sweep(
     if out is None:
         raise ConfigError("a sweep needs a folder; give --out DIR")
     inputs = {flag: values for flag, values in given.items() if values is not None}
-    cells = _cells(system, inputs, seeds=_seeds(seeds or []), preset=preset, passed=context.meta["passed"])
+    passed = [*context.meta["passed"], *(f"--set={setting}" for setting in overrides or ())]
+    cells = _cells(system, inputs, seeds=_seeds(seeds or []), preset=preset, passed=passed)
     _check_arms(system, _names(arms))
     if print_cells:
         return _print_cells(cells, out)
