@@ -32,7 +32,7 @@ class Conclusion(TypedDict):
 def verdict(
     comparisons: Sequence[Comparison],
     *,
-    lower_is_better: Collection[str],
+    lower_is_better: Collection[str] = (),
     conclusions: Sequence[Conclusion] = (),
     query_text: QueryText | None = None,
     gaps: Mapping[str, Gap] | None = None,
@@ -57,7 +57,7 @@ def verdict(
         subject: who is compared first, in words ("the learned order"); the name of its arm by default.
         level: of all intervals given.
 
-    >>> verdict([], lower_is_better=())
+    >>> verdict([])
     'Nothing was compared, so no difference can be claimed.'
     """
     members = family(comparisons, conclusions, query_text)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 
 from preceptor.config import load_config
+from preceptor.runs.world import ALONE
 from preceptor.systems.reading.baselines import random_orders
 from preceptor.systems.reading.config import ReadingConfig
 from preceptor.systems.reading.environment import Trajectories, run_episodes
@@ -57,7 +59,7 @@ class Measured:
         reader = LanguageModelReader(self.lm)
         self.setup = Setup(
             config=load_config(ReadingConfig, overrides=OVERRIDES),
-            run=cast(Any, None),  # nothing is drawn from its streams or recorded in it
+            run=cast(Any, SimpleNamespace(world=ALONE)),  # nothing is drawn from its streams or recorded in it
             policy=self.policy,
             initial_policy=self.untrained,
             reader=reader,
