@@ -363,8 +363,8 @@ def test_help_fits_eighty_columns_and_shows_only_what_belongs(
         (["rn"], "unknown command 'rn' (did you mean 'run'?)"),
         (
             ["zzz"],
-            "unknown command 'zzz'; there are run, resume, compare, tune, watch, replay, study, report, export, repair, "
-            "list, doctor, completion",
+            "unknown command 'zzz'; there are run, resume, compare, tune, watch, replay, study, report, export, "
+            "repair, list, doctor, completion",
         ),
         (["--hlp"], "unknown option '--hlp' (did you mean '--help'?)"),
         (["run"], "missing SYSTEM; see preceptor run --help"),
