@@ -23,6 +23,7 @@ def launcher_variables(rank: int, size: int, port: int) -> dict[str, str]:
         "LOCAL_RANK": str(rank),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",  # as torchrun sets it where it is not set
     }
 
 
