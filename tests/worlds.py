@@ -24,6 +24,7 @@ def launcher_variables(rank: int, size: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",  # as torchrun sets it where it is not set
+        "HF_DEACTIVATE_ASYNC_LOAD": "1",  # threads that read weights do not go well with a process that was forked
     }
 
 
