@@ -365,6 +365,7 @@ def test_what_cannot_be_shared_is_refused_in_one_line(
             ("bandit", "smoke", "model.dropout=0.1"),
             ("reading", "study-smoke", "seed=1"),
             ("pretrain", "smoke", "data.sources=[{path: a.txt}]"),
+            ("curriculum", "smoke", "ppo.generator=transformers"),
         ):
             chosen = find_system(system)
             config = configuration(chosen, preset=preset, file=None, flags={}, overrides=(override,))
@@ -388,6 +389,7 @@ def test_what_cannot_be_shared_is_refused_in_one_line(
         "dropout (a mask is drawn for a whole batch; set `model.dropout` 0)",
         "`episode.pool` mixed",
         "the system pretrain",
+        "`ppo.generator` transformers",
     ]
     assert not list(tmp_path.glob("*/manifest.json"))  # what was refused leaves no run behind
     for name, value in launcher_variables(0, 2, free_port()).items():

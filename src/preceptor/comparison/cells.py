@@ -231,9 +231,9 @@ def run_to_end(
         started(job)
         try:
             job.process.wait()
-        except BaseException:
-            _end(job)
-            raise
+        finally:
+            if job.process.poll() is None:  # something else ended the wait: a cancelled task, a job that is preempted
+                _end(job)
         ended = how_it_ended(job, root)
         if ended.failure is not None:
             raise ended.failure

@@ -27,7 +27,41 @@ Observation = dict[str, Any]
 Info = dict[str, Any]
 
 
-class ReadingEnv(gymnasium.Env[Observation, np.int64]):
+class _PassageEnv(gymnasium.Env[Observation, np.int64]):
+    """What :class:`ReadingEnv` and :class:`StudyEnv` share: problems whose passages are read one by one.
+
+    Attributes:
+        task: its problems, and what an episode earns.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  # as in gymnasium
+    task: ReadingTask | StudyTask
+    _episode: Reading | None = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
+        """A new reading, of the problem ``options["index"]`` or of a drawn one."""
+        super().reset(seed=seed)
+        self._episode = self.task.episode(_problem(self, options, len(self.task)))
+        return self._observe(self._episode)
+
+    def step(self, action: np.int64) -> tuple[Observation, float, bool, bool, Info]:
+        """Reads a passage."""
+        episode, reward, over = _read(self.task, self._episode, action)
+        observation, info = self._observe(episode)
+        return observation, reward, over, False, info
+
+    def _observe(self, episode: Reading) -> tuple[Observation, Info]:
+        seen = self._seen(episode.index)
+        assert isinstance(self.observation_space, spaces.Dict)
+        observation, info = _read_so_far(episode, self.observation_space)
+        return {**seen, **observation}, info
+
+    def _seen(self, index: int) -> Observation:
+        """What is seen of a problem whatever was read."""
+        raise NotImplementedError
+
+
+class ReadingEnv(_PassageEnv):
     """One article an episode: which pair is read next?
 
     - action: ``Discrete(pairs)``, the pair that is read; each once. ``pairs`` is that of the longest article.
@@ -43,7 +77,7 @@ class ReadingEnv(gymnasium.Env[Observation, np.int64]):
         preset, overrides, split, device: of :func:`~preceptor.environments.load_task`.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  # as in gymnasium
+    task: ReadingTask
 
     def __init__(
         self,
@@ -55,37 +89,20 @@ class ReadingEnv(gymnasium.Env[Observation, np.int64]):
     ) -> None:
         task = load_task("reading", preset=preset, overrides=overrides, split=split, device=device)
         assert isinstance(task, ReadingTask)
-        self.task: ReadingTask = task
+        self.task = task
         self._num_choices = max(article.num_pairs for article in task.articles)
         budget = max(task.budget(article.num_pairs) for article in task.articles)
         self.action_space = spaces.Discrete(self._num_choices)
         shape = (self._num_choices, task.keys(0).shape[1])
         keys = [task.keys(index) for index in range(len(task))]
         self.observation_space = spaces.Dict({"keys": _box(keys, shape), **_read_spaces(self._num_choices, budget)})
-        self._episode: Reading | None = None
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
-        """A new reading."""
-        super().reset(seed=seed)
-        self._episode = self.task.episode(_problem(self, options, len(self.task)))
-        return self._observe(self._episode)
-
-    def step(self, action: np.int64) -> tuple[Observation, float, bool, bool, Info]:
-        """Reads a pair."""
-        episode, reward, over = _read(self.task, self._episode, action)
-        observation, info = self._observe(episode)
-        return observation, reward, over, False, info
-
-    def _observe(self, episode: Reading) -> tuple[Observation, Info]:
-        space = self.observation_space
-        assert isinstance(space, spaces.Dict)
-        own = self.task.keys(episode.index).float().numpy()
-        keys = np.pad(own, ((0, self._num_choices - len(own)), (0, 0)))
-        observation, info = _read_so_far(episode, space)
-        return {"keys": keys, **observation}, info
+    def _seen(self, index: int) -> Observation:
+        own = self.task.keys(index).float().numpy()
+        return {"keys": np.pad(own, ((0, self._num_choices - len(own)), (0, 0)))}
 
 
-class StudyEnv(gymnasium.Env[Observation, np.int64]):
+class StudyEnv(_PassageEnv):
     """One case an episode: which candidate of a mixed pool is read next, for what is asked afterwards?
 
     - action: ``Discrete(candidates)``; each once.
@@ -101,7 +118,7 @@ class StudyEnv(gymnasium.Env[Observation, np.int64]):
         preset, overrides, split, mode, device: of :func:`~preceptor.environments.load_task`.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  # as in gymnasium
+    task: StudyTask
 
     def __init__(
         self,
@@ -114,7 +131,7 @@ class StudyEnv(gymnasium.Env[Observation, np.int64]):
     ) -> None:
         task = load_task("study", preset=preset, overrides=overrides, split=split, mode=mode, device=device)
         assert isinstance(task, StudyTask)
-        self.task: StudyTask = task
+        self.task = task
         num_choices = len(task.cases[0].pool.candidates)
         self.action_space = spaces.Discrete(num_choices)
         self.observation_space = spaces.Dict(
@@ -126,26 +143,9 @@ class StudyEnv(gymnasium.Env[Observation, np.int64]):
                 **_read_spaces(num_choices, task.config.episode.budget),
             }
         )
-        self._episode: Reading | None = None
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
-        """A new case."""
-        super().reset(seed=seed)
-        self._episode = self.task.episode(_problem(self, options, len(self.task)))
-        return self._observe(self._episode)
-
-    def step(self, action: np.int64) -> tuple[Observation, float, bool, bool, Info]:
-        """Reads a candidate."""
-        episode, reward, over = _read(self.task, self._episode, action)
-        observation, info = self._observe(episode)
-        return observation, reward, over, False, info
-
-    def _observe(self, episode: Reading) -> tuple[Observation, Info]:
-        space = self.observation_space
-        assert isinstance(space, spaces.Dict)
-        seen = {name: tensor.float().numpy().copy() for name, tensor in self.task.observation(episode.index).items()}
-        observation, info = _read_so_far(episode, space)
-        return {**seen, **observation}, info
+    def _seen(self, index: int) -> Observation:
+        return {name: tensor.float().numpy().copy() for name, tensor in self.task.observation(index).items()}
 
 
 class BanditEnv(gymnasium.Env[Observation, np.int64]):

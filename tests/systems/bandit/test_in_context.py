@@ -128,6 +128,10 @@ def test_at_learning_rate_0_nothing_moves_and_words_are_never_learned(tmp_path: 
     # Words' vectors are drawn anew for every update and never learned: drawing the last ones again changes nothing.
     words = setup.token_vectors[setup.fresh_tokens].clone()
     assert len(words) == len(config.in_context.words) + len(config.in_context.held_out_words)
+    # Of width 16: a length of 0.8, all of it in the first four dimensions.
+    assert torch.allclose(words.norm(dim=1), torch.full((len(words),), 0.8))
+    assert (words[:, :4] != 0).all()
+    assert (words[:, 4:] == 0).all()
     in_context.draw_words(setup, 4)
     assert torch.equal(setup.token_vectors[setup.fresh_tokens], words)
     in_context.draw_words(setup, 5)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from preceptor.errors import ConfigError
 from preceptor.lm.generators.audit import audit
 from preceptor.lm.generators.base import Generator
 from preceptor.lm.generators.transformers_generate import TransformersGenerator
@@ -35,11 +34,7 @@ def build_engine(options: PPOOptions, lm: LanguageModel, run: Run, services: Ser
     """
     if not options.weight or options.generator == "own":
         return None
-    if run.world.size > 1:
-        raise ConfigError(
-            f"`ppo.generator` {options.generator} works in one process, got {run.world.size}; leave it at own, or "
-            "start one process"
-        )
+    run.world.refuse(f"`ppo.generator` {options.generator}")
     if options.generator == "transformers":
         return TransformersGenerator(lm)
     return VLLMGenerator(lm, url=options.generator_url, folder=run.path / WEIGHTS_FOLDER, api_key=services.vllm_api_key)

@@ -238,9 +238,7 @@ class SacAgent:
     def _policy(
         self, states: Float[Tensor, "batch state"]
     ) -> tuple[Float[Tensor, "batch action"], Float[Tensor, "batch action"]]:
-        mean, log_standard_deviation = self._actor(states)[0].chunk(2, dim=-1)
-        # A standard deviation of e⁻⁵ to e²: narrower lets densities grow without bound, wider is uniform once squashed.
-        return mean, log_standard_deviation.clamp(*_LOG_STANDARD_DEVIATIONS)
+        return gaussian_of(self._actor(states))
 
     @staticmethod
     def _q_values(
@@ -256,6 +254,15 @@ class SacAgent:
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.grad = gradient
         self._optimizers[name].step()
+
+
+def gaussian_of(
+    outputs: Float[Tensor, "1 batch both"],
+) -> tuple[Float[Tensor, "batch action"], Float[Tensor, "batch action"]]:
+    """Means and logarithms of standard deviations before squashing, from what an actor gives."""
+    mean, log_standard_deviation = outputs[0].chunk(2, dim=-1)
+    # A standard deviation of e⁻⁵ to e²: narrower lets densities grow without bound, wider is uniform once squashed.
+    return mean, log_standard_deviation.clamp(*_LOG_STANDARD_DEVIATIONS)
 
 
 class Networks(Protocol):

@@ -15,12 +15,11 @@ from preceptor.objectives.sac import squashed_gaussian_log_prob
 from preceptor.objectives.statistics import whiten
 from preceptor.objectives.value import value_loss
 from preceptor.systems.surgery.config import AgentOptions
+from preceptor.systems.surgery.policy import gaussian_of
 from preceptor.systems.surgery.site_policy import SiteNetwork
 
 CLIP_NORM = 0.5
 """Largest norm of a gradient."""
-
-_LOG_STANDARD_DEVIATIONS = (-5.0, 2.0)
 
 
 class PpoAgent:
@@ -48,7 +47,7 @@ class PpoAgent:
     @torch.no_grad()
     def act(self, state: Float[Tensor, " state"], *, generator: torch.Generator) -> Float[Tensor, " action"]:
         """An action in (−1, 1), drawn from the policy."""
-        mean, log_standard_deviation = self._policy(state[None])
+        mean, log_standard_deviation = gaussian_of(self.actor(state[None]))
         noise = torch.randn(mean.shape, generator=generator)
         unsquashed = mean + log_standard_deviation.exp() * noise  # [1, action]
         log_prob = squashed_gaussian_log_prob(unsquashed, mean, log_standard_deviation)
@@ -85,7 +84,7 @@ class PpoAgent:
             advantages = whiten(rewards - self.value(states)[0], counted)
         metrics: dict[str, float] = {}
         for _ in range(num_updates):
-            new_log_probs = squashed_gaussian_log_prob(unsquashed, *self._policy(states))[:, None]
+            new_log_probs = squashed_gaussian_log_prob(unsquashed, *gaussian_of(self.actor(states)))[:, None]
             policy_loss = ppo_clip_loss(new_log_probs, log_probs, advantages, mask=counted)
             baseline_loss = value_loss(self.value(states)[0], rewards, mask=counted)
             self._optimizer.zero_grad()
@@ -128,9 +127,3 @@ class PpoAgent:
             for part, network in (("actor", self.actor), ("value", self.value))
             for name, parameter in network.named_parameters()
         }
-
-    def _policy(
-        self, states: Float[Tensor, "batch state"]
-    ) -> tuple[Float[Tensor, "batch action"], Float[Tensor, "batch action"]]:
-        mean, log_standard_deviation = self.actor(states.float())[0].chunk(2, dim=-1)
-        return mean, log_standard_deviation.clamp(*_LOG_STANDARD_DEVIATIONS)
