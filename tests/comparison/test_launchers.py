@@ -278,6 +278,30 @@ def test_a_task_waits_for_the_run_that_an_earlier_try_left(
     assert starts.read_text().splitlines() == ["seed0-x run"]
 
 
+def test_a_wait_that_is_broken_off_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancelled task must not leave its run behind, which would go on beside the next try's."""
+    monkeypatch.setenv("FAKE_RUN_SECONDS", "30")
+    (cell,) = missing(cells(1), tmp_path)
+    jobs: list[Job] = []
+
+    class Cancelled(Exception):
+        pass
+
+    def cancel(*_: object) -> None:
+        raise Cancelled
+
+    before = signal.signal(signal.SIGALRM, cancel)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(Cancelled):
+            run_to_end(cell, tmp_path, tmp_path, FAKE, started=jobs.append)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    (job,) = jobs
+    assert job.process.poll() is not None
+
+
 def test_a_folder_that_a_machine_does_not_share_is_said(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"s is not there on .*; launch from a folder that all machines share"):
         run_to_end(cells(1)[0], tmp_path / "s", tmp_path, FAKE)

@@ -17,10 +17,13 @@ from preceptor.lm.generators.base import Generations, OwnGenerator
 from preceptor.lm.generators.transformers_generate import TransformersGenerator
 from preceptor.lm.load import load_language_model
 from preceptor.lm.model import LanguageModel
+from preceptor.runs.world import World
 from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.engines import corrected
 from preceptor.systems.curriculum.policy import Prompt, Rollouts, generate_rollouts, rollout_log_probs, rollout_sampling
 from preceptor.systems.curriculum.ppo_config import PPOOptions
+from preceptor.systems.curriculum.rewards import RewardTerm
+from preceptor.systems.curriculum.scored import scored_rollouts
 from preceptor.systems.curriculum.tasks import loop as tasks_loop
 from preceptor.systems.curriculum.update import Experience, policy_loss
 from tests.lm.generators.fake_server import serving
@@ -144,6 +147,29 @@ def test_the_loss_is_weighed_by_the_truncated_ratio(loss: Any, tiny: LanguageMod
         assert counted.tolist() == pytest.approx([weight] * len(counted), rel=1e-5)
         # The ratio itself begins at 1, whatever the engine said, so nothing is clipped and the loss scales.
         assert loss_of(tiny, rollouts, options) == pytest.approx(weight * plain, rel=1e-5)
+
+
+def test_rollouts_of_another_engine_keep_their_weights_on_the_way_to_the_update(tiny: LanguageModel) -> None:
+    scored = scored_rollouts(
+        tiny,
+        [Prompt("d", (tiny.begin_token, 30, 31), ())] * 2,
+        group_size=2,
+        num_tokens=4,
+        sampling=rollout_sampling(tiny, 1.0),
+        generator=torch.Generator().manual_seed(0),
+        terms=[RewardTerm("length", 1.0, lambda rollouts: rollouts.mask.float())],
+        reference_model=tiny,
+        engine=Shifted(tiny, 0.1),
+        options=PPOOptions(generator="transformers", generator_max_gap=2.0, generator_max_weight=1.5),
+        world=World(),
+    )
+    rollouts = scored.rollouts
+    assert rollouts.weights is not None
+    counted = rollouts.weights[rollouts.mask]
+    assert counted.tolist() == pytest.approx([1.1051709] * len(counted), rel=1e-5)
+    assert scored.metrics["generator_gap"] == pytest.approx(0.1, abs=1e-5)
+    assert torch.equal(scored.rewards.terms["length"], rollouts.mask.sum(1).float())
+    assert scored.values is None
 
 
 def test_answers_to_tasks_are_corrected_before_they_are_learned_from(

@@ -72,9 +72,10 @@ def test_a_loaded_agent_goes_on_as_the_saved_one() -> None:
     results = []
     for agent in (saved, other):
         draws = torch.Generator().manual_seed(11)
-        for _ in range(4):
-            state = flat_state(shifted_sites(2, draws), SITES)
-            action = agent.act(state, generator=draws)
+        # All of a step's edits are drawn before the first of them is paid.
+        states = [flat_state(shifted_sites(2, draws), SITES) for _ in range(4)]
+        actions = [agent.act(state, generator=draws) for state in states]
+        for state, action in zip(states, actions, strict=True):
             agent.observe(state, action, float(action.sum()), state, terminated=True)
         results.append((agent.learn(2, generator=draws), agent.actor(state[None])))
     assert results[0][0] == results[1][0]
