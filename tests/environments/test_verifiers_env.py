@@ -106,7 +106,8 @@ def test_a_model_plays_every_task_and_its_tokens_come_along(task: str, overrides
         chosen, sampling = torch.tensor(tokens["completion_ids"]), Sampling(suppressed=lm.never_drawn)
         with torch.no_grad():
             log_probs = lm.chosen_log_probs(text, keep=keep, chosen=chosen, sampling=sampling)
-        assert tokens["completion_logprobs"] == pytest.approx(log_probs.tolist(), abs=1e-4)
+        # Float32, token by token on the KV cache against one pass over the text.
+        assert tokens["completion_logprobs"] == pytest.approx(log_probs.tolist(), abs=1e-5)
 
 
 def test_no_rows_are_refused() -> None:
