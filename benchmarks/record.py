@@ -11,7 +11,7 @@ from typing import Any
 import preceptor
 from preceptor.errors import ConfigError
 from preceptor.runs.files import storage_errors
-from preceptor.runs.strict_json import row_json
+from preceptor.runs.metrics import row_json
 
 ROOT = Path(__file__).resolve().parents[1]
 HISTORY = "benchmarks/history.jsonl"

@@ -25,8 +25,7 @@ from preceptor.errors import LockedError, PreceptorError, StorageError
 from preceptor.result import write_page
 from preceptor.runs.checkpoint import CheckpointStore
 from preceptor.runs.folder import create_run
-from preceptor.runs.record import read_config, read_manifest
-from preceptor.runs.seal import seal_faults
+from preceptor.runs.record import read_config, read_manifest, seal_faults
 
 SYSTEMS = ("reading", "bandit", "curriculum", "surgery")
 CLOCK = {"seconds", "tokens_per_second", "peak_memory_mib", "evaluation_seconds"}

@@ -86,8 +86,8 @@ def start(
         PreceptorError: of the kind that says what is wrong; ``Interrupted`` after Ctrl-C, when the run can be resumed.
     """
     from preceptor.lm.cpu.kernels import keep_kernels_in
-    from preceptor.runs.folder import create_run, default_run_path, discard_unbegun
-    from preceptor.runs.sharing import shared_run
+    from preceptor.runs.folder import create_run, shared_run
+    from preceptor.runs.record import default_run_path, discard_unbegun
     from preceptor.runs.world import ALONE
 
     world = world or ALONE
@@ -166,9 +166,8 @@ def go_on(
         ConfigError: no run, another machine or version without ``allow_inexact``, or a key that may not change.
     """
     from preceptor.lm.cpu.kernels import keep_kernels_in
-    from preceptor.runs.folder import open_run
+    from preceptor.runs.folder import open_run, shared_run
     from preceptor.runs.record import read_manifest
-    from preceptor.runs.sharing import shared_run
     from preceptor.runs.world import ALONE
 
     world = world or ALONE
@@ -231,7 +230,7 @@ def compare(folders: Sequence[Path], *, methods: Sequence[str] = (), out: Path |
         ConfigError: runs of several systems, runs that have not ended, or an unknown method.
     """
     from preceptor.comparison.runs import read_finished, run_folders
-    from preceptor.runs.folder import default_run_path
+    from preceptor.runs.record import default_run_path
 
     runs = [read_finished(path) for path in run_folders(folders)]
     if not runs:

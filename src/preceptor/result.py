@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preceptor.errors import ConfigError, DataError
-from preceptor.runs.seal import require_unchanged
+from preceptor.runs.record import require_unchanged
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -171,8 +171,7 @@ class Result:
 
             yield from comparison_tables(json.loads(comparison.read_bytes()))
         elif "arms" in self.data:
-            from preceptor.report.arms import Arms
-            from preceptor.report.table import arms_tables
+            from preceptor.report.arms import Arms, arms_tables
 
             yield from arms_tables(Arms.of(self.data), title=f"{self.system}: every method", width=width)
 

@@ -22,7 +22,7 @@ from preceptor.cli import main
 from preceptor.cli.watch import _table
 from preceptor.doctor.forecast import _time
 from preceptor.errors import ConfigError, StorageError
-from preceptor.runs.lock import FolderLock, is_locked
+from preceptor.runs.files import FolderLock, is_locked
 from preceptor.runs.watching import MetricsTail, is_at_work, planned_steps
 
 QUICK = ["--set", "update.steps=2", "--set", "evaluation.num_episodes=2", "--set", "save_every=1"]

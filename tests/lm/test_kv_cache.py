@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from preceptor.lm.kv_cache import KVCacheLayer
+from preceptor.lm.forward import KVCacheLayer
 
 BLOCK = 64
 """Slots that ``decode_step.c`` reads at once, from any multiple of it on."""

@@ -30,10 +30,10 @@ from transformers import (
 )
 
 from preceptor.errors import ModelError
-from preceptor.lm.context_length import context_length
 from preceptor.lm.decode import Decoder
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
+from preceptor.lm.vocabulary import context_length
 
 MakeLM = Callable[..., LanguageModel]
 TINY = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -16,7 +16,7 @@ from preceptor.objectives import (
     selection_log_probs,
     whiten,
 )
-from preceptor.objectives.shapes import check_same_shape
+from preceptor.objectives.statistics import check_same_shape
 
 TRUE = torch.ones(2, 3, dtype=torch.bool)
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preceptor import cli
 from preceptor.config import load_config
-from preceptor.data.articles.sentences import split_sentences
+from preceptor.data.articles.pairs import split_sentences
 from preceptor.errors import ConfigError, DataError
 from preceptor.pretraining.config import Data, Optimisation, PretrainConfig, Source
 from preceptor.pretraining.evaluate import bits_per_byte, previous_sentence_preference

@@ -8,8 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from preceptor.report.arms import Arms
-from preceptor.report.table import arms_tables
+from preceptor.report.arms import Arms, arms_tables
 
 
 def rendered(result: dict[str, Any], width: int) -> str:

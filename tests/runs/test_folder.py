@@ -20,11 +20,12 @@ import yaml
 
 from preceptor.errors import CheckpointError, ConfigError, Interrupted, LockedError, MissingExtraError, StorageError
 from preceptor.runs import environment as env
-from preceptor.runs.folder import Run, check_run_name, create_run, default_run_path, open_run
+from preceptor.runs.checkpoint import load_optimizer, optimizer_state
+from preceptor.runs.files import FolderLock
+from preceptor.runs.folder import Run, create_run, open_run
 from preceptor.runs.guard import NonFiniteGuard
-from preceptor.runs.lock import FolderLock
 from preceptor.runs.metrics import read_jsonl
-from preceptor.runs.state import load_optimizer, optimizer_state
+from preceptor.runs.record import check_run_name, default_run_path
 
 CONFIG = {"learning_rate": 1e-5, "policy": {"rank": 8, "name": "on", "layers": (1, 2)}, "text": "Größe"}
 PLAIN = CONFIG | {"policy": {"rank": 8, "name": "on", "layers": [1, 2]}}
@@ -80,11 +81,11 @@ def test_folders_that_are_not_free(tmp_path: Path) -> None:
 
 def test_a_run_made_between_the_check_and_the_lock_is_not_overwritten(tmp_path: Path, monkeypatch) -> None:
     def made_meanwhile(path: Path) -> FolderLock:
-        monkeypatch.setattr("preceptor.runs.folder.FolderLock", FolderLock)
+        monkeypatch.setattr("preceptor.runs.files.FolderLock", FolderLock)
         create(path, seed=8).close()
         return FolderLock(path)
 
-    monkeypatch.setattr("preceptor.runs.folder.FolderLock", made_meanwhile)
+    monkeypatch.setattr("preceptor.runs.files.FolderLock", made_meanwhile)
     with pytest.raises(ConfigError, match="already holds a run"):
         create(tmp_path / "run", seed=9)
     assert json.loads((tmp_path / "run/manifest.json").read_text())["seed"] == 8

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from preceptor.errors import LockedError, StorageError
-from preceptor.runs.lock import FolderLock
+from preceptor.runs.files import FolderLock
 
 
 def test_the_holder_is_named_and_release_frees(tmp_path: Path) -> None:

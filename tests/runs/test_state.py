@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from preceptor.errors import CheckpointError
-from preceptor.runs.checkpoint import CheckpointStore
-from preceptor.runs.state import Stateful, copy_tensors, load_optimizer, optimizer_state
+from preceptor.runs.checkpoint import CheckpointStore, Stateful, copy_tensors, load_optimizer, optimizer_state
 from preceptor.runs.tensors import join_state, split_state
 
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]

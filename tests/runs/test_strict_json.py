@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from preceptor.runs.strict_json import json_fault, row_json
+from preceptor.runs.metrics import json_fault, row_json
 
 
 def strict(text: str) -> object:

@@ -56,8 +56,7 @@ def replay(
     # Imported late, for torch comes with them and the check above needs none.
     from preceptor.lm.cpu.kernels import keep_kernels_in
     from preceptor.runs.device import set_threads
-    from preceptor.runs.record import read_manifest
-    from preceptor.runs.seal import seal_faults
+    from preceptor.runs.record import read_manifest, seal_faults
 
     manifest = read_manifest(folder)
     name = str(manifest["system"])

@@ -21,8 +21,7 @@ from typing import Any, NamedTuple, Protocol
 from preceptor.comparison.runs import current_config
 from preceptor.errors import ConfigError, LockedError, PreceptorError, StorageError
 from preceptor.runs.environment import changes, flattened
-from preceptor.runs.files import storage_errors
-from preceptor.runs.lock import is_locked
+from preceptor.runs.files import is_locked, storage_errors
 from preceptor.runs.record import plain_config, read_manifest
 
 LOGS = "logs"

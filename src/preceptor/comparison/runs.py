@@ -13,8 +13,7 @@ from preceptor.errors import ConfigError, DataError, StorageError
 from preceptor.runs.environment import flattened
 from preceptor.runs.files import storage_errors
 from preceptor.runs.metrics import read_jsonl
-from preceptor.runs.record import read_manifest
-from preceptor.runs.seal import require_unchanged
+from preceptor.runs.record import read_manifest, require_unchanged
 from preceptor.systems import find_system
 
 TIMES = ("seconds",)

@@ -16,7 +16,7 @@ from typing import Any
 
 from preceptor.comparison.cells import STOP_SECONDS, Cell, CellFailed, Ended, Job, Resources, run_to_end
 from preceptor.errors import ConfigError, MissingExtraError, PreceptorError, did_you_mean, short_repr
-from preceptor.runs.lock import is_locked
+from preceptor.runs.files import is_locked
 
 FOLDER = "slurm"
 DAY = 24 * 60

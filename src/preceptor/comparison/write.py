@@ -15,7 +15,7 @@ from preceptor.report.seeds import merged_charts
 from preceptor.runs.environment import flattened
 from preceptor.runs.files import replace_file, storage_errors
 from preceptor.runs.folder import FORMAT
-from preceptor.runs.strict_json import row_json
+from preceptor.runs.metrics import row_json
 
 
 def write_comparison(

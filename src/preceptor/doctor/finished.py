@@ -12,8 +12,7 @@ from preceptor.runs import environment as env
 from preceptor.runs.checkpoint import CheckpointStore
 from preceptor.runs.device import choose_device
 from preceptor.runs.metrics import read_jsonl
-from preceptor.runs.record import read_config, read_manifest
-from preceptor.runs.seal import SEAL_NAME, seal_faults
+from preceptor.runs.record import SEAL_NAME, read_config, read_manifest, seal_faults
 from preceptor.runs.watching import is_at_work
 
 FLOORS = {"torch": (2, 11), "transformers": (5, 5)}

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from preceptor.doctor.check import Check
-from preceptor.lm.kv_cache import num_slots
+from preceptor.lm.forward import num_slots
 from preceptor.lm.load import Adapter, load_model_config, with_adapter
 from preceptor.lm.log_probs import MAX_SAVED_LOGITS
 from preceptor.runs.device import parse_dtype

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from preceptor.errors import ModelError, ShapeError
-from preceptor.lm.kv_cache import KVCacheLayer
+from preceptor.lm.forward import KVCacheLayer
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling, Stream, draw
 from preceptor.lm.score import pad_rows

@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from preceptor.errors import ModelError
-from preceptor.lm.context_length import context_length
 from preceptor.lm.cpu.attention import CpuAttention, kernel_is_faster
 from preceptor.lm.cpu.engine import Engine, accelerate, relative_difference
+from preceptor.lm.forward import Output, additive_mask, first_tensor
 from preceptor.lm.log_probs import chosen_log_probs
-from preceptor.lm.output import Output, additive_mask, first_tensor
 from preceptor.lm.sampling import Sampling
-from preceptor.lm.vocabulary import Vocabulary
+from preceptor.lm.vocabulary import Vocabulary, context_length
 
 
 class LanguageModel:

@@ -1,11 +1,14 @@
-"""Text to tokens of a model: which are control tokens, which stand in ordinary text, which have no text at all."""
+"""Text to tokens of a model, and how many it can read.
+
+Some tokens are control tokens, some stand in ordinary text, some have no text at all.
+"""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from preceptor.errors import ModelError
 
@@ -92,3 +95,30 @@ def spelled_out(tokenizer: PreTrainedTokenizerBase, token: int) -> list[int]:
     """The spelling of a control token as tokens of single characters."""
     spelling = str(tokenizer.convert_ids_to_tokens(token))
     return [piece for character in spelling for piece in _model_tokens(tokenizer, character)]
+
+
+# ---- how many tokens a model can read -------------------------------------------------------------------------------
+
+_WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size", "local": "window_size"}
+"""Kind of layer, and the key of its attention window in a configuration."""
+
+
+def context_length(config: PreTrainedConfig, name: str) -> int:
+    """Tokens that a row may hold: the least of its position limit and of the lengths beyond which attention changes.
+
+    Up to its window (or chunk), a layer with windowed attention sees what full attention sees. Rotary positions that
+    are rescaled beyond some length would be rescaled for cached keys too, which cannot be done.
+    """
+    limits = [getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None)]
+    # A configuration that does not list the kinds of its layers means its window for all of them.
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or tuple(_WINDOWS)
+    limits += [getattr(config, window, None) for kind, window in _WINDOWS.items() if kind in kinds]
+    rotary = getattr(config, "rope_parameters", None) or {}
+    # Either one set of parameters, or one for each kind of layer.
+    for parameters in (rotary, *rotary.values()):
+        if isinstance(parameters, dict) and parameters.get("rope_type") in ("dynamic", "longrope"):
+            limits.append(parameters.get("original_max_position_embeddings"))
+    known = [int(limit) for limit in limits if limit]
+    if not known:
+        raise ModelError(f"the configuration of {name} states no context length; set max_position_embeddings there")
+    return min(known)

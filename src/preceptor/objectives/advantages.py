@@ -7,8 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from preceptor.errors import ConfigError
-from preceptor.objectives.shapes import check_same_shape
-from preceptor.objectives.statistics import whiten
+from preceptor.objectives.statistics import check_same_shape, whiten
 
 
 def reward_to_go(

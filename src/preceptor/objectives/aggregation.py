@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from preceptor.errors import ConfigError, did_you_mean
-from preceptor.objectives.shapes import check_same_shape
+from preceptor.objectives.statistics import check_same_shape
 
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 

@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from preceptor.errors import CheckpointError, ConfigError, NumericError, ShapeError
-from preceptor.objectives.shapes import check_same_shape
+from preceptor.objectives.statistics import check_same_shape
 
 
 def kl_exact(

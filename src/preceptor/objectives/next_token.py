@@ -18,7 +18,7 @@ from torch import Tensor
 from preceptor.errors import ConfigError, ShapeError
 from preceptor.objectives.advantages import group_normalised, leave_one_out
 from preceptor.objectives.policy_gradient import reinforce_loss
-from preceptor.objectives.shapes import check_same_shape
+from preceptor.objectives.statistics import check_same_shape
 
 
 def next_token_rewards(

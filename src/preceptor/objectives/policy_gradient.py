@@ -13,8 +13,7 @@ from torch import Tensor
 
 from preceptor.errors import ConfigError, ShapeError
 from preceptor.objectives.aggregation import aggregate
-from preceptor.objectives.shapes import check_same_shape
-from preceptor.objectives.statistics import masked_mean
+from preceptor.objectives.statistics import check_same_shape, masked_mean
 
 
 def reinforce_loss(

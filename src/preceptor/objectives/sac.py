@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from preceptor.errors import ConfigError
-from preceptor.objectives.shapes import check_same_shape
+from preceptor.objectives.statistics import check_same_shape
 
 
 def gaussian_log_prob(

@@ -1,4 +1,4 @@
-"""Means and variances over what a mask counts, and running moments of a stream of rewards."""
+"""Means and variances over what a mask counts, and running moments of a stream of rewards; checks of shapes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from preceptor.errors import CheckpointError
-from preceptor.objectives.shapes import check_same_shape
+from preceptor.errors import CheckpointError, ShapeError
 
 
 def masked_mean(values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
@@ -138,3 +137,24 @@ class RunningMoments:
         self.num_excluded = int(state["num_excluded"])
         self._mean = float(state["mean"])
         self._sum_squared_deviations = float(state["sum_squared_deviations"])
+
+
+# ---- shapes, which annotations do not enforce -----------------------------------------------------------------------
+
+
+def check_same_shape(**tensors: Tensor) -> None:
+    """Nothing, when all ``tensors`` have one shape; broadcasting would hide a mistake, so it is refused.
+
+    Raises:
+        ShapeError: naming the first two that differ.
+
+    >>> import torch
+    >>> check_same_shape(rewards=torch.zeros(2), mask=torch.ones(2, dtype=torch.bool))
+    """
+    (first_name, first), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.shape != first.shape:
+            raise ShapeError(
+                f"{name} has shape {tuple(tensor.shape)} and {first_name} {tuple(first.shape)}; "
+                "they must be equal, expand the smaller one"
+            )

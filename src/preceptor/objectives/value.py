@@ -8,8 +8,7 @@ from torch import Tensor
 
 from preceptor.errors import ConfigError
 from preceptor.objectives.aggregation import aggregate
-from preceptor.objectives.shapes import check_same_shape
-from preceptor.objectives.statistics import masked_variance
+from preceptor.objectives.statistics import check_same_shape, masked_variance
 
 
 def value_loss(

@@ -25,7 +25,7 @@ from preceptor.errors import DataError
 from preceptor.lm.tokenizer import train_bpe_tokenizer
 from preceptor.pretraining.config import Data, Model, Optimisation, PretrainConfig
 from preceptor.pretraining.evaluate import bits_per_byte
-from preceptor.runs.state import load_optimizer, optimizer_state
+from preceptor.runs.checkpoint import load_optimizer, optimizer_state
 
 if TYPE_CHECKING:
     from preceptor.runs.folder import Run

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from preceptor.lm.cpu.kernels import kernel_library
+from preceptor.runs.device import exact_matmul_precision, set_threads
+from preceptor.runs.world import ALONE, World
 from preceptor.version import __version__
 
 EXACT = (
@@ -38,6 +40,15 @@ def environment(device: torch.device, num_threads: int, *, num_processes: int = 
         "processes": num_processes,
         "kernels": "pytorch" if kernel_library() is None else "compiled",
     }
+
+
+def prepare(
+    device: str, threads: int | None, float32_matmul_precision: str | None, world: World = ALONE
+) -> dict[str, Any]:
+    """Sets the process-wide numerics and returns the environment with them."""
+    num_threads = set_threads(threads)
+    torch.set_float32_matmul_precision(float32_matmul_precision or exact_matmul_precision(torch.device(device)))
+    return environment(torch.device(device), num_threads, num_processes=world.size)
 
 
 def code_version() -> dict[str, Any]:

@@ -19,7 +19,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
@@ -28,30 +28,27 @@ import torch
 
 from preceptor.errors import CheckpointError, ConfigError, Interrupted
 from preceptor.runs import environment as env
-from preceptor.runs.checkpoint import CheckpointStore
-from preceptor.runs.device import choose_world_device, device_of, exact_matmul_precision, set_threads
-from preceptor.runs.files import replace_file, storage_errors, write_all
-from preceptor.runs.lock import FolderLock
-from preceptor.runs.metrics import JsonlLog
-from preceptor.runs.naming import check_run_name, default_run_path
+from preceptor.runs.checkpoint import CheckpointStore, Stateful
+from preceptor.runs.device import choose_world_device, device_of
+from preceptor.runs.files import FolderLock, locked, replace_file, storage_errors, write_all
+from preceptor.runs.metrics import JsonlLog, row_json
 from preceptor.runs.progress import COLUMNS, PLAN_NAME, Progress
 from preceptor.runs.random import RandomStreams, derived_seed, global_random_state, load_global_random_state
 from preceptor.runs.record import (
-    discard_unbegun,
+    SEAL_NAME,
+    extend_record,
     plain_config,
     read_config,
     read_manifest,
     require_free,
+    seal,
     write_record,
 )
-from preceptor.runs.seal import SEAL_NAME, seal
 from preceptor.runs.signals import StopSignals
-from preceptor.runs.state import Stateful
-from preceptor.runs.strict_json import row_json
 from preceptor.runs.trackers import Tracker, check_trackers, open_tracker
 from preceptor.runs.world import ALONE, World
 
-__all__ = ["FORMAT", "Run", "check_run_name", "create_run", "default_run_path", "discard_unbegun", "open_run"]
+__all__ = ["FORMAT", "Run", "create_run", "open_run", "shared_run"]
 
 FORMAT = 1
 """Of a run folder's files (``manifest.json`` and ``result.json`` name it): raised when a reader of one form could not
@@ -357,9 +354,9 @@ def create_run(
     require_free(path)
     with storage_errors(f"create the run folder {path}"):
         path.mkdir(parents=True, exist_ok=True)
-    with _locked(path) as lock:
+    with locked(path) as lock:
         require_free(path)  # again: another process may have been here before the lock was ours
-        manifest["environment"] = prepare(manifest["device"], threads, float32_matmul_precision, world)
+        manifest["environment"] = env.prepare(manifest["device"], threads, float32_matmul_precision, world)
         run = Run(path, manifest, lock, quiet=quiet, world=world)
         write_record(path, manifest)
         return run
@@ -386,11 +383,11 @@ def open_run(
     """
     if not (path / "manifest.json").is_file():
         raise ConfigError(f"{path} is not a run folder (no manifest.json); start one with: preceptor run SYSTEM")
-    with _locked(path) as lock:
+    with locked(path) as lock:
         manifest, config = read_manifest(path), read_config(path)
         recorded = {"processes": 1, **manifest["environment"]}  # older runs name no number of processes
         manifest["device"] = str(choose_world_device(device or manifest["device"], world))
-        here = prepare(
+        here = env.prepare(
             manifest["device"],
             recorded["threads"] if threads is None else threads,
             recorded["float32_matmul_precision"],
@@ -404,7 +401,9 @@ def open_run(
         with storage_errors(f"unseal {path}"):
             (path / SEAL_NAME).unlink(missing_ok=True)  # from here on its files change
         if extended is not None:
-            config = _extend(path, manifest, extended)
+            config = plain_config(extended)
+            changed = env.changes(env.flattened(manifest["config"]), env.flattened(config))
+            extend_record(path, manifest, config, changed=changed)
         run = Run(path, manifest | {"environment": here, "config": config}, lock, quiet=quiet, world=world)
         if differing:
             run.notice(f"resuming though it is not bit-exact: {', '.join(differing)}")
@@ -413,34 +412,28 @@ def open_run(
         return run
 
 
-def _extend(path: Path, manifest: dict[str, Any], extended: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes the configuration to go on with into the record, and moves the old end's result aside."""
-    config = plain_config(extended)
-    changed = env.changes(env.flattened(manifest["config"]), env.flattened(config))
-    last_step = JsonlLog(path / "metrics.jsonl", one_row_per_step=True).last_step
-    manifest["config"] = config
-    manifest.setdefault("extensions", []).append({"step": last_step, "changed": changed})
-    with storage_errors(f"extend {path}"):
-        if (path / "result.json").is_file():
-            os.replace(path / "result.json", path / f"result-step-{last_step:06d}.json")
-    write_record(path, manifest)
-    return config
+def shared_run(world: World, opened: Callable[[], Run]) -> Run:
+    """The run that ``opened`` gives in the first process, and in the others a run of the same streams without a lock.
 
+    Raises:
+        ConfigError: this process computes otherwise than the first one (another version, another kind of machine).
+    """
+    first = opened() if world.is_first else None
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[FolderLock]:
-    """Locks ``path``; unlocks again if the block fails."""
-    with contextlib.ExitStack() as on_failure:
-        lock = FolderLock(path)
-        on_failure.callback(lock.release)
-        yield lock
-        on_failure.pop_all()
+    def description() -> tuple[str, dict[str, Any]]:
+        assert first is not None, "asked in the first process alone"
+        return str(first.path), dict(first.manifest)
 
-
-def prepare(
-    device: str, threads: int | None, float32_matmul_precision: str | None, world: World = ALONE
-) -> dict[str, Any]:
-    """Sets the process-wide numerics and returns the environment with them."""
-    num_threads = set_threads(threads)
-    torch.set_float32_matmul_precision(float32_matmul_precision or exact_matmul_precision(torch.device(device)))
-    return env.environment(torch.device(device), num_threads, num_processes=world.size)
+    path, manifest = world.of_first(description)
+    if first is None:
+        recorded = manifest["environment"]
+        device = device_of(manifest["device"], world)
+        here = env.prepare(str(device), recorded["threads"], recorded["float32_matmul_precision"], world)
+        alike = [field for field in env.EXACT if field != "device"]
+        if differing := env.changes(recorded, here, alike):
+            raise ConfigError(
+                f"it differs from the first process: {', '.join(differing)}; processes of one run must compute alike"
+            )
+        first = Run(Path(path), manifest, None, quiet=True, world=world)
+    world.resume_hint = f"; resume with: {world.resume_command(first.path)}" if world.size > 1 else ""
+    return first

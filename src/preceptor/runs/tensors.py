@@ -18,7 +18,7 @@ from torch import Tensor
 
 from preceptor.errors import CheckpointError
 from preceptor.runs.files import Digest, write_file
-from preceptor.runs.strict_json import JSON
+from preceptor.runs.metrics import JSON
 
 # https://github.com/huggingface/safetensors#format; no complex and no quantised types.
 _DTYPE_NAMES = {

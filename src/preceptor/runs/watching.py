@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from preceptor.runs.lock import is_locked
+from preceptor.runs.files import is_locked
 from preceptor.runs.metrics import read_jsonl
 from preceptor.runs.progress import PLAN_NAME
 

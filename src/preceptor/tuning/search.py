@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 from preceptor.comparison.cells import Cell, CellFailed, Launcher
 from preceptor.comparison.sweep import carry_out, missing
 from preceptor.errors import ConfigError, MissingExtraError, NumericError, did_you_mean, short_repr
-from preceptor.runs.files import replace_file, storage_errors
-from preceptor.runs.lock import FolderLock
+from preceptor.runs.files import FolderLock, replace_file, storage_errors
 from preceptor.runs.watching import MetricsTail, numbers
 from preceptor.tuning.space import Dimension
 

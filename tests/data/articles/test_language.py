@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from preceptor.data.articles.language import MIN_WORDS, other_language
+from preceptor.data.articles.pairs import MIN_WORDS, other_language
 
 TEXTS = {
     "en": "The harbour was built by the people of the town, and it is from this that they lived for a long time. ",

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preceptor.data.articles.article import read_file
-from preceptor.data.articles.pairs import Pair, chunk_pairs, hold_out_probes, sentence_pairs
-from preceptor.data.articles.sentences import split_sentences
+from preceptor.data.articles.pairs import Pair, chunk_pairs, hold_out_probes, sentence_pairs, split_sentences
 from preceptor.errors import ConfigError, DataError
 
 

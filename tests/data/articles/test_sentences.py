@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from preceptor.data.articles.article import read_file
-from preceptor.data.articles.sentences import split_paragraphs, split_sentences
+from preceptor.data.articles.pairs import split_paragraphs, split_sentences
 
 # Each case is the list of its sentences; the text is what they give when joined by a space.
 HARD_CASES = {

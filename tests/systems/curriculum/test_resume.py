@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from preceptor.cli import main
+from preceptor.runs.checkpoint import Stateful, copy_tensors
 from preceptor.runs.folder import Run
-from preceptor.runs.state import Stateful, copy_tensors
 from preceptor.runs.tensors import split_state
 from preceptor.systems.curriculum.state import State
 from tests.systems.curriculum.small import METHODS, STEPS, arguments, rows

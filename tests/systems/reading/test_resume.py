@@ -26,9 +26,9 @@ import torch
 
 from preceptor.cli import main
 from preceptor.objectives.statistics import RunningMoments
+from preceptor.runs.checkpoint import copy_tensors
 from preceptor.runs.folder import Run
 from preceptor.runs.guard import NonFiniteGuard
-from preceptor.runs.state import copy_tensors
 from preceptor.runs.tensors import split_state
 from preceptor.systems.reading import loop
 from preceptor.systems.reading.articles import bundled_article

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from preceptor.data.articles.sentences import split_sentences
+from preceptor.data.articles.pairs import split_sentences
 
 if TYPE_CHECKING:
     from markdown_it.token import Token

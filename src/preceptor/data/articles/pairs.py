@@ -1,4 +1,7 @@
-"""What an episode reads: key-value pairs from an article, as consecutive sentences or as chunks of tokens."""
+"""What an episode reads: key-value pairs from an article, as consecutive sentences or as chunks of tokens.
+
+Paragraphs become sentences by Wikimedia's splitter sentencex and a few repairs; a language that does not fit is noted.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from preceptor.data.articles.sentences import split_paragraphs, split_sentences
 from preceptor.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -167,3 +169,132 @@ def _latin_length(sentence: str) -> int:
 def _has_two_words(sentence: str) -> bool:
     """Whether ``sentence`` has two words of letters; text without spaces (Chinese, Japanese) counts each letter."""
     return len(re.findall(r"[^\W\d_]+", sentence)) >= 2 or len(_CJK.findall(sentence)) >= 2
+
+
+# ---- sentences ------------------------------------------------------------------------------------------------------
+
+# What sentencex 1.0.32 splits although the sentence goes on (test_sentences.py has a case for each):
+# a list number ("1. Open the box"), and an abbreviation that it lacks before the number that belongs to it ("vol. 2").
+_LIST_MARKER = re.compile(r"\(?(?:\d{1,3}|[a-zA-Z]|[ivxIVX]+)[.)]")
+_ABBREVIATION_BEFORE_NUMBER = re.compile(
+    r"(?:\b|^)(?:approx|app|art|bk|ca|cf|ch|chap|col|ed|eds|eq|eqs|est|fig|figs|fl|ll|no|nos|op|p|par|pp|pt|ref|refs|sec|"
+    r"sect|ser|tab|vers|vol|vols)\.$",
+    re.IGNORECASE,
+)
+# In many languages a number with a full stop is an ordinal ("Im 19. Jahrhundert", "Ludwig XIV. war"). Where it may as
+# well end the sentence, the text is kept together.
+_ORDINAL_LANGUAGES = (
+    *("de", "da", "nb", "nn", "no", "fi", "cs", "sk", "sl", "hr", "sr", "bs", "hu", "et", "lv", "tr", "is", "eu"),
+)
+_ORDINAL = re.compile(r"(?:^|[\s(–-])(?:\d{1,2}|[IVXL]{1,6})\.$")
+# And what it keeps together: a sentence that stands in parentheses as a whole, with the one after it.
+_WHOLE_PARENTHESIS = re.compile(r"^(\([^()]*[.!?]\)\s+)(?=[A-Z\"“‘(])")
+
+
+def split_paragraphs(text: str) -> list[str]:
+    """The paragraphs of ``text`` (separated by blank lines), each on one line, none empty."""
+    return [paragraph for piece in re.split(r"\n\s*\n", text) if (paragraph := " ".join(piece.split()))]
+
+
+def split_sentences(text: str, *, language: str = "en") -> list[str]:
+    r"""The sentences of ``text`` in order; a sentence never reaches over a blank line.
+
+    Joined by spaces, they are ``text`` up to white space: nothing is dropped or changed. Where a full stop may or may
+    not end a sentence ("vitamin C. Then"), the text is rather kept together than cut in the middle.
+
+    Args:
+        text: plain text, paragraphs separated by blank lines.
+        language: ISO 639-1 code that chooses the abbreviations (sentencex falls back to English for what it lacks).
+
+    >>> split_sentences("Dr. Ada Byron lives in the U.S. in a flat of 3.5 rooms. She works.\n\nHe does not.")
+    ['Dr. Ada Byron lives in the U.S. in a flat of 3.5 rooms.', 'She works.', 'He does not.']
+    """
+    return [sentence for paragraph in split_paragraphs(text) for sentence in _split_paragraph(paragraph, language)]
+
+
+def _split_paragraph(paragraph: str, language: str) -> list[str]:
+    import sentencex  # type: ignore[import-untyped]
+
+    sentences: list[str] = []
+    for segment in sentencex.segment(language, paragraph):
+        # The pattern's group makes split() keep the parenthesis as a part of its own.
+        for part in filter(None, _WHOLE_PARENTHESIS.split(segment)):
+            if sentences and _continues(sentences[-1].rstrip(), part.strip(), language):
+                # Joined with its own white space, so that no character of the text is lost.
+                sentences[-1] += part
+            else:
+                sentences.append(part)
+    return [sentence.strip() for sentence in sentences]
+
+
+def _continues(previous: str, part: str, language: str) -> bool:
+    """Whether ``part`` belongs to ``previous``, although the splitter cut between them."""
+    return bool(
+        _LIST_MARKER.fullmatch(previous)
+        or (language in _ORDINAL_LANGUAGES and _ORDINAL.search(previous))
+        or not re.search(r"\w", part)  # a lone bracket or quotation mark
+        or (part[0].isdigit() and _ABBREVIATION_BEFORE_NUMBER.search(previous))
+    )
+
+
+# ---- texts in another language --------------------------------------------------------------------------------------
+
+# The commonest words of a language that its neighbours do not share: enough to tell a page apart, not a sentence.
+_COMMON_WORDS = {
+    "en": "the of and to is that was for with by from are this which were it",
+    "de": "der die und das ist nicht mit dem den ein eine von wurde auf im zu",
+    "fr": "les des est dans une pour qui sur pas plus avec sont cette aux du et",
+    "es": "el los las una por con para del como más fue sus son pero y",
+    "it": "il di che gli della per con una del sono alla nel è anche dei",
+    "pt": "os um uma não com para por mais como dos foi são pelo ao das",
+    "nl": "het een van de en dat niet zijn op met voor werd door ook aan",
+    "sv": "och att det som en på är av för med den till inte var ett",
+    "da": "og at det som en på er af for med den til ikke var et blev",
+    "pl": "nie się na jest do że jak po przez był od za jego oraz w",
+    "cs": "se na je že byl jako ale jeho pro při také nebo ve s byla",
+    "fi": "ja on ei se että oli hän mutta joka myös kun sen ovat tai",
+    "tr": "ve bir bu için ile olarak olan daha çok gibi sonra kadar ancak en",
+}  # fmt: skip
+
+_SCRIPTS = {
+    "ja": "[\u3040-\u30ff]",
+    "zh": "[\u4e00-\u9fff]",
+    "ko": "[\uac00-\ud7af]",
+    "ru": "[\u0400-\u04ff]",
+    "el": "[\u0370-\u03ff]",
+    "ar": "[\u0600-\u06ff]",
+    "he": "[\u0590-\u05ff]",
+    "hi": "[\u0900-\u097f]",
+    "th": "[\u0e00-\u0e7f]",
+}
+_SHARED_SCRIPTS = {"ja": {"zh"}, "ru": {"uk", "bg", "sr", "be", "mk", "kk"}, "ar": {"fa", "ur"}, "hi": {"mr", "ne"}}
+"""Languages that are written in another one's letters."""
+
+MIN_WORDS = 30
+"""Fewer words say nothing about a language."""
+
+
+def other_language(text: str, language: str) -> str | None:
+    """The language (ISO 639-1) that ``text`` is plainly in, if it is not ``language``; None where that is unclear.
+
+    >>> other_language("Im Hafen der Stadt und auf dem Fluss ist das Boot nicht zu sehen. " * 5, "en")
+    'de'
+    >>> other_language("The ship in the harbour of the town is not to be seen from the river. " * 5, "en") is None
+    True
+    """
+    letters = sum(character.isalpha() for character in text)
+    for other, script in _SCRIPTS.items():
+        # A third of the letters: kana make up about half of Japanese, and no Latin text has so many of another script.
+        if len(re.findall(script, text)) * 3 > letters > MIN_WORDS:
+            return None if language == other or language in _SHARED_SCRIPTS.get(other, ()) else other
+    words = Counter(re.findall(r"[^\W\d_]+", text.lower()))
+    if words.total() < MIN_WORDS:
+        return None
+    shares = {
+        other: sum(words[word] for word in common.split()) / words.total() for other, common in _COMMON_WORDS.items()
+    }
+    likeliest = max(shares, key=shares.__getitem__)
+    # One word in ten is common in running text of a language, and of its neighbours' words far fewer are.
+    if likeliest == language or shares[likeliest] < 0.1 or shares[likeliest] < 1.5 * shares.get(language, 0.0):
+        return None
+    return likeliest

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from preceptor.errors import ModelError
 from preceptor.lm.cpu.weights import DecoderLayer, DecoderWeights, FusedLinear
-from preceptor.lm.kv_cache import KVCacheLayer
+from preceptor.lm.forward import KVCacheLayer
 
 PANEL = 32
 """Outputs that lie next to each other in a packed weight, as in ``decode_step.c``."""

@@ -31,7 +31,7 @@ from preceptor.lm.cpu.weights import (
     load_weights,
     projections,
 )
-from preceptor.lm.kv_cache import KVCacheLayer
+from preceptor.lm.forward import KVCacheLayer
 
 MAX_SCORES = 2**24
 """Attention scores held at once on a CPU: 64 MiB in float32."""
@@ -276,7 +276,7 @@ def cached_attention(
 
     On a CPU two batched products are several times faster than ``scaled_dot_product_attention`` when few tokens attend
     to many slots, most of all where the matmul precision routes its products elsewhere. They are fastest when the keys
-    have slots innermost in memory (:class:`~preceptor.lm.kv_cache.KVCacheLayer`).
+    have slots innermost in memory (:class:`~preceptor.lm.decode.KVCacheLayer`).
     """
     batch, num_heads, time, width = queries.shape
     if queries.device.type != "cpu":

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from preceptor.lm.model import LanguageModel
+from preceptor.runs.checkpoint import copy_tensors, load_optimizer, optimizer_state
 from preceptor.runs.guard import NonFiniteGuard, guarded_step
-from preceptor.runs.state import copy_tensors, load_optimizer, optimizer_state
 from preceptor.systems.bandit.config import PretrainingOptions, UpdateOptions
 from preceptor.systems.bandit.environment import Bandit
 from preceptor.systems.bandit.episodes import Scored

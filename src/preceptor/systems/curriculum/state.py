@@ -14,9 +14,9 @@ from preceptor.errors import CheckpointError
 from preceptor.lm.model import LanguageModel
 from preceptor.objectives.kl import AdaptiveKLController
 from preceptor.objectives.mixture import make_mixture
+from preceptor.runs.checkpoint import copy_tensors, load_optimizer, optimizer_state
 from preceptor.runs.guard import NonFiniteGuard
 from preceptor.runs.random import derived_seed
-from preceptor.runs.state import copy_tensors, load_optimizer, optimizer_state
 from preceptor.systems.curriculum.baselines import Method
 from preceptor.systems.curriculum.config import UpdateOptions
 from preceptor.systems.curriculum.result import Outcome

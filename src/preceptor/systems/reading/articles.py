@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from preceptor.data.articles.article import Article, article_folder, read_article, read_file
-from preceptor.data.articles.language import other_language
-from preceptor.data.articles.pairs import Pair, chunk_pairs, sentence_pairs
+from preceptor.data.articles.pairs import Pair, chunk_pairs, other_language, sentence_pairs
 from preceptor.errors import DataError
 from preceptor.lm.chat import ChatMarkers, RenderedMarkers
 from preceptor.lm.model import LanguageModel

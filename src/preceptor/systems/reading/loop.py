@@ -31,9 +31,8 @@ from preceptor.runs.export import MODEL, save_model
 from preceptor.runs.guard import guarded_step
 from preceptor.runs.random import derived_seed
 from preceptor.systems.reading.config import ReadingConfig, UpdateOptions
-from preceptor.systems.reading.decisions import decision_rows
 from preceptor.systems.reading.environment import Trajectories, run_episodes
-from preceptor.systems.reading.evaluate import GapMeter, evaluate_article, greedy_order, result
+from preceptor.systems.reading.evaluate import GapMeter, decision_rows, evaluate_article, greedy_order, result
 from preceptor.systems.reading.loss import Coefficients, accumulate_gradient
 from preceptor.systems.reading.policy import Policy, save_selection
 from preceptor.systems.reading.rewards import batch_rewards, step_advantages

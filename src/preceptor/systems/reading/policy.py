@@ -18,7 +18,6 @@ from preceptor.errors import DataError, ModelError
 from preceptor.lm.embedding import MODEL_EMBEDDINGS, ModelEmbedding, key_vectors
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
-from preceptor.runs.user_code import call
 from preceptor.systems.reading.articles import TokenizedArticle
 from preceptor.systems.reading.config import SelectionOptions
 
@@ -141,6 +140,8 @@ def embed_texts(embedder: TextEmbedder, texts: Sequence[str]) -> Float[Tensor, "
     """
     if type(embedder).__module__.startswith("preceptor."):
         return embedder.embed(texts)
+    from preceptor.runs.user_code import call  # few runs have code from outside
+
     what = f"the embedder {type(embedder).__name__}"
     vectors = call(what, embedder.embed, list(texts))
     if not isinstance(vectors, Tensor) or vectors.ndim != 2 or len(vectors) != len(texts):

@@ -20,7 +20,7 @@ from preceptor.lm.sampling import Sampling
 from preceptor.objectives.selection import calibrated_temperature
 from preceptor.runs.device import parse_dtype
 from preceptor.runs.files import replace_file, storage_errors
-from preceptor.runs.strict_json import row_json
+from preceptor.runs.metrics import row_json
 from preceptor.runs.world import World
 from preceptor.systems.reading.articles import ArticlePairs, TokenizedArticle, load_articles, tokenize_article
 from preceptor.systems.reading.config import ModelOptions, ReadingConfig

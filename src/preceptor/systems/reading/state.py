@@ -10,8 +10,8 @@ from torch import Tensor
 
 from preceptor.lm.model import LanguageModel
 from preceptor.objectives.statistics import RunningMoments
+from preceptor.runs.checkpoint import copy_tensors, load_optimizer, optimizer_state
 from preceptor.runs.guard import NonFiniteGuard
-from preceptor.runs.state import copy_tensors, load_optimizer, optimizer_state
 from preceptor.systems.reading.config import UpdateOptions
 from preceptor.systems.reading.policy import Policy
 from preceptor.systems.reading.rewards import PairBaseline, ReturnBaseline

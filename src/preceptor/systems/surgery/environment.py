@@ -17,8 +17,8 @@ from preceptor.errors import CheckpointError
 from preceptor.lm.edit_targets import Target
 from preceptor.objectives.kl import entropy
 from preceptor.objectives.statistics import RunningMoments
+from preceptor.runs.checkpoint import copy_tensors, load_optimizer, optimizer_state
 from preceptor.runs.guard import NonFiniteGuard, guarded_step
-from preceptor.runs.state import copy_tensors, load_optimizer, optimizer_state
 from preceptor.runs.world import ALONE, World
 from preceptor.systems.surgery.config import LearningOptions, StudentOptions
 from preceptor.systems.surgery.reference_lm import TRAINING_FACTOR, ReferenceLM, flops_per_token

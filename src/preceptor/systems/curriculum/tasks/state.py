@@ -13,9 +13,9 @@ from preceptor.errors import CheckpointError
 from preceptor.lm.generators.base import Generator
 from preceptor.lm.model import LanguageModel
 from preceptor.objectives.task_mixture import make_task_mixture
+from preceptor.runs.checkpoint import copy_tensors, load_optimizer, optimizer_state
 from preceptor.runs.guard import NonFiniteGuard
 from preceptor.runs.random import derived_seed
-from preceptor.runs.state import copy_tensors, load_optimizer, optimizer_state
 from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.state import build_optimizer
 from preceptor.systems.curriculum.tasks.result import TaskOutcome

@@ -28,9 +28,9 @@ from torch import Tensor
 from preceptor.config import to_dict
 from preceptor.objectives.advantages import group_normalised
 from preceptor.objectives.policy_gradient import reinforce_loss
+from preceptor.runs.checkpoint import copy_tensors, load_optimizer, optimizer_state
 from preceptor.runs.files import replace_file
 from preceptor.runs.guard import NonFiniteGuard, guarded_step
-from preceptor.runs.state import copy_tensors, load_optimizer, optimizer_state
 from preceptor.systems.reading.config import ReadingConfig
 from preceptor.systems.reading.study.evaluate import evaluate, result
 from preceptor.systems.reading.study.policy import PoolPolicy, Readings, read

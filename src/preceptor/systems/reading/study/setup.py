@@ -13,7 +13,7 @@ from preceptor.lm.load import load_language_model
 from preceptor.lm.model import LanguageModel
 from preceptor.runs.device import parse_dtype
 from preceptor.runs.files import replace_file
-from preceptor.runs.strict_json import row_json
+from preceptor.runs.metrics import row_json
 from preceptor.systems.reading.config import ReadingConfig
 from preceptor.systems.reading.study.features import (
     CaseBatch,
