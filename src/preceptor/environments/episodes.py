@@ -106,6 +106,7 @@ def require_over(episodes: Sequence[Episode]) -> None:
 
 def finish(episode: Episode) -> None:
     """Makes the choices that are left: always the first available one, as a reader without a plan would."""
+    # Paid like any other episode: a text that stops early must not end with fewer passages than the rest.
     while not is_over(episode):
         episode.take(episode.available.index(True))
 
@@ -114,6 +115,7 @@ def play(task: Task, index: int, text: str) -> Episode:
     """Problem ``index`` played by one text: its turns in order, then :func:`finish`. Turns that mean nothing pass."""
     episode = task.episode(index)
     for turn in episode.turns(text):
+        # A longer text is no fault: reward functions score whatever a trainer samples.
         if is_over(episode):
             break
         if (choice := episode.meaning(turn)) is not None:

@@ -51,6 +51,7 @@ class _PassageEnv(gymnasium.Env[Observation, np.int64]):
         return observation, reward, over, False, info
 
     def _observe(self, episode: Reading) -> tuple[Observation, Info]:
+        # What is the same at every step of a problem, and then what this episode has read.
         seen = self._seen(episode.index)
         assert isinstance(self.observation_space, spaces.Dict)
         observation, info = _read_so_far(episode, self.observation_space)
@@ -177,6 +178,7 @@ class BanditEnv(gymnasium.Env[Observation, np.int64]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
         """A new bandit."""
         super().reset(seed=seed)
+        # Without a seed the next bandit follows from this environment's own generator, as Gymnasium asks.
         own = int(self.np_random.integers(2**31)) if seed is None else seed
         observations, _ = self._env.reset(seed=own)
         self._over = False
@@ -225,6 +227,7 @@ def _read_so_far(episode: Reading, space: spaces.Dict) -> tuple[Observation, Inf
     assert shapes["order"] is not None
     available = np.zeros(shapes["available"], np.int8)
     available[: len(episode.available)] = episode.available
+    # The number of passages stands for "nothing yet": it is no passage's index.
     order = np.full(shapes["order"], len(available), np.int64)
     order[: len(episode.choices)] = episode.choices
     return {"available": available, "order": order}, {"index": episode.index, "action_mask": available.copy()}

@@ -15,7 +15,7 @@ from preceptor.systems.reading.config import ReadingConfig
 from preceptor.systems.reading.study.loop import table_rewards
 from preceptor.systems.reading.study.policy import Readings
 from preceptor.systems.reading.study.pool import Mode
-from preceptor.systems.reading.study.setup import STORE_NAME, build_world
+from preceptor.systems.reading.study.setup import STORE_NAME, load_study
 
 OBSERVED = ("queries", "keys", "query_channels", "key_channels", "read_channels")
 """Of :class:`~preceptor.systems.reading.study.features.CaseBatch`, what a policy sees of a case."""
@@ -64,8 +64,8 @@ class StudyTask:
         # Only the cases of one mode are scored.
         config = config.model_copy(update={"study": config.study.model_copy(update={"mode": chosen})})
         store = None if cache_dir is None else cache_dir / STORE_NAME
-        self._world = build_world(config, device=str(device or "cpu"), store=store, splits=(split,))
-        self._split = self._world.splits[split][chosen]
+        self._data = load_study(config, device=str(device or "cpu"), store=store, splits=(split,))
+        self._split = self._data.splits[split][chosen]
         self.cases = self._split.cases
 
     def __len__(self) -> int:
@@ -77,7 +77,7 @@ class StudyTask:
 
     def episode(self, index: int) -> Reading:
         """A new reading for case ``index``; its prompt is the question, or the sentence that was read."""
-        case, world = self.cases[index], self._world
+        case, world = self.cases[index], self._data
         texts = [pair.key for pair in case.pairs(case.targets)]
         if case.seed is not None:
             texts = [case.pairs([case.seed])[0].value]
@@ -105,7 +105,7 @@ class StudyTask:
             rows = [row for row, each in enumerate(episodes) if each.index == index]
             picks = torch.tensor([episodes[row].choices for row in rows])  # reading step
             if self.config.study.judged_by == "reading":
-                gains = self._world.scorer.reading_gains(self.cases[index], picks.tolist())
+                gains = self._data.scorer.reading_gains(self.cases[index], picks.tolist())
             else:
                 unused = torch.zeros_like(picks[None], dtype=torch.float32)
                 gains = table_rewards(self._split.batch.gains[index][None], Readings(picks[None], unused, unused))[0]

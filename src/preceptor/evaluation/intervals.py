@@ -102,6 +102,7 @@ def bootstrap_interval(
     if len(array) == 1:
         return Interval(None, None)
     generator = np.random.default_rng(seed)
+    # In chunks from one generator: the same draws, whatever the chunk.
     rows = max(1, _CHUNK // len(array))
     resampled = [
         statistic(array[generator.integers(len(array), size=(min(rows, num_resamples - done), len(array)))])
@@ -128,6 +129,7 @@ def paired_bootstrap(
     if len(differences) == 1:
         return Interval(None, None)
     sums, count = crossed_sums(differences, dict.fromkeys(differences, 1.0), num_resamples=num_resamples, seed=seed)
+    # With holes in the grid a resample may hit none of the cells: it has no mean.
     drawn = count > 0
     return percentile_interval(
         sums[drawn] / count[drawn], level=level, degrees_of_freedom=crossed_degrees_of_freedom(differences)
@@ -145,6 +147,7 @@ def crossed_sums(*grids: Mapping[Cell, float], num_resamples: int, seed: int) ->
     item_counts = _resample_counts(generator, len(items), num_resamples)
     sums = []
     for grid in grids:
+        # [seed, item]; a hole adds 0 to the sum, and `count` knows of it.
         table = np.array([[grid.get((s, a), 0.0) for a in items] for s in seeds])
         sums.append(((seed_counts @ table) * item_counts).sum(axis=-1))
     return np.stack(sums)
@@ -181,12 +184,14 @@ def crossed_p_value(grid: Mapping[Cell, float]) -> float | None:
     average = sum(grid.values()) / len(grid)
     variance = sum(variance for variance, _ in _crossed_variances(grid))
     degrees = crossed_degrees_of_freedom(grid)
+    # A factor with one level is held fixed and has no variance of its own.
     several = [len(levels) for levels in (seeds, items) if len(levels) > 1]
     if len(several) == 2 and min(several) < MINIMUM_LEVELS:
         degrees = min(several) - 1
     if variance == 0.0:
         student = 1.0 if average == 0.0 else 0.0
     else:
+        # Student's distribution in closed form, by its angle: no scipy for one function.
         angle = math.atan(abs(average) / math.sqrt(variance) / math.sqrt(degrees))
         student = min(1.0, max(0.0, 1.0 - _student_coverage(angle, degrees)))
     tied = [means for means in _crossed_means(grid) if _has_ties(means)]

@@ -87,9 +87,11 @@ class TaskMixture:
 
     def _mixed(self, *, progress: float) -> Vector:
         preferences = self.rule.preferences(self._state, self.tasks, progress=progress).clamp(min=0)
+        # A task moves while any of its levels does: a mastered level beside a learnable one is no dead end.
         moves = {task for task, history in zip(self.tasks, self._history, strict=True) if not is_stalled(history)}
         stalled = torch.tensor([task not in moves for task in self.tasks])
         preferences = torch.where(stalled, self.rule.stall * preferences, preferences)
+        # Nothing is preferred (all mastered, say): evenly, rather than 0 / 0.
         if not preferences.sum() > 0:
             preferences = torch.ones_like(preferences)
         exploration = self.rule.exploration
@@ -111,6 +113,7 @@ class TaskMixture:
         """
         if state.get("rule", {}).keys() != self._state.keys() or len(state["weights"]) != len(self.tasks):
             raise CheckpointError("the task mixture's state is of another rule or of other tasks; resume with the same")
+        # Weights are taken over as they were and not made anew: the stored ones are what the next batch was promised.
         self._weights = torch.tensor(state["weights"], dtype=torch.float64)
         self._history = [list(history) for history in state["history"]]
         self._state = {name: torch.tensor(values, dtype=torch.float64) for name, values in state["rule"].items()}

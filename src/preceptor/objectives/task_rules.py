@@ -127,9 +127,11 @@ class SuccessVariance(TaskRule):
 
     def preferences(self, state: State, tasks: Sequence[int], *, progress: float) -> Vector:
         """See the class."""
+        # Beta posterior with a prior of one: levels next to each other are alike, so each lends some of its counts.
         right, wrong = (
             counts + self.neighbours * _of_neighbours(counts, tasks) + 1 for counts in (state["right"], state["wrong"])
         )
+        # E[p(1 − p)], not p(1 − p) at the mean: a source that was hardly tried is worth a look.
         total = right + wrong
         return right * wrong / (total * (total + 1))
 
@@ -180,6 +182,7 @@ class FrontierRange(TaskRule):
             top = levels[int(frontier[task])]
             right[task] += successes[top]
             seen[task] += answers[top]
+            # A rate over a fixed number of answers, then a new count: a running rate would remember the level before.
             if seen[task] >= self.answers:
                 if right[task] / seen[task] >= self.threshold and frontier[task] < len(levels) - 1:
                     frontier[task] += 1
@@ -190,6 +193,7 @@ class FrontierRange(TaskRule):
         """One in the window, zero outside."""
         levels = _levels(tasks)
         tops = [int(state["frontier"][task]) for task in tasks]
+        # Evenly inside: the level below keeps what was learned, the top one brings what is new.
         inside = [top - self.window < level <= top for level, top in zip(levels, tops, strict=True)]
         return torch.tensor(inside, dtype=torch.float64)
 
@@ -222,6 +226,7 @@ class MeanAdvantage(TaskRule):
 
     def observe(self, state: State, groups: Groups, tasks: Sequence[int]) -> State:
         """The running mean moves where the batch has groups."""
+        # Sources without a group in this batch keep their mean; 0 would say that they teach nothing.
         count = _sum_by_source(groups, torch.ones_like(groups.success), len(tasks))
         mean = _sum_by_source(groups, groups.advantage, len(tasks)) / count.clamp(min=1)
         return {"mean": torch.where(count > 0, state["mean"] + self.rate * (mean - state["mean"]), state["mean"])}
@@ -253,6 +258,7 @@ class UpperConfidence(MeanAdvantage):
         """Group by group, so that the mean spans groups and not batches."""
         mean, num_groups = state["mean"].clone(), state["num_groups"].clone()
         for source, advantage in zip(groups.sources.tolist(), groups.advantage.tolist(), strict=True):
+            # A plain mean until the window is full: the first group must not weigh as if others stood behind it.
             rate = max(self.rate, 1 / (num_groups[source] + 1))
             mean[source] += rate * (advantage - mean[source])
             num_groups[source] += 1
@@ -261,6 +267,7 @@ class UpperConfidence(MeanAdvantage):
     def preferences(self, state: State, tasks: Sequence[int], *, progress: float) -> Vector:
         """See the class."""
         num_groups = state["num_groups"]
+        # n + 1 and n_k + 1: nothing is infinite before the first group.
         bonus = (2 * torch.log(num_groups.sum() + 1) / (num_groups + 1)).sqrt()
         return torch.softmax((state["mean"] + bonus) / self.temperature, dim=0)
 
@@ -299,6 +306,7 @@ class Staged(TaskRule):
         """One for every open level."""
         levels = _levels(tasks)
         nums = [tasks.count(task) for task in tasks]
+        # At least one level is open from the start, and all of them from the horizon on.
         done = min(1.0, progress / self.horizon)
         opened = [
             (num - 1 - level if self.hardest_first else level) < max(1.0, num * done)
@@ -335,6 +343,7 @@ def is_stalled(history: Sequence[float]) -> bool:
         return False
     half = HISTORY // 2
     values = torch.tensor(history[-HISTORY:], dtype=torch.float64)
+    # Two halves next to each other: a slow rise shows as a difference of their means.
     before, after = values[:half], values[half:]
     error = ((before.var() + after.var()) / half).sqrt() + 0.01  # of the difference, never quite 0
     return bool(0.05 < after.mean() < 0.95 and (after.mean() - before.mean()).abs() < 2 * error)

@@ -22,6 +22,7 @@ def first_nonfinite(named_tensors: Mapping[str, Tensor | None] | Iterable[tuple[
     if not present:
         return None
     device = present[0][1].device
+    # One tensor and one transfer: a question per parameter would wait for the GPU each time.
     finite = torch.stack([tensor.detach().isfinite().all().to(device) for _, tensor in present])
     for (name, tensor), all_finite in zip(present, finite.tolist(), strict=True):
         if not all_finite:
@@ -88,11 +89,13 @@ def guarded_step(
     """
     gradients = ((f"gradient of {name}", parameter.grad) for name, parameter in parameters.items())
     norm = float("nan")
+    # Before clipping: one NaN makes the norm NaN, and clipping would then write it everywhere.
     if (what := first_nonfinite(gradients)) is None:
         norm = float(nn.utils.clip_grad_norm_(parameters.values(), clip_norm))
         optimiser.step()
         guard.ok()
     else:
         notice(guard.skip(step, what))
+    # Also of a skipped step: its gradient must not be added to the next one.
     optimiser.zero_grad(set_to_none=True)
     return norm

@@ -77,6 +77,7 @@ def _dimension(word: str, cls: Any) -> Dimension:
     if not (equals and values):
         raise ConfigError(f"--search {short_repr(word)}: {HOW}")
     if ":" not in values:
+        # Each once, in the order typed.
         choices = tuple(dict.fromkeys(part.strip() for part in values.split(",") if part.strip()))
         if len(choices) < 2:
             raise ConfigError(f"--search {short_repr(word)} leaves nothing to choose; {HOW}")

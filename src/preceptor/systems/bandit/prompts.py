@@ -40,6 +40,7 @@ def choice_text(words: Sequence[str]) -> str:
 
 def prompts_for(words: Sequence[str], templates: Sequence[str], *, held_out: bool = False) -> list[Prompt]:
     """Each template with each rotation of ``words``, so that each word stands once at each place."""
+    # Rotations and not all orders: n instead of n!, and every word still stands once at each place.
     rotations = [tuple((start + place) % len(words) for place in range(len(words))) for start in range(len(words))]
     return [
         Prompt(
@@ -79,6 +80,7 @@ def corpus(prompts: Iterable[Prompt]) -> list[str]:
 def crossed_pairs(bandits: Sequence[Bandit]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """All pairs of a word with a word of a later bandit, as ((bandit, arm), (bandit, arm))."""
     arms = [(number, arm) for number, bandit in enumerate(bandits) for arm in range(len(bandit.words))]
+    # Words of one bandit compete already; only words that never met can show that something crosses.
     return [(first, second) for first, second in combinations(arms, 2) if first[0] != second[0]]
 
 

@@ -78,6 +78,7 @@ def is_main(item: str, config: Mapping[str, Any]) -> bool:
 
 def _with_budget(record: Mapping[str, Any]) -> dict[str, Any]:
     mark = _AT_BUDGET.get(record["arm"])
+    # Equal cost: what each method had when 10 forward passes were spent.
     within = record.get(f"repaired_{mark}")
     return dict(record) if within is None else {**record, BUDGET: within}
 
@@ -137,6 +138,7 @@ def _against(comparisons: Sequence[Comparison], claimed: Sequence[bool]) -> str:
     """One sentence: whether the surgeon is above search and shuffled rewards, with every difference measured."""
     measured = ", ".join(f"{c['baseline']} {c['mean']:+.2f}" for c in comparisons)
     num_seeds = min(comparison["num_seeds"] for comparison in comparisons)
+    # Above some rivals is no success: it takes search and shuffled rewards, all of them.
     deciding = [(c, claim) for c, claim in zip(comparisons, claimed, strict=True) if c["baseline"] in DECIDING]
     if num_seeds < MINIMUM_SEEDS:
         return (

@@ -48,6 +48,7 @@ class State:
         self.student = Student(model, config.learning, setup.reference_lm, world=setup.world)
         targets = attention_targets(model, roles=config.edit.roles, layers=config.edit.layers or None)
         own = Edit(config.edit.kind, targets, rank=config.edit.rank, max_relative_norm=config.edit.max_relative_norm)
+        # Two action spaces: the run's own, and the sites of a surgeon that was trained elsewhere.
         self._own_surgery = self.surgery = self._new_surgery(own)
         self._pretrained = TrainedSurgeon.load(Path(config.pretrained_run)) if config.pretrained_run else None
         self._sites = None if self._pretrained is None else self._pretrained.sites(model)
@@ -169,6 +170,7 @@ class State:
         self.learned_actions = state["learned_actions"]  # before the surgeon: the random baseline is made of them
         self.student.load_state_dict(state["student"])
         self.bootstrapped = state["bootstrapped"]
+        # Phase before surgeon: the action space decides how large its networks are.
         self.equip(self.phase)
         self.features = self._new_features()
         self.surgeon = self.new_surgeon(self.phase)
@@ -246,6 +248,7 @@ class PlateauWatch:
 
 def _slope(points: Sequence[tuple[int, float]]) -> float:
     """Slope of the least-squares line, nats per step."""
+    # Centred first: steps are in the thousands, and their squares would eat the loss's digits.
     mean_step = sum(step for step, _ in points) / len(points)
     mean_loss = sum(loss for _, loss in points) / len(points)
     covariance = sum((step - mean_step) * (loss - mean_loss) for step, loss in points)

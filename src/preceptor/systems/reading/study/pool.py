@@ -96,6 +96,7 @@ def load_study_articles(
     else:
         with resources.as_file(resources.files("preceptor") / "starter" / "study" / split) as path:
             articles = [read_file(file) for file in article_folder(path)]
+    # By title: it names the cluster over which intervals are taken, so two articles may not share one.
     named: dict[str, StudyArticle] = {}
     for article in articles:
         if article.title in named:
@@ -144,6 +145,7 @@ def draw_pools(
             f"'{short[0]}' is too short for a pool: it needs {needed} sentence pairs ({pairs_per_article} to choose "
             f"from and {NUM_HELD_OUT} held out); remove it or lower data.num_pairs"
         )
+    # Half from elsewhere, so that a policy cannot learn that everything encyclopedic is on the subject.
     num_others = num_distractors // 2 if others else 0
     if len(articles) < 1 + num_distractors - num_others or len(others) < num_others:
         raise DataError(
@@ -151,6 +153,7 @@ def draw_pools(
             "distractors); give more articles or lower study.num_distractors"
         )
     generator = random.Random(seed)
+    # Shuffled once and then taken in turn: with fewer pools than articles it is chance that decides which lead.
     leaders = list(articles)
     generator.shuffle(leaders)
     pools = []
@@ -166,6 +169,7 @@ def _pool(name: str, chosen: Sequence[StudyArticle], pairs_per_article: int, gen
     candidates: list[tuple[int, Pair]] = []
     held_out = []
     for source, article in enumerate(chosen):
+        # A stretch, not a sample: questions and candidates are of the same part of the article.
         width = pairs_per_article + NUM_HELD_OUT
         start = generator.randrange(len(article.pairs) - width + 1)
         window = list(article.pairs[start : start + width])

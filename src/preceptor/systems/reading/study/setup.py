@@ -107,7 +107,7 @@ def frozen_reader(config: ReadingConfig, run_device: str) -> tuple[LanguageModel
 
 
 @dataclass(frozen=True)
-class World:
+class StudyData:
     """Pools and cases of a configuration, which no run changes.
 
     Attributes:
@@ -126,7 +126,7 @@ class World:
     pools: Mapping[str, Sequence[Pool]]
 
 
-def build_world(
+def load_study(
     config: ReadingConfig,
     *,
     device: str,
@@ -134,7 +134,7 @@ def build_world(
     splits: Sequence[str] = ("train", "judge"),
     notice: Callable[[str], None] = lambda message: None,
     pause: Callable[[], None] = lambda: None,
-) -> World:
+) -> StudyData:
     """The pools and cases that ``config`` describes, with every candidate scored.
 
     Args:
@@ -154,6 +154,7 @@ def build_world(
 
     learn, judge = load(data.train_articles, "learn"), load(data.eval_articles, "judge")
     others = load(study.distractors, "") if study.distractors else []
+    # One text on both sides would make memory look like skill.
     if shared := {article.name for article in (*learn, *others)} & {article.name for article in judge}:
         raise DataError(f"'{min(shared)}' is both learned from and judged on; remove it from one of the two folders")
     pools: dict[str, list[Pool]] = {}
@@ -167,6 +168,7 @@ def build_world(
             seed=study.pool_seed,
             name=split,
         )
+    # Of the training articles alone: what is standardised by held-out texts has seen them.
     corpus = Corpus.of([pair for article in learn for pair in article.pairs], scorer, embedding)
     channels = channel_names(study.channels)
     features: dict[str, dict[str, PoolFeatures]] = {
@@ -183,13 +185,14 @@ def build_world(
                 pools[split], mode, num_questions=study.num_questions, target_names=[each.name for each in articles]
             )
             gains = []
+            # The reader is frozen, so a candidate is scored once here and looked up in every later episode.
             for number, case in enumerate(cases, start=1):
                 if number % 100 == 1:
                     notice(f"{split}, {mode}: scoring the candidates of case {number} of {len(cases)}")
                 gains.append(scorer.candidate_gains(case))
                 pause()
             found[split][mode] = Split(tuple(cases), case_batch(cases, features[split], scales, gains))
-    return World(scorer=scorer, embedding=embedding, splits=found, corpus=corpus, scales=scales, pools=pools)
+    return StudyData(scorer=scorer, embedding=embedding, splits=found, corpus=corpus, scales=scales, pools=pools)
 
 
 def prepare(config: ReadingConfig, run: Run, services: Services) -> Setup:
@@ -197,22 +200,22 @@ def prepare(config: ReadingConfig, run: Run, services: Services) -> Setup:
 
     What a reader says is remembered in the cache folder, so that runs with other seeds do not ask again.
     """
-    world = build_world(
+    data = load_study(
         config,
         device=str(run.device),
         store=services.cache_dir / STORE_NAME,
         notice=run.notice,
         pause=run.stop_if_requested,
     )
-    replace_file(run.path / "pools.json", row_json(pools_json(world.pools)) + "\n")
+    replace_file(run.path / "pools.json", row_json(pools_json(data.pools)) + "\n")
     return Setup(
         config=config,
         run=run,
-        scorer=world.scorer,
-        train=world.splits["train"],
-        judge=world.splits["judge"],
-        corpus=world.corpus,
-        scales=world.scales,
+        scorer=data.scorer,
+        train=data.splits["train"],
+        judge=data.splits["judge"],
+        corpus=data.corpus,
+        scales=data.scales,
     )
 
 
