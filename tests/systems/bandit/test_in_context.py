@@ -191,6 +191,17 @@ def test_other_families_run(tmp_path: Path) -> None:
     assert "optimal" not in result(folder)["regret"], "solved for two Bernoulli arms alone"
 
 
+def test_the_page_of_a_prior_whose_optimal_player_is_unknown_shows_the_others(tmp_path: Path) -> None:
+    """The optimal player is solved for the other priors on which such a run is judged, and not for its own."""
+    folder = tmp_path / "quarter"
+    assert run(folder, "in_context.prior=three_in_four", "in_context.steps=2") == 0
+    assert "optimal" not in result(folder)["regret"]
+    assert "optimal" in result(folder)["arms"]
+    assert main(["report", str(folder)]) == 0
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Choices of the best arm" in page
+
+
 def test_recorded_rewards_are_paid_again(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", str(trained)]) == 0
     capsys.readouterr()

@@ -81,9 +81,9 @@ def _regret_curves(regret: Mapping[str, Mapping[str, Mapping[str, float]]]) -> S
 
 def _best_arm_curves(result: Mapping[str, Any]) -> Series:
     methods = result["arms"]
-    players = [player for player in SHOWN_PLAYERS if player in methods]
-    rounds = [int(name.removeprefix("best_at_")) for name in methods[players[0]] if name.startswith("best_at_")]
-    rounds.sort()
+    rounds = sorted(int(name.removeprefix("best_at_")) for name in methods["learned"] if name.startswith("best_at_"))
+    # Of the optimal player only some priors are known: it may have been judged on other bandits than these.
+    players = [player for player in SHOWN_PLAYERS if f"best_at_{rounds[0]}" in methods.get(player, {})]
     return Series(
         "Choices of the best arm",
         "share of bandits",
