@@ -9,9 +9,6 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +17,7 @@ from unittest import mock
 
 import torch
 
+from campaigns.forked import begin
 from campaigns.tally import Class
 from preceptor.errors import LockedError, PreceptorError, StorageError
 from preceptor.result import write_page
@@ -35,14 +33,23 @@ OPERATIONS = ("open", "write", "fsync", "ftruncate", "rename", "replace", "mkdir
 # ---- kills ----------------------------------------------------------------------------------------------------------
 
 
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "preceptor", *words]
-
-
 def start(system: str, folder: Path) -> list[str]:
     """A smoke run that saves after every step."""
     words = ["run", system, "--preset", "smoke", "--threads", "1", "--no-report", "--set", "save_every=1"]
-    return command(*words, "--out", str(folder))
+    return [*words, "--out", str(folder)]
+
+
+def go_on(system: str, folder: Path) -> list[str]:
+    """The words that resume a run, or begin it where it was killed before it had begun."""
+    return ["resume", str(folder), "--no-report"] if (folder / "manifest.json").is_file() else start(system, folder)
+
+
+def to_the_end(words: list[str], folder: Path) -> str | None:
+    """Runs ``preceptor WORDS`` and waits for it; gives its last words if it fails."""
+    errors = folder / "errors.txt"
+    child = begin(words, errors)
+    child.join(timeout=900)
+    return None if child.exitcode == 0 else f"exit {child.exitcode}: {errors.read_text()[-400:]}"
 
 
 def whole_run(system: str, folder: Path) -> tuple[Path, float]:
@@ -51,7 +58,8 @@ def whole_run(system: str, folder: Path) -> tuple[Path, float]:
     if not clock.is_file():
         shutil.rmtree(path, ignore_errors=True)
         began = time.monotonic()
-        subprocess.run(start(system, path), check=True, capture_output=True, timeout=900)
+        if fault := to_the_end(start(system, path), folder):
+            raise RuntimeError(fault)
         clock.write_text(str(time.monotonic() - began))
     return path, float(clock.read_text())
 
@@ -80,17 +88,12 @@ def kill(system: str, rng: random.Random, folder: Path) -> str | None:
     run = folder / f"killed-{system}"
     shutil.rmtree(run, ignore_errors=True)
     for _ in range(rng.randint(1, 3)):
-        words = command("resume", str(run), "--no-report") if (run / "manifest.json").is_file() else start(system, run)
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=rng.uniform(0.0, seconds))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    if not (run / "result.json").is_file():
-        words = command("resume", str(run), "--no-report") if (run / "manifest.json").is_file() else start(system, run)
-        done = subprocess.run(words, capture_output=True, text=True, timeout=900)
-        if done.returncode:
-            return f"exit {done.returncode}: {done.stderr[-400:]}"
+        child = begin(go_on(system, run), folder / "errors.txt")
+        child.join(timeout=rng.uniform(0.0, seconds))
+        child.kill()
+        child.join()
+    if not (run / "result.json").is_file() and (fault := to_the_end(go_on(system, run), folder)):
+        return fault
     differing = [name for name, value in content(whole).items() if content(run).get(name) != value]
     return f"differs in {', '.join(differing)}" if differing else None
 
