@@ -19,7 +19,17 @@ from preceptor.mixtures import MixtureCallback
 from preceptor.objectives import make_mixture
 
 ROWS = [[[0, 40 + place, 50, 60], [0, 70, 80 + place]] for place in range(2)]
-ARGUMENTS: Any = SimpleNamespace(world_size=1, train_batch_size=4, gradient_accumulation_steps=2, ignore_data_skip=True)
+ARGUMENTS: Any = SimpleNamespace(
+    world_size=1,
+    train_batch_size=4,
+    gradient_accumulation_steps=2,
+    ignore_data_skip=True,
+    dataloader_num_workers=0,
+    dataloader_prefetch_factor=None,
+    dataloader_persistent_workers=False,
+    dataloader_in_order=True,
+    accelerator_config=SimpleNamespace(split_batches=False, dispatch_batches=None),
+)
 BATCH = 4 * 2
 
 
@@ -138,6 +148,12 @@ def test_what_does_not_fit_is_refused(lm):
             training.callback.on_train_begin(
                 SimpleNamespace(**vars(ARGUMENTS) | cut_up | how), training.state, TrainerControl(), model=lm.model
             )
+    for how in ({"split_batches": True}, {"dispatch_batches": False}):
+        given = {"world_size": 2, "process_index": 0, "device": torch.device("cpu"), "dataloader_num_workers": 1}
+        accelerator = SimpleNamespace(**vars(ARGUMENTS.accelerator_config) | how)
+        arguments = SimpleNamespace(**vars(ARGUMENTS) | given | {"accelerator_config": accelerator})
+        with pytest.raises(ConfigError, match="leave `split_batches` and `dispatch_batches`"):
+            training.callback._share(arguments)
     with pytest.raises(ConfigError, match="2 datasets, a mixture of 3 and samples of 2"):
         MixtureCallback(
             make_mixture("uniform", num_datasets=3),
