@@ -84,6 +84,8 @@ def verdicts(row: Mapping[str, Any]) -> list[str]:
             parts.append(f"{share:.0%} of the memory; bar {bar['memory_at_most']:.0%}")
         if bar["seconds_at_most"] is not None:
             parts.append(f"{row['seconds'][bar['way']]['wall']['median']:.2f} s; bar {bar['seconds_at_most']} s")
+        if bar["limit_at_least"] is not None:
+            parts.append(f"{row['share_of_limit'][bar['way']]:.0%} of the limit; bar {bar['limit_at_least']:.0%}")
         lines.append(
             f"{bar['way']} against {bar['against']}: {'; '.join(parts)}: {'met' if bar['holds'] else 'NOT met'}"
         )

@@ -138,7 +138,7 @@ class MixtureSampler:
     def advance(self, num_drawn: int) -> None:
         """Draws until ``num_drawn`` rows are drawn in all, and gives none of them; nothing, if there are as many.
 
-        A thousand times as fast as :meth:`draw`: it is how one process keeps up with what others draw.
+        Much faster than as many calls of :meth:`draw`: it is how one process keeps up with what others draw.
         """
         while (begin := self.num_drawn) < num_drawn:
             place = self._in_force(self._schedule, begin)
