@@ -31,6 +31,7 @@ BENCHMARKS = {
     "growth": "growth",
     "gpu": "gpu",
     "scale": "scale",
+    "passes": "passes",
 }
 """Name, and the module that holds ``comparisons``."""
 

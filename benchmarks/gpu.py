@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks import episode
+from benchmarks import episode, gpu_graph
 from benchmarks.episodes import KEPT, kept_cache
 from benchmarks.limits import (
     arithmetic,
@@ -71,6 +71,11 @@ def decodes(lm: LanguageModel, quick: bool) -> Iterator[Comparison]:
         yield decode(lm, batch_size, *((4, 4) if quick else (512, 128)), bandwidth=limit)
 
 
+def graphs(lm: LanguageModel, quick: bool) -> Iterator[Comparison]:
+    """Decoding by a CUDA graph, of 1 and 8 rows."""
+    yield from gpu_graph.comparisons(lm, quick)
+
+
 def updates(lm: LanguageModel, quick: bool) -> Iterator[Comparison]:
     """4 x 1,024 tokens."""
     limit = arithmetic(lm.device, _limit_size(quick), torch.bfloat16)
@@ -94,6 +99,7 @@ def grpo_steps(lm: LanguageModel, quick: bool) -> Iterator[Comparison]:
 PARTS: dict[str, Callable[[LanguageModel, bool], Iterator[Comparison]]] = {
     "decode": decodes,
     "update": updates,
+    "graphs": graphs,
     "episodes": reading,
     "grpo": grpo_steps,
 }

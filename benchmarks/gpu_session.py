@@ -1,9 +1,10 @@
 """``python -m benchmarks.gpu_session``: all that a GPU is asked for, in one go and a few minutes.
 
-The parts of ``benchmarks.gpu`` (decode, update, episodes, a GRPO step), how busy the GPU is while decoding, a smoke run
-of every system and the tests marked ``gpu``. Each part is a process of its own under a time limit; what it measures is
-appended to ``rows.jsonl`` at once, and how it ended to ``parts.jsonl``. So a part that fails, or a machine that is
-taken away, costs what was not yet measured and nothing else. ``--quick`` does the same at tiny sizes on the CPU.
+The parts of ``benchmarks.gpu`` (decode, update, decoding by a CUDA graph, episodes, a GRPO step), how busy the GPU is
+while decoding, a smoke run of every system and the tests marked ``gpu``. Each part is a process of its own under a time
+limit; what it measures is appended to ``rows.jsonl`` at once, how it ended to ``parts.jsonl``. So a part that fails,
+or a machine that is taken away, costs what was not yet measured and nothing else. ``--quick`` does the same at tiny
+sizes on the CPU.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ LIMITS = {
     "decode": 100.0,
     "update": 60.0,
     "busy": 45.0,
+    "graphs": 60.0,
     "episodes": 60.0,
     **{f"smoke-{system}": 60.0 for system in SYSTEMS},
     "tests": 60.0,

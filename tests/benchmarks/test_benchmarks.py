@@ -18,6 +18,7 @@ from benchmarks import (
     log_probs,
     measurement,
     parts,
+    passes,
     record,
     report,
     startup,
@@ -26,7 +27,7 @@ from benchmarks import (
 from benchmarks.measurement import Bar, Comparison, Spread
 from preceptor.errors import NumericError
 
-MODULES = (decode, episodes, gpu, growth, kernels, log_probs, parts, startup, update)
+MODULES = (decode, episodes, gpu, growth, kernels, log_probs, parts, passes, startup, update)
 
 
 @pytest.mark.filterwarnings("ignore")  # torchrl's own

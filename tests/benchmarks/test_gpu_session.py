@@ -8,15 +8,19 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import gpu, gpu_session
+from benchmarks import gpu, gpu_graph, gpu_session
+from benchmarks.models import starter
+from preceptor.lm.decode import Decoder
+from preceptor.lm.sampling import Sampling
 
 
 def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("part", ["decode", "update", "busy", "episodes"])
+@pytest.mark.parametrize("part", ["decode", "update", "busy", "graphs", "episodes"])
 def test_a_part_appends_its_rows(part: str, tmp_path: Path) -> None:
     for _ in range(2):
         assert gpu_session.main(["--measure", part, "--out", str(tmp_path), "--quick"]) == 0
@@ -27,6 +31,50 @@ def test_a_part_appends_its_rows(part: str, tmp_path: Path) -> None:
         assert first["seconds_a_step"] > 0
     else:
         assert all(clocks["wall"]["median"] > 0 for clocks in first["seconds"].values())
+
+
+def largest_gap() -> float:
+    """Between the logits of a decoder and those of the step of fixed shape, over 40 tokens that the decoder samples."""
+    lm = starter()
+    prompts = torch.randint(3, lm.vocab_size, (3, 20), generator=torch.Generator().manual_seed(1))
+    decoder = Decoder(lm, batch_size=3)
+    decoder.append(prompts.tolist())
+    fixed = gpu_graph.GraphedDecoder(lm, prompts, slots=64)
+    fixed.read()
+    fixed.generate(30, sampling=Sampling(), generator=torch.Generator().manual_seed(9))
+    fixed.read()  # again, over slots that hold something
+    gaps = []
+    for number in range(40):
+        gaps.append(float((decoder.next_log_probs - fixed.logits.log_softmax(-1)).abs().max()))
+        tokens = decoder.generate(1, sampling=Sampling(), generator=torch.Generator().manual_seed(number)).tokens
+        fixed.token.copy_(tokens)
+        fixed.step()
+    return max(gaps)
+
+
+def test_the_step_that_a_graph_replays_gives_what_a_decoder_gives() -> None:
+    assert largest_gap() < 1e-4  # rounding: other kernels
+
+
+def test_a_step_that_writes_to_one_slot_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(gpu_graph.FixedLayer):
+        def update(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            self.slot = torch.full_like(self.slot, 20)
+            return super().update(keys, values)
+
+    monkeypatch.setattr(gpu_graph, "FixedLayer", Wrong)
+    assert largest_gap() > 0.1
+
+
+def test_a_step_that_sees_slots_of_before_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = gpu_graph.GraphedDecoder.__init__
+
+    def wrong(self: gpu_graph.GraphedDecoder, *given: object, **named: object) -> None:
+        made(self, *given, **named)  # type: ignore[arg-type]
+        self.every_slot.zero_()  # no slot lies beyond the present one
+
+    monkeypatch.setattr(gpu_graph.GraphedDecoder, "__init__", wrong)
+    assert largest_gap() > 0.1
 
 
 def test_goals_are_shares_of_the_measured_limits() -> None:
