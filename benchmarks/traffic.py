@@ -1,6 +1,7 @@
 """``python -m benchmarks.traffic FILE …``: Preceptor's command line, in a process whose collective calls are counted.
 
-The first process writes what all its gradient sums and all its other calls took and carried to ``FILE``, as JSON.
+The first process writes what its gradient sums and its other calls took and carried to ``FILE``, as JSON, and the bytes
+of each gradient sum in their order.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Counter:
     """Calls, bytes and seconds (waiting for the others included) of the collective calls of this process."""
 
     def __init__(self) -> None:
-        self.counts = {kind: {"sums": 0, "calls": 0, "bytes": 0, "seconds": 0.0} for kind in KINDS}
+        self.counts = {kind: {"calls": 0, "bytes": 0, "seconds": 0.0} for kind in KINDS}
+        self.sums: list[float] = []  # bytes of each sum of gradients
         self.kind = "other"
 
     def counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,11 +51,12 @@ class Counter:
 
         def summing(of: world.World, parameters: Iterable[nn.Parameter]) -> None:
             self.kind = "gradients"
-            self.counts["gradients"]["sums"] += 1
+            before = self.counts["gradients"]["bytes"]
             try:
                 sum_gradients(of, parameters)
             finally:
                 self.kind = "other"
+                self.sums.append(self.counts["gradients"]["bytes"] - before)
 
         return summing
 
@@ -75,5 +78,5 @@ if __name__ == "__main__":
         code = main()
     finally:
         if os.environ.get("RANK", "0") == "0":
-            Path(path).write_text(json.dumps(counter.counts))
+            Path(path).write_text(json.dumps({**counter.counts, "sums": counter.sums}))
     sys.exit(code)

@@ -89,6 +89,13 @@ def test_a_ratio_is_time_per_unit_and_bars_are_judged_by_it() -> None:
     assert late is False
 
 
+def test_a_part_of_the_seconds_has_a_column_of_its_own() -> None:
+    ways = {"ours": lambda: {"wall": 2.0, "cpu": 1.0, "in the kernel": 0.25}, "peer": lambda: {"wall": 1.0, "cpu": 1.0}}
+    columns = command.table(measurement.measure(Comparison("b", "c", ways), rounds=1, threads=1)).columns
+    (part,) = (column for column in columns if column.header == "in the kernel s")
+    assert list(part.cells) == ["0.25", ""]
+
+
 def test_ways_that_do_not_agree_are_not_timed() -> None:
     assert measurement.require_equal("x", 0.1, at_most=0.2) == 0.1
     for difference in (0.3, float("nan")):

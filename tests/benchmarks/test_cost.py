@@ -109,38 +109,48 @@ def test_the_forecast_counts_gpu_hours_and_the_bytes_of_all_tokens(capsys: pytes
     ]
 
 
+def test_the_page_quotes_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+    quoted = page.split("<!-- python -m benchmarks.cost -->\n```text\n")[1].split("```")[0]
+    assert cost.main([]) == 0
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert quoted.splitlines() == [line for line in printed if line]
+    assert len(quoted.splitlines()) == 2 + 1 + len(cost.ROWS)  # title, names, a rule, and the rows
+
+
 def test_a_run_stands_beside_its_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def updates(system: str, overrides: Any, out: Path, *, size: int, module: Any) -> list[dict[str, float]]:
         saved = out / "checkpoints" / "step-000003"
         saved.mkdir(parents=True)
         (saved / "policy").write_bytes(bytes(700))
         (out / "checkpoints" / "step-000002").mkdir()
-        Path(module[1]).write_text(json.dumps({"gradients": {"bytes": 3 * 4_000}}))
+        Path(module[1]).write_text(json.dumps({"sums": [2_000] * 6 + [9_000]}))
         return [{"seconds": 1.0}, {"seconds": 2.0}]
 
     monkeypatch.setattr(scale, "updates", updates)
     price = cost.cost(SHAPE, cost.Update(tokens=1, passes=6e4), MACHINES)
     (tmp_path / "1").mkdir()
-    alone = cost_check._measured("reading", [], tmp_path / "1", price, 1)
+    alone = cost_check._measured("reading", [], tmp_path / "1", price, 1, sums=2)
     assert [each[1:] for each in alone] == [(price.seconds, 1.5), (12_000, 700)]
     (tmp_path / "2").mkdir()
-    both = cost_check._measured("reading", [], tmp_path / "2", price, 2)
+    both = cost_check._measured("reading", [], tmp_path / "2", price, 2, sums=2)
     assert both[1] == ("reading, 2 processes: gradients summed an update", 4_000, 4_000)
 
 
 def test_gradients_are_counted_apart_from_all_else() -> None:
-    def counted(of: world.World) -> dict[str, dict[str, float]]:
+    def counted(of: world.World) -> tuple[dict[str, dict[str, float]], list[float]]:
         counter = traffic.count()
         parameter = torch.nn.Parameter(torch.zeros(10))
         parameter.grad = torch.ones(10)
         of.sum_gradients([parameter])
         of.gather(2, torch.zeros(1, 3))
         of.sum(torch.zeros(2))
-        return counter.counts
+        return counter.counts, counter.sums
 
-    for counts in in_world(2, counted):
+    for counts, sums in in_world(2, counted):
         # 8 bytes say which gradients there are, 40 are the gradient; a row of 12 bytes and a sum in float64.
-        assert (counts["gradients"]["sums"], counts["gradients"]["bytes"]) == (1, 8 + 40)
+        assert sums == [8 + 40]
+        assert (counts["gradients"]["calls"], counts["gradients"]["bytes"]) == (2, 8 + 40)
         assert (counts["other"]["calls"], counts["other"]["bytes"]) == (2, 12 + 16)
 
 
