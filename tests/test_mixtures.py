@@ -140,6 +140,24 @@ def test_measuring_leaves_the_model_in_its_mode(lm):
     assert lm.model.training
 
 
+@pytest.mark.parametrize(
+    ("workers", "factor", "lookahead", "batches"), [(0, None, None, 0), (2, 3, None, 6), (1, 2, 5, 5)]
+)
+def test_new_weights_wait_for_what_the_loader_reads_ahead(lm, workers, factor, lookahead, batches):
+    """Rows of 4: those that Accelerate holds back, a batch of each of two processes, and those that workers begin."""
+    training = Training(lm)
+    training.callback.lookahead = lookahead
+    arguments = SimpleNamespace(**vars(ARGUMENTS))
+    arguments.world_size, arguments.dataloader_num_workers, arguments.dataloader_prefetch_factor = 2, workers, factor
+    training.callback._share(arguments)
+    assert training.callback._delay == training.sampler.delay == 4 * (2 + batches)
+    readers = training.callback.dataset._readers
+    assert (readers and (readers.num_workers, readers.batch_size)) == ((workers, 4) if workers else None)
+    training.callback.on_train_end(arguments, training.state, TrainerControl())
+    assert training.callback._delay == training.sampler.delay == 0
+    assert training.callback.dataset._readers is None
+
+
 def test_what_does_not_fit_is_refused(lm):
     training = Training(lm)
     cut_up = {"world_size": 2, "fsdp": [], "deepspeed": None}
