@@ -11,7 +11,7 @@ LOWEST_TORCH ?= build/lowest/bin/pip install --quiet --disable-pip-version-check
 # A demo never overwrites an earlier one.
 DEMO_OUT := $(or $(DEMO_OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: help demo soak fuzz test quick test-all mutants bench docs lint check format constraints lowest clean
+.PHONY: help demo soak fuzz test quick test-all mutants bench gpu docs lint check format constraints lowest clean
 
 help: ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -44,6 +44,9 @@ fuzz: $(VENV)/installed-test ## Malformed input of every kind; hours, resumable 
 bench: $(VENV)/installed-test ## Every benchmark beside its peer (BENCH=decode for one); a clean commit adds lines to benchmarks/history.jsonl
 	$(BIN)/python -m benchmarks $(BENCH)
 	$(BIN)/python -m benchmarks.report
+
+gpu: $(VENV)/installed-test ## All that is measured and tested on a GPU, in 8 minutes, with rows as it goes (GPU="--minutes 5 decode")
+	$(BIN)/python -m benchmarks.gpu_session $(GPU)
 
 docs: $(VENV)/installed-docs ## The documentation as a site in site/
 	$(BIN)/mkdocs build --strict

@@ -31,6 +31,7 @@ BENCHMARKS = {
     "growth": "growth",
     "gpu": "gpu",
     "scale": "scale",
+    "passes": "passes",
 }
 """Name, and the module that holds ``comparisons``."""
 
@@ -47,7 +48,9 @@ def table(row: Mapping[str, Any]) -> Table:
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    columns = ("way", "wall s", "CPU s", "units/s", "MiB", "of limit")
+    # What a way says of its own seconds, such as how many are generation.
+    parts = sorted({clock for clocks in row["seconds"].values() for clock in clocks} - {"wall", "cpu"})
+    columns = ("way", "wall s", "CPU s", *(f"{part} s" for part in parts), "units/s", "MiB", "of limit")
     for column in columns:
         found.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
     for way, clocks in row["seconds"].items():
@@ -58,6 +61,7 @@ def table(row: Mapping[str, Any]) -> Table:
         found.add_row(
             way,
             *cells,
+            *(f"{clocks[part]['median']:.3g}" if part in clocks else "" for part in parts),
             _rate(units / clocks["wall"]["median"]) if units else "",
             f"{memory:.0f}" if memory is not None else "",
             f"{share:.0%}" if share is not None else "",
@@ -84,6 +88,8 @@ def verdicts(row: Mapping[str, Any]) -> list[str]:
             parts.append(f"{share:.0%} of the memory; bar {bar['memory_at_most']:.0%}")
         if bar["seconds_at_most"] is not None:
             parts.append(f"{row['seconds'][bar['way']]['wall']['median']:.2f} s; bar {bar['seconds_at_most']} s")
+        if bar["limit_at_least"] is not None:
+            parts.append(f"{row['share_of_limit'][bar['way']]:.0%} of the limit; bar {bar['limit_at_least']:.0%}")
         lines.append(
             f"{bar['way']} against {bar['against']}: {'; '.join(parts)}: {'met' if bar['holds'] else 'NOT met'}"
         )

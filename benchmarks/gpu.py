@@ -2,17 +2,18 @@
 episodes a second, and a GRPO step against TRL's.
 
 Without CUDA there is nothing to measure, and ``comparisons`` gives nothing; ``quick`` runs a tiny shape on the CPU.
+``python -m benchmarks.gpu_session`` runs each part under a time limit and keeps what is done.
 The limits are measured on the same device: bytes a second of a large copy, operations a second of a large product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 
-from benchmarks import episode
+from benchmarks import episode, gpu_graph
 from benchmarks.episodes import KEPT, kept_cache
 from benchmarks.limits import (
     arithmetic,
@@ -39,22 +40,70 @@ TINY = {
 }
 
 
+DECODE_GOAL, UPDATE_GOAL = 0.60, 0.45
+"""Of the measured bandwidth while decoding, and of the measured arithmetic in an update."""
+
+
 def comparisons(*, quick: bool = False) -> Iterator[Comparison]:
-    """Decode of 8 and 32 rows, an update of 4 × 1,024 tokens, 16 episodes of 20 pairs, a step of 4 × 8 rollouts."""
+    """Every part, but the GRPO step where ``quick``: TRL takes longer to import than all others take."""
     if not (quick or torch.cuda.is_available()):
         return
-    device = torch.device("cpu" if quick else "cuda")
-    lm = random_llama(TINY if quick else LLAMA_3B, device=device.type, dtype=torch.bfloat16)
-    size = 128 if quick else 8_192
-    for batch_size in (2,) if quick else (8, 32):
-        yield decode(lm, batch_size, *((4, 4) if quick else (512, 128)), bandwidth=bandwidth(device, size))
-    yield update(lm, *((2, 8) if quick else (4, 1_024)), arithmetic=arithmetic(device, size, torch.bfloat16))
-    yield episodes(lm, episode.Sizes(2, 3, 4, 8) if quick else episode.Sizes(16, 20, 16, 32))
-    if not quick:  # TRL's trainer takes seconds to build; the step itself is a benchmark of its own
-        from benchmarks import grpo
+    lm = model(quick=quick)
+    for name, part in PARTS.items():
+        if not (quick and name == "grpo"):
+            yield from part(lm, quick)
 
-        step = grpo.compare("", lm, num_prompts=4, prompt_tokens=128, new_tokens=128)
-        yield replace(step, benchmark="gpu grpo", case=f"{lm.model.num_parameters() / 1e9:.2f}B{step.case}")
+
+def model(*, quick: bool) -> LanguageModel:
+    """Llama-3.2-3B's shape in bfloat16 on the GPU, or a tiny one on the CPU."""
+    return random_llama(TINY if quick else LLAMA_3B, device="cpu" if quick else "cuda", dtype=torch.bfloat16)
+
+
+def _limit_size(quick: bool) -> int:
+    """Rows and columns of the matrices by which the device's limits are measured."""
+    return 128 if quick else 8_192
+
+
+def decodes(lm: LanguageModel, quick: bool) -> Iterator[Comparison]:
+    """Batches of 8 and 32 rows, 512 + 128 tokens."""
+    limit = bandwidth(lm.device, _limit_size(quick))
+    for batch_size in (2,) if quick else (8, 32):
+        yield decode(lm, batch_size, *((4, 4) if quick else (512, 128)), bandwidth=limit)
+
+
+def graphs(lm: LanguageModel, quick: bool) -> Iterator[Comparison]:
+    """Decoding by a CUDA graph, of 1 and 8 rows."""
+    yield from gpu_graph.comparisons(lm, quick)
+
+
+def updates(lm: LanguageModel, quick: bool) -> Iterator[Comparison]:
+    """4 x 1,024 tokens."""
+    limit = arithmetic(lm.device, _limit_size(quick), torch.bfloat16)
+    yield update(lm, *((2, 8) if quick else (4, 1_024)), arithmetic=limit)
+
+
+def reading(lm: LanguageModel, quick: bool) -> Iterator[Comparison]:
+    """16 episodes of 20 pairs."""
+    yield episodes(lm, episode.Sizes(2, 3, 4, 8) if quick else episode.Sizes(16, 20, 16, 32))
+
+
+def grpo_steps(lm: LanguageModel, quick: bool) -> Iterator[Comparison]:
+    """4 prompts x 8 rollouts of 128 + 128 tokens against TRL's trainer."""
+    from benchmarks import grpo  # it needs TRL, whose import takes seconds
+
+    num_prompts, tokens = (1, 4) if quick else (4, 128)
+    step = grpo.compare("", lm, num_prompts=num_prompts, prompt_tokens=tokens, new_tokens=tokens)
+    yield replace(step, benchmark="gpu grpo", case=f"{lm.model.num_parameters() / 1e9:.2f}B{step.case}")
+
+
+PARTS: dict[str, Callable[[LanguageModel, bool], Iterator[Comparison]]] = {
+    "decode": decodes,
+    "update": updates,
+    "graphs": graphs,
+    "episodes": reading,
+    "grpo": grpo_steps,
+}
+"""Name, and what gives its comparisons for a model, at tiny sizes where the second argument says so."""
 
 
 def decode(lm: LanguageModel, batch_size: int, prompt: int, new: int, *, bandwidth: float) -> Comparison:
@@ -87,7 +136,7 @@ def decode(lm: LanguageModel, batch_size: int, prompt: int, new: int, *, bandwid
         benchmark="gpu decode",
         case=f"{lm.model.num_parameters() / 1e9:.2f}B, batch {batch_size}, {prompt} + {new} tokens",
         ways={OURS: synchronised(ours, lm.device), "generate()": synchronised(generate, lm.device)},
-        bars=(Bar("generate()", at_least=1.0),),
+        bars=(Bar("generate()", at_least=1.0, limit_at_least=DECODE_GOAL),),
         units=dict.fromkeys((OURS, "generate()"), batch_size * new),
         ideal_seconds=dict.fromkeys((OURS, "generate()"), new * step_bytes / bandwidth),
         device=lm.device,
@@ -146,7 +195,7 @@ def update(lm: LanguageModel, rows: int, time: int, *, arithmetic: float) -> Com
         benchmark="gpu update",
         case=f"{lm.model.num_parameters() / 1e9:.2f}B, {rows} x {time} tokens, forward and backward",
         ways={OURS: synchronised(ours, lm.device), "Transformers": synchronised(plain, lm.device)},
-        bars=(Bar("Transformers", at_least=1.0),),
+        bars=(Bar("Transformers", at_least=1.0, limit_at_least=UPDATE_GOAL),),
         units=dict.fromkeys((OURS, "Transformers"), rows * time),
         ideal_seconds=dict.fromkeys((OURS, "Transformers"), update_operations(lm, rows, time) / arithmetic),
         device=lm.device,

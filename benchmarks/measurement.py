@@ -35,12 +35,16 @@ class Spread:
 
 @dataclass(frozen=True)
 class Bar:
-    """What is promised: ``at_least`` times as fast as ``against``, at most a share of its memory, or of seconds."""
+    """What is promised: ``at_least`` times as fast as ``against``, at most a share of its memory, or of seconds.
+
+    ``limit_at_least`` is the share of the hardware's limit that the way itself reaches.
+    """
 
     against: str
     at_least: float | None = None
     memory_at_most: float | None = None
     seconds_at_most: float | None = None
+    limit_at_least: float | None = None
     way: str = OURS
 
 
@@ -107,6 +111,7 @@ def measure(comparison: Comparison, *, rounds: int, threads: int) -> dict[str, A
         for way in per_unit
         if way != ours
     }
+    shares = {way: ideal / seconds[way]["wall"].median for way, ideal in comparison.ideal_seconds.items()}
     return {
         "benchmark": comparison.benchmark,
         "case": comparison.case,
@@ -122,9 +127,11 @@ def measure(comparison: Comparison, *, rounds: int, threads: int) -> dict[str, A
             way: {clock: asdict(spread) for clock, spread in clocks.items()} for way, clocks in seconds.items()
         },
         "extra_memory_mib": dict(comparison.memory),
-        "share_of_limit": {way: ideal / seconds[way]["wall"].median for way, ideal in comparison.ideal_seconds.items()},
+        "share_of_limit": shares,
         "speed_up": speed_up,
-        "bars": [asdict(bar) | {"holds": holds(bar, seconds, speed_up, comparison.memory)} for bar in comparison.bars],
+        "bars": [
+            asdict(bar) | {"holds": holds(bar, seconds, speed_up, comparison.memory, shares)} for bar in comparison.bars
+        ],
     }
 
 
@@ -133,12 +140,14 @@ def holds(
     seconds: Mapping[str, Mapping[str, Spread]],
     speed_up: Mapping[str, Mapping[str, float]],
     memory: Mapping[str, float],
+    shares: Mapping[str, float],
 ) -> bool:
     """Whether the medians meet ``bar`` (in wall time)."""
     fast = bar.at_least is None or speed_up[f"{bar.way} over {bar.against}"]["wall"] >= bar.at_least
     small = bar.memory_at_most is None or memory[bar.way] <= bar.memory_at_most * memory[bar.against]
     soon = bar.seconds_at_most is None or seconds[bar.way]["wall"].median <= bar.seconds_at_most
-    return fast and small and soon
+    near = bar.limit_at_least is None or shares[bar.way] >= bar.limit_at_least
+    return fast and small and soon and near
 
 
 def require_equal(what: str, difference: float, *, at_most: float) -> float:

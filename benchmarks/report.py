@@ -104,6 +104,8 @@ def _bar(bar: Mapping[str, Any] | None) -> str:
         parts.append(f"memory ≤ {bar['memory_at_most']:.0%}")
     if bar["seconds_at_most"] is not None:
         parts.append(f"≤ {bar['seconds_at_most']:g} s")
+    if bar.get("limit_at_least") is not None:  # rows of before have none
+        parts.append(f"limit ≥ {bar['limit_at_least']:.0%}")
     return f"{', '.join(parts)}: {'met' if bar['holds'] else '**not met**'}"
 
 

@@ -13,7 +13,6 @@ from functools import partial
 from pydoc_data import topics
 
 import torch
-from torch.utils.data import DataLoader
 
 from preceptor import mixtures
 
@@ -36,7 +35,8 @@ def main(num_steps: int = 60, every: int = 10) -> dict[str, float]:
     mixture = mixtures.make_mixture("learning_progress", num_datasets=len(datasets))
     sampler = mixtures.MixtureSampler({blocks.name: len(blocks) for blocks in datasets}, seed=0)
     mixed = mixtures.MixtureDataset(datasets, sampler=sampler)
-    batches = iter(DataLoader(mixed, batch_size=8, collate_fn=partial(mixtures.collate, filler=lm.begin_token)))
+    # With num_workers=2 two processes read, and new weights hold four batches later.
+    batches = mixed.batches(batch_size=8, collate_fn=partial(mixtures.collate, filler=lm.begin_token))
 
     optimizer = torch.optim.AdamW(lm.model.parameters(), lr=5e-4)
     losses = mixtures.document_losses(lm, samples)

@@ -19,7 +19,17 @@ from preceptor.mixtures import MixtureCallback
 from preceptor.objectives import make_mixture
 
 ROWS = [[[0, 40 + place, 50, 60], [0, 70, 80 + place]] for place in range(2)]
-ARGUMENTS: Any = SimpleNamespace(world_size=1, train_batch_size=4, gradient_accumulation_steps=2, ignore_data_skip=True)
+ARGUMENTS: Any = SimpleNamespace(
+    world_size=1,
+    train_batch_size=4,
+    gradient_accumulation_steps=2,
+    ignore_data_skip=True,
+    dataloader_num_workers=0,
+    dataloader_prefetch_factor=None,
+    dataloader_persistent_workers=False,
+    dataloader_in_order=True,
+    accelerator_config=SimpleNamespace(split_batches=False, dispatch_batches=None),
+)
 BATCH = 4 * 2
 
 
@@ -130,6 +140,24 @@ def test_measuring_leaves_the_model_in_its_mode(lm):
     assert lm.model.training
 
 
+@pytest.mark.parametrize(
+    ("workers", "factor", "lookahead", "batches"), [(0, None, None, 0), (2, 3, None, 6), (1, 2, 5, 5)]
+)
+def test_new_weights_wait_for_what_the_loader_reads_ahead(lm, workers, factor, lookahead, batches):
+    """Rows of 4: those that Accelerate holds back, a batch of each of two processes, and those that workers begin."""
+    training = Training(lm)
+    training.callback.lookahead = lookahead
+    arguments = SimpleNamespace(**vars(ARGUMENTS))
+    arguments.world_size, arguments.dataloader_num_workers, arguments.dataloader_prefetch_factor = 2, workers, factor
+    training.callback._share(arguments)
+    assert training.callback._delay == training.sampler.delay == 4 * (2 + batches)
+    readers = training.callback.dataset._readers
+    assert (readers and (readers.num_workers, readers.batch_size)) == ((workers, 4) if workers else None)
+    training.callback.on_train_end(arguments, training.state, TrainerControl())
+    assert training.callback._delay == training.sampler.delay == 0
+    assert training.callback.dataset._readers is None
+
+
 def test_what_does_not_fit_is_refused(lm):
     training = Training(lm)
     cut_up = {"world_size": 2, "fsdp": [], "deepspeed": None}
@@ -138,6 +166,12 @@ def test_what_does_not_fit_is_refused(lm):
             training.callback.on_train_begin(
                 SimpleNamespace(**vars(ARGUMENTS) | cut_up | how), training.state, TrainerControl(), model=lm.model
             )
+    for how in ({"split_batches": True}, {"dispatch_batches": False}):
+        given = {"world_size": 2, "process_index": 0, "device": torch.device("cpu"), "dataloader_num_workers": 1}
+        accelerator = SimpleNamespace(**vars(ARGUMENTS.accelerator_config) | how)
+        arguments = SimpleNamespace(**vars(ARGUMENTS) | given | {"accelerator_config": accelerator})
+        with pytest.raises(ConfigError, match="leave `split_batches` and `dispatch_batches`"):
+            training.callback._share(arguments)
     with pytest.raises(ConfigError, match="2 datasets, a mixture of 3 and samples of 2"):
         MixtureCallback(
             make_mixture("uniform", num_datasets=3),

@@ -4,7 +4,8 @@ A :class:`MixtureDataset` draws rows of several datasets by the weights of a :cl
 :func:`make_mixture` moves these weights after each measurement of the datasets' difficulty. In a loop of your own::
 
     losses = document_losses(lm, samples)               # of some held-out rows of each dataset
-    for step, batch in enumerate(loader):               # a DataLoader over the MixtureDataset
+    batches = mixed.batches(batch_size=8, collate_fn=…) # of a MixtureDataset; num_workers=2 reads in two processes
+    for step, batch in enumerate(batches):
         if step % 50 == 0:
             previous, losses = losses, document_losses(lm, samples)
             sampler.weights = mixture.update(document_difficulty(losses, previous=previous))
@@ -28,6 +29,7 @@ from transformers.trainer_callback import ExportableState
 
 from preceptor.data.corpora.blocks import TokenBlocks, pack_blocks, split_held_out, tokenise
 from preceptor.data.corpora.mixture import MixtureDataset, MixtureSampler, collate
+from preceptor.data.corpora.mixture_workers import checked_lookahead
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.lm.load import load_language_model
 from preceptor.lm.model import LanguageModel
@@ -69,6 +71,10 @@ class MixtureCallback(TrainerCallback, ExportableState):
     saved in the Trainer's own ``trainer_state.json``. To resume, pass ``ignore_data_skip=True`` to the Trainer: the
     sampler knows how far it was.
 
+    With ``dataloader_num_workers`` the workers draw the same rows as the training process would. A loader reads ahead,
+    so new weights hold from a fixed row on: one batch a process (which Accelerate holds back) and ``lookahead``
+    batches are still trained on under the old ones.
+
     In a distributed Trainer (``accelerate launch``, ``torchrun``) every process has a callback over the same mixture,
     dataset and samples, and a sampler of the same seed. The processes share the rows of a measurement, and all have the
     same weights. Each must hold the whole model: FSDP and DeepSpeed are refused.
@@ -80,6 +86,9 @@ class MixtureCallback(TrainerCallback, ExportableState):
         tokenizer: of the model.
         every: optimizer steps between measurements.
         target_samples: rows of each target, for the rule ``alignment``; None: the samples of the mixture's targets.
+        lookahead: batches of one process that are still drawn under the old weights. ``None``: as few as the loader
+            allows, ``dataloader_num_workers × dataloader_prefetch_factor`` (0 without workers). Given the same, the
+            rows and weights are the same for any number of workers, and a run may be resumed with another number.
 
     Attributes:
         history: a row for each measurement: ``step``, and ``loss`` and ``weight`` of each dataset by name.
@@ -99,6 +108,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
         tokenizer: PreTrainedTokenizerBase,
         every: int = 50,
         target_samples: Sequence[Sequence[Sequence[int]]] | None = None,
+        lookahead: int | None = None,
     ) -> None:
         names = dataset.sampler.names
         if not len(names) == mixture.num_datasets == len(samples):
@@ -118,6 +128,8 @@ class MixtureCallback(TrainerCallback, ExportableState):
         self.samples = samples
         self.tokenizer = tokenizer
         self.every = every
+        self.lookahead = lookahead
+        self._delay = 0  # rows between those trained on and the first one that new weights hold for
         self.history: list[dict[str, Any]] = []
         self._world = ALONE
         self._lm: LanguageModel | None = None
@@ -144,6 +156,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
             self._start = 0, self.dataset.sampler.num_drawn
             self._num_consumed = self.dataset.sampler.num_drawn
             self._measure(step=0)
+            self._share(args)
             return
         if not args.ignore_data_skip:
             raise ConfigError("set `ignore_data_skip=True` to resume: the mixture knows how far it is in the data")
@@ -158,6 +171,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
         self.history = attributes["history"]
         self._num_consumed = self.dataset.sampler.num_drawn
         self._start = state.global_step, self._num_consumed
+        self._share(args)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
@@ -167,8 +181,16 @@ class MixtureCallback(TrainerCallback, ExportableState):
         first_step, first_row = self._start
         rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * self._world.size
         self._num_consumed = first_row + (state.global_step - first_step) * rows_per_step
+        self.dataset.sampler.advance(self._num_consumed)  # what workers drew, or the first process
         if state.global_step % self.every == 0:
             self._measure(step=state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Another loader may read the mixture now."""
+        self.dataset.unshare()
+        self._delay = 0
 
     def state(self) -> dict[str, Any]:
         """What the Trainer saves beside its own state."""
@@ -181,6 +203,27 @@ class MixtureCallback(TrainerCallback, ExportableState):
                 "history": self.history,
             },
         }
+
+    def _share(self, args: TrainingArguments) -> None:
+        """Tells the loader's workers, which start next, how the Trainer reads."""
+        num_workers, size = args.dataloader_num_workers, args.train_batch_size
+        if num_workers and (args.dataloader_persistent_workers or not args.dataloader_in_order):
+            raise ConfigError(
+                "workers of a mixture start with its loader and give batches in order; leave "
+                "`dataloader_persistent_workers` off and `dataloader_in_order` on"
+            )
+        accelerator: Any = args.accelerator_config
+        if num_workers and args.world_size > 1 and (accelerator.split_batches or accelerator.dispatch_batches is False):
+            raise ConfigError(
+                "with loader workers the first process reads a mixture and hands out whole batches; leave "
+                "`split_batches` and `dispatch_batches` of `accelerator_config` alone, or set dataloader_num_workers=0"
+            )
+        lookahead = checked_lookahead(
+            self.lookahead, num_workers=num_workers, prefetch_factor=args.dataloader_prefetch_factor
+        )
+        # Accelerate holds one batch of each process back.
+        self.dataset.share(batch_size=size, num_workers=num_workers, lookahead=lookahead + args.world_size)
+        self._delay = (lookahead + args.world_size) * size
 
     def _measure(self, *, step: int) -> None:
         assert self._lm is not None, "on_train_begin comes first"
@@ -209,7 +252,9 @@ class MixtureCallback(TrainerCallback, ExportableState):
         ]
         difficulty = replace(document_difficulty(losses, previous=previous), alignment=alignment)
         weights = self.mixture.update(difficulty, tokens=torch.tensor(tokens))
-        self.dataset.sampler.weights = weights
+        # At least from the next row: a loader of another kind may have drawn more.
+        begin = max(self._num_consumed + self._delay, self.dataset.sampler.num_drawn)
+        self.dataset.set_weights(weights, begin=begin)
         self._last = {"losses": [values.tolist() for values in losses], "rows": rows}
         names = self.dataset.sampler.names
         self.history.append(

@@ -18,6 +18,7 @@ from benchmarks import (
     log_probs,
     measurement,
     parts,
+    passes,
     record,
     report,
     startup,
@@ -26,7 +27,7 @@ from benchmarks import (
 from benchmarks.measurement import Bar, Comparison, Spread
 from preceptor.errors import NumericError
 
-MODULES = (decode, episodes, gpu, growth, kernels, log_probs, parts, startup, update)
+MODULES = (decode, episodes, gpu, growth, kernels, log_probs, parts, passes, startup, update)
 
 
 @pytest.mark.filterwarnings("ignore")  # torchrl's own
@@ -64,7 +65,13 @@ def test_a_ratio_is_time_per_unit_and_bars_are_judged_by_it() -> None:
         benchmark="b",
         case="c",
         ways={name: (lambda value=value: {"wall": value, "cpu": 2 * value}) for name, value in seconds.items()},
-        bars=(Bar("peer", at_least=3.0), Bar("peer", at_least=3.1), Bar("peer", memory_at_most=0.5)),
+        bars=(
+            Bar("peer", at_least=3.0),
+            Bar("peer", at_least=3.1),
+            Bar("peer", memory_at_most=0.5),
+            Bar("peer", limit_at_least=0.25),
+            Bar("peer", limit_at_least=0.26),
+        ),
         units={"ours": 4, "peer": 2},
         memory={"ours": 6.0, "peer": 10.0},
         ideal_seconds={"ours": 0.5},
@@ -75,10 +82,18 @@ def test_a_ratio_is_time_per_unit_and_bars_are_judged_by_it() -> None:
         "cpu": {"median": 4.0, "minimum": 4.0, "maximum": 4.0},
     }
     assert row["speed_up"] == {"ours over peer": {"wall": 3.0, "cpu": 3.0}}
-    assert [bar["holds"] for bar in row["bars"]] == [True, False, False]
+    assert [bar["holds"] for bar in row["bars"]] == [True, False, False, True, False]
+    assert command.verdicts(row)[4] == "ours against peer: 25% of the limit; bar 26%: NOT met"
     assert row["share_of_limit"] == {"ours": 0.25}
-    late = measurement.holds(Bar("peer", seconds_at_most=1.9), {"ours": {"wall": Spread(2, 2, 2)}}, {}, {})
+    late = measurement.holds(Bar("peer", seconds_at_most=1.9), {"ours": {"wall": Spread(2, 2, 2)}}, {}, {}, {})
     assert late is False
+
+
+def test_a_part_of_the_seconds_has_a_column_of_its_own() -> None:
+    ways = {"ours": lambda: {"wall": 2.0, "cpu": 1.0, "in the kernel": 0.25}, "peer": lambda: {"wall": 1.0, "cpu": 1.0}}
+    columns = command.table(measurement.measure(Comparison("b", "c", ways), rounds=1, threads=1)).columns
+    (part,) = (column for column in columns if column.header == "in the kernel s")
+    assert list(part.cells) == ["0.25", ""]
 
 
 def test_ways_that_do_not_agree_are_not_timed() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from preceptor import mixtures
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.runs.world import World
 from tests.worlds import in_processes
@@ -68,6 +71,7 @@ def in_two_processes(example: ModuleType, *runs: dict) -> list[list]:
 
         # The forked process remembers a Trainer of the test's own process, which was alone.
         AcceleratorState._reset_state(reset_partial_state=True)
+        multiprocessing.current_process()._config["daemon"] = False  # it may have loader workers
         callbacks = [example.main(**run) for run in runs]
         # The first process draws the rows and saves.
         states = [None if rank else callback.state() for callback in callbacks]
@@ -96,6 +100,83 @@ def test_two_processes_have_the_weights_of_one_and_resume_exactly(tmp_path):
     assert first == [(history, weights, state)]
     assert [each[:2] for each in second] == [(history, weights)]
     files = [folder / "checkpoint-4" / "model.safetensors" for folder in (whole, again)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def reading_by(example: ModuleType, num_workers: int, lookahead: int | None = 2, **given: object) -> ModuleType:
+    """The example with loader workers, a batch ahead each, and new weights after ``lookahead`` batches more."""
+    arguments = example.TrainingArguments
+    given |= {"dataloader_prefetch_factor": 1 if num_workers else None}
+    example.TrainingArguments = lambda **own: arguments(**own | {"dataloader_num_workers": num_workers} | given)
+    example.mixtures = SimpleNamespace(**vars(mixtures))
+    example.mixtures.MixtureCallback = partial(mixtures.MixtureCallback, lookahead=lookahead)
+    return example
+
+
+LONG = {"num_steps": 8, "every": 2}
+"""The weights of step 2 hold from the rows of step 6 on, two batches and the one held back later."""
+
+
+@pytest.fixture(scope="module")
+def without_workers(tmp_path_factory):
+    """The callback and the folder of a run whose weights come two batches later, as with two workers."""
+    folder = tmp_path_factory.mktemp("without")
+    return reading_by(load("mixture_trainer"), 0).main(str(folder), **LONG), folder
+
+
+# torch warns of forks beside threads; its loaders fork.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_trainer_with_loader_workers_is_that_without_and_resumes_exactly(tmp_path, without_workers):
+    alone, folder = without_workers
+    found = reading_by(load("mixture_trainer"), 2).main(str(tmp_path / "2"), **LONG)
+    assert found.history == alone.history
+    assert found.state() == alone.state()
+    # In one worker, from a checkpoint of two; a change of the weights was on its way.
+    shutil.copytree(tmp_path / "2" / "checkpoint-4", tmp_path / "again" / "checkpoint-4")
+    resumed = reading_by(load("mixture_trainer"), 1).main(str(tmp_path / "again"), **LONG, resume=True)
+    assert resumed.state() == alone.state()
+    models = {
+        (run / "checkpoint-8" / "model.safetensors").read_bytes()
+        for run in (folder, tmp_path / "2", tmp_path / "again")
+    }
+    assert len(models) == 1
+
+
+def test_weights_that_come_later_change_what_is_read(tmp_path, without_workers):
+    sooner = reading_by(load("mixture_trainer"), 0, lookahead=None).main(str(tmp_path), **LONG)
+    assert sooner.state()["attributes"]["sampler"] != without_workers[0].state()["attributes"]["sampler"]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_weights_that_do_not_reach_the_workers_are_seen(tmp_path, monkeypatch, without_workers):
+    """The fault of copies: each worker draws under the weights that held when it was started."""
+    monkeypatch.setattr(mixtures.MixtureDataset, "post", lambda self: None)
+    found = reading_by(load("mixture_trainer"), 2).main(str(tmp_path), **LONG)
+    assert found.history != without_workers[0].history
+
+
+def test_a_trainer_that_reads_in_no_order_is_refused(tmp_path):
+    for given, what in (
+        ({"dataloader_persistent_workers": True}, "persistent_workers"),
+        ({"dataloader_in_order": False}, "in_order"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            reading_by(load("mixture_trainer"), 1, **given).main(str(tmp_path), num_steps=1)
+    with pytest.raises(ConfigError, match=r"`lookahead` must be at least 2 batches for 2 workers.*got 1"):
+        reading_by(load("mixture_trainer"), 2, lookahead=1).main(str(tmp_path), num_steps=1)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_two_processes_with_loader_workers_are_those_without(tmp_path):
+    steps = {"num_steps": 5, "every": 1}
+    given = [
+        in_two_processes(
+            reading_by(load("mixture_trainer"), workers), {"folder": str(tmp_path / str(workers)), **steps}
+        )
+        for workers in (0, 2)
+    ]
+    assert given[0] == given[1]
+    files = [tmp_path / name / "checkpoint-5" / "model.safetensors" for name in ("0", "2")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
