@@ -182,7 +182,9 @@ class UpdateOptions(Options):
         1.0, gt=0, allow_inf_nan=True, description="Maximum global gradient norm; .inf clips nothing."
     )
     micro_batch_size: int = Field(
-        0, ge=0, description="Number of episodes per backward pass, to save memory; 0 is the whole batch."
+        0,
+        ge=0,
+        description="Number of episodes per backward pass; 0 is the whole batch, halved while memory runs out.",
     )
     reward_filter: Literal["none", "standard_deviations", "best_fraction"] = Field(
         "none", description="Which trajectories are learned from."

@@ -11,6 +11,7 @@ from torch import Tensor
 from preceptor.lm.model import LanguageModel
 from preceptor.objectives.statistics import RunningMoments
 from preceptor.runs.guard import NonFiniteGuard
+from preceptor.runs.micro_batch import MicroBatch
 from preceptor.runs.state import copy_tensors, load_optimizer, optimizer_state
 from preceptor.systems.reading.config import UpdateOptions
 from preceptor.systems.reading.policy import Policy
@@ -35,6 +36,7 @@ class State:
         pair_baseline: running mean of each pair's log-probability.
         return_baseline: running mean of what each step is credited with.
         guard: counts updates that were skipped because a number was not finite.
+        micro_batch: trajectories per forward and backward pass.
         collapse: counts updates in a row that show a sign of collapse.
         queue: indices of the articles still to come in this round, the next one last.
         num_episodes, num_scored_values, num_rewards_excluded: counts of the run so far.
@@ -54,6 +56,7 @@ class State:
         self.pair_baseline = PairBaseline()
         self.return_baseline = ReturnBaseline()
         self.guard = NonFiniteGuard()
+        self.micro_batch = MicroBatch(update.micro_batch_size)
         self.collapse = CollapseWatch()
         self.queue: list[int] = []
         self.num_episodes = 0
@@ -84,6 +87,7 @@ class State:
             "pair_baseline": self.pair_baseline.state_dict(),
             "return_baseline": self.return_baseline.state_dict(),
             "guard": self.guard.state_dict(),
+            "micro_batch": self.micro_batch.state_dict(),
             "collapse": self.collapse.state_dict(),
             "queue": list(self.queue),
             "counts": {name: getattr(self, name) for name in COUNTS},
@@ -104,6 +108,7 @@ class State:
         self.pair_baseline.load_state_dict(state["pair_baseline"])
         self.return_baseline.load_state_dict(state["return_baseline"])
         self.guard.load_state_dict(state["guard"])
+        self.micro_batch.load_state_dict(state.get("micro_batch", {"found": 0}))  # runs before trials have none
         self.collapse.load_state_dict(state["collapse"])
         self.queue = list(state["queue"])
         for name in COUNTS:
