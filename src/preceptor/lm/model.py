@@ -95,6 +95,12 @@ class LanguageModel:
         return int(self._head.weight.shape[0])
 
     @property
+    def decoder(self) -> nn.Module:
+        """The model without its head: every forward pass goes through it."""
+        decoder: nn.Module = self._decoder
+        return decoder
+
+    @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers, first to last."""
         num_layers = self._causal_model.config.get_text_config().num_hidden_layers

@@ -234,6 +234,7 @@ class Run:
 
     def save(self, state: Stateful) -> None:
         """Saves a checkpoint of ``state``, the random streams, and how far the logs were."""
+        parts = state.state_dict()  # in every process: where weights are shared all of them put the whole together
         if not self.writes:
             return
         self.metrics.sync()
@@ -244,7 +245,6 @@ class Run:
             "num_metrics": self.metrics.num_rows,
             "num_decisions": self.decisions.num_rows,
         }
-        parts = state.state_dict()
         assert "run" not in parts, "this part of a checkpoint is the run's own"
         self.checkpoints.save(self.step, {**parts, "run": own})
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from preceptor.errors import CheckpointError, ConfigError, NumericError
+from preceptor.runs.dtensors import clip_gradient_norm, local, over_parts
 
 
 def first_nonfinite(named_tensors: Mapping[str, Tensor | None] | Iterable[tuple[str, Tensor | None]]) -> str | None:
@@ -18,15 +19,18 @@ def first_nonfinite(named_tensors: Mapping[str, Tensor | None] | Iterable[tuple[
     waited for once.
     """
     pairs = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
-    present = [(name, tensor) for name, tensor in pairs if tensor is not None]
+    every = [(name, tensor) for name, tensor in pairs if tensor is not None]
+    present = [(name, local(tensor)) for name, tensor in every]
     if not present:
         return None
     device = present[0][1].device
-    finite = torch.stack([tensor.detach().isfinite().all().to(device) for _, tensor in present])
+    finite = torch.stack([tensor.detach().isfinite().all().to(device) for _, tensor in present]).byte()
+    over_parts(finite, (tensor for _, tensor in every), smallest=True)
     for (name, tensor), all_finite in zip(present, finite.tolist(), strict=True):
         if not all_finite:
-            kind = "NaN" if tensor.isnan().any() else "+Inf" if tensor.isposinf().any() else "-Inf"
-            return f"{name} is {kind}"
+            kinds = torch.stack([tensor.isnan().any(), tensor.isposinf().any()]).byte()
+            is_nan, is_positive = over_parts(kinds, (tensor for _, tensor in every)).tolist()
+            return f"{name} is {'NaN' if is_nan else '+Inf' if is_positive else '-Inf'}"
     return None
 
 
@@ -89,7 +93,7 @@ def guarded_step(
     gradients = ((f"gradient of {name}", parameter.grad) for name, parameter in parameters.items())
     norm = float("nan")
     if (what := first_nonfinite(gradients)) is None:
-        norm = float(nn.utils.clip_grad_norm_(parameters.values(), clip_norm))
+        norm = clip_gradient_norm(parameters.values(), clip_norm)
         optimiser.step()
         guard.ok()
     else:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from preceptor.errors import ConfigError, Interrupted, LostProcessError, PreceptorError, ToldElsewhere, ToldHere
 from preceptor.lm.sampling import SharedStream, Stream
+from preceptor.runs.dtensors import is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -48,6 +49,10 @@ class World:
         local_rank: among those of this machine: which GPU is this process's.
         store: of the launcher, through which processes that can no longer compute together still agree on who speaks.
         carrier: device of the tensors that travel; the CPU needs gloo, a GPU suits a process group of NCCL alone.
+
+    Attributes:
+        around: entered by each process around what it computes of its own rows; keeps processes in step that share a
+            model's weights (:mod:`preceptor.runs.sharding`).
     """
 
     def __init__(
@@ -63,8 +68,14 @@ class World:
         self.size = size
         self.local_rank = local_rank
         self.resume_hint = ""
+        self.around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self._store = store
         self._carrier = carrier or torch.device("cpu")
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether a pass through a model takes all processes, which then must make equally many."""
+        return self.around is not contextlib.nullcontext
 
     @property
     def is_first(self) -> bool:
@@ -82,6 +93,11 @@ class World:
         return command if self.size == 1 else f"torchrun --nproc-per-node {self.size} -m {command}"
 
     # Rows
+
+    def num_passes(self, num_rows: int, size: int) -> int:
+        """How many passes of at most ``size`` rows this process makes, or any other one where weights are shared."""
+        rows = self.shard(num_rows, 0 if self.shares_weights else None)  # the first has the most
+        return -(-int(rows.stop - rows.start) // size)
 
     def shard(self, num_rows: int, rank: int | None = None) -> slice:
         """This process's rows (or another's): a block in rank order, blocks of equal size to within one row.
@@ -107,7 +123,9 @@ class World:
         """
         if self.size == 1 or num_rows < self.size:
             return tuple(compute(slice(0, num_rows)))
-        return self.gather(num_rows, *compute(self.shard(num_rows)))
+        with self.around():
+            mine = compute(self.shard(num_rows))
+        return self.gather(num_rows, *mine)
 
     def gather(self, num_rows: int, *parts: Tensor) -> tuple[Tensor, ...]:
         """Each of ``parts``, which holds this process's rows (perhaps none), with those of all processes."""
@@ -120,7 +138,8 @@ class World:
         """The same where each row has a tensor of its own length: ``compute`` gives one per row, ``lengths`` in all."""
         if self.size == 1 or len(lengths) < self.size:
             return list(compute(slice(0, len(lengths))))
-        mine = compute(self.shard(len(lengths)))
+        with self.around():
+            mine = compute(self.shard(len(lengths)))
         sizes = [sum(lengths[self.shard(len(lengths), rank)]) for rank in range(self.size)]
         (flat,) = self._gather((torch.cat(list(mine)),), sizes)
         return list(flat.split(list(lengths)))
@@ -182,11 +201,13 @@ class World:
         """Adds up the gradients of all processes, in place; a process without one of a parameter counts as 0.
 
         A loss is a sum over a count of the whole batch, so that what the processes' rows give adds up to its gradient
-        and nothing is left to divide. A parameter without a gradient anywhere keeps none.
+        and nothing is left to divide. A parameter without a gradient anywhere keeps none, and those of divided weights
+        are summed already.
         """
         if self.size == 1:
             return
-        parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        # Gradients of divided weights were summed in the backward pass.
+        parameters = [each for each in parameters if each.requires_grad and not is_sharded(each)]
         # Every process must sum the same parameters: whoever has no rows has no gradients, and gives zeros.
         here = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.float64)
         present = self.sum(here) > 0

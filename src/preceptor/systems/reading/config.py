@@ -71,6 +71,11 @@ class ModelOptions(Options):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the weights.")
     adapter_rank: int = Field(0, ge=0, description="Rank of a LoRA adapter; 0 trains every weight.")
     adapter_alpha: float = Field(16.0, description="Scale of the LoRA adapter: alpha / rank multiplies its update.")
+    sharding: Literal["none", "full"] = Field(
+        "none",
+        description="Divide the layers' weights, gradients and optimizer state among the processes of a run, so that "
+        "together they hold a model larger than a GPU (full), or give each process all of them.",
+    )
     prompt: str = Field("{title}\n", description="What the policy reads first; {title} is the article's title.")
     use_chat_template: bool = Field(
         True, description="Mark queries and values as chat turns where the tokenizer has a chat template."
@@ -332,6 +337,11 @@ class ReadingConfig(Options):
             yield (
                 "`reward.normalisation` untrained_query compares queries in the reader's context, so it needs "
                 "`reward.context` queries and `reward.kind` values"
+            )
+        if self.model.sharding == "full" and self.update.kl_reference == "snapshot":
+            yield (
+                "`update.kl_reference` snapshot copies whole weights, which no process has where `model.sharding` is "
+                "full; use untrained"
             )
         if "{title}" in self.model.prompt and self.model.prompt.replace("{title}", "").count("{"):
             yield "`model.prompt` may hold {title} and no other braces"

@@ -30,6 +30,7 @@ from preceptor.runs.device import peak_memory_mib
 from preceptor.runs.export import MODEL, save_model
 from preceptor.runs.guard import guarded_step
 from preceptor.runs.random import derived_seed
+from preceptor.runs.sharding import whole_weights
 from preceptor.systems.reading.config import ReadingConfig, UpdateOptions
 from preceptor.systems.reading.decisions import decision_rows
 from preceptor.systems.reading.environment import Trajectories, run_episodes
@@ -85,8 +86,9 @@ def train(config: ReadingConfig, run: Run, services: Services, *, setup: Setup |
         for warning in (*notices, *state.collapse.warnings(number, row)):
             run.notice(warning)
     records = evaluate(setup, state)
+    weights = whole_weights(setup.policy.lm.model) if run.world.shares_weights else None
     if run.writes:
-        save_model(setup.policy.lm.model, setup.policy.lm.tokenizer, run.path / MODEL)
+        save_model(setup.policy.lm.model, setup.policy.lm.tokenizer, run.path / MODEL, weights=weights)
         save_selection(run.path / MODEL, setup.policy, setup.keys, config.selection)
     # The order that the policy would read each article in if nothing were left to chance.
     return {

@@ -153,11 +153,15 @@ def accumulate_gradient(
 
     def accumulate(size: int) -> dict[str, float]:
         totals = {"policy_loss": 0.0, "value_kl": 0.0, "query_kl": 0.0, "query_entropy": 0.0}
-        for rows in mine.split(size) if len(mine) else ():
+        parts = mine.split(size) if len(mine) else ()
+        for rows in parts:
             loss, terms = loss_of(rows)
             loss.backward()
             for name, term in terms.items():
                 totals[name] += float(term.detach())
+        # Where processes share the weights, a pass takes all of them: one with fewer rows passes one for nothing.
+        for _ in range(world.num_passes(len(kept), size) - len(parts)):
+            (0.0 * loss_of(kept[:1])[0]).backward()
         return totals
 
     parameters = policy.parameters().values()
