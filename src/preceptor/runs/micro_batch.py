@@ -51,7 +51,7 @@ class MicroBatch:
         """What ``compute(size)`` gives, with the largest ``size`` of 1..``num_rows`` that fits, found by halving.
 
         Args:
-            num_rows: of this process.
+            num_rows: of the process that has most: where each pass takes all of them, ``size`` is the same everywhere.
             compute: adds the gradient of all rows to ``parameters``, ``size`` of them a pass; it is called again after
                 a trial that failed, and must change nothing else and draw no random numbers.
             parameters: what they had as gradient before is still in it afterwards; a failed trial leaves nothing.

@@ -94,10 +94,9 @@ class World:
 
     # Rows
 
-    def num_passes(self, num_rows: int, size: int) -> int:
-        """How many passes of at most ``size`` rows this process makes, or any other one where weights are shared."""
-        rows = self.shard(num_rows, 0 if self.shares_weights else None)  # the first has the most
-        return -(-int(rows.stop - rows.start) // size)
+    def most_rows(self, num_rows: int) -> int:
+        """The length of the longest of the processes' shards, the first one."""
+        return -(-num_rows // self.size)
 
     def shard(self, num_rows: int, rank: int | None = None) -> slice:
         """This process's rows (or another's): a block in rank order, blocks of equal size to within one row.

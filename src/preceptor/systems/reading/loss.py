@@ -149,7 +149,7 @@ def accumulate_gradient(
             terms |= {"query_kl": query_kl, "value_kl": value_kl}
         return loss, terms
 
-    mine = kept[world.shard(len(kept))]
+    mine, most_rows = kept[world.shard(len(kept))], world.most_rows(len(kept))
 
     def accumulate(size: int) -> dict[str, float]:
         totals = {"policy_loss": 0.0, "value_kl": 0.0, "query_kl": 0.0, "query_entropy": 0.0}
@@ -160,12 +160,12 @@ def accumulate_gradient(
             for name, term in terms.items():
                 totals[name] += float(term.detach())
         # Where processes share the weights, a pass takes all of them: one with fewer rows passes one for nothing.
-        for _ in range(world.num_passes(len(kept), size) - len(parts)):
+        for _ in range(-(-most_rows // size) - len(parts) if world.shares_weights else 0):
             (0.0 * loss_of(kept[:1])[0]).backward()
         return totals
 
     parameters = policy.parameters().values()
-    totals = micro_batch.run(len(mine), accumulate, parameters, world=world)
+    totals = micro_batch.run(most_rows, accumulate, parameters, world=world)
     world.sum_gradients(parameters)
     totals = world.sums(totals)
     return UpdateMetrics(
