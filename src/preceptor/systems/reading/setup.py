@@ -87,7 +87,9 @@ def prepare(config: ReadingConfig, run: Run, services: Services) -> Setup:
             device=torch.device("cpu") if is_shared else run.device,  # no GPU may hold all of it
             dtype=parse_dtype(config.model.dtype),
             adapter=adapter,
+            in_4bit=config.model.quantization == "4bit",
         )
+    lm.recomputes = config.update.gradient_checkpointing
     initial_lm = lm.initial_model()
     if is_shared:
         share_weights((lm, initial_lm), run.world, run.device)
