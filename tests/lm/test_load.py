@@ -445,7 +445,9 @@ def test_transformers_is_quiet_only_while_loading(folder: Path, bars: bool) -> N
 
 def test_4_bits_are_refused_in_one_line_where_they_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
-    with pytest.raises(ConfigError, match=r"4 bits need an NVIDIA GPU, got the device cpu; set `model.quantization` to"):
+    with pytest.raises(
+        ConfigError, match=r"4 bits need an NVIDIA GPU, got the device cpu; set `model.quantization` to"
+    ):
         load_language_model("starter", device=torch.device("cpu"), adapter=Adapter(2), in_4bit=True)
     with pytest.raises(ConfigError, match="frozen and cannot learn; give it an adapter"):
         load_language_model("starter", device=cuda, in_4bit=True)

@@ -171,11 +171,12 @@ def test_a_run_of_one_process_goes_on_divided(alone: Path, tmp_path: Path) -> No
     "extra",
     [
         ADAPTER,
+        ("update.gradient_checkpointing=true",),
         ("reward.reader=policy", "reward.normalisation=untrained_query", "reward.context=queries"),
         ("selection.embedder=attention", "update.value_kl_coefficient=0.1", "update.micro_batch_size=0"),
         ("reward.kind=probe", "update.reward_filter=best_fraction", "update.filter_fraction=0.15"),  # one row is kept
     ],
-    ids=["adapter", "policy as reader", "attention", "one row"],
+    ids=["adapter", "gradient checkpointing", "policy as reader", "attention", "one row"],
 )
 def test_other_configurations_too(extra: tuple[str, ...], tmp_path: Path) -> None:
     run("reading", tmp_path / "alone", None, *SHARDED, *extra)
