@@ -262,7 +262,7 @@ def forecast_memory(work: Workload) -> Memory:
     )
 
 
-def _rounded(model: Any) -> Iterator[nn.Parameter]:
+def _rounded(model: Any) -> Iterator[Tensor]:
     """The weights that 4 bits are for: of linear layers, but not of the head or of an adapter."""
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
