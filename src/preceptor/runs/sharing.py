@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ def shared_run(world: World, opened: Callable[[], Run]) -> Run:
     Raises:
         ConfigError: this process computes otherwise than the first one (another version, another kind of machine).
     """
+    world.around = contextlib.nullcontext  # shared weights were those of an earlier run in these processes
     first = opened() if world.is_first else None
 
     def description() -> tuple[str, dict[str, Any]]:
