@@ -72,7 +72,7 @@ def run(
     """
     from preceptor import api
     from preceptor.systems import find_system
-    from preceptor.systems.configuration import configuration
+    from preceptor.systems.base import configuration
 
     with api.launched(os.environ) as world:
         chosen = find_system(system)

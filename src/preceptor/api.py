@@ -13,8 +13,7 @@ from preceptor.config import from_dict, to_dict
 from preceptor.errors import ConfigError, Interrupted, PreceptorError
 from preceptor.result import Result, write_page
 from preceptor.systems import find_system
-from preceptor.systems.base import Services, System
-from preceptor.systems.configuration import extended_configuration
+from preceptor.systems.base import Services, System, extended_configuration
 
 if TYPE_CHECKING:
     from preceptor.comparison.runs import FinishedRun

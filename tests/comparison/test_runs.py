@@ -5,7 +5,7 @@ from __future__ import annotations
 from preceptor.comparison.runs import current_config
 from preceptor.config import to_dict
 from preceptor.systems import find_system
-from preceptor.systems.configuration import configuration
+from preceptor.systems.base import configuration
 
 
 def test_a_recorded_configuration_gets_the_keys_of_today() -> None:

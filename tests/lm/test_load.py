@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib.util
 import json
 import logging
 import os
@@ -20,10 +21,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from preceptor.cli import main
 from preceptor.errors import ConfigError, MissingExtraError, ModelError
+from preceptor.lm import load
 from preceptor.lm.decode import Decoder
 from preceptor.lm.load import Adapter, load_language_model
 from preceptor.lm.model import LanguageModel
@@ -435,3 +438,74 @@ def test_transformers_is_quiet_only_while_loading(folder: Path, bars: bool) -> N
         assert are_progress_bars_disabled() == (not bars)
     finally:
         choose(*before)
+
+
+# ---- a base in 4 bits ------------------------------------------------------------------------------------------------
+
+
+def test_4_bits_are_refused_in_one_line_where_they_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    with pytest.raises(
+        ConfigError, match=r"4 bits need an NVIDIA GPU, got the device cpu; set `model.quantization` to"
+    ):
+        load_language_model("starter", device=torch.device("cpu"), adapter=Adapter(2), in_4bit=True)
+    with pytest.raises(ConfigError, match="frozen and cannot learn; give it an adapter"):
+        load_language_model("starter", device=cuda, in_4bit=True)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
+    with pytest.raises(MissingExtraError, match=r"a model in 4 bits needs .*'bitsandbytes'.*preceptor\[quantized\]"):
+        load_language_model("starter", device=cuda, adapter=Adapter(2), in_4bit=True)
+
+
+def test_the_command_refuses_4_bits_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sets = ["--set", "model.quantization=4bit", "--set", "model.adapter_rank=2"]
+    words = ["run", "reading", "--preset", "smoke", "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert main([*words, *sets]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("preceptor: error: weights in 4 bits need an NVIDIA GPU")
+    assert main([*words, *sets[:2]]) == 2
+    assert "an adapter must learn; set `model.adapter_rank`" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # those of bitsandbytes on a CPU
+def test_an_adapter_learns_on_a_base_in_4_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes computes on a CPU too, slowly; so all but the device is seen here where it is installed."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)  # a kernel of a CPU alone, without gradient
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.05,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    train_bpe_tokenizer(["A hive has one queen."], vocab_size=300, context_length=64).save_pretrained(tmp_path)
+    cpu, settings = torch.device("cpu"), load._in_4bit
+
+    def on_a_cpu(device: torch.device, dtype: torch.dtype, adapter: Adapter | None) -> dict[str, Any]:
+        return {**settings(torch.device("cuda"), dtype, adapter), "device_map": {"": device}}
+
+    monkeypatch.setattr(load, "_in_4bit", on_a_cpu)
+    lm = load_language_model(str(tmp_path), device=cpu, adapter=Adapter(2), in_4bit=True)
+    tokens = torch.arange(40).reshape(2, 20)
+    keep = torch.ones_like(tokens, dtype=torch.bool)
+    before = lm.forward(tokens, keep=keep).logits
+    exact = load_language_model(str(tmp_path), device=cpu).forward(tokens, keep=keep).logits
+    assert 0.001 < (before - exact).norm() / exact.norm() < 0.2  # rounded, and still that model
+    assert not lm.has_engine  # it cannot read packed weights
+    before.logsumexp(-1).sum().backward()
+    learning = lm.trainable_parameters()
+    assert all("lora_" in name for name in learning)
+    assert all(bool(p.grad is not None and p.grad.ne(0).any()) for name, p in learning.items() if "lora_B" in name)
+    with torch.no_grad():
+        for parameter in learning.values():
+            parameter.add_(0.1)
+        assert not torch.allclose(lm.forward(tokens, keep=keep).logits, before)
+        assert torch.equal(lm.initial_model().forward(tokens, keep=keep).logits, before)  # the adapter switched off

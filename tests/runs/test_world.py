@@ -26,6 +26,7 @@ def test_shards_are_blocks_in_rank_order_that_cover_every_row_once(size: int, nu
     parts = [rows[World(rank=rank, size=size).shard(num_rows)] for rank in range(size)]
     assert [row for part in parts for row in part] == rows
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert World(rank=size - 1, size=size).most_rows(num_rows) == max(map(len, parts))
 
 
 def test_a_shared_stream_gives_each_row_the_number_that_it_has_alone_and_ends_in_the_same_place() -> None:

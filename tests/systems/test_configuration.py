@@ -9,7 +9,7 @@ import pytest
 
 from preceptor.errors import ConfigError
 from preceptor.systems import find_system
-from preceptor.systems.configuration import configuration
+from preceptor.systems.base import configuration
 
 READING = find_system("reading")
 

@@ -23,8 +23,7 @@ from preceptor.errors import ConfigError, Interrupted
 from preceptor.runs.metrics import read_jsonl
 from preceptor.runs.world import World
 from preceptor.systems import find_system
-from preceptor.systems.base import Services
-from preceptor.systems.configuration import configuration
+from preceptor.systems.base import Services, configuration
 from tests.systems.reading import conftest as shared_fixtures
 from tests.worlds import free_port, in_processes, in_world, launcher_variables
 

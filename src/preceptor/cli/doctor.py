@@ -17,8 +17,7 @@ from preceptor.cli.replay import CHECK_FAILED
 from preceptor.config import dump_yaml
 from preceptor.errors import ConfigError, PreceptorError, did_you_mean, short_repr
 from preceptor.systems import find_system, known_systems
-from preceptor.systems.base import System
-from preceptor.systems.configuration import configuration
+from preceptor.systems.base import System, configuration
 
 if TYPE_CHECKING:
     from preceptor.doctor.check import Check

@@ -17,8 +17,7 @@ from preceptor.cli.parsing import explained
 from preceptor.cli.run import run_command
 from preceptor.errors import ConfigError, did_you_mean, short_repr
 from preceptor.systems import find_system
-from preceptor.systems.base import System
-from preceptor.systems.configuration import configuration
+from preceptor.systems.base import System, configuration
 
 if TYPE_CHECKING:
     from preceptor.comparison.cells import Launcher as AnyLauncher

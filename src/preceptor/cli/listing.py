@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from preceptor.systems import find_system, known_systems
-from preceptor.systems.configuration import presets
+from preceptor.systems.base import presets
 
 
 def _systems(incomplete: str) -> list[str]:

@@ -13,7 +13,7 @@ from preceptor.config import schema
 from preceptor.errors import PreceptorError, short_repr
 from preceptor.runs.trackers import TRACKERS
 from preceptor.systems import find_system
-from preceptor.systems.configuration import presets
+from preceptor.systems.base import presets
 
 VARIABLE = "_PRECEPTOR_COMPLETE"
 """Environment variable by which a shell's completion asks the program what can come next."""

@@ -14,8 +14,7 @@ from preceptor.cli.parsing import SystemGroup, system_command
 from preceptor.config import dump_yaml
 from preceptor.result import Result, write_page
 from preceptor.systems import find_system
-from preceptor.systems.base import System
-from preceptor.systems.configuration import configuration
+from preceptor.systems.base import System, configuration
 
 
 class RunGroup(SystemGroup):

@@ -36,6 +36,9 @@ SPARE = 1.1
 ADAPTER_RANK = 8
 """Rank of the adapter that is proposed where every weight is trained."""
 
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
+"""Of a weight in 4 bits, with its share in a scale of 8 bits for each 64, and in one of 32 bits for 256 of these."""
+
 _PROBE_TOKENS = 64
 
 
@@ -55,6 +58,9 @@ class Workload:
         cache_rows: sequences that are written at once, on a KV cache.
         cache_tokens: tokens of each, at the end.
         copies: further copies of the model's weights: references and snapshots. With an adapter they share its base.
+        by_trial: ``rows`` are halved while memory runs out (``update.micro_batch_size`` 0).
+        recomputed: layers keep their inputs alone (gradient checkpointing).
+        in_4bit: the frozen weights of linear layers, but the head's, are in 4 bits.
     """
 
     model: str
@@ -68,6 +74,9 @@ class Workload:
     cache_rows: int
     cache_tokens: int
     copies: int
+    by_trial: bool = False
+    recomputed: bool = False
+    in_4bit: bool = False
 
 
 class Memory(NamedTuple):
@@ -108,6 +117,9 @@ def reading_workload(config: Any) -> Workload:
         cache_rows=max(config.episode.batch_size, config.evaluation.num_episodes),
         cache_tokens=row,
         copies=1 + (has_kl and update.kl_reference == "snapshot"),
+        by_trial=not update.micro_batch_size,
+        recomputed=update.gradient_checkpointing,
+        in_4bit=config.model.quantization == "4bit",
     )
 
 
@@ -156,7 +168,10 @@ def memory_checks(system: str, config: Any, *, gpu_bytes: int) -> Iterator[Check
         yield Check("warn", "GPU memory", "the run makes its own small model", "begin the run on the GPU")
         return
     work = WORKLOADS[system](config)
+    whole, work = work.rows, fitted(work, gpu_bytes=gpu_bytes)
     memory = forecast_memory(work)
+    if work.by_trial:
+        yield Check("ok", "GPU memory, rows in a pass", f"{work.rows} of {whole}, found by trial as the run begins")
     for name, size in memory._asdict().items():
         yield Check("ok", f"GPU memory, {name.replace('_', ' ').replace('kv', 'KV')}", _size(size))
     figure = f"about {_size(memory.peak)} at the peak, of {_size(gpu_bytes)}"
@@ -168,12 +183,19 @@ def memory_checks(system: str, config: Any, *, gpu_bytes: int) -> Iterator[Check
     yield Check("fail", "GPU memory", figure, remedy)
 
 
+def fitted(work: Workload, *, gpu_bytes: int) -> Workload:
+    """``work`` with as many rows in a pass as trials will find that a GPU of ``gpu_bytes`` holds, 1 at least."""
+    while work.by_trial and work.rows > 1 and forecast_memory(work).peak > gpu_bytes:
+        work = replace(work, rows=work.rows // 2)
+    return work
+
+
 def settings_that_fit(system: str, config: Any, *, gpu_bytes: int) -> list[str]:
     """The fewest of the settings that :func:`memory_checks` tries, as ``key=value``; empty where none is enough."""
     for settings in _candidates(WORKLOADS[system](config)):
         # Through the configuration, since it says how settings act on the workload.
         work = WORKLOADS[system](_changed(config, settings))
-        if forecast_memory(work).peak <= gpu_bytes:
+        if forecast_memory(fitted(work, gpu_bytes=gpu_bytes)).peak <= gpu_bytes:
             return [f"{key}={value}" for key, value in settings.items()]
     return []
 
@@ -189,7 +211,7 @@ def _candidates(work: Workload) -> Iterator[dict[str, Any]]:
         rows = work.rows
         while rows >= 1:
             yield base if rows == work.rows else {**base, "update.micro_batch_size": rows}
-            rows //= 2
+            rows = 0 if work.by_trial else rows // 2
 
 
 def _changed(config: Any, settings: dict[str, Any]) -> Any:
@@ -215,12 +237,18 @@ def forecast_memory(work: Workload) -> Memory:
     model, trained = _meta_model(work.model, work.dtype, work.rank)
     parameters = list(model.parameters())  # each once, also where input and output embeddings are tied
     weights = sum(_bytes(tensor) for tensor in [*parameters, *model.buffers()])
+    if work.in_4bit:
+        weights -= sum(_bytes(weight) - int(weight.numel() * NF4_BYTES) for weight in _rounded(model))
     learning = sum(_bytes(parameter) for parameter in parameters if id(parameter) in trained)
     # A frozen copy holds what is trained; a model with an adapter is its own reference, with the adapter off.
     copied = learning * max(0, work.copies - 1) if work.rank else weights * work.copies
     # Two measurements tell what each row adds from what is kept once, such as copies of the weights in bfloat16.
     one, two = (_kept_bytes(work.model, work.dtype, work.rank, work.mixed, rows, work.row_tokens) for rows in (1, 2))
     activations = one + (two - one) * (work.rows - 1)
+    if work.recomputed:  # the inputs of all layers, and all of one layer while its backward pass runs
+        text = model.config.get_text_config()
+        inputs = work.rows * work.row_tokens * int(text.hidden_size) * work.dtype.itemsize
+        activations = int(text.num_hidden_layers) * inputs + activations // int(text.num_hidden_layers)
     vocabulary = int(model.config.get_text_config().vocab_size)
     logits = min(work.rows * work.scored_tokens * vocabulary, max(MAX_SAVED_LOGITS, vocabulary)) * 4
     return Memory(
@@ -232,6 +260,14 @@ def forecast_memory(work: Workload) -> Memory:
         logits=logits * work.logit_copies,
         kv_cache=_cache_bytes(work.model, work.dtype) * work.cache_rows * num_slots(work.cache_tokens),
     )
+
+
+def _rounded(model: Any) -> Iterator[Tensor]:
+    """The weights that 4 bits are for: of linear layers, but not of the head or of an adapter."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head and "lora_" not in name:
+            yield module.weight
 
 
 @cache

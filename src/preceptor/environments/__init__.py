@@ -57,7 +57,7 @@ def load_task(
 
     from preceptor import _services
     from preceptor.systems import find_system
-    from preceptor.systems.configuration import configuration
+    from preceptor.systems.base import configuration
 
     system, default = TASKS[name]
     config = configuration(find_system(system), preset=preset or default, overrides=overrides)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import importlib.util
 import logging
 import tempfile
 import warnings
@@ -64,7 +65,12 @@ class Adapter:
 
 
 def load_language_model(
-    name: str, *, device: torch.device, dtype: torch.dtype = torch.float32, adapter: Adapter | None = None
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    adapter: Adapter | None = None,
+    in_4bit: bool = False,
 ) -> LanguageModel:
     """The model called ``name`` and its tokenizer, on ``device``.
 
@@ -76,11 +82,15 @@ def load_language_model(
         device: device for the weights.
         dtype: dtype of the weights.
         adapter: a LoRA adapter to train while the model's own weights stay frozen; None trains every weight.
+        in_4bit: round the weights of linear layers, but the head's, to 4 bits (QLoRA's NF4, Dettmers et al. 2023, arXiv
+            2305.14314); products are computed in ``dtype``. Only with an adapter, on an NVIDIA GPU.
 
     Raises:
+        ConfigError: 4 bits are asked for without an adapter or on another device.
         ModelError: there is no such model, it is damaged, or it is of an unsupported kind.
-        MissingExtraError: ``adapter`` is given and peft is not installed.
+        MissingExtraError: ``adapter`` is given and peft is not installed, or 4 bits are and bitsandbytes is not.
     """
+    options = _in_4bit(device, dtype, adapter) if in_4bit else {}
     source = _source(name)
     # Transformers reports a bad folder through half a dozen exception types; whatever it is, the remedy is the same.
     try:
@@ -89,7 +99,12 @@ def load_language_model(
             _check_configuration(name, PreTrainedConfig.get_config_dict(**source)[0])
             tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                **source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+                **source,
+                **options,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
             model, report = loaded
     except PreceptorError:
@@ -108,7 +123,8 @@ def load_language_model(
                 "config.json and model.safetensors must be of the same model"
             )
     try:
-        model.to(device)
+        if not in_4bit:  # those are on the device already
+            model.to(device)
         return LanguageModel(model if adapter is None else with_adapter(model, adapter), tokenizer, name=name)
     except (PreceptorError, torch.OutOfMemoryError):
         raise
@@ -117,6 +133,29 @@ def load_language_model(
             f"model '{name}' cannot be used: {_first_line(error)}; use a decoder-only transformer with its own "
             "tokenizer"
         ) from error
+
+
+def _in_4bit(device: torch.device, dtype: torch.dtype, adapter: Adapter | None) -> dict[str, Any]:
+    """Arguments with which ``from_pretrained`` rounds weights to 4 bits as it reads them, straight to the GPU."""
+    if adapter is None:
+        raise ConfigError("a model in 4 bits is frozen and cannot learn; give it an adapter")
+    if device.type != "cuda":
+        raise ConfigError(
+            f"weights in 4 bits need an NVIDIA GPU, got the device {device.type}; set `model.quantization` to none, or "
+            "run where there is one"
+        )
+    for package in ("bitsandbytes", "accelerate"):  # accelerate puts the weights there while they are read
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError("a model in 4 bits", package=package, extra="quantized")
+    from transformers import BitsAndBytesConfig
+
+    settings: Any = BitsAndBytesConfig
+    return {
+        "quantization_config": settings(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        ),
+        "device_map": {"": device},
+    }
 
 
 MAX_LAYERS = 1_000

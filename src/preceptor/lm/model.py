@@ -37,6 +37,8 @@ class LanguageModel:
 
     Attributes:
         adapter_enabled: False in a view of the model with its LoRA adapter switched off (:meth:`initial_model`).
+        recomputes: gradient checkpointing: layers keep their inputs alone for a backward pass, at one more forward
+            pass of each; the gradient is the same.
         context_length: the most tokens a row may hold.
         has_engine: whether :meth:`engine` returns one: its logits agreed with the model's own.
         notices: what the user should be told, such as that the engine was given up; taken out by who tells it.
@@ -52,7 +54,7 @@ class LanguageModel:
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
         self.tokenizer = tokenizer
         self.name = name
-        self.adapter_enabled = True
+        self.adapter_enabled, self.recomputes = True, False
         self._bind(model)
         self.context_length = context_length(self._causal_model.config.get_text_config(), name)
         self._vocabulary = Vocabulary(tokenizer, size=self.vocab_size, name=name)
@@ -92,6 +94,12 @@ class LanguageModel:
     def vocab_size(self) -> int:
         """Number of logits; may exceed the number of tokens that the tokenizer has."""
         return int(self._head.weight.shape[0])
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model without its head: every forward pass goes through it."""
+        decoder: nn.Module = self._decoder
+        return decoder
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -313,6 +321,11 @@ class LanguageModel:
                 stack.enter_context(CpuAttention())
             if not self.adapter_enabled:
                 stack.enter_context(cast(Any, self.model).disable_adapter())
+            if self.recomputes and torch.is_grad_enabled():
+                from preceptor.lm.recompute import recomputed
+
+                again = CpuAttention if self.device.type == "cpu" else contextlib.nullcontext
+                stack.enter_context(recomputed(self.layers, computing=again))
             yield
 
     def _arguments(

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -288,10 +288,13 @@ class Stateful(Protocol):
 
 
 @torch.no_grad()
-def copy_tensors(saved: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
+def copy_tensors(
+    saved: Mapping[str, Tensor], live: Mapping[str, Tensor], *, only: Collection[str] | None = None
+) -> None:
     """Writes ``saved`` into ``live`` in place, so that whoever holds these tensors goes on with them.
 
-    Raises ``CheckpointError`` when the names differ; then nothing is changed.
+    ``only`` names those to write; None is all of them. Raises ``CheckpointError`` when the names differ; then nothing
+    is changed.
     """
     # Names first: a checkpoint of another model must not change half of this one.
     if saved.keys() != live.keys():
@@ -300,8 +303,8 @@ def copy_tensors(saved: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> Non
             f"the checkpoint's parameters are not this model's ('{name}'); resume with the same model"
         )
     # In place: the optimizer and its callers hold these very tensors.
-    for name, tensor in live.items():
-        tensor.copy_(saved[name])
+    for name in live if only is None else only:
+        live[name].copy_(saved[name])
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -312,19 +315,11 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Puts ``optimizer`` where ``optimizer_state`` found another one of the same kind over the same parameters.
 
-    Learning rates and all other settings come from the saved state: this is a resume, not a warm start. Raises
-    ``CheckpointError``, before anything changes, when kind, parameter shapes or settings' names differ.
+    Learning rates and all other settings come from the saved state: this is a resume, not a warm start. Raises as
+    :func:`check_optimizer`, before anything changes.
     """
-    kind = type(optimizer).__name__
-    if state["kind"] != kind:
-        raise CheckpointError(f"the checkpoint's optimizer is {state['kind']}, this run's is {kind}")
-    # Shapes and not names: torch's optimizers know parameters by their place.
-    if state["shapes"] != _shapes(optimizer):
-        raise CheckpointError(f"the checkpoint's {kind} has other parameters: {_first_difference(state, optimizer)}")
+    check_optimizer(optimizer, state)
     saved = state["state"]
-    for index, (old, new) in enumerate(zip(saved["param_groups"], optimizer.param_groups, strict=True)):
-        if differing := set(old) ^ set(new):
-            raise CheckpointError(f"settings of {kind} group {index} differ: {', '.join(sorted(differing))}")
     optimizer.load_state_dict(saved)
     # torch casts floating-point state to the parameter's dtype; what was kept in another one must stay in it.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -335,6 +330,19 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
         for name, value in entries.items():
             if isinstance(value, Tensor) and loaded[name].dtype != value.dtype:
                 loaded[name] = value.to(loaded[name].device)
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Raises ``CheckpointError`` when kind, parameter shapes or settings' names are not those of ``optimizer``."""
+    kind = type(optimizer).__name__
+    if state["kind"] != kind:
+        raise CheckpointError(f"the checkpoint's optimizer is {state['kind']}, this run's is {kind}")
+    # Shapes and not names: torch's optimizers know parameters by their place.
+    if state["shapes"] != _shapes(optimizer):
+        raise CheckpointError(f"the checkpoint's {kind} has other parameters: {_first_difference(state, optimizer)}")
+    for index, (old, new) in enumerate(zip(state["state"]["param_groups"], optimizer.param_groups, strict=True)):
+        if differing := set(old) ^ set(new):
+            raise CheckpointError(f"settings of {kind} group {index} differ: {', '.join(sorted(differing))}")
 
 
 def _shapes(optimizer: torch.optim.Optimizer) -> list[list[list[int]]]:

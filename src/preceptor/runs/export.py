@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -28,17 +29,20 @@ ADAPTER_CONFIG = "adapter_config.json"
 """The file by which PEFT, and Transformers where PEFT is installed, know an adapter's folder."""
 
 
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, weights: Mapping[str, Tensor] | None = None
+) -> None:
     """Writes ``model`` (a PEFT model's adapter alone) and ``tokenizer`` so that ``from_pretrained(folder)`` loads them.
 
-    The folder is replaced as a whole or not at all. Raises ``StorageError`` when the disk is full or refuses; a folder
-    that was there is then untouched.
+    ``weights`` are written instead of the model's own, of which this process may have a part only. The folder is
+    replaced as a whole or not at all. Raises ``StorageError`` when the disk is full or refuses; a folder that was there
+    is then untouched.
     """
     temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
     with storage_errors(f"save the model in {folder}"), _without_progress_bar():
         if temporary.exists():
             shutil.rmtree(temporary)
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, **({} if weights is None else {"state_dict": dict(weights)}))
         tokenizer.save_pretrained(temporary)
         if folder.exists():
             shutil.rmtree(folder)

@@ -231,6 +231,7 @@ class Run:
 
     def save(self, state: Stateful) -> None:
         """Saves a checkpoint of ``state``, the random streams, and how far the logs were."""
+        parts = state.state_dict()  # in every process: where weights are shared all of them put the whole together
         if not self.writes:
             return
         self.metrics.sync()
@@ -241,7 +242,6 @@ class Run:
             "num_metrics": self.metrics.num_rows,
             "num_decisions": self.decisions.num_rows,
         }
-        parts = state.state_dict()
         assert "run" not in parts, "this part of a checkpoint is the run's own"
         self.checkpoints.save(self.step, {**parts, "run": own})
 
@@ -418,6 +418,7 @@ def shared_run(world: World, opened: Callable[[], Run]) -> Run:
     Raises:
         ConfigError: this process computes otherwise than the first one (another version, another kind of machine).
     """
+    world.around = contextlib.nullcontext  # shared weights were those of an earlier run in these processes
     first = opened() if world.is_first else None
 
     def description() -> tuple[str, dict[str, Any]]:

@@ -1,13 +1,20 @@
-"""Numbers that are not finite: found by name, skipped, counted, and fatal when they do not go away."""
+"""What can go wrong in an update: numbers that are not finite, and memory that runs out.
+
+Numbers are found by name, skipped, counted, and fatal when they do not go away. Where memory runs out, fewer rows go
+through a pass, with the same gradient.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from preceptor.errors import CheckpointError, ConfigError, NumericError
+from preceptor.errors import CheckpointError, ConfigError, MissingExtraError, NumericError
+from preceptor.runs.world import ALONE, World, is_sharded, local
 
 
 def first_nonfinite(named_tensors: Mapping[str, Tensor | None] | Iterable[tuple[str, Tensor | None]]) -> str | None:
@@ -18,16 +25,19 @@ def first_nonfinite(named_tensors: Mapping[str, Tensor | None] | Iterable[tuple[
     waited for once.
     """
     pairs = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
-    present = [(name, tensor) for name, tensor in pairs if tensor is not None]
+    every = [(name, tensor) for name, tensor in pairs if tensor is not None]
+    present = [(name, local(tensor)) for name, tensor in every]
     if not present:
         return None
     device = present[0][1].device
     # One tensor and one transfer: a question per parameter would wait for the GPU each time.
-    finite = torch.stack([tensor.detach().isfinite().all().to(device) for _, tensor in present])
+    finite = torch.stack([tensor.detach().isfinite().all().to(device) for _, tensor in present]).byte()
+    over_parts(finite, (tensor for _, tensor in every), smallest=True)
     for (name, tensor), all_finite in zip(present, finite.tolist(), strict=True):
         if not all_finite:
-            kind = "NaN" if tensor.isnan().any() else "+Inf" if tensor.isposinf().any() else "-Inf"
-            return f"{name} is {kind}"
+            kinds = torch.stack([tensor.isnan().any(), tensor.isposinf().any()]).byte()
+            is_nan, is_positive = over_parts(kinds, (tensor for _, tensor in every)).tolist()
+            return f"{name} is {'NaN' if is_nan else '+Inf' if is_positive else '-Inf'}"
     return None
 
 
@@ -91,7 +101,7 @@ def guarded_step(
     norm = float("nan")
     # Before clipping: one NaN makes the norm NaN, and clipping would then write it everywhere.
     if (what := first_nonfinite(gradients)) is None:
-        norm = float(nn.utils.clip_grad_norm_(parameters.values(), clip_norm))
+        norm = clip_gradient_norm(parameters.values(), clip_norm)
         optimiser.step()
         guard.ok()
     else:
@@ -99,3 +109,203 @@ def guarded_step(
     # Also of a skipped step: its gradient must not be added to the next one.
     optimiser.zero_grad(set_to_none=True)
     return norm
+
+
+# ---- gradients of which each process has a part ------------------------------------------------------------
+
+
+def over_parts(values: Tensor, tensors: Iterable[Any], *, smallest: bool = False) -> Tensor:
+    """The largest (or smallest) of each of ``values`` over the processes that have parts of ``tensors``, in place.
+
+    Every one of them must call it. Without a divided tensor ``values`` stay as they are.
+    """
+    for tensor in tensors:
+        if is_sharded(tensor):
+            operation = dist.ReduceOp.MIN if smallest else dist.ReduceOp.MAX
+            dist.all_reduce(values, op=operation, group=tensor.device_mesh.get_group())
+            break
+    return values
+
+
+@torch.no_grad()
+def clip_gradient_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """The norm of all gradients together, which are scaled so that it is at most ``max_norm``.
+
+    As ``torch.nn.utils.clip_grad_norm_``, which does not take divided and whole gradients together.
+    """
+    parameters = list(parameters)
+    gradients: list[Any] = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    divided = [gradient for gradient in gradients if is_sharded(gradient)]
+    if not divided:
+        return float(nn.utils.clip_grad_norm_(parameters, max_norm))
+    whole = [gradient for gradient in gradients if not is_sharded(gradient)]
+    squares = _squares([local(gradient) for gradient in divided])
+    dist.all_reduce(squares, group=divided[0].device_mesh.get_group())
+    norm = (squares + _squares(whole)).sqrt().float()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        local(gradient).mul_(scale.to(gradient.device))
+    return float(norm)
+
+
+def _squares(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of the squares of all numbers, in float64."""
+    return nn.utils.get_total_norm(tensors).double().square()
+
+
+# ---- memory that runs out ------------------------------------------------------------
+
+T = TypeVar("T")
+
+_NOTHING = 2**31
+"""More rows than any batch has: the size of a process whose memory has not run out."""
+
+REMEDY = (
+    "train an adapter, take weights in bfloat16 or gradient checkpointing, lower the number or length of the rows, or "
+    "take a larger GPU; preceptor doctor tells what fits"
+)
+
+
+class MicroBatch:
+    """Rows per pass.
+
+    Args:
+        configured: this many; 0 finds out by trial.
+        by_trial: False forbids trials: processes that share a model's weights must make equally many passes, and one of
+            them cannot go back alone.
+
+    Attributes:
+        found: rows per pass that memory held where more did not fit; 0 until memory has run out.
+    """
+
+    def __init__(self, configured: int = 0, *, by_trial: bool = True) -> None:
+        self.configured = configured
+        self.found = 0
+        self._by_trial = by_trial
+        self._notices: list[str] = []
+
+    def run(
+        self, num_rows: int, compute: Callable[[int], T], parameters: Iterable[nn.Parameter], *, world: World = ALONE
+    ) -> T:
+        """What ``compute(size)`` gives, with the largest ``size`` of 1..``num_rows`` that fits, found by halving.
+
+        Args:
+            num_rows: of the process that has most: where each pass takes all of them, ``size`` is the same everywhere.
+            compute: adds the gradient of all rows to ``parameters``, ``size`` of them a pass; it is called again after
+                a trial that failed, and must change nothing else and draw no random numbers.
+            parameters: what they had as gradient before is still in it afterwards; a failed trial leaves nothing.
+            world: processes that compute at once; the smallest size that one of them found holds for all.
+
+        Raises:
+            ConfigError: not even one row fits, or there may be no trials.
+            MissingExtraError: memory has run out, and accelerate, which knows such errors and clears up, is missing.
+        """
+        size = max(1, min(self.configured or self.found or num_rows, num_rows))
+        if self.configured:
+            return compute(size)
+        parameters = list(parameters)
+        earlier = _taken(parameters)
+        given = _fitting(compute, size, parameters, by_trial=self._by_trial, found=self._remember)
+        _add(earlier, parameters)
+        self._agree(world)
+        return given
+
+    def take_notices(self) -> list[str]:
+        """What to tell of sizes found since the last call."""
+        taken, self._notices = self._notices, []
+        return taken
+
+    def state_dict(self) -> dict[str, int]:
+        """What was found."""
+        return {"found": self.found}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.found = int(state["found"])
+
+    def _remember(self, size: int) -> None:
+        self.found = size
+        self._notices.append(
+            f"memory ran out; from now on {size} rows go through a forward and backward pass at once, with the same "
+            "gradient up to rounding (`update.micro_batch_size`)"
+        )
+
+    def _agree(self, world: World) -> None:
+        """Takes the smallest size of all processes, so that a resume, which knows that of the first, is exact."""
+        if world.size == 1 or not self._by_trial:
+            return
+        smallest = int(-world.maximum(-(self.found or _NOTHING)))
+        if smallest not in (self.found, _NOTHING):
+            self._remember(smallest)
+
+
+def _fitting(
+    compute: Callable[[int], T],
+    size: int,
+    parameters: list[nn.Parameter],
+    *,
+    by_trial: bool,
+    found: Callable[[int], None],
+) -> T:
+    """What the first of ``size``, a half, a quarter … gives for which memory suffices."""
+    try:
+        return compute(size)
+    except RuntimeError as error:
+        if not memory_ran_out(error):
+            raise
+        if not by_trial:
+            raise ConfigError(
+                f"memory ran out with {size} rows in a pass, and no smaller number can be tried where processes share "
+                f"the weights; give `update.micro_batch_size`, 1 to {max(1, size // 2)}, or {REMEDY}"
+            ) from error
+        _taken(parameters)
+    # Here, outside of the handler, whose error would keep the activations of the failed trial alive.
+    from accelerate.utils import find_executable_batch_size
+
+    tried = size
+
+    def halve() -> int:
+        nonlocal tried
+        _taken(parameters)
+        if tried == 1:
+            raise ConfigError(f"memory does not even hold one row in a pass, down from {size}; {REMEDY}")
+        tried //= 2
+        return tried
+
+    def trial(batch_size: int) -> T:
+        return compute(batch_size)
+
+    given: T = find_executable_batch_size(trial, starting_batch_size=halve(), reduce_batch_size_fn=halve)()
+    found(tried)
+    return given
+
+
+def memory_ran_out(error: RuntimeError) -> bool:
+    """Whether ``error`` is one of a device whose memory is full, as accelerate knows them.
+
+    Raises:
+        MissingExtraError: it is torch's own, and accelerate is missing.
+    """
+    try:
+        from accelerate.utils.memory import should_reduce_batch_size
+    except ImportError:
+        if isinstance(error, torch.OutOfMemoryError):
+            what = "finding out how many rows fit into memory, which has run out (or give `update.micro_batch_size`),"
+            raise MissingExtraError(what, package="accelerate", extra="accelerate") from error
+        return False
+    return bool(should_reduce_batch_size(error))
+
+
+def _taken(parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:
+    """The gradients of ``parameters``, which then have none."""
+    taken = []
+    for parameter in parameters:
+        taken.append(parameter.grad)
+        parameter.grad = None
+    return taken
+
+
+def _add(earlier: Iterable[Tensor | None], parameters: Iterable[nn.Parameter]) -> None:
+    for gradient, parameter in zip(earlier, parameters, strict=True):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)

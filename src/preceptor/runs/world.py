@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,10 @@ class World:
         local_rank: among those of this machine: which GPU is this process's.
         store: of the launcher, through which processes that can no longer compute together still agree on who speaks.
         carrier: device of the tensors that travel; the CPU needs gloo, a GPU suits a process group of NCCL alone.
+
+    Attributes:
+        around: entered by each process around what it computes of its own rows; keeps processes in step that share a
+            model's weights (:mod:`preceptor.runs.sharding`).
     """
 
     def __init__(
@@ -63,8 +67,14 @@ class World:
         self.size = size
         self.local_rank = local_rank
         self.resume_hint = ""
+        self.around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self._store = store
         self._carrier = carrier or torch.device("cpu")
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether a pass through a model takes all processes, which then must make equally many."""
+        return self.around is not contextlib.nullcontext
 
     @property
     def is_first(self) -> bool:
@@ -82,6 +92,10 @@ class World:
         return command if self.size == 1 else f"torchrun --nproc-per-node {self.size} -m {command}"
 
     # Rows
+
+    def most_rows(self, num_rows: int) -> int:
+        """The length of the longest of the processes' shards, the first one."""
+        return -(-num_rows // self.size)
 
     def shard(self, num_rows: int, rank: int | None = None) -> slice:
         """This process's rows (or another's): a block in rank order, blocks of equal size to within one row.
@@ -107,7 +121,9 @@ class World:
         """
         if self.size == 1 or num_rows < self.size:
             return tuple(compute(slice(0, num_rows)))
-        return self.gather(num_rows, *compute(self.shard(num_rows)))
+        with self.around():
+            mine = compute(self.shard(num_rows))
+        return self.gather(num_rows, *mine)
 
     def gather(self, num_rows: int, *parts: Tensor) -> tuple[Tensor, ...]:
         """Each of ``parts``, which holds this process's rows (perhaps none), with those of all processes."""
@@ -120,7 +136,8 @@ class World:
         """The same where each row has a tensor of its own length: ``compute`` gives one per row, ``lengths`` in all."""
         if self.size == 1 or len(lengths) < self.size:
             return list(compute(slice(0, len(lengths))))
-        mine = compute(self.shard(len(lengths)))
+        with self.around():
+            mine = compute(self.shard(len(lengths)))
         sizes = [sum(lengths[self.shard(len(lengths), rank)]) for rank in range(self.size)]
         (flat,) = self._gather((torch.cat(list(mine)),), sizes)
         return list(flat.split(list(lengths)))
@@ -182,11 +199,13 @@ class World:
         """Adds up the gradients of all processes, in place; a process without one of a parameter counts as 0.
 
         A loss is a sum over a count of the whole batch, so that what the processes' rows give adds up to its gradient
-        and nothing is left to divide. A parameter without a gradient anywhere keeps none.
+        and nothing is left to divide. A parameter without a gradient anywhere keeps none, and those of divided weights
+        are summed already.
         """
         if self.size == 1:
             return
-        parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        # Gradients of divided weights were summed in the backward pass.
+        parameters = [each for each in parameters if each.requires_grad and not is_sharded(each)]
         # Every process must sum the same parameters: whoever has no rows has no gradients, and gives zeros.
         here = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.float64)
         present = self.sum(here) > 0
@@ -345,3 +364,18 @@ def joined(environ: Mapping[str, str]) -> Iterator[World]:
         if dist.is_initialized():
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process has a part of ``tensor``, which is a ``DTensor`` of the full shape."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False  # without the import of what few runs need
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Any) -> Tensor:
+    """The part of ``tensor`` that this process has, sharing its memory; all of it where it is not divided."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return part

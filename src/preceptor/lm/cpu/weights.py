@@ -132,7 +132,8 @@ def can_read(model: Any) -> bool:
     Read from the configuration: a comparison of logits may not see them while the weights that follow are zero.
     """
     config = model.config
-    if config.model_type not in ARCHITECTURES:
+    # Weights in 4 bits are packed: no matrix could be read from them.
+    if config.model_type not in ARCHITECTURES or getattr(config, "quantization_config", None):
         return False
     if config.model_type == "gpt2":
         usual_scale = config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx

@@ -71,6 +71,16 @@ class ModelOptions(Options):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the weights.")
     adapter_rank: int = Field(0, ge=0, description="Rank of a LoRA adapter; 0 trains every weight.")
     adapter_alpha: float = Field(16.0, description="Scale of the LoRA adapter: alpha / rank multiplies its update.")
+    sharding: Literal["none", "full"] = Field(
+        "none",
+        description="Divide the layers' weights, gradients and optimizer state among the processes of a run, so that "
+        "together they hold a model larger than a GPU (full), or give each process all of them.",
+    )
+    quantization: Literal["none", "4bit"] = Field(
+        "none",
+        description="Load the frozen weights under an adapter in 4 bits (NF4), which needs an NVIDIA GPU and the extra "
+        "'quantized'; none keeps them in `dtype`.",
+    )
     prompt: str = Field("{title}\n", description="What the policy reads first; {title} is the article's title.")
     use_chat_template: bool = Field(
         True, description="Mark queries and values as chat turns where the tokenizer has a chat template."
@@ -182,7 +192,14 @@ class UpdateOptions(Options):
         1.0, gt=0, allow_inf_nan=True, description="Maximum global gradient norm; .inf clips nothing."
     )
     micro_batch_size: int = Field(
-        0, ge=0, description="Number of episodes per backward pass, to save memory; 0 is the whole batch."
+        0,
+        ge=0,
+        description="Number of episodes per backward pass; 0 is the whole batch, halved while memory runs out.",
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Keep each layer's input alone for the backward pass and compute the rest again: less memory, "
+        "about a third more time.",
     )
     reward_filter: Literal["none", "standard_deviations", "best_fraction"] = Field(
         "none", description="Which trajectories are learned from."
@@ -330,6 +347,18 @@ class ReadingConfig(Options):
             yield (
                 "`reward.normalisation` untrained_query compares queries in the reader's context, so it needs "
                 "`reward.context` queries and `reward.kind` values"
+            )
+        if self.model.quantization == "4bit" and not self.model.adapter_rank:
+            yield (
+                "`model.quantization` 4bit freezes the weights, so an adapter must learn; set `model.adapter_rank` or "
+                "`model.quantization` to none"
+            )
+        if self.model.quantization == "4bit" and self.model.sharding == "full":
+            yield "`model.quantization` 4bit and `model.sharding` full exclude each other; give one of them"
+        if self.model.sharding == "full" and self.update.kl_reference == "snapshot":
+            yield (
+                "`update.kl_reference` snapshot copies whole weights, which no process has where `model.sharding` is "
+                "full; use untrained"
             )
         if "{title}" in self.model.prompt and self.model.prompt.replace("{title}", "").count("{"):
             yield "`model.prompt` may hold {title} and no other braces"

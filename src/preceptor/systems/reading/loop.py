@@ -80,11 +80,17 @@ def train(config: ReadingConfig, run: Run, services: Services, *, setup: Setup |
         if every and (number % every == 0 or number == num_steps):
             row["gap_closed_train"] = meter.measure(setup.generators("evaluation_"))
         run.log(number, row)
-        for warning in (*setup.policy.lm.take_notices(), *state.collapse.warnings(number, row)):
+        notices = (*setup.policy.lm.take_notices(), *state.micro_batch.take_notices())
+        for warning in (*notices, *state.collapse.warnings(number, row)):
             run.notice(warning)
     records = evaluate(setup, state)
+    weights = None
+    if run.world.shares_weights:
+        from preceptor.runs.sharding import whole_weights
+
+        weights = whole_weights(setup.policy.lm.model)
     if run.writes:
-        save_model(setup.policy.lm.model, setup.policy.lm.tokenizer, run.path / MODEL)
+        save_model(setup.policy.lm.model, setup.policy.lm.tokenizer, run.path / MODEL, weights=weights)
         save_selection(run.path / MODEL, setup.policy, setup.keys, config.selection)
     # The order that the policy would read each article in if nothing were left to chance.
     return {
@@ -165,7 +171,7 @@ def step(setup: Setup, state: State, number: int) -> dict[str, Any]:
             query_entropy=update.query_entropy_coefficient,
             selection_entropy=update.selection_entropy_coefficient,
         ),
-        micro_batch_size=update.micro_batch_size or config.episode.batch_size,
+        micro_batch=state.micro_batch,
         world=run.world,
     )
     gradient_norm = optimizer_step(setup, state, number, kept_mask=kept_mask, usable_mask=usable_mask)
@@ -207,6 +213,7 @@ def step(setup: Setup, state: State, number: int) -> dict[str, Any]:
         "query_entropy_maximum": _maximum_query_entropy(policy),
         "selection_entropy": _selection_entropy(trajectories),
         "skipped_steps": state.guard.num_skipped,
+        **({"micro_batch_size": state.micro_batch.found} if state.micro_batch.found else {}),
         "episodes": state.num_episodes,
         "tokens_per_second": (trajectories.queries.numel() + num_value_tokens) / seconds,
         "seconds": seconds,

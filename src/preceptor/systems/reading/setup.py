@@ -79,11 +79,21 @@ def prepare(config: ReadingConfig, run: Run, services: Services) -> Setup:
     """
     # The model that learns, and the same model as it is now.
     adapter = Adapter(config.model.adapter_rank, config.model.adapter_alpha) if config.model.adapter_rank else None
+    is_shared = config.model.sharding == "full" and run.world.size > 1
     with run.world.first_then_others():
         lm = load_language_model(
-            config.model.name, device=run.device, dtype=parse_dtype(config.model.dtype), adapter=adapter
+            config.model.name,
+            device=torch.device("cpu") if is_shared else run.device,  # no GPU may hold all of it
+            dtype=parse_dtype(config.model.dtype),
+            adapter=adapter,
+            in_4bit=config.model.quantization == "4bit",
         )
+    lm.recomputes = config.update.gradient_checkpointing
     initial_lm = lm.initial_model()
+    if is_shared:
+        from preceptor.runs.sharding import share_weights
+
+        share_weights((lm, initial_lm), run.world, run.device)
 
     # Articles, as text and in the model's tokens.
     with run.world.first_then_others():

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from preceptor.lm.model import LanguageModel
 from preceptor.objectives.statistics import RunningMoments
-from preceptor.runs.checkpoint import copy_tensors, load_optimizer, optimizer_state
-from preceptor.runs.guard import NonFiniteGuard
+from preceptor.runs.checkpoint import copy_tensors
+from preceptor.runs.guard import MicroBatch, NonFiniteGuard
+from preceptor.runs.sharding import SharedState
 from preceptor.systems.reading.config import UpdateOptions
 from preceptor.systems.reading.policy import Policy
 from preceptor.systems.reading.rewards import PairBaseline, ReturnBaseline
@@ -35,6 +36,7 @@ class State:
         pair_baseline: running mean of each pair's log-probability.
         return_baseline: running mean of what each step is credited with.
         guard: counts updates that were skipped because a number was not finite.
+        micro_batch: trajectories per forward and backward pass.
         collapse: counts updates in a row that show a sign of collapse.
         queue: indices of the articles still to come in this round, the next one last.
         num_episodes, num_scored_values, num_rewards_excluded: counts of the run so far.
@@ -44,6 +46,10 @@ class State:
         # The order of `parameters` and of the optimizer's groups is the same in every run of one configuration.
         self.parameters = policy.parameters()
         self.optimizer = build_optimizer(policy, update)
+        modules = {"model": policy.lm.model, "projection": policy.projection}
+        self._learning = SharedState(
+            {name: module for name, module in modules.items() if module is not None}, self.parameters, self.optimizer
+        )
         self._policy_lm = policy.lm
         self._snapshot_every = update.snapshot_every if update.kl_reference == "snapshot" else 0
         self.reference_model: LanguageModel | None = None
@@ -54,6 +60,7 @@ class State:
         self.pair_baseline = PairBaseline()
         self.return_baseline = ReturnBaseline()
         self.guard = NonFiniteGuard()
+        self.micro_batch = MicroBatch(update.micro_batch_size, by_trial=not self._learning.is_shared)
         self.collapse = CollapseWatch()
         self.queue: list[int] = []
         self.num_episodes = 0
@@ -76,14 +83,15 @@ class State:
     def state_dict(self) -> dict[str, Any]:
         """Everything above, as nested mappings of tensors and plain values."""
         return {
-            "policy": {name: parameter.detach() for name, parameter in self.parameters.items()},
+            "policy": self._learning.weights(),
             "snapshot": self._snapshot(),
             "engine": self._policy_lm.engine_state(),
-            "optimizer": optimizer_state(self.optimizer),
+            "optimizer": self._learning.optimizer_state(),
             "moments": self.moments.state_dict(),
             "pair_baseline": self.pair_baseline.state_dict(),
             "return_baseline": self.return_baseline.state_dict(),
             "guard": self.guard.state_dict(),
+            "micro_batch": self.micro_batch.state_dict(),
             "collapse": self.collapse.state_dict(),
             "queue": list(self.queue),
             "counts": {name: getattr(self, name) for name in COUNTS},
@@ -96,14 +104,15 @@ class State:
             CheckpointError: it is the state of another model or optimizer.
         """
         # Copied in place: the optimizer and the decoder hold these very tensors.
-        copy_tensors(state["policy"], self.parameters)
+        self._learning.load_weights(state["policy"])
         copy_tensors(state["snapshot"], self._snapshot())
         self._policy_lm.load_engine_state(state["engine"])
-        load_optimizer(self.optimizer, state["optimizer"])
+        self._learning.load_optimizer(state["optimizer"])
         self.moments.load_state_dict(state["moments"])
         self.pair_baseline.load_state_dict(state["pair_baseline"])
         self.return_baseline.load_state_dict(state["return_baseline"])
         self.guard.load_state_dict(state["guard"])
+        self.micro_batch.load_state_dict(state.get("micro_batch", {"found": 0}))  # runs before trials have none
         self.collapse.load_state_dict(state["collapse"])
         self.queue = list(state["queue"])
         for name in COUNTS:

@@ -14,8 +14,7 @@ from preceptor.errors import DataError
 from preceptor.result import write_page
 from preceptor.runs.folder import Run
 from preceptor.systems import find_system
-from preceptor.systems.base import Services
-from preceptor.systems.configuration import configuration
+from preceptor.systems.base import Services, configuration
 from preceptor.systems.reading.study.choose import Reader, folder_pairs
 from preceptor.systems.reading.study.pool import NUM_HELD_OUT
 from preceptor.systems.reading.study.verify import named_case, read_pools
