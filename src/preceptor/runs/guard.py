@@ -6,7 +6,9 @@ through a pass, with the same gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from preceptor.errors import CheckpointError, ConfigError, MissingExtraError, NumericError
-from preceptor.runs.world import ALONE, World, is_sharded, local
+from preceptor.runs.world import World, is_sharded, local
 
 
 def first_nonfinite(named_tensors: Mapping[str, Tensor | None] | Iterable[tuple[str, Tensor | None]]) -> str | None:
@@ -166,8 +168,31 @@ REMEDY = (
 )
 
 
+@dataclass
+class Trial:
+    """The first attempt at a batch.
+
+    Attributes:
+        size: rows of a pass.
+        ran_out: whether memory did not suffice; then :meth:`MicroBatch.search` is to be asked.
+    """
+
+    size: int
+    ran_out: bool = False
+
+
 class MicroBatch:
-    """Rows per pass.
+    """How many rows go through one forward and backward pass: the configured number, or what memory holds, by trial.
+
+    The gradient of a batch is a sum over its rows, so that it does not depend, but for rounding, on how many of them go
+    through the model at once. The first trial is the whole batch; where the device's memory runs out, half of it is
+    tried, and so on. What was found stays for the rest of the run, and a checkpoint keeps it::
+
+        with micro_batch.first_trial(num_rows, parameters) as trial:
+            given = compute(micro_batch_size=trial.size)
+        if trial.ran_out:
+            given = micro_batch.search(trial.size, compute, parameters)
+        micro_batch.agree(world)
 
     Args:
         configured: this many; 0 finds out by trial.
@@ -175,7 +200,7 @@ class MicroBatch:
             them cannot go back alone.
 
     Attributes:
-        found: rows per pass that memory held where more did not fit; 0 until memory has run out.
+        found: rows of a pass that memory held where more did not fit; 0 until memory has run out.
     """
 
     def __init__(self, configured: int = 0, *, by_trial: bool = True) -> None:
@@ -184,31 +209,75 @@ class MicroBatch:
         self._by_trial = by_trial
         self._notices: list[str] = []
 
-    def run(
-        self, num_rows: int, compute: Callable[[int], T], parameters: Iterable[nn.Parameter], *, world: World = ALONE
-    ) -> T:
-        """What ``compute(size)`` gives, with the largest ``size`` of 1..``num_rows`` that fits, found by halving.
+    @contextlib.contextmanager
+    def first_trial(self, num_rows: int, parameters: Iterable[nn.Parameter]) -> Iterator[Trial]:
+        """Ends quietly where memory runs out in the block, with no gradient left in ``parameters``.
+
+        The block is in the caller, so that the way to the loss is no longer for what hardly ever happens.
 
         Args:
-            num_rows: of the process that has most: where each pass takes all of them, ``size`` is the same everywhere.
-            compute: adds the gradient of all rows to ``parameters``, ``size`` of them a pass; it is called again after
-                a trial that failed, and must change nothing else and draw no random numbers.
-            parameters: what they had as gradient before is still in it afterwards; a failed trial leaves nothing.
-            world: processes that compute at once; the smallest size that one of them found holds for all.
+            num_rows: of the process that has most: where each pass takes all of them, the size is the same everywhere.
+            parameters: which have no gradient yet.
 
         Raises:
-            ConfigError: not even one row fits, or there may be no trials.
+            ConfigError: memory has run out, and there may be no trials.
             MissingExtraError: memory has run out, and accelerate, which knows such errors and clears up, is missing.
         """
-        size = max(1, min(self.configured or self.found or num_rows, num_rows))
-        if self.configured:
-            return compute(size)
-        parameters = list(parameters)
-        earlier = _taken(parameters)
-        given = _fitting(compute, size, parameters, by_trial=self._by_trial, found=self._remember)
-        _add(earlier, parameters)
-        self._agree(world)
+        trial = Trial(max(1, min(self.configured or self.found or num_rows, num_rows)))
+        try:
+            yield trial
+        except RuntimeError as error:
+            if self.configured or not memory_ran_out(error):
+                raise
+            if not self._by_trial:
+                raise ConfigError(
+                    f"memory ran out with {trial.size} rows in a pass, and no smaller number can be tried where "
+                    f"processes share the weights; give `update.micro_batch_size`, 1 to {max(1, trial.size // 2)}, or "
+                    + REMEDY
+                ) from error
+            trial.ran_out = True
+            clear_gradients(parameters)
+
+    def search(self, size: int, compute: Callable[..., T], parameters: Iterable[nn.Parameter]) -> T:
+        """What ``compute(micro_batch_size=…)`` gives with the first of a half, a quarter … of ``size`` that fits.
+
+        To be called outside of the handler of the first error, which would keep that trial's activations alive.
+
+        Args:
+            size: which did not fit.
+            compute: adds the gradient of all rows to ``parameters``; it is called again after a trial that failed, and
+                must change nothing else and draw no random numbers.
+            parameters: a failed trial leaves no gradient in them.
+
+        Raises:
+            ConfigError: not even one row fits.
+        """
+        from accelerate.utils import find_executable_batch_size
+
+        parameters, tried = list(parameters), size
+
+        def halve() -> int:
+            nonlocal tried
+            clear_gradients(parameters)
+            if tried == 1:
+                raise ConfigError(f"memory does not even hold one row in a pass, down from {size}; {REMEDY}")
+            tried //= 2
+            return tried
+
+        def trial(batch_size: int) -> T:
+            return compute(micro_batch_size=batch_size)
+
+        given: T = find_executable_batch_size(trial, starting_batch_size=halve(), reduce_batch_size_fn=halve)()
+        self._remember(tried)
         return given
+
+    def agree(self, world: World) -> None:
+        """Takes the smallest size of all processes, so that a resume, which knows that of the first, is exact."""
+        if world.size == 1 or self.configured or not self._by_trial:
+            return
+        smallest = int(-world.maximum(-(self.found or _NOTHING)))
+        if smallest not in (self.found, _NOTHING):
+            self._remember(smallest)
 
     def take_notices(self) -> list[str]:
         """What to tell of sizes found since the last call."""
@@ -230,55 +299,6 @@ class MicroBatch:
             "gradient up to rounding (`update.micro_batch_size`)"
         )
 
-    def _agree(self, world: World) -> None:
-        """Takes the smallest size of all processes, so that a resume, which knows that of the first, is exact."""
-        if world.size == 1 or not self._by_trial:
-            return
-        smallest = int(-world.maximum(-(self.found or _NOTHING)))
-        if smallest not in (self.found, _NOTHING):
-            self._remember(smallest)
-
-
-def _fitting(
-    compute: Callable[[int], T],
-    size: int,
-    parameters: list[nn.Parameter],
-    *,
-    by_trial: bool,
-    found: Callable[[int], None],
-) -> T:
-    """What the first of ``size``, a half, a quarter … gives for which memory suffices."""
-    try:
-        return compute(size)
-    except RuntimeError as error:
-        if not memory_ran_out(error):
-            raise
-        if not by_trial:
-            raise ConfigError(
-                f"memory ran out with {size} rows in a pass, and no smaller number can be tried where processes share "
-                f"the weights; give `update.micro_batch_size`, 1 to {max(1, size // 2)}, or {REMEDY}"
-            ) from error
-        _taken(parameters)
-    # Here, outside of the handler, whose error would keep the activations of the failed trial alive.
-    from accelerate.utils import find_executable_batch_size
-
-    tried = size
-
-    def halve() -> int:
-        nonlocal tried
-        _taken(parameters)
-        if tried == 1:
-            raise ConfigError(f"memory does not even hold one row in a pass, down from {size}; {REMEDY}")
-        tried //= 2
-        return tried
-
-    def trial(batch_size: int) -> T:
-        return compute(batch_size)
-
-    given: T = find_executable_batch_size(trial, starting_batch_size=halve(), reduce_batch_size_fn=halve)()
-    found(tried)
-    return given
-
 
 def memory_ran_out(error: RuntimeError) -> bool:
     """Whether ``error`` is one of a device whose memory is full, as accelerate knows them.
@@ -296,16 +316,7 @@ def memory_ran_out(error: RuntimeError) -> bool:
     return bool(should_reduce_batch_size(error))
 
 
-def _taken(parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:
-    """The gradients of ``parameters``, which then have none."""
-    taken = []
+def clear_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Leaves no gradient in ``parameters``."""
     for parameter in parameters:
-        taken.append(parameter.grad)
         parameter.grad = None
-    return taken
-
-
-def _add(earlier: Iterable[Tensor | None], parameters: Iterable[nn.Parameter]) -> None:
-    for gradient, parameter in zip(earlier, parameters, strict=True):
-        if gradient is not None:
-            parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)

@@ -13,7 +13,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from preceptor.lm.load import Adapter, load_language_model
 from preceptor.lm.model import LanguageModel
-from preceptor.runs.guard import MicroBatch
 from preceptor.systems.reading import loss
 from preceptor.systems.reading.environment import Trajectories
 from preceptor.systems.reading.loss import Coefficients, UpdateMetrics, accumulate_gradient, score_actions
@@ -44,7 +43,6 @@ def gradients(
     reference_model: LanguageModel | None = None,
     kept_mask: Tensor | None = None,
     micro_batch_size: int = 99,
-    micro_batch: MicroBatch | None = None,
 ) -> tuple[dict[str, Tensor], UpdateMetrics]:
     """The gradient of every trainable parameter (zeros where none came), starting from none."""
     parameters = policy.parameters()
@@ -58,7 +56,7 @@ def gradients(
         kept_mask=torch.ones(len(trajectories), dtype=torch.bool) if kept_mask is None else kept_mask,
         reference_model=reference_model,
         coefficients=coefficients,
-        micro_batch=micro_batch or MicroBatch(micro_batch_size),
+        micro_batch_size=micro_batch_size,
     )
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in parameters.items()}, measured
 
@@ -237,37 +235,6 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
                 parts[name], gradient, rtol=1e-3, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
             )
         assert dataclasses.astuple(metrics) == pytest.approx(dataclasses.astuple(whole_metrics), abs=1e-5)
-
-
-@pytest.mark.parametrize("after_backward", [False, True])
-def test_a_batch_that_memory_does_not_hold_gives_the_same_gradient_in_parts(
-    after_backward: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Memory runs out in a pass of more than two rows, or in a later pass, when the one before has left a gradient."""
-    policy, untrained, article, keys = policies(language_model(), temperature=1.0)
-    perturb(policy, scale=0.02)
-    trajectories = rollout(policy, article, keys, num_episodes=7, budget=3)
-    arguments: dict[str, Any] = {"coefficients": ALL, "reference_model": untrained.lm}
-    whole, whole_metrics = gradients(policy, trajectories, keys, **arguments)
-    real, sizes = loss.score_actions, []
-
-    def short_of_memory(policy: Policy, part: Trajectories, keys: Keys, **options: Any) -> Any:
-        sizes.append(len(part))
-        if len(part) > 2 and not after_backward:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        if (after_backward and sizes == [7, 3, 3]) or sizes == [7]:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return real(policy, part, keys, **options)
-
-    monkeypatch.setattr(loss, "score_actions", short_of_memory)
-    micro_batch, before = MicroBatch(), torch.get_rng_state()
-    parts, metrics = gradients(policy, trajectories, keys, micro_batch=micro_batch, **arguments)
-    assert sizes == [7, 3, *([3] * after_backward), *[1] * 7]
-    assert micro_batch.found == 1
-    for name, gradient in whole.items():
-        torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
-    assert dataclasses.astuple(metrics) == pytest.approx(dataclasses.astuple(whole_metrics), abs=1e-5)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_nothing_passing_gives_no_gradient() -> None:

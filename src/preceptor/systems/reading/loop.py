@@ -16,6 +16,7 @@ At the end every baseline is measured beside the learned policy, on training and
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -156,7 +157,8 @@ def step(setup: Setup, state: State, number: int) -> dict[str, Any]:
     )
 
     # 5. The gradient of the loss, and one step of the optimizer.
-    metrics = accumulate_gradient(
+    accumulate = partial(
+        accumulate_gradient,
         policy,
         trajectories,
         keys,
@@ -171,9 +173,14 @@ def step(setup: Setup, state: State, number: int) -> dict[str, Any]:
             query_entropy=update.query_entropy_coefficient,
             selection_entropy=update.selection_entropy_coefficient,
         ),
-        micro_batch=state.micro_batch,
         world=run.world,
     )
+    learning = state.parameters.values()
+    with state.micro_batch.first_trial(run.world.most_rows(int(kept_mask.sum())), learning) as trial:
+        metrics = accumulate(micro_batch_size=trial.size)
+    if trial.ran_out:
+        metrics = state.micro_batch.search(trial.size, accumulate, learning)
+    state.micro_batch.agree(run.world)
     gradient_norm = optimizer_step(setup, state, number, kept_mask=kept_mask, usable_mask=usable_mask)
 
     # 6. Decisions and metrics.

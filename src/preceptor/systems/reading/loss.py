@@ -15,7 +15,6 @@ from preceptor.lm.score import pad_rows, span_mask
 from preceptor.objectives.kl import entropy, kl_exact
 from preceptor.objectives.policy_gradient import reinforce_loss
 from preceptor.objectives.selection import selection_entropy, selection_log_probs
-from preceptor.runs.guard import MicroBatch
 from preceptor.runs.world import ALONE, World
 from preceptor.systems.reading.environment import Trajectories
 from preceptor.systems.reading.policy import Keys, Policy
@@ -73,17 +72,17 @@ def accumulate_gradient(
     kept_mask: Bool[Tensor, " batch"],
     reference_model: LanguageModel | None,
     coefficients: Coefficients,
-    micro_batch: MicroBatch,
+    micro_batch_size: int,
     world: World = ALONE,
 ) -> UpdateMetrics:
-    """Add the loss's gradient to the policy's parameters, as many trajectories at a time as ``micro_batch`` says.
+    """Add the loss's gradient to the policy's parameters, a few trajectories at a time.
 
     loss = − query · mean A ln π(query token) − selection · mean A ln π(choice)
            + value_kl · mean KL(π ‖ reference) at value tokens + query_kl · mean KL(π ‖ reference) at query tokens
            − query_entropy · mean H(π) at query tokens − selection_entropy · mean H(π) of the choices
 
     Means run over the tokens (or choices) of the trajectories that the filter kept, so the result does not depend on
-    their number beyond rounding. No gradient into ``advantages`` or the reference model.
+    ``micro_batch_size`` beyond rounding. No gradient into ``advantages`` or the reference model.
 
     Args:
         policy: whose parameters receive gradient.
@@ -93,7 +92,7 @@ def accumulate_gradient(
         kept_mask: True = the trajectory is kept by the filter.
         reference_model: of the KL terms; None when both are off.
         coefficients: weights of the terms.
-        micro_batch: trajectories per pass.
+        micro_batch_size: trajectories per pass.
         world: the processes that share the trajectories; afterwards each has the gradient of all of them.
     """
     kept = kept_mask.nonzero()[:, 0]
@@ -109,8 +108,14 @@ def accumulate_gradient(
     with_values = reference_model is not None and coefficients.value_kl > 0
     selection_weight = coefficients.selection * policy.selection_has_gradient
 
-    def loss_of(rows: Int[Tensor, " part"]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The part of the loss, and of the metrics, that these trajectories add."""
+    mine = kept[world.shard(len(kept))]
+    passes = [(rows, 1.0) for rows in mine.split(micro_batch_size)] if len(mine) else []
+    if world.shares_weights:
+        # A pass takes all processes then: one with fewer rows than the others passes a row for nothing.
+        num_passes = -(-world.most_rows(len(kept)) // micro_batch_size)
+        passes += [(kept[:1], 0.0)] * (num_passes - len(passes))
+    totals = {"policy_loss": 0.0, "value_kl": 0.0, "query_kl": 0.0, "query_entropy": 0.0}
+    for rows, weight in passes:
         scores = score_actions(
             policy, trajectories.at(rows), keys, reference_model=reference_model, with_values=with_values
         )
@@ -147,26 +152,10 @@ def accumulate_gradient(
             query_kl, value_kl = scores.query_kl.sum() / num_query_tokens, scores.value_kl.sum() / num_value_tokens
             loss = loss + coefficients.query_kl * query_kl + coefficients.value_kl * value_kl
             terms |= {"query_kl": query_kl, "value_kl": value_kl}
-        return loss, terms
-
-    mine, most_rows = kept[world.shard(len(kept))], world.most_rows(len(kept))
-
-    def accumulate(size: int) -> dict[str, float]:
-        totals = {"policy_loss": 0.0, "value_kl": 0.0, "query_kl": 0.0, "query_entropy": 0.0}
-        parts = mine.split(size) if len(mine) else ()
-        for rows in parts:
-            loss, terms = loss_of(rows)
-            loss.backward()
-            for name, term in terms.items():
-                totals[name] += float(term.detach())
-        # Where processes share the weights, a pass takes all of them: one with fewer rows passes one for nothing.
-        for _ in range(-(-most_rows // size) - len(parts) if world.shares_weights else 0):
-            (0.0 * loss_of(kept[:1])[0]).backward()
-        return totals
-
-    parameters = policy.parameters().values()
-    totals = micro_batch.run(most_rows, accumulate, parameters, world=world)
-    world.sum_gradients(parameters)
+        (weight * loss).backward()
+        for name, term in terms.items():
+            totals[name] += weight * float(term.detach())
+    world.sum_gradients(policy.parameters().values())
     totals = world.sums(totals)
     return UpdateMetrics(
         policy_loss=totals["policy_loss"],
