@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from preceptor.lm.edit_targets import layer_targets
 from preceptor.systems.surgery.calibration import calibrate, nearest_scales, norm_scales, output_scales
 from preceptor.systems.surgery.damage import rows_of_outputs, write_rows_of_outputs
 from preceptor.systems.surgery.patient import Patient
@@ -98,10 +97,20 @@ def _originals(patient: Patient) -> list[torch.Tensor]:
     return originals
 
 
-def test_the_original_is_seen_through_its_own_inputs_and_no_hook_stays() -> None:
+def test_inputs_are_those_of_the_original_and_no_hook_stays() -> None:
+    """The second layer's inputs depend on the first, so those of the damaged model would give other scales."""
     patient = patient_of()
     windows = patient.windows(2, generator())
+    inputs: list[torch.Tensor] = []
+    last = patient.model.transformer.h[1].mlp.c_fc  # type: ignore[union-attr, index]
+    handle = last.register_forward_hook(lambda module, args, output: inputs.append(args[0].flatten(0, 1).detach()))
+    patient.loss(windows)
+    handle.remove()
+    w = last.weight.detach().T.clone()  # [out, in]
     patient.damage("round_2", strength=6.0, generator=generator())
+    q = last.weight.detach().T.clone()
     list(calibrate(patient, "calibration_outputs", "round_2", windows))
-    assert len(layer_targets(patient.model)) == len(patient.targets) == 12
+    wanted, damaged = inputs[0] @ w.T, inputs[0] @ q.T  # [position, out]
+    scales = (wanted * damaged).sum(0) / damaged.square().sum(0)
+    torch.testing.assert_close(last.weight.detach().T, scales[:, None] * q, rtol=1e-3, atol=1e-5)
     assert not any(module._forward_pre_hooks for module in patient.model.modules())

@@ -157,6 +157,26 @@ def test_the_better_parent_is_the_one_that_knows_the_text_better(
     assert not any(torch.equal(one, other) for one, other in zip(first, clean, strict=True) if one.ndim == 2)
 
 
+def test_both_parents_begin_with_the_student_and_read_different_halves(
+    whole: tuple[Path, SurgeryConfig, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, config, _ = whole
+    setup = prepare(config, device=CPU, folder=folder)
+    (patient, *_) = admit(setup).unseen
+    clean, texts = patient.snapshot(), []
+
+    def moved(setup: Any, patient: Patient, name: str, tokens: torch.Tensor, stop: Any) -> None:
+        assert all(map(torch.equal, patient.snapshot(), clean))
+        texts.append(tokens)
+        patient.put([weight + 1 for weight in clean])
+
+    monkeypatch.setattr(merging, "_fine_tune", moved)
+    merging.find_parents(setup, patient)
+    assert torch.equal(torch.cat(texts), setup.corpus.train)
+    assert abs(len(texts[0]) - len(texts[1])) <= 1
+    assert all(map(torch.equal, patient.snapshot(), clean))
+
+
 def test_what_is_copied_is_what_the_kinds_of_damage_may_touch(tmp_path: Path) -> None:
     def scope(*overrides: str) -> str:
         return scope_of(load_config(SurgeryConfig, overrides=["training=amortised", *overrides]))
