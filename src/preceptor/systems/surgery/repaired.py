@@ -131,8 +131,11 @@ def _verdict(
     for item, compared in elsewhere.items():
         if compared:
             edits = by_item[item]["amortised"]
+            student, _, kind = item.rpartition("/")
+            if sum(other.rpartition("/")[0] == student for other in elsewhere) > 1:
+                student = f"{student} under {kind}"
             sentences.append(
-                f"On {item.rpartition('/')[0]} it is {_percent(edits['1'])} and {_percent(edits['3'])}. "
+                f"On {student} it is {_percent(edits['1'])} and {_percent(edits['3'])}. "
                 + _against(compared, claimed[first : first + len(compared)])
             )
         first += len(compared)
