@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from preceptor.errors import ConfigError, ModelError
-from preceptor.lm.edit_targets import ROLES, Target, attention_targets, named_targets
+from preceptor.lm.edit_targets import ROLES, Target, attention_targets, layer_targets, named_targets
 
 SIZES = {"vocab_size": 17, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 LLAMA = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 4}
@@ -189,6 +189,35 @@ def test_shared_layers_are_targets_once() -> None:
 def test_an_unknown_layout_is_refused(make: Callable[[], nn.Module]) -> None:
     with pytest.raises(ModelError, match="has no attention of a known layout; choose targets by name instead"):
         attention_targets(make())
+
+
+@pytest.mark.parametrize(
+    ("name", "of_layer"), [("llama", ["gate_proj", "up_proj", "down_proj"]), ("gpt2", ["c_fc", "c_proj"])]
+)
+def test_all_matrices_of_the_layers(name: str, of_layer: list[str]) -> None:
+    model = build(name)
+    found = layer_targets(model)
+    attention = attention_targets(model)
+    assert [target.name for target in found[: len(attention)]] == [target.name for target in attention]
+    mlps = found[len(attention) :]
+    assert [target.name.split(".")[-2] for target in mlps] == of_layer * 2
+    assert {(target.role, target.num_heads) for target in mlps} == {(None, 1)}
+    # Every matrix but the embeddings and the head of the vocabulary, and each number of it once.
+    matrices = {
+        parameter for name, parameter in model.named_parameters() if parameter.ndim == 2 and _is_of_a_layer(name)
+    }
+    assert {target.parameter for target in found} == matrices
+    assert sum(target.view.numel() for target in found) == sum(parameter.numel() for parameter in matrices)
+    # Rows are what a layer puts out, however its weight lies.
+    for target in mlps:
+        layer = model.get_submodule(target.name.removesuffix(".weight"))
+        x = torch.randn(2, target.matrix().shape[1], generator=torch.Generator().manual_seed(0))
+        bias = layer.bias if getattr(layer, "bias", None) is not None else 0.0
+        torch.testing.assert_close(x @ target.matrix().T + bias, layer(x), rtol=1e-4, atol=1e-5)
+
+
+def _is_of_a_layer(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
 
 
 def test_targets_by_name() -> None:

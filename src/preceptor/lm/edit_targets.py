@@ -129,6 +129,39 @@ def attention_targets(
     return _once(attentions[number][role] for number in numbers for role in ROLES if role in roles)
 
 
+def layer_targets(model: nn.Module) -> list[Target]:
+    """Every matrix of the decoder layers of ``model``: :func:`attention_targets`, then those of the MLPs, each once.
+
+    A layer is what holds an attention module, so embeddings and the head of the vocabulary are left out, as they are by
+    compression. An MLP's matrix has no role and counts as one head; its rows are what it puts out.
+
+    Raises:
+        ModelError: there is no attention of a known layout.
+    """
+    attention = attention_targets(model)
+    known = {id(target.parameter) for target in attention}
+    layers = dict.fromkeys(layer for target in attention if (layer := _layer_of(target.name)))
+    return attention + _once(
+        Target(f"{name}.weight", layer.weight, None, Layout(is_transposed=layer.is_conv1d))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        if _layer_of(name) in layers
+        for layer in [_Projection(name, module.get_parameter("weight"), not isinstance(module, nn.Linear))]
+        if layer.weight.ndim == 2 and layer.weight.is_floating_point() and id(layer.weight) not in known
+    )
+
+
+def _layer_of(name: str) -> str:
+    """The name of the layer that something belongs to, up to the first number in it; nothing if there is none.
+
+    >>> _layer_of("transformer.h.1.mlp.c_fc"), _layer_of("lm_head")
+    ('transformer.h.1', '')
+    """
+    parts = name.split(".")
+    first = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    return "" if first is None else ".".join(parts[: first + 1])
+
+
 def named_targets(module: nn.Module, patterns: Sequence[str]) -> list[Target]:
     """The matrices whose names match one of ``patterns`` (shell patterns or whole names), in the module's order.
 

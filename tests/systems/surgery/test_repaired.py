@@ -45,6 +45,15 @@ def test_each_student_has_its_own_claim() -> None:
     assert all(r[BUDGET] == r["repaired_3"] for r in edits)
 
 
+def test_kinds_of_damage_are_named_where_a_student_has_several() -> None:
+    gains = {TRAINED_SIZE: 0.4, STARTER: 0.0, "starter/round_2": 0.0}
+    made = records(5, gains, np.random.default_rng(0))
+    config = {"amortised": {"sizes": ["2x4x64"], "damages": ["head_scale", "round_2"]}}
+    verdict = result(made, config=config, seeds=list(range(5)))["verdict"]
+    assert "On starter under head_scale it is " in verdict
+    assert "On starter under round_2 it is " in verdict
+
+
 def test_few_seeds_prove_nothing() -> None:
     assert "1 seed proves nothing yet" in said(1, {TRAINED_SIZE: 0.4})["verdict"]
     assert "4 seeds prove nothing yet" in said(4, {TRAINED_SIZE: 0.4})["verdict"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from preceptor.systems.surgery import search
+from preceptor.systems.surgery.config import DAMAGES
 from preceptor.systems.surgery.patient import Patient
 from tests.systems.surgery.small import small_model
 
@@ -42,6 +43,68 @@ def test_a_patient_is_put_back_bit_for_bit(patient: Patient) -> None:
     patient.restore()
     assert all(torch.equal(a, b) for a, b in zip(patient.snapshot(), copies, strict=True))
     assert patient.loss(windows) == clean
+
+
+@pytest.fixture
+def whole_patient() -> Patient:
+    """Any weight of it may be damaged, and two fine-tunes of it are to be merged."""
+    patient = Patient(
+        "small", small_model(), train=TOKENS, held_out=TOKENS, block_size=15, roles=("query", "output"), mlp=True,
+        scope="model", kind="head_scale", rank=1, max_factor=2.0,
+    )  # fmt: skip
+    clean = patient.snapshot()
+    patient.parents = tuple([weight + shift for weight in clean] for shift in (0.25, -0.75))
+    return patient
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DAMAGES if kind != "merging"])
+def test_every_damage_and_edit_is_put_back_bit_for_bit(kind: str) -> None:
+    """Nothing of the whole model is left changed, although only the layers are copied."""
+    model = small_model(architecture="llama")
+    patient = Patient(
+        "small", model, train=TOKENS, held_out=TOKENS, block_size=15, roles=("query", "output"), mlp=True,
+        scope="layers", kind="head_scale", rank=1, max_factor=2.0,
+    )  # fmt: skip
+    clean = {name: weight.clone() for name, weight in model.state_dict().items()}
+    patient.damage(kind, strength=6.0, generator=generator())
+    patient.sites.scale_(torch.ones(patient.sites.action_dim))
+    list(search.tuning(patient, lambda step: patient.windows(2, generator(step)), steps=2))
+    assert sum(not torch.equal(weight, clean[name]) for name, weight in model.state_dict().items()) >= 14
+    patient.restore()
+    assert all(torch.equal(weight, clean[name]) for name, weight in model.state_dict().items())
+
+
+def test_an_edit_of_what_is_not_copied_is_refused() -> None:
+    with pytest.raises(AssertionError, match="not put back"):
+        Patient(
+            "small", small_model(), train=TOKENS, held_out=TOKENS, block_size=15, roles=("output",), mlp=True,
+            kind="head_scale", rank=1, max_factor=2.0,
+        )  # fmt: skip
+
+
+def test_a_merge_is_the_average_and_the_better_parent_what_it_is_measured_against(whole_patient: Patient) -> None:
+    clean = whole_patient.snapshot()
+    undo = whole_patient.damage("merging", strength=6.0, generator=generator())
+    for weight, was in zip(whole_patient.snapshot(), clean, strict=True):
+        torch.testing.assert_close(weight, was - 0.25)  # (¼ − ¾)/2
+    assert len(clean) == len(list(whole_patient.model.parameters()))
+    undo()
+    assert all(map(torch.equal, whole_patient.snapshot(), whole_patient.parents[0]))
+    whole_patient.restore("merging")
+    assert all(map(torch.equal, whole_patient.snapshot(), whole_patient.parents[0]))
+    whole_patient.restore("round_2")
+    assert all(map(torch.equal, whole_patient.snapshot(), clean))
+
+
+def test_tuning_lowers_the_loss_and_leaves_flags_and_gradients_as_they_were(whole_patient: Patient) -> None:
+    frozen = next(whole_patient.model.parameters()).requires_grad_(False)
+    windows = whole_patient.windows(4, generator(2))
+    before = whole_patient.loss(windows)
+    assert list(search.tuning(whole_patient, lambda step: windows, steps=5)) == [1, 2, 3, 4, 5]
+    assert whole_patient.loss(windows) < before
+    assert not frozen.requires_grad
+    assert all(parameter.requires_grad for parameter in list(whole_patient.model.parameters())[1:])
+    assert all(parameter.grad is None for parameter in whole_patient.model.parameters())
 
 
 @pytest.mark.parametrize("method", ["gradient", "evolution", "cma_es", "sac"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from preceptor.objectives.sac import sample_squashed_gaussian
 from preceptor.systems.surgery.policy import ReplayBuffer, SacAgent
 from preceptor.systems.surgery.site_policy import SURGEON, SiteNetwork, TrainedSurgeon, flat_state, site_networks
 from preceptor.systems.surgery.sites import FEATURE_DIM
+from tests.systems.surgery.small import small_model
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -109,6 +111,14 @@ def test_a_saved_surgeon_acts_alike(tmp_path: Path) -> None:
     assert torch.equal(loaded.act(features), surgeon.act(features))
     assert loaded.act(features).shape == (7,)
     assert (loaded.roles, loaded.max_factor, loaded.gradients) == (("output",), 6.0, False)
+    assert not loaded.mlp
+    path = tmp_path / SURGEON / "surgeon.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"mlp": True}))
+    assert len(TrainedSurgeon.load(tmp_path).sites(small_model()).targets) == 2 + 4
+    del settings["mlp"]  # as surgeons were saved before MLPs could be edited
+    path.write_text(json.dumps(settings))
+    assert len(TrainedSurgeon.load(tmp_path).sites(small_model()).targets) == 2
     mean = float(actor(features.flatten()[None])[0, 0, 0].detach())
     assert float(loaded.act(features)[0]) == pytest.approx(math.tanh(mean), rel=1e-6)  # float32
 

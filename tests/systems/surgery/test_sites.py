@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from preceptor.errors import ConfigError, ShapeError
 from preceptor.lm.edit_targets import attention_targets
 from preceptor.systems.surgery.rewards import window_losses
-from preceptor.systems.surgery.sites import FEATURES, Sites
+from preceptor.systems.surgery.sites import FEATURES, Sites, edited_targets
 from tests.systems.surgery.small import small_model
 
 WINDOWS = torch.randint(7, (4, 13), generator=torch.Generator().manual_seed(3))
@@ -125,6 +125,23 @@ def test_shared_value_heads_are_partners_of_their_group() -> None:
     heads = attention_targets(model, roles=["output"])[0].matrix().reshape(4, -1).norm(dim=1).log()
     expected = heads - values[[0, 0, 1, 1]]
     torch.testing.assert_close(torch.tensor(column(features, "norm_to_partner")), expected)
+
+
+def test_an_mlp_has_a_number_a_matrix_and_its_ends_are_told_apart() -> None:
+    model = small_model()
+    sites = Sites(model, edited_targets(model, ("output",), mlp=True), kind="head_scale", max_factor=2.0)
+    heads = [(f"layer {layer} output", f"head {head}") for layer in (0, 1) for head in (1, 2)]
+    mlps = [(f"layer {layer} mlp.{name}", "head 1") for layer in (0, 1) for name in ("c_fc", "c_proj")]
+    assert sites.names == heads + mlps
+    before = [target.matrix() for target in sites.targets]
+    sites.apply_(torch.tensor([0.0] * 4 + [1.0, 0.0, 0.0, -1.0]))
+    for index, factor in enumerate([1, 1, 2, 1, 1, 0.5]):
+        torch.testing.assert_close(sites.targets[index].matrix(), factor * before[index])
+    features, _ = sites.features(WINDOWS, gradients=False)
+    assert column(features, "layer") == [0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0]
+    assert column(features, "place") == [0.0] * 4 + [0.0, 0.5] * 2
+    assert column(features, "output") == [1.0] * 4 + [0.0] * 4
+    assert len(edited_targets(model, ("output",), mlp=False)) == 2
 
 
 def test_bad_arguments_are_named() -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +26,12 @@ from preceptor.runs.device import peak_memory_mib
 from preceptor.runs.metrics import read_jsonl
 from preceptor.runs.record import read_manifest
 from preceptor.systems.base import Replayed
-from preceptor.systems.surgery import search
 from preceptor.systems.surgery.baselines import sac_agent
 from preceptor.systems.surgery.config import SurgeryConfig
+from preceptor.systems.surgery.damage import MERGING
 from preceptor.systems.surgery.environment import Student, scheduled_rate
+from preceptor.systems.surgery.judging import judge
+from preceptor.systems.surgery.merging import find_parents
 from preceptor.systems.surgery.patient import Patient, pretrained_patient, train_students
 from preceptor.systems.surgery.policy import SacAgent
 from preceptor.systems.surgery.ppo import PpoAgent
@@ -124,7 +125,10 @@ def train(config: SurgeryConfig, run: Run, services: Services) -> dict[str, Any]
         if n <= num_steps:
             metrics, decisions = step(setup, ward, state, n)
         else:
-            metrics, decisions = evaluate(setup, ward, state, n - num_steps)
+            surgeons = {name: trained_surgeon(setup, state, name) for name in LEARNERS}
+            patient, kind = ward.items[n - num_steps - 1]
+            metrics, decisions, records = judge(setup, patient, kind, surgeons)
+            state.records += records
         run.record({"step": n, **decision} for decision in decisions)
         run.log(n, {**metrics, "peak_memory_mib": peak_memory_mib(run.device)})
         if n == num_steps and run.writes:
@@ -144,11 +148,18 @@ def admit(setup: Setup, *, stop: Any = lambda: None) -> Ward:
 
     sizes = [options.sizes[number % len(options.sizes)] for number in range(options.num_students)]
     students = train_students(setup, sizes, "student", learn=learn)
-    students += [pretrained_patient(setup, name) for name in options.models]
     unseen = train_students(setup, options.unseen_sizes, "unseen", learn=learn)
+    merged = [*students, *unseen] if MERGING in options.damages else unseen[:1]
+    if MERGING in (*options.damages, *options.unseen_damages):
+        for patient in merged:
+            find_parents(setup, patient, stop=stop)
+    students += [pretrained_patient(setup, name) for name in options.models]
     unseen += [pretrained_patient(setup, name) for name in options.unseen_models]
     # Every kind of damage that the surgeon was trained on, on every unseen student; unseen kinds on the first alone.
-    items: list[tuple[Patient, str]] = [(patient, kind) for patient in unseen for kind in options.damages]
+    # Pretrained models are not fine-tuned, so there is nothing of theirs to merge.
+    items: list[tuple[Patient, str]] = [
+        (patient, kind) for patient in unseen for kind in options.damages if kind != MERGING or patient.parents
+    ]
     items += [(patient, kind) for patient in unseen[:1] for kind in options.unseen_damages]
     num_sites = max(patient.sites.action_dim for patient in students)
     rises = []
@@ -156,9 +167,9 @@ def admit(setup: Setup, *, stop: Any = lambda: None) -> Ward:
         generator = setup.generator("reward scale", number)
         patient = students[number % len(students)]
         windows = patient.windows(options.probe_windows, generator)
-        patient.restore()
+        kind = options.damages[number // len(students) % len(options.damages)]
+        patient.restore(kind)
         clean = patient.loss(windows)
-        kind = options.damages[number % len(options.damages)]
         patient.damage(kind, strength=options.strength, generator=generator)
         rises.append(patient.loss(windows) - clean)
     mean_rise = sum(rises) / len(rises)
@@ -283,103 +294,8 @@ def trained_surgeon(setup: Setup, state: State, name: str) -> TrainedSurgeon:
         max_factor=config.amortised.max_factor,
         gradients=config.amortised.gradients,
         num_windows=config.amortised.probe_windows,
+        mlp=config.edit.mlp,
     )
-
-
-# ---- judging --------------------------------------------------------------------------------------------------------
-
-
-def evaluate(setup: Setup, ward: Ward, state: State, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Item ``number`` (from 1): one unseen student under one kind of damage, repaired in every way.
-
-    The share repaired is Σ(damaged − repaired) / Σ(damaged − clean) over the item's damages, in nats on held-out text.
-    """
-    options = setup.config.amortised
-    patient, kind = ward.items[number - 1]
-    where = f"{patient.name}/{kind}"
-    test = patient.windows(options.test_windows, setup.generator(f"test of {where}"), held_out=True)
-    patient.restore()
-    clean = patient.loss(test)
-    courses = []  # of the surgeon's patients, site by site
-    damages: dict[str, list[float]] = {}  # method → nats of each damage that it was given
-    repaired: dict[str, dict[int, list[float]]] = {}  # method → evaluations → nats taken back of each
-    for index in range(options.patients):
-        for method in options.repairs:
-            if method == "sac" and index >= options.sac_patients:
-                continue
-            draws = setup.generator(f"damage of {where}", index)  # the same damage for every method
-            undo = patient.damage(kind, strength=options.strength, generator=draws)
-            damaged = patient.loss(test)
-            damages.setdefault(method, []).append(damaged - clean)
-            course = {"after_damage": patient.wounds()}
-            for evaluation in _repair(setup, state, method, patient, undo, where, index):
-                if method == "amortised":
-                    course[f"after_edit_{evaluation}"] = patient.wounds()
-                # A search that goes on in leaps is judged at a mark by what it had there.
-                for mark in search.EVALUATIONS:
-                    if evaluation <= mark < evaluation + search.LEAPS.get(method, 1):
-                        marks = repaired.setdefault(method, {})
-                        marks.setdefault(mark, []).append(damaged - patient.loss(test))
-            if method == "amortised":
-                courses.append({"arm": method, "item": where, "number": index, "sites": patient.sites.names, **course})
-    patient.restore()
-    shares = {
-        method: {mark: sum(nats) / sum(damages[method]) for mark, nats in marks.items()}
-        for method, marks in repaired.items()
-        if sum(damages[method]) > 0
-    }
-    state.records += [
-        {"arm": method, "item": where, "split": "held_out", "seed": setup.config.seed}
-        | {f"repaired_{mark}": share for mark, share in of_method.items()}
-        | {"damage": _mean(damages[method])}
-        for method, of_method in shares.items()
-    ]
-    metrics = {
-        "kind": "judging",
-        "item": where,
-        "clean_loss": clean,
-        "repairs": {method: {str(mark): share for mark, share in marks.items()} for method, marks in shares.items()},
-    }
-    if "amortised" in shares:
-        metrics["repaired"] = shares["amortised"].get(search.EDITS)
-    return metrics, courses
-
-
-def _repair(
-    setup: Setup,
-    state: State,
-    method: str,
-    patient: Patient,
-    undo: Any,
-    where: str,
-    index: int,
-) -> Iterator[int]:
-    """``method`` at work on damage ``index`` of an item."""
-    options = setup.config.amortised
-    generator = setup.generator(f"{method} of {where}", index)
-    evaluations = options.search_evaluations
-    windows = patient.windows(options.search_windows, setup.generator(f"search of {where}", index))
-    if method in LEARNERS:
-        surgeon = trained_surgeon(setup, state, method)
-
-        def seen(edit: int) -> Tensor:
-            return patient.windows(options.probe_windows, setup.generator(f"seen of {where} {edit}", index))
-
-        return search.trained(patient, surgeon.act, windows=seen, gradients=options.gradients)
-    if method == "inverse":
-        return search.inverse(undo)
-    if method == "norms":
-        return search.norms(patient)
-    if method == "gradient":
-        return search.gradient(patient, windows)
-    if method == "evolution":
-        return search.evolution(patient, windows, generator, evaluations=evaluations)
-    if method == "cma_es":
-        return search.cma_es(patient, windows, generator, evaluations=evaluations)
-    if method == "sac":
-        draws = partial(setup.generator, f"sac of {where} {index}")
-        return search.sac(patient, windows, generator, evaluations=evaluations, folder=setup.folder, draws=draws)
-    return iter([1])  # no_edit
 
 
 def verify(config: SurgeryConfig, folder: Path, services: Services) -> Iterator[Replayed]:

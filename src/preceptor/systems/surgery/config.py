@@ -39,17 +39,24 @@ DAMAGES = {
     "low_rank_noise": "planted: noise of rank 2 on every output projection",
     "permuted_heads": "planted: the heads of every layer change places",
     "wiped_head": "planted: a head of every layer is set to 0",
+    "round_2": "compression: weights rounded to the nearest of 2 bits",
     "round_3": "compression: weights rounded to the nearest of 3 bits",
     "round_4": "compression: weights rounded to the nearest of 4 bits",
-    "magnitude_pruning": "compression: the smaller half of the weights is set to 0",
-    "truncation": "compression: the larger half of the singular values is kept",
+    "magnitude_pruning": "compression: half to three quarters of the weights, the smallest, are set to 0",
+    "head_pruning": "compression: a quarter of each layer's heads, the smallest, is set to 0",
+    "truncation": "compression: an eighth to a third of the singular values, the largest, is kept",
+    "merging": "two fine-tunes of a student on different halves of the text are averaged",
 }
 REPAIRS = {
     "inverse": "the known inverse of the damage",
     "amortised": "the surgeon trained over many damaged models",
     "shuffled": "the same, each edit paid with the reward of another damage",
     "norms": "every head's norm is set to the mean of its layer",
+    "calibration": "every row scaled to be nearest to the original's, in closed form",
+    "calibration_norms": "every row's norm is set to the original's",
+    "calibration_outputs": "every output scaled to be nearest to the original's on the searches' text",
     "gradient": "Adam on the numbers of the edit",
+    "tuning": "Adam on all damaged weights, on fresh text",
     "evolution": "(1+1)-ES on the numbers of the edit",
     "cma_es": "CMA-ES on the numbers of the edit",
     "sac": "SAC that starts from nothing on the one model",
@@ -161,6 +168,9 @@ class EditOptions(Options):
     roles: tuple[Literal["query", "key", "value", "output"], ...] = Field(
         ("query", "key", "value", "output"), description="Attention matrices that are edited."
     )
+    mlp: bool = Field(
+        False, description="Edit the matrices of the MLPs as well, each as one head (an amortised surgeon's alone)."
+    )
     layers: tuple[int, ...] = Field((), description="Numbers of the layers that are edited; empty is all.")
     rank: int = Field(2, ge=1, description="Number of leading singular values or vectors of each matrix.")
     max_relative_norm: float = Field(
@@ -226,9 +236,12 @@ class ControlOptions(Options):
 
 Damage = Literal[
     "head_scale", "singular_values", "low_rank_noise", "permuted_heads", "wiped_head",
-    "round_3", "round_4", "magnitude_pruning", "truncation",
+    "round_2", "round_3", "round_4", "magnitude_pruning", "head_pruning", "truncation", "merging",
 ]  # fmt: skip
-Repair = Literal["inverse", "amortised", "shuffled", "norms", "gradient", "evolution", "cma_es", "sac", "no_edit"]
+Repair = Literal[
+    "inverse", "amortised", "shuffled", "norms", "calibration", "calibration_norms", "calibration_outputs",
+    "gradient", "tuning", "evolution", "cma_es", "sac", "no_edit",
+]  # fmt: skip
 
 
 class AmortisedOptions(Options):
@@ -267,7 +280,14 @@ class AmortisedOptions(Options):
     test_windows: int = Field(32, ge=1, description="Number of held-out sequences that a repair is judged on.")
     patients: int = Field(8, ge=1, description="Number of damages of each kind of each student it is judged on.")
     sac_patients: int = Field(1, ge=0, description="Number of those that SAC from nothing is given, which is slow.")
-    repairs: tuple[Repair, ...] = Field(get_args(Repair), description="Ways of repair that are compared.")
+    fine_tune_steps: int = Field(100, ge=1, description="Number of updates of a fine-tune that is merged (merging).")
+    fine_tune_rate: float = Field(
+        0.01, gt=0, description="Learning rate of these updates, which falls to 0; the higher, the more a merge costs."
+    )
+    repairs: tuple[Repair, ...] = Field(
+        ("inverse", "amortised", "shuffled", "norms", "gradient", "evolution", "cma_es", "sac", "no_edit"),
+        description="Ways of repair that are compared.",
+    )
 
 
 class EvaluationOptions(Options):
@@ -335,8 +355,11 @@ class SurgeryConfig(Options):
         yield from self._amortised_conflicts()
         if not self.edit.roles:
             yield "`edit.roles` is empty; name at least one of query, key, value, output"
-        if self.edit.kind == "head_scale" and self.edit.roles != ("output",):
-            yield "`edit.kind` head_scale scales heads' outputs, so `edit.roles` must be (output)"
+        if self.training == "phases":
+            if self.edit.kind == "head_scale" and self.edit.roles != ("output",):
+                yield "`edit.kind` head_scale scales heads' outputs, so `edit.roles` must be (output)"
+            if self.edit.mlp:
+                yield "`edit.mlp` needs `training` amortised: a surgeon of one student edits attention alone"
         if "learned" not in self.controls.arms:
             for arm in ("random", "gradient", "joint"):
                 if arm in self.controls.arms:
@@ -356,6 +379,10 @@ class SurgeryConfig(Options):
                 numbers = [int(part) for part in size.split("x") if part.isdecimal()]
                 if len(numbers) != 3 or size.count("x") != 2 or 0 in numbers or numbers[2] % numbers[1]:
                     yield f"`amortised.{key}` must be LAYERSxHEADSxWIDTH, the width a multiple of the heads, got {size}"
+        if "merging" in self.amortised.damages and self.amortised.models:
+            yield "`amortised.damages` merging is of students alone; leave it or `amortised.models` out"
+        if "merging" in self.amortised.unseen_damages and not self.amortised.unseen_sizes:
+            yield "`amortised.unseen_damages` merging is of students alone; give `amortised.unseen_sizes`"
         if not self.amortised.sizes:
             yield "`amortised.sizes` is empty; give at least one, such as 2x4x64"
 

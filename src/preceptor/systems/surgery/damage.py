@@ -1,4 +1,4 @@
-"""Damages of a model's attention: planted ones with a known inverse, and those that compression does.
+"""Damages of a model: planted ones of its attention with a known inverse, and what compression does to its layers.
 
 A surgeon that is to repair models it has never seen is trained on many of them, and judged where the answer is known.
 """
@@ -18,6 +18,14 @@ from preceptor.systems.surgery.config import DAMAGES
 Undo = Callable[[], None]
 """Takes a damage back, to within rounding."""
 
+MERGING = "merging"
+"""The one kind of damage that is no function of the weights: a patient holds the fine-tunes that it averages."""
+
+PRUNED = (0.5, 0.75)
+"""Share of the weights that ``magnitude_pruning`` sets to 0, uniform."""
+KEPT = (1 / 8, 1 / 3)
+"""Share of the singular values that ``truncation`` keeps, uniform."""
+
 NOISE_RANK = 2
 """Rank of the noise of ``low_rank_noise``."""
 
@@ -33,28 +41,50 @@ def add_damage(kind: str, targets: Sequence[Target], *, strength: float, generat
     * ``permuted_heads``: the heads of a layer change places, none stays.
     * ``wiped_head``: one head of a layer is set to 0.
 
-    Damages of compression are of all targets: ``round_3`` and ``round_4`` (to the nearest of 2^bits levels a row),
-    ``magnitude_pruning`` (the smaller half of the weights is set to 0) and ``truncation`` (the larger half of the
-    singular values stays). Their inverse is a copy of what was there.
+    Damages of compression are of all targets. Their inverse is a copy of what was there.
+
+    * ``round_2``, ``round_3`` and ``round_4``: to the nearest of 2^bits − 1 levels, as far apart as the largest weight
+      of an output needs. Two bits are −1, 0 and 1 times that weight.
+    * ``magnitude_pruning``: the smallest weights of every matrix are set to 0, one share (``PRUNED``) in all of them.
+    * ``head_pruning``: a quarter of a layer's heads (at least one), those whose rows of the output projection have the
+      smallest norm, are set to 0 there. Nothing else is touched.
+    * ``truncation``: every matrix keeps its largest singular values, one share (``KEPT``) in all of them.
 
     Args:
-        kind: a key of ``DAMAGES``.
-        targets: attention matrices.
+        kind: a key of ``DAMAGES`` but ``merging``.
+        targets: attention matrices, for compression those of the MLPs as well.
         strength: largest factor, above 1; the last three planted kinds and compression have no use for it.
         generator: draws the damage.
     """
     assert kind in DAMAGES, kind
-    damage = _DAMAGES[kind]
-    planted = kind in _PLANTED
-    undos = [
-        damage(target, math.log(strength), generator) for target in targets if not planted or target.role == "output"
-    ]
+    assert kind != MERGING, "merging is the patient's"
+    if kind in _PLANTED:
+        outputs = [target for target in targets if target.role == "output"]
+        undos = [_PLANTED[kind](target, math.log(strength), generator) for target in outputs]
+    else:
+        undos = [_putting_back(target) for target in targets]
+        _COMPRESSION[kind](targets, generator)
 
     def undo_all() -> None:
         for undo in undos:
             undo()
 
     return undo_all
+
+
+def _putting_back(target: Target) -> Undo:
+    matrix = target.matrix()
+    return lambda: target.write(matrix)
+
+
+def rows_of_outputs(target: Target) -> Float[Tensor, "out in"]:
+    """A copy of a target with what one output is made of in a row; the output projection shows its inputs as rows."""
+    return target.matrix().T if target.role == "output" else target.matrix()
+
+
+def write_rows_of_outputs(target: Target, rows: Float[Tensor, "out in"]) -> None:
+    """Writes what :func:`rows_of_outputs` gave."""
+    target.write(rows.T if target.role == "output" else rows)
 
 
 # ---- planted --------------------------------------------------------------------------------------------------------
@@ -111,29 +141,45 @@ def _wipe_head(target: Target, log_strength: float, generator: torch.Generator) 
 # ---- compression ----------------------------------------------------------------------------------------------------
 
 
-def _rounding(bits: int) -> Callable[[Target, float, torch.Generator], Undo]:
-    def round_to_nearest(target: Target, log_strength: float, generator: torch.Generator) -> Undo:
-        matrix = target.matrix()
-        steps = 2 ** (bits - 1) - 1  # on either side of 0
-        scale = matrix.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / steps  # [rows, 1]
-        target.write((matrix / scale).round() * scale)
-        return lambda: target.write(matrix)
+def _rounding(bits: int) -> Callable[[Sequence[Target], torch.Generator], None]:
+    steps = 2 ** (bits - 1) - 1  # on either side of 0
+
+    def round_to_nearest(targets: Sequence[Target], generator: torch.Generator) -> None:
+        for target in targets:
+            rows = rows_of_outputs(target)
+            scales = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / steps  # [out, 1]
+            write_rows_of_outputs(target, (rows / scales).round() * scales)
 
     return round_to_nearest
 
 
-def _prune(target: Target, log_strength: float, generator: torch.Generator) -> Undo:
-    matrix = target.matrix()
-    target.write(torch.where(matrix.abs() < matrix.abs().median(), 0.0, matrix))
-    return lambda: target.write(matrix)
+def _prune_weights(targets: Sequence[Target], generator: torch.Generator) -> None:
+    share = _uniform(*PRUNED, generator)
+    for target in targets:
+        matrix = target.matrix()
+        num_pruned = int(share * matrix.numel())
+        smallest = matrix.abs().flatten().argsort(stable=True)[:num_pruned]
+        target.write(matrix.flatten().index_fill(0, smallest, 0.0).view_as(matrix))
 
 
-def _truncate(target: Target, log_strength: float, generator: torch.Generator) -> Undo:
-    matrix = target.matrix()
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    kept = len(values) // 2
-    target.write((left[:, :kept] * values[:kept]) @ right[:kept])
-    return lambda: target.write(matrix)
+def _prune_heads(targets: Sequence[Target], generator: torch.Generator) -> None:
+    for target in targets:
+        if target.role == "output":
+            heads = target.matrix().reshape(target.num_heads, -1)  # [head, head_dim · width]
+            smallest = heads.norm(dim=1).argsort(stable=True)[: max(1, target.num_heads // 4)]
+            target.write(heads.index_fill(0, smallest, 0.0))
+
+
+def _truncate(targets: Sequence[Target], generator: torch.Generator) -> None:
+    share = _uniform(*KEPT, generator)
+    for target in targets:
+        left, values, right = torch.linalg.svd(target.matrix(), full_matrices=False)
+        kept = max(1, int(share * len(values)))
+        target.write((left[:, :kept] * values[:kept]) @ right[:kept])
+
+
+def _uniform(low: float, high: float, generator: torch.Generator) -> float:
+    return low + (high - low) * float(torch.rand((), generator=generator))
 
 
 _PLANTED = {
@@ -143,10 +189,11 @@ _PLANTED = {
     "permuted_heads": _permute_heads,
     "wiped_head": _wipe_head,
 }
-_DAMAGES = {
-    **_PLANTED,
+_COMPRESSION = {
+    "round_2": _rounding(2),
     "round_3": _rounding(3),
     "round_4": _rounding(4),
-    "magnitude_pruning": _prune,
+    "magnitude_pruning": _prune_weights,
+    "head_pruning": _prune_heads,
     "truncation": _truncate,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -12,16 +12,19 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from preceptor.errors import DataError
-from preceptor.lm.edit_targets import attention_targets
+from preceptor.lm.edit_targets import attention_targets, layer_targets
 from preceptor.lm.load import load_language_model
 from preceptor.runs.export import load_model, save_model
 from preceptor.runs.world import ALONE, World
-from preceptor.systems.surgery.config import StudentOptions
-from preceptor.systems.surgery.damage import Undo, add_damage
+from preceptor.systems.surgery.config import DAMAGES, StudentOptions, SurgeryConfig
+from preceptor.systems.surgery.damage import MERGING, Undo, add_damage
 from preceptor.systems.surgery.environment import Student, build_student
 from preceptor.systems.surgery.rewards import draw_windows, shared_window_losses
 from preceptor.systems.surgery.setup import Setup, encode, read_text
-from preceptor.systems.surgery.sites import Sites
+from preceptor.systems.surgery.sites import Sites, edited_targets
+
+Scope = Literal["attention", "layers", "model"]
+"""What a damage may touch: attention matrices, all matrices of the decoder layers, or every weight."""
 
 STUDENTS = "students"
 """Folder of a run with the undamaged students."""
@@ -35,13 +38,17 @@ class Patient:
         model: with the attention implementation ``eager``.
         train, held_out: tokens of the text, to repair on and to judge on.
         block_size: tokens of a window.
-        roles: of the matrices that are edited.
+        roles: of the attention matrices that are edited.
+        mlp: whether those of the MLPs are edited too.
         kind, rank, max_factor: of the :class:`Sites`.
+        scope: what damages and repairs may touch, and so what is copied to put the model back.
         world: the processes that share the windows of a measurement.
 
     Attributes:
         sites: the action space.
-        targets: all attention matrices, edited or not: what a damage may touch.
+        targets: all matrices that a damage may touch, edited or not.
+        parameters: all weights that it may touch, each once.
+        parents: the fine-tunes that ``merging`` averages, each as a :meth:`snapshot`; the better one is first.
     """
 
     def __init__(
@@ -56,18 +63,23 @@ class Patient:
         kind: str,
         rank: int,
         max_factor: float,
+        mlp: bool = False,
+        scope: Scope = "attention",
         world: World = ALONE,
     ) -> None:
         self.name = name
         self.model = model
-        self.targets = tuple(attention_targets(model))
-        edited = attention_targets(model, roles=roles)
+        self.targets = tuple(attention_targets(model) if scope == "attention" else layer_targets(model))
+        of_targets = dict.fromkeys(target.parameter for target in self.targets)
+        self.parameters = tuple(model.parameters() if scope == "model" else of_targets)
+        self.parents: tuple[list[Tensor], ...] = ()
+        edited = edited_targets(model, roles, mlp=mlp)
         self.sites = Sites(model, edited, kind=kind, rank=rank, max_factor=max_factor)
+        assert {target.parameter for target in edited} <= set(self.parameters), "an edit that is not put back"
         self._tokens = {"train": train, "held_out": held_out}
         self._block_size = block_size
         self._world = world
         self._clean = self.snapshot()
-        self._clean_norms = self._log_norms()
 
     def windows(self, num_windows: int, generator: torch.Generator, *, held_out: bool = False) -> Tensor:
         """Windows of the text: [window, block + 1], of which the last token is only predicted."""
@@ -80,30 +92,34 @@ class Patient:
         return float(shared_window_losses(self.model, windows, self._world).mean())
 
     def damage(self, kind: str, *, strength: float, generator: torch.Generator) -> Undo:
-        """Puts the model back and damages it; gives the exact inverse."""
-        self.restore()
-        return add_damage(kind, self.targets, strength=strength, generator=generator)
+        """Puts the model back and damages it; gives the exact inverse.
 
-    def restore(self) -> None:
-        """Undamaged, bit for bit."""
-        self.put(self._clean)
+        ``merging`` puts the average of the two :attr:`parents`; what it is measured against is the better of them.
+        """
+        self.restore(kind)
+        if kind != MERGING:
+            return add_damage(kind, self.targets, strength=strength, generator=generator)
+        first, second = self.parents
+        self.put([(one + other) / 2 for one, other in zip(first, second, strict=True)])
+        return lambda: self.put(first)
 
-    def wounds(self) -> list[float]:
-        """ln of every site's norm over its undamaged one: 0 for a site that is as it was."""
-        return (self._log_norms() - self._clean_norms).tolist()
+    def restore(self, kind: str = "") -> None:
+        """Undamaged, bit for bit; where ``kind`` is ``merging``, the better of its :attr:`parents`."""
+        self.put(self.parents[0] if kind == MERGING else self._clean)
 
-    def _log_norms(self) -> Float[Tensor, " site"]:
+    def log_norms(self) -> Float[Tensor, " site"]:
+        """ln of every site's norm."""
         return torch.cat([self.sites.log_norms(target) for target in self.sites.targets])
 
     def snapshot(self) -> list[Tensor]:
-        """Copies of all attention matrices as they are now."""
-        return [target.view.clone() for target in self.targets]
+        """Copies of all weights that a damage may touch, as they are now."""
+        return [parameter.detach().clone() for parameter in self.parameters]
 
     @torch.no_grad()
     def put(self, snapshot: Sequence[Tensor]) -> None:
         """Back to a :meth:`snapshot`, bit for bit."""
-        for target, copy in zip(self.targets, snapshot, strict=True):
-            target.view.copy_(copy)
+        for parameter, copy in zip(self.parameters, snapshot, strict=True):
+            parameter.copy_(copy)
 
 
 def size_of(text: str) -> tuple[int, int, int]:
@@ -147,6 +163,16 @@ def train_students(
                 save_model(model, setup.corpus.tokenizer, folder)
         patients.append(_patient(setup, name, model, setup.corpus.train, setup.corpus.held_out))
     return patients
+
+
+def scope_of(config: SurgeryConfig) -> Scope:
+    """What the damages and edits of a run may touch."""
+    options = config.amortised
+    kinds = {*options.damages, *options.unseen_damages}
+    if MERGING in kinds:
+        return "model"
+    compressed = any(DAMAGES[kind].startswith("compression") for kind in kinds)
+    return "layers" if compressed or config.edit.mlp else "attention"
 
 
 def pretrained_patient(setup: Setup, name: str) -> Patient:
@@ -199,5 +225,7 @@ def _patient(setup: Setup, name: str, model: PreTrainedModel, train: Tensor, hel
         kind=edit.kind,
         rank=edit.rank,
         max_factor=setup.config.amortised.max_factor,
+        mlp=edit.mlp,
+        scope=scope_of(setup.config),
         world=setup.world,
     )

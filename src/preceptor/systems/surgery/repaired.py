@@ -18,11 +18,17 @@ UNITS = {
     "damage": "nats/token",
 }
 TABLE = (*(f"repaired_{mark}" for mark in EVALUATIONS), "damage")
-RIVALS = ("shuffled", "evolution", "cma_es", "norms", "gradient", "sac")
+RIVALS = (
+    "shuffled", "evolution", "cma_es", "norms", "gradient", "sac",
+    "calibration", "calibration_norms", "calibration_outputs", "tuning",
+)  # fmt: skip
 DECIDING = ("shuffled", "evolution", "cma_es")
 """Baselines that the surgeon must beat before the verdict says that it repairs better than search."""
 
-_AT_BUDGET = {"amortised": 3, "shuffled": 3, "gradient": 3, "norms": 1, "evolution": 10, "cma_es": 10, "sac": 10}
+_AT_BUDGET = {
+    "amortised": 3, "shuffled": 3, "gradient": 3, "tuning": 3, "norms": 1, "calibration": 1, "calibration_norms": 1,
+    "calibration_outputs": 1, "evolution": 10, "cma_es": 10, "sac": 10,
+}  # fmt: skip
 _TRAINING_COLUMNS = {"amortised": "SAC", "shuffled": "shuffled rewards"}
 
 
@@ -126,8 +132,11 @@ def _verdict(
     for item, compared in elsewhere.items():
         if compared:
             edits = by_item[item]["amortised"]
+            student, _, kind = item.rpartition("/")
+            if sum(other.rpartition("/")[0] == student for other in elsewhere) > 1:
+                student = f"{student} under {kind}"
             sentences.append(
-                f"On {item.rpartition('/')[0]} it is {_percent(edits['1'])} and {_percent(edits['3'])}. "
+                f"On {student} it is {_percent(edits['1'])} and {_percent(edits['3'])}. "
                 + _against(compared, claimed[first : first + len(compared)])
             )
         first += len(compared)

@@ -1,8 +1,9 @@
 """Ways to repair one damaged model, each a generator that yields the number of evaluations spent so far.
 
 After every yield the model's weights are what the method recommends. An evaluation is a forward pass over the search's
-windows; one of ``amortised``, ``shuffled`` and ``gradient`` has a backward pass too, and so costs three forward passes
-(``FORWARDS``). What is known before the first edit (the damaged model's own loss) is free to everyone.
+windows; one of ``amortised``, ``shuffled``, ``gradient`` and ``tuning`` has a backward pass too, and so costs three
+forward passes. A surgeon that sees no gradient (``amortised.gradients=false``) has none, and costs one. What is known
+before the first edit (the damaged model's own loss) is free to everyone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from preceptor.errors import MissingExtraError
 from preceptor.systems.surgery.baselines import make_surgeon
@@ -26,9 +28,6 @@ from preceptor.systems.surgery.sites import FEATURE_DIM
 EVALUATIONS = (1, 2, 3, 10, 50, 100)
 """Numbers of evaluations at which a repair is judged."""
 
-FORWARDS = {"amortised": 3, "shuffled": 3, "gradient": 3, "evolution": 1, "cma_es": 1, "sac": 1}
-"""Forward passes of an evaluation: a backward pass costs two."""
-
 LEAPS = {"cma_es": 8}
 """Evaluations between two recommendations, where they are more than one."""
 
@@ -37,6 +36,8 @@ EDITS = 3
 GRADIENT_STEPS = 50
 GRADIENT_RATE = 0.2
 """Learning rate of Adam on the logarithms of scales."""
+TUNING_RATE = 1e-3
+"""Learning rate of Adam on weights."""
 
 GROWTH = 1.5
 STEP_LIMITS = (0.01, 1.0)
@@ -66,15 +67,38 @@ def norms(patient: Patient) -> Iterator[int]:
     yield 1
 
 
-def gradient(patient: Patient, windows: Int[Tensor, "window time"]) -> Iterator[int]:
+def gradient(patient: Patient, windows: Int[Tensor, "window time"], *, steps: int = GRADIENT_STEPS) -> Iterator[int]:
     """Adam on the logarithms of all scales."""
     logs = torch.zeros(patient.sites.action_dim, requires_grad=True)
     adam = torch.optim.Adam([logs], lr=GRADIENT_RATE)
-    for step in range(1, GRADIENT_STEPS + 1):
+    for step in range(1, steps + 1):
         before = logs.detach().clone()
         logs.grad = patient.sites.gradient(windows)
         adam.step()
         patient.sites.scale_(logs.detach() - before)
+        yield step
+
+
+def tuning(patient: Patient, windows: Callable[[int], Tensor], *, steps: int) -> Iterator[int]:
+    """Adam on all weights that a damage may touch, each step on text of its own: plain fine-tuning."""
+    parameters = patient.parameters
+    adam = torch.optim.Adam(parameters, lr=TUNING_RATE)
+    for step in range(1, steps + 1):
+        batch = windows(step)
+        flags = [(parameter, parameter.requires_grad) for parameter in patient.model.parameters()]
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        loss = F.cross_entropy(
+            patient.model(input_ids=batch[:, :-1], use_cache=False).logits.float().flatten(0, 1), batch[:, 1:].flatten()
+        )
+        for parameter, slope in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = slope
+        adam.step()
+        for parameter, flag in flags:
+            parameter.grad = None
+            parameter.requires_grad_(flag)
         yield step
 
 

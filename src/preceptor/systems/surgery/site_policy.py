@@ -20,11 +20,11 @@ from torch.nn.functional import relu
 from transformers import PreTrainedModel
 
 from preceptor.errors import ConfigError
-from preceptor.lm.edit_targets import Role, attention_targets
+from preceptor.lm.edit_targets import Role
 from preceptor.runs.files import storage_errors
 from preceptor.systems.surgery.baselines import Surgeon
 from preceptor.systems.surgery.policy import Mlp
-from preceptor.systems.surgery.sites import FEATURE_DIM, FEATURES, Sites
+from preceptor.systems.surgery.sites import FEATURE_DIM, FEATURES, Sites, edited_targets
 
 SURGEON = "surgeon"
 """Folder of a run with the trained surgeon."""
@@ -110,10 +110,11 @@ class TrainedSurgeon:
     Attributes:
         kind: of the sites, as in :class:`~preceptor.systems.surgery.sites.Sites`.
         rank: singular triples of a matrix.
-        roles: of the matrices it edits.
+        roles: of the attention matrices it edits.
         max_factor: of an edit.
         gradients: whether it sees gradients.
         num_windows: windows that it was trained to see.
+        mlp: whether it edits the matrices of MLPs as well.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class TrainedSurgeon:
         max_factor: float,
         gradients: bool,
         num_windows: int,
+        mlp: bool = False,
     ) -> None:
         self.actor = actor
         self.kind = kind
@@ -134,10 +136,11 @@ class TrainedSurgeon:
         self.max_factor = max_factor
         self.gradients = gradients
         self.num_windows = num_windows
+        self.mlp = mlp
 
     def sites(self, model: PreTrainedModel) -> Sites:
         """What it edits of ``model``."""
-        targets = attention_targets(model, roles=self.roles)
+        targets = edited_targets(model, self.roles, mlp=self.mlp)
         return Sites(model, targets, kind=self.kind, rank=self.rank, max_factor=self.max_factor)
 
     @torch.no_grad()
@@ -157,6 +160,7 @@ class TrainedSurgeon:
             "max_factor": self.max_factor,
             "gradients": self.gradients,
             "num_windows": self.num_windows,
+            "mlp": self.mlp,
         }
         with storage_errors(f"save the surgeon in {folder}"):
             folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from preceptor.errors import ConfigError, ShapeError
-from preceptor.lm.edit_targets import ROLES, Role, Target, attention_targets
+from preceptor.lm.edit_targets import ROLES, Role, Target, attention_targets, layer_targets
 from preceptor.systems.surgery.environment import attention_entropies
 from preceptor.systems.surgery.trial import EditSize
 
@@ -40,6 +40,13 @@ FEATURE_DIM = len(FEATURES)
 CLIP = 5.0
 """Largest absolute value of a feature."""
 
+
+def edited_targets(model: PreTrainedModel, roles: Sequence[Role], *, mlp: bool) -> list[Target]:
+    """The attention matrices of ``model`` that play one of ``roles`` and, with ``mlp``, the matrices of its MLPs."""
+    mlps = [target for target in layer_targets(model) if target.role is None] if mlp else []
+    return attention_targets(model, roles=roles) + mlps
+
+
 _PARTNERS: dict[Role, Role] = {"query": "key", "key": "query", "value": "output", "output": "value"}
 _GRADIENT_SCALE = 30.0  # gradients of a tenth of a nat or less are linear, larger ones logarithmic
 _SMALLEST = 1e-8  # of a norm, below which its logarithm is cut off
@@ -48,8 +55,9 @@ _SMALLEST = 1e-8  # of a norm, below which its logarithm is cut off
 class Sites:
     """The sites of one model: an action space, where each number scales one part, and the features of every part.
 
-    With ``head_scale`` a part is a head (its rows of the matrix), with ``singular_values`` one of the ``rank`` leading
-    singular triples. A number a in [−1, 1] scales its part by ``max_factor``^a, so that −a takes a back.
+    With ``head_scale`` a part is a head (its rows of the matrix; an MLP's matrix is one head), with ``singular_values``
+    one of the ``rank`` leading singular triples. A number a in [−1, 1] scales its part by ``max_factor``^a, so that −a
+    takes a back.
 
     Args:
         model: whose matrices they are; its attention must be able to return its weights (``eager``).
@@ -85,6 +93,7 @@ class Sites:
         ]
         self.action_dim = sum(self._dims)
         self._layers = _layer_numbers(self.targets)
+        self._places = _places(self.targets, self._layers)
         self._partners = [self._partner(index) for index in range(len(self.targets))]
 
     @property
@@ -92,7 +101,7 @@ class Sites:
         """(matrix, part) of every site, in the order of an action."""
         part = "head" if self.kind == "head_scale" else "\N{GREEK SMALL LETTER SIGMA}"
         return [
-            (f"layer {layer} {target.role}", f"{part} {number + 1}")
+            (f"layer {layer} {target.role or _short(target)}", f"{part} {number + 1}")
             for target, layer, num in zip(self.targets, self._layers, self._dims, strict=True)
             for number in range(num)
         ]
@@ -199,7 +208,8 @@ class Sites:
                 heads = self.kind == "head_scale" and target.role is not None
                 row[:, 8] = _matched(of_layer, len(log_norms)) if heads else of_layer.mean()
             row[:, 9] = layer / max(num_layers - 1, 1)
-            row[:, 10] = torch.arange(len(log_norms)) / len(log_norms) if self.kind == "singular_values" else 0.0
+            in_matrix = torch.arange(len(log_norms)) / len(log_norms)
+            row[:, 10] = in_matrix if self.kind == "singular_values" else self._places[index]
             if target.role is not None:
                 row[:, 11 + ROLES.index(target.role)] = 1
             rows.append(row)
@@ -267,3 +277,20 @@ def _layer_numbers(targets: Sequence[Target]) -> list[int]:
         digits = [part for part in target.name.split(".") if part.isdigit()]
         numbers.append(int(digits[0]) if digits else position)
     return numbers
+
+
+def _places(targets: Sequence[Target], layers: Sequence[int]) -> list[float]:
+    """Where among the matrices of its layer without a role each one is, in [0, 1); 0 for all that have a role.
+
+    So ``head_scale`` tells what goes into an MLP from what comes out of it.
+    """
+    places = []
+    for index, target in enumerate(targets):
+        beside = [k for k, layer in enumerate(layers) if layer == layers[index] and targets[k].role is None]
+        places.append(beside.index(index) / len(beside) if target.role is None else 0.0)
+    return places
+
+
+def _short(target: Target) -> str:
+    """``mlp.c_fc`` of ``transformer.h.0.mlp.c_fc.weight``."""
+    return ".".join(target.name.removesuffix(".weight").split(".")[-2:])
