@@ -123,7 +123,12 @@ def comparison_of(
     # What the system itself concludes is about its own arms, so that of several groups it says nothing.
     own = merged if len(groups) == 1 else {}
     conclusions, text = own.get("conclusions", ()), own.get("query_text")
-    members = family(comparisons, conclusions, text)  # type: ignore[arg-type]  # each has one key more
+    # Items that are no sample of the others are compared by the system itself, and claimed in the same family.
+    by_item = {} if arms else own.get("comparisons_by_item", {})
+    members = [
+        *family(comparisons, conclusions, text),  # type: ignore[arg-type]  # each has one key more
+        *(comparison for of_item in by_item.values() for comparison in of_item),
+    ]
     claimed = claims(members, level=level)[: len(comparisons)]
     said = verdict(
         comparisons,  # type: ignore[arg-type]
@@ -150,7 +155,8 @@ def comparison_of(
         "table": list(merged.get("table", [])),
         "arms": {split: _arms(records, chosen, units, split, level) for split in splits},
         "comparisons": [{**c, "claimed": claim} for c, claim in zip(comparisons, claimed, strict=True)],
-        "verdict": said,
+        **({"comparisons_by_item": by_item} if by_item else {}),
+        "verdict": own["verdict"] if by_item else said,
     }
 
 

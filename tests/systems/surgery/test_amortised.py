@@ -18,6 +18,7 @@ from preceptor.errors import ConfigError, Interrupted
 from preceptor.report.run_folder import read_run
 from preceptor.report.sections import Matrix
 from preceptor.runs.folder import Run, open_run
+from preceptor.systems.surgery import amortised
 from preceptor.systems.surgery.amortised import admit
 from preceptor.systems.surgery.config import REPAIRS, SurgeryConfig
 from preceptor.systems.surgery.loop import train
@@ -87,6 +88,33 @@ def test_both_learners_meet_the_same_damage(whole: tuple[Path, SurgeryConfig, di
         assert (learned["arm"], shuffled["arm"]) == ("amortised", "shuffled")
         assert learned["loss_before"] == shuffled["loss_before"]
     assert {len(row["action"]) for row in decisions} == {2, 4}  # students with one and two layers of two heads
+
+
+def test_shuffled_rewards_say_nothing_of_the_edit_nor_of_how_well_the_policy_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, list[list[float]]] = {"amortised": [], "shuffled": []}
+    earned: list[list[float]] = []
+    learn_from = amortised.learn_from
+
+    def listening(setup: Any, ward: Any, agent: Any, seen: Any, rewards: list[float], *, n: int) -> dict[str, float]:
+        name = ("amortised", "shuffled")[len(told["shuffled"]) < len(told["amortised"])]
+        told[name].append(list(rewards))
+        if name == "shuffled":
+            earned.append([reward for _, _, reward in seen])
+        return learn_from(setup, ward, agent, seen, rewards, n=n)
+
+    monkeypatch.setattr(amortised, "learn_from", listening)
+    config = config_of(tmp_path, "amortised.patients=1", "amortised.repairs=[no_edit, amortised]")
+    with start(config, tmp_path / "run") as run:
+        train(config, run, SERVICES)
+    assert told["shuffled"][0] == [0.0] * 4
+    for before, rewards in zip(earned, told["shuffled"][1:], strict=False):
+        mean = sum(before) / len(before)
+        assert rewards == pytest.approx([reward - mean for reward in before])
+        assert sum(rewards) == pytest.approx(0.0, abs=1e-9)
+        assert max(rewards) > 0.0
+    assert any(abs(sum(rewards)) > 1e-6 for rewards in told["amortised"])
 
 
 @pytest.mark.parametrize("learner", ["sac", "ppo"])

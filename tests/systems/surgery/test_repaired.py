@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from preceptor.comparison.result import comparison_of, merged_result
+from preceptor.comparison.runs import FinishedRun, Group
 from preceptor.systems.surgery.repaired import BUDGET, DECIDING, RIVALS, result
 
 CONFIG = {"amortised": {"sizes": ["2x4x64"], "damages": ["head_scale"]}}
@@ -52,6 +55,30 @@ def test_kinds_of_damage_are_named_where_a_student_has_several() -> None:
     verdict = result(made, config=config, seeds=list(range(5)))["verdict"]
     assert "On starter under head_scale it is " in verdict
     assert "On starter under round_2 it is " in verdict
+
+
+def test_a_sweep_compares_students_of_a_kind_and_says_of_each_other_one_what_may_be_claimed() -> None:
+    """Pooled with a damage that nothing repairs, seeds would differ by the item and not by the method."""
+    made = records(10, {TRAINED_SIZE: 0.4, STARTER: 0.4}, np.random.default_rng(0))
+    hopeless = [
+        {**record, "item": "unseen_0_2x4x64/wiped_head", "repaired_3": -9.0 * record["seed"]}
+        for record in made
+        if record["item"] == TRAINED_SIZE
+    ]
+    runs = [
+        FinishedRun(
+            *(Path(f"seed{seed}"), "surgery", CONFIG, seed, "c0ffee", {}),
+            [record for record in (*made, *hopeless) if record["seed"] == seed],
+            1.0,
+        )
+        for seed in range(10)
+    ]
+    group = Group("", runs)
+    compared = comparison_of([group], merged_result([group], result))
+    assert compared["verdict"].count("that is above search and shuffled rewards") == 2
+    assert compared["verdict"] == merged_result([group], result)["verdict"]
+    assert [comparison["claimed"] for comparison in compared["comparisons"]] == [True] * len(RIVALS)
+    assert list(compared["comparisons_by_item"]) == [STARTER]
 
 
 def test_few_seeds_prove_nothing() -> None:

@@ -71,6 +71,8 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
         "verdict": _verdict(arms, comparisons, by_item, elsewhere),
         "charts": _charts(arms, by_item),
         "records": records,
+        # What a sweep compares: other students and kinds are no sample of these, and have comparisons of their own.
+        "paired_records": main,
     }
 
 
