@@ -12,10 +12,12 @@ from preceptor.systems.bandit.baselines import (
     gradient_bandit,
     greedy,
     play_all,
+    posterior_draws,
     thompson,
     ucb1,
     uniform,
 )
+from preceptor.systems.bandit.environment import BanditFamily
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -123,3 +125,16 @@ def test_the_order_of_merit_on_the_predecessors_bandit() -> None:
 def test_ties_are_broken_at_random() -> None:
     firsts = {greedy(certain(0.0, 0.0, 0.0), generator=generator(seed))[0, 0].item() for seed in range(20)}
     assert firsts == {0, 1, 2}
+
+
+def test_posteriors_of_several_draws_a_round_are_each_drawn_apart() -> None:
+    """One arm pays 3/4, the other 1/4. After a success of the first it is the good one with probability 3/4."""
+    family = BanditFamily(prior="three_in_four")
+    sums, counts = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 0.0]])  # [round, arm]
+    shape = (2000, 3, *sums.shape)  # [draw, episode, round, arm]
+    draws = posterior_draws(family, sums.expand(shape), counts.expand(shape), torch.Generator().manual_seed(0))
+    assert draws.shape == shape
+    assert torch.equal(draws.sum(-1), torch.ones(shape[:-1]))
+    first_is_good = (draws[..., 0] == 0.75).double().mean(0)  # [episode, round]
+    torch.testing.assert_close(first_is_good[:, 0], torch.full((3,), 0.75).double(), atol=0.04, rtol=0)
+    torch.testing.assert_close(first_is_good[:, 1], torch.full((3,), 0.5).double(), atol=0.04, rtol=0)

@@ -96,8 +96,8 @@ def posterior_draws(
     floor = 1e-9  # what certain rewards rule out is all but impossible, so that no log-odds are infinite
     of_success, of_failure = (math.log(max(p, floor) / max(q, floor)) for p, q in ((good, bad), (1 - good, 1 - bad)))
     log_odds = sums * of_success + (counts - sums) * of_failure
-    best = draw(log_odds.log_softmax(-1), generator)[..., None]
-    return torch.full_like(sums, bad).scatter(-1, best, good)
+    best = draw(log_odds.flatten(0, -2).log_softmax(-1), generator).view(sums.shape[:-1])  # one for every bandit
+    return torch.full_like(sums, bad).scatter(-1, best[..., None], good)
 
 
 def gradient_bandit(
