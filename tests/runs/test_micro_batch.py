@@ -45,7 +45,7 @@ def fitted(
 ) -> Any:
     """What a training step does."""
     weight.grad = None
-    with micro_batch.first_trial(num_rows, [weight]) as trial:
+    with micro_batch.first_trial(num_rows) as trial:
         given = compute(micro_batch_size=trial.size)
     if trial.ran_out:
         given = micro_batch.search(trial.size, compute, [weight])

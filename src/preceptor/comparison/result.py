@@ -125,11 +125,11 @@ def comparison_of(
     conclusions, text = own.get("conclusions", ()), own.get("query_text")
     # Items that are no sample of the others are compared by the system itself, and claimed in the same family.
     by_item = {} if arms else own.get("comparisons_by_item", {})
-    members = [
-        *family(comparisons, conclusions, text),  # type: ignore[arg-type]  # each has one key more
-        *(comparison for of_item in by_item.values() for comparison in of_item),
-    ]
-    claimed = claims(members, level=level)[: len(comparisons)]
+    elsewhere = [comparison for of_item in by_item.values() for comparison in of_item]
+    members = family(comparisons, conclusions, text)  # type: ignore[arg-type]  # each has one key more
+    decided = claims([*members, *elsewhere], level=level)
+    claimed, rest = decided[: len(comparisons)], iter(decided[len(members) :])
+    by_item = {item: [{**c, "claimed": next(rest)} for c in of_item] for item, of_item in by_item.items()}
     said = verdict(
         comparisons,  # type: ignore[arg-type]
         conclusions=conclusions,

@@ -188,7 +188,7 @@ class MicroBatch:
     through the model at once. The first trial is the whole batch; where the device's memory runs out, half of it is
     tried, and so on. What was found stays for the rest of the run, and a checkpoint keeps it::
 
-        with micro_batch.first_trial(num_rows, parameters) as trial:
+        with micro_batch.first_trial(num_rows) as trial:
             given = compute(micro_batch_size=trial.size)
         if trial.ran_out:
             given = micro_batch.search(trial.size, compute, parameters)
@@ -210,14 +210,13 @@ class MicroBatch:
         self._notices: list[str] = []
 
     @contextlib.contextmanager
-    def first_trial(self, num_rows: int, parameters: Iterable[nn.Parameter]) -> Iterator[Trial]:
-        """Ends quietly where memory runs out in the block, with no gradient left in ``parameters``.
+    def first_trial(self, num_rows: int) -> Iterator[Trial]:
+        """Ends quietly where memory runs out in the block.
 
         The block is in the caller, so that the way to the loss is no longer for what hardly ever happens.
 
         Args:
             num_rows: of the process that has most: where each pass takes all of them, the size is the same everywhere.
-            parameters: which have no gradient yet.
 
         Raises:
             ConfigError: memory has run out, and there may be no trials.
@@ -236,7 +235,6 @@ class MicroBatch:
                     + REMEDY
                 ) from error
             trial.ran_out = True
-            clear_gradients(parameters)
 
     def search(self, size: int, compute: Callable[..., T], parameters: Iterable[nn.Parameter]) -> T:
         """What ``compute(micro_batch_size=…)`` gives with the first of a half, a quarter … of ``size`` that fits.
@@ -247,7 +245,7 @@ class MicroBatch:
             size: which did not fit.
             compute: adds the gradient of all rows to ``parameters``; it is called again after a trial that failed, and
                 must change nothing else and draw no random numbers.
-            parameters: a failed trial leaves no gradient in them.
+            parameters: which had no gradient before the first trial, and get none from those that failed.
 
         Raises:
             ConfigError: not even one row fits.

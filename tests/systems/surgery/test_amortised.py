@@ -47,12 +47,16 @@ def config_of(folder: Path, *overrides: str) -> SurgeryConfig:
     return small_config(write_text(folder), *AMORTISED, repairs, *overrides)
 
 
+def trained(config: SurgeryConfig, folder: Path) -> tuple[Path, SurgeryConfig, dict[str, Any]]:
+    """The folder of a run that went through, its configuration, and its result."""
+    with start(config, folder / "run") as run:
+        return folder / "run", config, train(config, run, SERVICES)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SurgeryConfig, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("amortised")
-    config = config_of(folder)
-    with start(config, folder / "run") as run:
-        return folder / "run", config, train(config, run, SERVICES)
+    return trained(config_of(folder), folder)
 
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:

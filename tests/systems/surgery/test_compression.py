@@ -24,7 +24,7 @@ from preceptor.systems.surgery.setup import prepare
 from preceptor.systems.surgery.site_policy import TrainedSurgeon
 from preceptor.systems.surgery.verify import verify
 from tests.systems.surgery.small import CPU, small_config, write_text
-from tests.systems.surgery.test_amortised import AMORTISED, metrics
+from tests.systems.surgery.test_amortised import AMORTISED, metrics, trained
 from tests.systems.surgery.test_loop import SERVICES, start
 
 COMPRESSION = (
@@ -44,9 +44,7 @@ def config_of(folder: Path, *overrides: str) -> SurgeryConfig:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SurgeryConfig, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("compression")
-    config = config_of(folder)
-    with start(config, folder / "run") as run:
-        return folder / "run", config, train(config, run, SERVICES)
+    return trained(config_of(folder), folder)
 
 
 def test_putting_the_original_back_repairs_all_of_every_damage(
@@ -138,7 +136,7 @@ def test_the_surgeon_is_trained_and_acts_without_any_backward_pass(
 
 
 def test_the_better_parent_is_the_one_that_knows_the_text_better(
-    whole: tuple[Path, SurgeryConfig, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    whole: tuple[Path, SurgeryConfig, dict[str, Any]],
 ) -> None:
     folder, config, _ = whole
     setup = prepare(config, device=CPU, folder=folder)

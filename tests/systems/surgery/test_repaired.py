@@ -79,6 +79,28 @@ def test_a_sweep_compares_students_of_a_kind_and_says_of_each_other_one_what_may
     assert compared["verdict"] == merged_result([group], result)["verdict"]
     assert [comparison["claimed"] for comparison in compared["comparisons"]] == [True] * len(RIVALS)
     assert list(compared["comparisons_by_item"]) == [STARTER]
+    assert [comparison["claimed"] for comparison in compared["comparisons_by_item"][STARTER]] == [True] * len(RIVALS)
+
+
+def test_other_students_make_the_family_larger() -> None:
+    """What one student's comparisons may claim, two students' may not, though nothing is true of one."""
+    gains = {TRAINED_SIZE: 0.12}
+    alone, beside = [], []
+    for seed in (6, 12, 19):  # draws whose p-values lie near the edge
+        made = records(6, {**gains, STARTER: 0.0}, np.random.default_rng(seed))
+        for found, kept in ((alone, [r for r in made if r["item"] == TRAINED_SIZE]), (beside, made)):
+            runs = [
+                FinishedRun(
+                    *(Path(f"seed{run}"), "surgery", CONFIG, run, "c0ffee", {}),
+                    [record for record in kept if record["seed"] == run],
+                    1.0,
+                )
+                for run in range(6)
+            ]
+            group = Group("", runs)
+            compared = comparison_of([group], merged_result([group], result))
+            found.append(sum(comparison["claimed"] for comparison in compared["comparisons"]))
+    assert all(few < many for few, many in zip(beside, alone, strict=True))
 
 
 def test_few_seeds_prove_nothing() -> None:

@@ -175,11 +175,10 @@ def step(setup: Setup, state: State, number: int) -> dict[str, Any]:
         ),
         world=run.world,
     )
-    learning = state.parameters.values()
-    with state.micro_batch.first_trial(run.world.most_rows(int(kept_mask.sum())), learning) as trial:
+    with state.micro_batch.first_trial(run.world.most_rows(int(kept_mask.sum()))) as trial:
         metrics = accumulate(micro_batch_size=trial.size)
     if trial.ran_out:
-        metrics = state.micro_batch.search(trial.size, accumulate, learning)
+        metrics = state.micro_batch.search(trial.size, accumulate, state.parameters.values())
     state.micro_batch.agree(run.world)
     gradient_norm = optimizer_step(setup, state, number, kept_mask=kept_mask, usable_mask=usable_mask)
 

@@ -16,14 +16,13 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from preceptor.errors import MissingExtraError
 from preceptor.systems.surgery.baselines import make_surgeon
 from preceptor.systems.surgery.config import AgentOptions
 from preceptor.systems.surgery.damage import Undo
 from preceptor.systems.surgery.patient import Patient
-from preceptor.systems.surgery.sites import FEATURE_DIM
+from preceptor.systems.surgery.sites import FEATURE_DIM, mean_loss, only_gradients_of
 
 EVALUATIONS = (1, 2, 3, 10, 50, 100)
 """Numbers of evaluations at which a repair is judged."""
@@ -85,20 +84,12 @@ def tuning(patient: Patient, windows: Callable[[int], Tensor], *, steps: int) ->
     adam = torch.optim.Adam(parameters, lr=TUNING_RATE)
     for step in range(1, steps + 1):
         batch = windows(step)
-        flags = [(parameter, parameter.requires_grad) for parameter in patient.model.parameters()]
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        loss = F.cross_entropy(
-            patient.model(input_ids=batch[:, :-1], use_cache=False).logits.float().flatten(0, 1), batch[:, 1:].flatten()
-        )
-        for parameter, slope in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            parameter.grad = slope
-        adam.step()
-        for parameter, flag in flags:
-            parameter.grad = None
-            parameter.requires_grad_(flag)
+        with only_gradients_of(patient.model, parameters):
+            loss = mean_loss(patient.model(input_ids=batch[:, :-1], use_cache=False).logits, batch)
+            for parameter, slope in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                parameter.grad = slope
+            adam.step()
+            adam.zero_grad(set_to_none=True)
         yield step
 
 

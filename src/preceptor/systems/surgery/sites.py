@@ -6,12 +6,13 @@ shared over sites (:mod:`preceptor.systems.surgery.site_policy`) goes from one m
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -45,6 +46,26 @@ def edited_targets(model: PreTrainedModel, roles: Sequence[Role], *, mlp: bool) 
     """The attention matrices of ``model`` that play one of ``roles`` and, with ``mlp``, the matrices of its MLPs."""
     mlps = [target for target in layer_targets(model) if target.role is None] if mlp else []
     return attention_targets(model, roles=roles) + mlps
+
+
+@contextlib.contextmanager
+def only_gradients_of(model: PreTrainedModel, parameters: Collection[nn.Parameter]) -> Iterator[None]:
+    """In the block a backward pass is one for ``parameters`` of ``model`` alone."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def mean_loss(logits: Float[Tensor, "window time vocab"], windows: Int[Tensor, "window time"]) -> Float[Tensor, ""]:
+    """Mean cross-entropy of the tokens that follow, with a graph, nats per token; computed in float32."""
+    return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
 
 _PARTNERS: dict[Role, Role] = {"query": "key", "key": "query", "value": "output", "output": "value"}
@@ -161,23 +182,13 @@ class Sites:
         self, windows: Int[Tensor, "window time"], *, gradients: bool, attentions: bool
     ) -> tuple[float, tuple[Tensor, ...], Float[Tensor, " site"]]:
         """Mean loss, attention weights of every layer, and the gradient (zeros where it is not wanted)."""
-        parameters = list(dict.fromkeys(target.parameter for target in self.targets))
-        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)  # a backward pass for the edited matrices alone
-        try:
-            with torch.set_grad_enabled(gradients):
-                for parameter in parameters:
-                    parameter.requires_grad_(gradients)
-                output = self.model(input_ids=windows[:, :-1], use_cache=False, output_attentions=attentions)
-                logits = output.logits.float()  # [window, time - 1, vocab]
-                loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-                if not gradients:
-                    return float(loss), output.attentions or (), torch.zeros(self.action_dim)
-                slopes = dict(zip(parameters, torch.autograd.grad(loss, parameters), strict=True))
-        finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+        parameters = list(dict.fromkeys(target.parameter for target in self.targets)) if gradients else []
+        with torch.set_grad_enabled(gradients), only_gradients_of(self.model, parameters):
+            output = self.model(input_ids=windows[:, :-1], use_cache=False, output_attentions=attentions)
+            loss = mean_loss(output.logits, windows)
+            if not gradients:
+                return float(loss), output.attentions or (), torch.zeros(self.action_dim)
+            slopes = dict(zip(parameters, torch.autograd.grad(loss, parameters), strict=True))
         parts = [self._slopes(t, t.layout.of(slopes[t.parameter]).reshape(t.matrix().shape)) for t in self.targets]
         return float(loss.detach()), output.attentions or (), torch.cat(parts).cpu()
 
