@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -22,10 +23,11 @@ from preceptor.errors import CheckpointError, ConfigError, Interrupted, LockedEr
 from preceptor.runs import environment as env
 from preceptor.runs.checkpoint import load_optimizer, optimizer_state
 from preceptor.runs.files import FolderLock
-from preceptor.runs.folder import Run, create_run, open_run
+from preceptor.runs.folder import Run, create_run, open_run, shared_run
 from preceptor.runs.guard import NonFiniteGuard
 from preceptor.runs.metrics import read_jsonl
 from preceptor.runs.record import check_run_name, default_run_path
+from preceptor.runs.world import World
 
 CONFIG = {"learning_rate": 1e-5, "policy": {"rank": 8, "name": "on", "layers": (1, 2)}, "text": "Größe"}
 PLAIN = CONFIG | {"policy": {"rank": 8, "name": "on", "layers": [1, 2]}}
@@ -53,6 +55,26 @@ def test_a_new_run_says_what_it_is(tmp_path: Path) -> None:
     assert manifest["environment"] == env.environment(torch.device("cpu"), 1)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d", manifest["started"])
     assert sorted(os.listdir(path)) == ["config.yaml", "manifest.json", "run.lock"]
+
+
+def test_a_run_that_goes_on_past_its_end_records_what_changed_and_when(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with create(path) as run:
+        run.log(7, {"reward": 1.0})
+        run.write_result({"system": "reading", "arms": {}, "verdict": ""})
+    open_run(path, extended=CONFIG | {"learning_rate": 2e-5}, quiet=True).close()
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["extensions"] == [{"step": 7, "changed": ["learning_rate 1e-05 → 2e-05"]}]
+    assert manifest["config"] == PLAIN | {"learning_rate": 2e-5}
+    assert [file.name for file in path.glob("result*.json")] == ["result-step-000007.json"]
+
+
+def test_a_run_begins_without_the_shared_weights_of_an_earlier_one_in_this_process(tmp_path: Path) -> None:
+    world = World()
+    world.around = lambda: contextlib.nullcontext()  # as dividing a model's layers leaves it
+    assert world.shares_weights
+    shared_run(world, lambda: create(tmp_path / "run")).close()
+    assert not world.shares_weights
 
 
 def test_creating_seeds_torchs_own_generator(tmp_path: Path) -> None:

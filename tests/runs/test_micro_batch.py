@@ -117,14 +117,21 @@ def test_without_accelerate_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
     fitted(MicroBatch(), 13, computing(weight, limit=13), weight)  # nothing is needed where memory suffices
 
 
-def test_processes_take_the_smallest_size_that_one_of_them_found() -> None:
+@pytest.mark.parametrize(("limits", "expected"), [((7, 2), (1, 1, 0)), ((3, 1), (1, 2, 0)), ((1, 3), (1, 1, 0))])
+def test_processes_take_the_smallest_size_that_one_of_them_found(
+    limits: tuple[int, int], expected: tuple[int, int, int]
+) -> None:
+    """The first process found none, a larger one, or the same: its size, and how often it told of one."""
+
     def found(world: World) -> tuple[int, int, int]:
         weight, micro_batch = nn.Parameter(torch.ones(4)), MicroBatch()
         rows = ROWS[world.shard(13)]
-        compute = computing(weight, limit=(7, 2)[world.rank], rows=rows)
+        compute = computing(weight, limit=limits[world.rank], rows=rows)
         fitted(micro_batch, len(rows), compute, weight, world)
         first = micro_batch.found, len(micro_batch.take_notices())
         fitted(micro_batch, len(rows), compute, weight, world)
         return *first, len(micro_batch.take_notices())
 
-    assert in_world(2, found) == [(1, 1, 0), (1, 1, 0)]
+    first, second = in_world(2, found)
+    assert first == expected
+    assert second[0] == expected[0]

@@ -100,7 +100,14 @@ def test_tuning_lowers_the_loss_and_leaves_flags_and_gradients_as_they_were(whol
     frozen = next(whole_patient.model.parameters()).requires_grad_(False)
     windows = whole_patient.windows(4, generator(2))
     before = whole_patient.loss(windows)
-    assert list(search.tuning(whole_patient, lambda step: windows, steps=5)) == [1, 2, 3, 4, 5]
+    asked: list[int] = []
+
+    def fresh(step: int) -> torch.Tensor:
+        asked.append(step)
+        return windows
+
+    assert list(search.tuning(whole_patient, fresh, steps=5)) == [1, 2, 3, 4, 5]
+    assert asked == [1, 2, 3, 4, 5], "each step on text of its own"
     assert whole_patient.loss(windows) < before
     assert not frozen.requires_grad
     assert all(parameter.requires_grad for parameter in list(whole_patient.model.parameters())[1:])
