@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,12 @@ def test_the_fit_of_growth_finds_a_known_curve() -> None:
 def test_an_unknown_name_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["decod"]) == 2
     assert "there is no benchmark 'decod'" in capsys.readouterr().err
+
+
+def test_the_page_shows_the_newest_of_what_is_recorded(tmp_path: Path) -> None:
+    for name in (record.HISTORY, report.PAGE, report.FIGURE):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(record.ROOT / name, tmp_path / name)
+    report.write(tmp_path)
+    for name in (report.PAGE, report.FIGURE):
+        assert (tmp_path / name).read_text() == (record.ROOT / name).read_text(), "run: python -m benchmarks.report"
