@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from preceptor.api import go_on, start
 from preceptor.cli import main
@@ -24,6 +25,9 @@ from preceptor.runs.metrics import read_jsonl
 from preceptor.runs.world import World
 from preceptor.systems import find_system
 from preceptor.systems.base import Services, configuration
+from preceptor.systems.reading import loss
+from preceptor.systems.reading.environment import Trajectories
+from preceptor.systems.reading.policy import Keys, Policy
 from tests.systems.reading import conftest as shared_fixtures
 from tests.worlds import free_port, in_processes, in_world, launcher_variables
 
@@ -310,6 +314,27 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_a_resume_is_exact(tog
     )
     assert "resumed at step 4" in (folder / "notices.log").read_text()
     assert list(differences(rows_of(together / "normalised"), rows_of(folder), close=exactly))[:5] == []
+
+
+def test_memory_that_runs_out_in_one_process_leaves_the_numbers_and_gives_both_one_size(tmp_path: Path) -> None:
+    short = ("update.steps=2", "save_every=2", "update.micro_batch_size=0")
+
+    def limited(world: World) -> None:
+        real = loss.score_actions
+
+        def short_of_memory(policy: Policy, part: Trajectories, keys: Keys, **options: Any) -> Any:
+            if world.rank == 1 and len(part) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return real(policy, part, keys, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loss, "score_actions", short_of_memory)
+            run("reading", tmp_path / "two", world, *short)
+
+    in_world(2, limited)
+    one, two = rows_of(run("reading", tmp_path / "one", None, *short)), rows_of(tmp_path / "two")
+    assert [row.pop("micro_batch_size") for row in two[:2]] == [1, 1]
+    assert list(differences(one, two, close=nearly))[:5] == []
 
 
 def test_another_number_of_processes_needs_consent_and_then_goes_on(
