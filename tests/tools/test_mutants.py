@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 
 import pytest
@@ -36,12 +37,15 @@ def test_a_fault_is_planted_tried_and_taken_out_again(tmp_path: Path, monkeypatc
         Fault("src/twice.py", "return 2 * x", "return 3 * x", ("tests",)),
         Fault("src/twice.py", "return x\n", "return -x\n", ("tests",)),
         Fault("src/twice.py", "return gone", "return 0", ("tests",)),
+        Fault("src/twice.py", "return 2 * x", "return 4 * x", ("no_such_test.py",)),
     ]
     monkeypatch.setattr(mutants, "ROOT", root)
     monkeypatch.setattr(mutants, "read_faults", lambda: listed)
-    assert main(["--results", str(results)]) == 1  # one of two was caught
-    assert [tried(results)[fault.key] for fault in listed] == ["caught", "survived", "stale"]
+    assert main(["--results", str(results)]) == 1  # one of three was caught
+    assert [tried(results)[fault.key] for fault in listed] == ["caught", "survived", "stale", "pytest ended with 4"]
+    by = [json.loads(line)["by"] for line in results.read_text().splitlines()]
+    assert by == ["tests/test_twice.py::test_it", "", "", ""]
     assert (root / "src" / "twice.py").read_text() == source
     lines = len(results.read_text().splitlines())
     assert main(["--results", str(results), "--only", "twice"]) == 1
-    assert len(results.read_text().splitlines()) == lines + 1  # the stale one alone is looked at again
+    assert len(results.read_text().splitlines()) == lines + 2  # the stale one and the one that said nothing

@@ -9,12 +9,14 @@ the file to begin anew.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import queue
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import threading
@@ -25,9 +27,12 @@ from typing import NamedTuple
 
 import yaml
 
+from tools.mutants.trial import LIBRARIES, run_tests
+
 ROOT = Path(__file__).resolve().parents[2]
 FAULTS = Path(__file__).with_name("faults.yaml")
 COPIED = ("src", "tests", "benchmarks", "examples", "docs", "tools", "pyproject.toml", "README.md", "CHANGELOG.md")
+FORKS = multiprocessing.get_context("forkserver")
 OUTCOMES = {0: "survived", 1: "caught", 2: "caught"}
 """By the exit code of pytest; 2 is an error while tests were collected, as of a module that cannot be imported."""
 
@@ -56,44 +61,32 @@ def read_faults(path: Path = FAULTS) -> list[Fault]:
     return [Fault(row["file"], row["old"], row["new"], tuple(row["tests"])) for row in listed]
 
 
-def try_fault(fault: Fault, copy: Path, *, timeout: float) -> str:
-    """``caught``, ``survived``, ``timeout`` (which counts as caught), ``stale``, or pytest's exit code."""
-    target = copy / fault.file
+def try_fault(fault: Fault, copy: Path, *, timeout: float) -> tuple[str, str]:
+    """``caught``, ``survived``, ``timeout`` (which counts as caught), ``stale``, or pytest's exit code; and by what."""
+    target, failed = copy / fault.file, copy / "failed"
     source = target.read_text(encoding="utf-8")
     planted = fault.planted(source)
     if planted is None:
-        return "stale"
-    environment = os.environ | {"PYTHONPATH": f"{copy / 'src'}{os.pathsep}{copy}", "OMP_NUM_THREADS": "1"}
-    words = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-m",
-        "not slow",
-        "-p",
-        "no:cacheprovider",
-        fault.file,
-        *fault.tests,
-    ]
+        return "stale", ""
+    failed.unlink(missing_ok=True)
     target.write_text(planted, encoding="utf-8")
+    trial = FORKS.Process(target=run_tests, args=(copy, (fault.file, *fault.tests), failed))
     try:
-        run = subprocess.run(
-            words,
-            cwd=copy,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=timeout,
-            start_new_session=True,
-        )
-    except subprocess.TimeoutExpired:
-        return "timeout"
+        trial.start()
+        trial.join(timeout)
+        if trial.exitcode is None:
+            return "timeout", ""
     finally:
+        if trial.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(trial.pid, signal.SIGKILL)  # with all that its tests have started
+        trial.join()
         target.write_text(source, encoding="utf-8")
-    return OUTCOMES.get(run.returncode, f"pytest ended with {run.returncode}")
+    by = failed.read_text(encoding="utf-8") if failed.is_file() else ""
+    outcome = OUTCOMES.get(trial.exitcode)
+    if outcome is None or bool(by) != (outcome == "caught"):  # a trial that broke down by itself has caught nothing
+        outcome = f"pytest ended with {trial.exitcode}"
+    return outcome, by
 
 
 def copies(number: int, folder: Path) -> Iterator[Path]:
@@ -118,12 +111,12 @@ def try_all(faults: Sequence[Fault], results: Path, *, jobs: int, timeout: float
     def one(fault: Fault) -> None:
         copy = free.get()
         try:
-            outcome = try_fault(fault, copy, timeout=timeout)
+            outcome, by = try_fault(fault, copy, timeout=timeout)
         finally:
             free.put(copy)
         with writing, results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": fault.key, "outcome": outcome, **fault._asdict()}) + "\n")
-        print(f"{outcome}: {fault.file}: {fault.old}", flush=True)
+            file.write(json.dumps({"key": fault.key, "outcome": outcome, "by": by, **fault._asdict()}) + "\n")
+        print(f"{outcome}: {fault.file}: {fault.old}" + (f" ({by})" if by else ""), flush=True)
 
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(jobs) as pool:
         for copy in copies(jobs, Path(folder)):
@@ -152,6 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="try those again that survived")
     given = parser.parse_args(argv)
 
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    FORKS.set_forkserver_preload(list(LIBRARIES))
     chosen = [fault for fault in read_faults() if given.only in fault.file][:: given.every]
     given.results.parent.mkdir(parents=True, exist_ok=True)
     known = tried(given.results)
