@@ -27,9 +27,10 @@ from preceptor.lm.load import save_language_model
 from preceptor.lm.model import LanguageModel
 from preceptor.runs.device import exact_matmul_precision
 from preceptor.systems.curriculum.config import PPOOptions
+from preceptor.systems.curriculum.loss import Experience, accumulate_ppo, autocast
 from preceptor.systems.curriculum.policy import Prompt, generate_rollouts, rollout_log_probs, rollout_sampling
 from preceptor.systems.curriculum.rewards import token_advantages
-from preceptor.systems.curriculum.update import Experience, Sums, accumulate_ppo, autocast
+from preceptor.systems.curriculum.sums import Sums
 from preceptor.systems.curriculum.value_network import CopiedTrunk, ValueNetwork
 
 GROUP, KL, LEARNING_RATE = 8, 0.04, 1e-5

@@ -21,11 +21,13 @@ import torch
 from preceptor.api import go_on, start
 from preceptor.cli import main
 from preceptor.errors import ConfigError, Interrupted
+from preceptor.lm.model import LanguageModel
 from preceptor.runs.metrics import read_jsonl
 from preceptor.runs.world import World
 from preceptor.systems import find_system
 from preceptor.systems.base import Services, configuration
-from preceptor.systems.reading import loss
+from preceptor.systems.curriculum import loss as curriculum_loss
+from preceptor.systems.reading import loss as reading_loss
 from preceptor.systems.reading.environment import Trajectories
 from preceptor.systems.reading.policy import Keys, Policy
 from tests.systems.reading import conftest as shared_fixtures
@@ -320,7 +322,7 @@ def test_memory_that_runs_out_in_one_process_leaves_the_numbers_and_gives_both_o
     short = ("update.steps=2", "save_every=2", "update.micro_batch_size=0")
 
     def limited(world: World) -> None:
-        real = loss.score_actions
+        real = reading_loss.score_actions
 
         def short_of_memory(policy: Policy, part: Trajectories, keys: Keys, **options: Any) -> Any:
             if world.rank == 1 and len(part) > 1:
@@ -328,13 +330,64 @@ def test_memory_that_runs_out_in_one_process_leaves_the_numbers_and_gives_both_o
             return real(policy, part, keys, **options)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loss, "score_actions", short_of_memory)
+            patch.setattr(reading_loss, "score_actions", short_of_memory)
             run("reading", tmp_path / "two", world, *short)
 
     in_world(2, limited)
     one, two = rows_of(run("reading", tmp_path / "one", None, *short)), rows_of(tmp_path / "two")
     assert [row.pop("micro_batch_size") for row in two[:2]] == [1, 1]
     assert list(differences(one, two, close=nearly))[:5] == []
+
+
+@contextlib.contextmanager
+def short_of_memory(rows: int, *, of: str) -> Iterator[None]:
+    """More rollouts than ``rows``, or documents (``of`` alignment), do not fit in an update's pass."""
+    rollout_log_probs, cross_entropy = curriculum_loss.rollout_log_probs, curriculum_loss.accumulate_cross_entropy
+    sizes: list[int] = []
+
+    def rollouts(lm: LanguageModel, part: curriculum_loss.Rollouts, sampling: Any) -> Any:
+        # Some passes fit, since a first step has no rewards; then the first of each size leaves its metrics behind.
+        sizes.append(len(part))
+        if len(part) > rows and len(sizes) > 2 and len(part) in sizes[:-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return rollout_log_probs(lm, part, sampling)
+
+    def documents(lm: LanguageModel, part: curriculum_loss.Documents, **options: Any) -> Any:
+        given = cross_entropy(lm, part, **options)  # the gradient is there when memory runs out, and must go
+        if options["micro_batch_size"] > rows and of == "alignment":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return given
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curriculum_loss, "rollout_log_probs", rollouts)
+        patch.setattr(curriculum_loss, "accumulate_cross_entropy", documents)
+        yield
+
+
+@pytest.mark.parametrize("name", ["curriculum", "alignment", "tasks"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_memory_that_runs_out_in_curriculum_changes_no_number_but_the_passes(
+    name: str, processes: int, tmp_path: Path
+) -> None:
+    """In the last process alone, where there are two."""
+    folder = tmp_path / name
+    larger = () if name == "tasks" else ("update.batch_tokens=1024", "ppo.prompts=8", "ppo.minibatches=1")
+
+    def limited(world: World | None) -> None:
+        is_last = world is None or world.rank == world.size - 1
+        with short_of_memory(1 if is_last else 10**6, of=name):
+            run(name, folder, world, *larger)
+
+    if processes == 1:
+        limited(None)
+    else:
+        in_world(processes, limited)
+    one, other = rows_of(run(name, tmp_path / "plenty", None, *larger)), rows_of(folder)
+    found = [row.pop("micro_batch_size") for row in other if "micro_batch_size" in row]
+    assert found
+    assert set(found) == {1}
+    assert list(differences(one, other, close=nearly))[:5] == []
+    assert "memory ran out; from now on" in (folder / "notices.log").read_text()
 
 
 def test_another_number_of_processes_needs_consent_and_then_goes_on(

@@ -143,6 +143,7 @@ def curriculum_workload(config: Any) -> Workload:
         cache_rows=rollouts,
         cache_tokens=written,
         copies=2,  # the untrained model, and the frozen one that rewards and KL ask
+        by_trial=not config.update.micro_batch_size,
     )
 
 

@@ -20,12 +20,12 @@ from preceptor.lm.model import LanguageModel
 from preceptor.runs.world import World
 from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.engines import corrected
+from preceptor.systems.curriculum.loss import Experience, policy_loss
 from preceptor.systems.curriculum.policy import Prompt, Rollouts, generate_rollouts, rollout_log_probs, rollout_sampling
 from preceptor.systems.curriculum.ppo_config import PPOOptions
 from preceptor.systems.curriculum.rewards import RewardTerm
 from preceptor.systems.curriculum.scored import scored_rollouts
 from preceptor.systems.curriculum.tasks import loop as tasks_loop
-from preceptor.systems.curriculum.update import Experience, policy_loss
 from tests.lm.generators.fake_server import serving
 from tests.systems.curriculum.small import STEPS, arguments, rows
 from tests.systems.curriculum.tasks import test_run as tasks_run

@@ -229,7 +229,9 @@ class UpdateOptions(Options):
         "linear", description="Decay of the learning rates to 0 after the warm-up."
     )
     micro_batch_size: int = Field(
-        0, ge=0, description="Number of rows per backward pass, to save memory (gradient accumulation); 0 is all."
+        0,
+        ge=0,
+        description="Number of rows per backward pass (gradient accumulation); 0 is all, halved while memory runs out.",
     )
     bf16: bool = Field(False, description="Mixed precision: compute matrix products in bfloat16.")
 

@@ -46,6 +46,7 @@ from preceptor.systems.curriculum.environment import (
     loss_gradient,
 )
 from preceptor.systems.curriculum.evaluate import evaluate, measure
+from preceptor.systems.curriculum.loss import Documents, Experience
 from preceptor.systems.curriculum.policy import Rollouts, rollout_sampling
 from preceptor.systems.curriculum.result import charts, outcome_records, result
 from preceptor.systems.curriculum.rewards import Rewards, token_advantages
@@ -53,13 +54,7 @@ from preceptor.systems.curriculum.scored import scored_rollouts
 from preceptor.systems.curriculum.setup import Setup, prepare
 from preceptor.systems.curriculum.state import State, learning_rate_scale
 from preceptor.systems.curriculum.tasks.loop import train_on_tasks
-from preceptor.systems.curriculum.update import (
-    Documents,
-    Experience,
-    UpdateResult,
-    kl_reference_model,
-    update,
-)
+from preceptor.systems.curriculum.update import UpdateResult, kl_reference_model, update
 from preceptor.systems.curriculum.verify import mixture_row, rollout_rows
 
 if TYPE_CHECKING:
@@ -171,7 +166,7 @@ def step(setup: Setup, state: State, n: int) -> dict[str, Any]:
     updated = update(setup, state, documents, experience, by_dataset=by_dataset)
     if by_dataset:
         run.record([follow_gradients(setup, state, n, updated, target_gradients)])
-    for text in setup.lm.take_notices():
+    for text in (*setup.lm.take_notices(), *state.micro_batch.take_notices()):
         run.notice(f"step {n}: {text}")
     for reason in updated.nonfinite:
         run.notice(state.guard.skip(n, reason))

@@ -14,10 +14,10 @@ from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling
 from preceptor.runs.world import World
 from preceptor.systems.curriculum.engines import corrected
+from preceptor.systems.curriculum.loss import autocast
 from preceptor.systems.curriculum.policy import Prompt, Rollouts, generate_rollouts, rollout_log_probs
 from preceptor.systems.curriculum.ppo_config import PPOOptions
 from preceptor.systems.curriculum.rewards import Rewards, RewardTerm, score_rollouts
-from preceptor.systems.curriculum.update import autocast
 from preceptor.systems.curriculum.value_network import ValueNetwork
 
 

@@ -15,7 +15,7 @@ from preceptor.lm.model import LanguageModel
 from preceptor.objectives.kl import AdaptiveKLController
 from preceptor.objectives.mixture import make_mixture
 from preceptor.runs.checkpoint import copy_tensors, load_optimizer, optimizer_state
-from preceptor.runs.guard import NonFiniteGuard
+from preceptor.runs.guard import MicroBatch, NonFiniteGuard
 from preceptor.runs.random import derived_seed
 from preceptor.systems.curriculum.baselines import Method
 from preceptor.systems.curriculum.config import UpdateOptions
@@ -40,6 +40,7 @@ class State:
         sampler: draws rows of documents by those weights.
         kl: moves the KL coefficient; None where it is fixed.
         guard: counts optimizer steps that were skipped because a gradient was not finite.
+        micro_batch: rows per forward and backward pass, the same for all methods.
         sample: indices of the rows of each dataset that difficulty is measured on.
         sample_losses: of those rows at the last measurement, nats per token.
         tokens_since: tokens of each dataset trained on since the last measurement, float64.
@@ -53,6 +54,7 @@ class State:
         self.lm = setup.lm
         self.frozen_model = setup.lm.frozen_copy()
         self.outcomes: dict[str, Outcome] = {}
+        self.micro_batch = MicroBatch(setup.config.update.micro_batch_size)
         self.begin(setup.methods[0])
 
     def begin(self, method: Method) -> None:
@@ -139,6 +141,7 @@ class State:
             "sampler": self.sampler.state_dict(),
             "kl": None if self.kl is None else self.kl.state_dict(),
             "guard": self.guard.state_dict(),
+            "micro_batch": self.micro_batch.state_dict(),
             "sample": self.sample,
             "sample_losses": self.sample_losses,
             "tokens_since": self.tokens_since,
@@ -170,6 +173,7 @@ class State:
         if self.kl is not None:
             self.kl.load_state_dict(state["kl"])
         self.guard.load_state_dict(state["guard"])
+        self.micro_batch.load_state_dict(state.get("micro_batch", {"found": 0}))  # runs before trials have none
         self.sample = state["sample"]
         self.sample_losses = state["sample_losses"]
         self.tokens_since = state["tokens_since"]

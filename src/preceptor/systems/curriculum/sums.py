@@ -23,6 +23,10 @@ class Sums:
         self.totals[name] += float(value) * weight
         self.weights[name] += weight
 
+    def copy(self) -> Sums:
+        """The same numbers, to be added to apart."""
+        return Sums(self.totals.copy(), self.weights.copy())
+
     def shared(self, world: World) -> Sums:
         """The same over the processes of ``world``, which have the same names."""
         return Sums(world.sums(self.totals), world.sums(self.weights)) if world.size > 1 else self

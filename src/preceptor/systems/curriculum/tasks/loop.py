@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,6 +32,7 @@ from preceptor.runs.guard import first_nonfinite
 from preceptor.runs.random import derived_seed
 from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.engines import build_engine, corrected
+from preceptor.systems.curriculum.loss import Experience, accumulate_ppo
 from preceptor.systems.curriculum.policy import build_policy, rollout_sampling
 from preceptor.systems.curriculum.rewards import token_advantages
 from preceptor.systems.curriculum.sums import Sums
@@ -37,7 +40,6 @@ from preceptor.systems.curriculum.tasks.result import mean_success, records_of, 
 from preceptor.systems.curriculum.tasks.rollouts import Answers, draw_sources, longest_answer, sample_answers
 from preceptor.systems.curriculum.tasks.sources import Source, build_sources
 from preceptor.systems.curriculum.tasks.state import TaskSetup, TaskState
-from preceptor.systems.curriculum.update import Experience, accumulate_ppo
 
 if TYPE_CHECKING:
     from preceptor.lm.generators.base import Generator
@@ -199,9 +201,18 @@ def task_step(setup: TaskSetup, state: TaskState, n: int, *, last: bool) -> dict
 
     # 4. and 5. One optimizer step on every batch, and the rule.
     progress = counts["steps"] / config.update.steps
-    total = sum(len(answers.rollouts) for answers in batches)
-    for answers in batches:
-        advantages = accumulate_gradient(setup, answers, sums, share=len(answers.rollouts) / total)
+    accumulate, world = partial(accumulate_gradient, setup, batches, sums), setup.run.world
+    with state.micro_batch.first_trial(max(world.most_rows(len(answers.rollouts)) for answers in batches)) as trial:
+        given = accumulate(micro_batch_size=trial.size)
+    if trial.ran_out:
+        given = state.micro_batch.search(trial.size, accumulate, setup.lm.trainable_parameters().values())
+    state.micro_batch.agree(world)
+    if state.micro_batch.found:
+        row["micro_batch_size"] = state.micro_batch.found
+    for text in state.micro_batch.take_notices():
+        setup.run.notice(f"step {n}: {text}")
+    sums = given.sums
+    for answers, advantages in zip(batches, given.advantages, strict=True):
         size = config.ppo.group_size
         groups = Groups(
             sources=torch.tensor(answers.sources),
@@ -245,30 +256,44 @@ def audited(setup: TaskSetup, engine: Generator, answers: Answers, sums: Sums) -
     return replace(answers, rollouts=rollouts)
 
 
-def accumulate_gradient(setup: TaskSetup, answers: Answers, sums: Sums, *, share: float) -> torch.Tensor:
-    """Adds the policy gradient of ``answers`` times ``share``; gives the advantage of each answer."""
-    config, mask = setup.config, answers.rollouts.mask
-    # The reward stands at the last token that counts: [batch, token].
-    last = mask.long().cumsum(1).argmax(1)
-    rewards = torch.zeros(mask.shape).index_put((torch.arange(len(mask)), last.cpu()), answers.right.float())
-    advantages, _ = token_advantages(
-        rewards.to(mask.device), mask, kind=config.ppo.advantage, group_size=config.ppo.group_size
-    )
-    experience = Experience(answers.rollouts, share * advantages, None, None, torch.zeros(mask.shape).to(mask.device))
-    accumulate_ppo(
-        setup.lm,
-        experience,
-        sampling=rollout_sampling(setup.lm, config.ppo.temperature),
-        options=config.ppo,
-        kl_coefficient=0.0,
-        value_network=None,
-        reference_model=setup.lm,
-        micro_batch_size=config.update.micro_batch_size or len(mask),
-        bf16=config.update.bf16,
-        sums=sums,
-        world=setup.run.world,
-    )
-    return advantages[:, 0].cpu()  # the same at every token, and the first always counts
+class Given(NamedTuple):
+    """What the answers of a step gave beside their gradient: its metrics, and the advantage of each batch's answers."""
+
+    sums: Sums
+    advantages: list[torch.Tensor]
+
+
+def accumulate_gradient(setup: TaskSetup, batches: Sequence[Answers], sums: Sums, *, micro_batch_size: int) -> Given:
+    """Adds the policy gradient of ``batches``, a mean over all answers; changes nothing else, so it can be tried again.
+
+    Nothing in it waits for another process, which may have had the memory that this one lacks.
+    """
+    config, sums = setup.config, sums.copy()
+    total, by_batch = sum(len(answers.rollouts) for answers in batches), []
+    for answers in batches:
+        mask, share = answers.rollouts.mask, len(answers.rollouts) / total
+        # The reward stands at the last token that counts: [batch, token].
+        last = mask.long().cumsum(1).argmax(1)
+        rewards = torch.zeros(mask.shape).index_put((torch.arange(len(mask)), last.cpu()), answers.right.float())
+        advantages, _ = token_advantages(
+            rewards.to(mask.device), mask, kind=config.ppo.advantage, group_size=config.ppo.group_size
+        )
+        nothing = torch.zeros(mask.shape).to(mask.device)  # no KL to a reference
+        accumulate_ppo(
+            setup.lm,
+            Experience(answers.rollouts, share * advantages, None, None, nothing),
+            sampling=rollout_sampling(setup.lm, config.ppo.temperature),
+            options=config.ppo,
+            kl_coefficient=0.0,
+            value_network=None,
+            reference_model=setup.lm,
+            micro_batch_size=micro_batch_size,
+            bf16=config.update.bf16,
+            sums=sums,
+            world=setup.run.world,
+        )
+        by_batch.append(advantages[:, 0].cpu())  # the same at every token, and the first always counts
+    return Given(sums, by_batch)
 
 
 def validate(setup: TaskSetup, state: TaskState) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from preceptor.lm.generators.base import Generator
 from preceptor.lm.model import LanguageModel
 from preceptor.objectives.task_mixture import make_task_mixture
 from preceptor.runs.checkpoint import copy_tensors, load_optimizer, optimizer_state
-from preceptor.runs.guard import NonFiniteGuard
+from preceptor.runs.guard import MicroBatch, NonFiniteGuard
 from preceptor.runs.random import derived_seed
 from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.state import build_optimizer
@@ -67,6 +67,7 @@ class TaskState:
         self._setup = setup
         self.lm = setup.lm
         self.outcomes: dict[str, TaskOutcome] = {}
+        self.micro_batch = MicroBatch(setup.config.update.micro_batch_size)
         self.begin(setup.rules[0])
 
     def begin(self, rule: str) -> None:
@@ -98,6 +99,7 @@ class TaskState:
             "optimizer": optimizer_state(self.optimizer),
             "mixture": self.mixture.state_dict(),
             "guard": self.guard.state_dict(),
+            "micro_batch": self.micro_batch.state_dict(),
             "chooser": [version, list(numbers), gauss],
             "next_validation": self.next_validation,
             "next_oracle": self.next_oracle,
@@ -121,6 +123,7 @@ class TaskState:
         load_optimizer(self.optimizer, state["optimizer"])
         self.mixture.load_state_dict(state["mixture"])
         self.guard.load_state_dict(state["guard"])
+        self.micro_batch.load_state_dict(state.get("micro_batch", {"found": 0}))  # runs before trials have none
         version, numbers, gauss = state["chooser"]
         self.chooser.setstate((version, tuple(numbers), gauss))
         self.next_validation, self.next_oracle = state["next_validation"], state["next_oracle"]

@@ -1,4 +1,4 @@
-"""The update: its gradients against plain ones, and against what must not change them."""
+"""The losses of an update: their gradients against plain ones, and against what must not change them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ from torch import Tensor
 
 from preceptor.lm.model import LanguageModel
 from preceptor.systems.curriculum.config import PPOOptions
+from preceptor.systems.curriculum.loss import (
+    Documents,
+    Experience,
+    accumulate_by_dataset,
+    accumulate_cross_entropy,
+    accumulate_ppo,
+    policy_loss,
+)
 from preceptor.systems.curriculum.policy import (
     Prompt,
     generate_rollouts,
@@ -18,15 +26,7 @@ from preceptor.systems.curriculum.policy import (
     rollout_log_probs,
     rollout_sampling,
 )
-from preceptor.systems.curriculum.update import (
-    Documents,
-    Experience,
-    Sums,
-    accumulate_by_dataset,
-    accumulate_cross_entropy,
-    accumulate_ppo,
-    policy_loss,
-)
+from preceptor.systems.curriculum.sums import Sums
 from preceptor.systems.curriculum.value_network import build_value_network
 from tests.systems.curriculum.made import rollouts_from
 
