@@ -11,6 +11,7 @@ import pytest
 from preceptor.comparison import write
 from preceptor.comparison.result import comparison_of, merged_result
 from preceptor.comparison.runs import FinishedRun, Group, merged_records
+from preceptor.comparison.table import comparison_tables
 from preceptor.evaluation.summary import compare, summarise
 from preceptor.evaluation.verdict import claimable, claims
 
@@ -126,3 +127,26 @@ def test_charts_of_one_group_are_drawn_over_its_seeds_and_inputs() -> None:
     labelled = {"groups": [{"label": "steps=3"}, {"label": "steps=4"}]}
     assert write._inputs(labelled, runs) == ["seed", "input"]
     assert write._inputs({"groups": [{"label": ""}]}, runs[:2]) == ["seed", "input"]
+
+
+def test_tables_name_the_split_and_hold_intervals_where_there_are_some() -> None:
+    def estimate(mean: float, low: float | None, high: float | None) -> dict[str, Any]:
+        return {"mean": mean, "interquartile_mean": {"iqm": mean, "low": low, "high": high}}
+
+    row = {"metric": "score", "unit": "points", "arm": "learned", "baseline": "random", "claimed": True}
+    rows = [
+        {**row, "split": "train", "mean": 0.5, "low": 0.25, "high": 0.75,
+         "improvement": {"probability": 0.9, "low": 0.8, "high": 1.0}},
+        {**row, "split": "held_out", "mean": 0.5, "low": None, "high": None,
+         "improvement": {"probability": 0.9, "low": None, "high": None}},
+    ]  # fmt: skip
+    arms = {
+        split: {arm: {"score": estimate(1.0, low, high)} for arm in ("learned", "random")}
+        for split, low, high in (("train", 0.9, 1.1), ("held_out", None, None))
+    }
+    first, second = comparison_tables({"comparisons": rows, "arms": arms})
+    assert (first.title, second.title) == ("score, points", "score, held out, points")
+    shown = [[str(cell) for column in table.columns for cell in column.cells] for table in (first, second)]
+    assert {"0.500\n[0.250, 0.750]", "0.90\n[0.80, 1.00]", "1.000\n[0.900, 1.100]"} <= set(shown[0])
+    assert {"0.500", "0.90", "1.000"} <= set(shown[1])
+    assert not any("[" in cell for cell in shown[1])

@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 from preceptor.comparison import sweep
-from preceptor.comparison.cells import Cell, CellFailed, Job
+from preceptor.comparison.cells import Cell, CellFailed, Ended, Job
 from preceptor.comparison.result import comparison_of, merged_result
 from preceptor.comparison.runs import grouped, merged_records, read_finished, run_folders
 from preceptor.comparison.sweep import run_cells
@@ -158,6 +158,41 @@ def test_a_run_that_outlived_a_killed_sweep_and_comes_first_is_waited_for(
     run_cells(cells(3), tmp_path / "s", num_jobs=1, program=FAKE)
     assert starts.read_text().splitlines().count("seed1-x run") == 1
     conclude(tmp_path / "s", [cell.name for cell in cells(3)])
+
+
+class Busy:
+    """A launcher without room for a second cell, whose first start of each finds it held by another process."""
+
+    def __init__(self) -> None:
+        self.started: list[Cell] = []
+        self._at_work: list[Cell] = []
+
+    def has_room(self) -> bool:
+        return not self._at_work
+
+    def start(self, cell: Cell) -> None:
+        self.started.append(cell)
+        self._at_work.append(cell)
+
+    def ended(self) -> list[Ended]:
+        ended, self._at_work = self._at_work, []
+        return [Ended(cell, again=self.started.count(cell) == 1) for cell in ended]
+
+    def stop(self, cell: Cell, signal_number: int) -> None:
+        raise AssertionError("nobody stops it")
+
+    def close(self) -> None:
+        raise AssertionError("it is the caller's")
+
+
+def test_a_cell_that_another_process_held_is_begun_again_after_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "_LOCKED_SECONDS", 0.0)
+    monkeypatch.setattr(sweep, "_POLL_SECONDS", 0.001)
+    launcher, planned, done = Busy(), cells(3), list[str]()
+    waiting = iter(planned)
+    sweep.carry_out(launcher, lambda: next(waiting, None), lambda cell, _: done.append(cell.name))
+    assert launcher.started == [*planned, *planned]
+    assert done == [cell.name for cell in planned]
 
 
 def _children(pid: int) -> list[int]:

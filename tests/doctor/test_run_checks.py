@@ -18,9 +18,9 @@ import pytest
 from rich.console import Console
 
 import preceptor
-from preceptor.cli import main
+from preceptor.cli import main, replay
 from preceptor.cli.watch import _table
-from preceptor.doctor.forecast import _time
+from preceptor.doctor.forecast import _memory, _time
 from preceptor.errors import ConfigError, StorageError
 from preceptor.runs.files import FolderLock, is_locked
 from preceptor.runs.watching import MetricsTail, is_at_work, planned_steps
@@ -114,6 +114,19 @@ def test_a_tampered_decision_is_found_and_named(
     assert "episode 4" not in out
 
 
+def test_as_many_partings_as_are_shown_leave_none_unsaid(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in (0, 1):
+        edit(run / "decisions.jsonl", index, lambda row: row.update(reward=row["reward"] + 1e-3))
+    for shown, further in ((1, " (1 further places are not shown)"), (2, "")):
+        monkeypatch.setattr(replay, "SHOWN", shown)
+        code, out = said(capsys, "replay", run)
+        assert code == 7
+        assert out.count("parted: ") == shown
+        assert out.splitlines()[-1].endswith(f"part by more than 1e-06{further}")
+
+
 def test_a_decision_that_cannot_be_executed_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit(run / "decisions.jsonl", 0, lambda row: row["policy_spans"][2].update(pair=99))
     assert main(["replay", str(run)]) == 2
@@ -192,6 +205,13 @@ def test_the_forecast_is_the_pace_after_the_first_step() -> None:
     )
     assert _time([(1, 20.0), (2, 21.0)], None).line() == "ok    time: 1 s a step"
     assert _time([(3, 20.0)], 13).status == "warn"
+
+
+def test_memory_is_told_of_the_machines_and_a_fifth_is_left_for_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of 1,000 MiB, in pages of 4 KiB."""
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 256_000}.__getitem__)
+    assert _memory([{}, {}], 799 * 2**20).line() == "ok    memory: 799 MiB after 2 steps, of 1,000 MiB"
+    assert _memory([{"peak_memory_mib": 801.0}], 0).status == "warn"
 
 
 # ---- the seal -------------------------------------------------------------------------------------------------------

@@ -99,6 +99,13 @@ def test_html_in_another_encoding(tmp_path: Path, cache: Path) -> None:
         read_article(write(tmp_path / "b.html", page), cache_dir=cache)
 
 
+def test_a_file_of_no_known_form_that_is_html_may_declare_its_encoding(tmp_path: Path, cache: Path) -> None:
+    page = HTML.replace("<head>", '<head><meta charset="ISO-8859-1">').replace("heron is", "héron is")
+    assert "héron" in read_article(write(tmp_path / "heron", page.encode("latin-1")), cache_dir=cache).text
+    with pytest.raises(DataError, match="UTF-8"):  # text that says what HTML says is text
+        read_article(write(tmp_path / "heron.txt", page.encode("latin-1")), cache_dir=cache)
+
+
 def test_a_missing_file_is_not_looked_up(tmp_path: Path, cache: Path) -> None:
     write(tmp_path / "heron.txt", TEXT)
     with pytest.raises(DataError, match=r"no file '.*herron\.txt' \(did you mean 'heron\.txt'\?\)"):
