@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from preceptor.doctor import model as doctor_model
 from preceptor.doctor.model import check_model
 from preceptor.lm import decode
 from preceptor.lm.load import Adapter, load_language_model
@@ -69,6 +70,29 @@ def test_a_sampler_that_records_another_temperature_is_found(
     draw = decode.draw
     monkeypatch.setattr("preceptor.doctor.model.draw", lambda log_probs, generator: draw(1.2 * log_probs, generator))
     assert statuses(lm)["sampled distribution equals scored"] == "fail"
+
+
+@pytest.mark.parametrize(("errors", "status"), [(4.0, "ok"), (6.0, "fail")])
+def test_draws_may_be_five_standard_errors_from_their_probability(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, errors: float, status: str
+) -> None:
+    """A token of some 2 % is drawn too often, at the cost of the most probable one, which has a larger error."""
+    prepared: list[torch.Tensor] = []
+
+    def drawn(log_probs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        if not prepared:
+            p, n = log_probs[0].double().exp(), max(1_000, min(doctor_model.NUM_DRAWS, doctor_model.MAX_DRAWN // 4096))
+            counts = (p * n).round().long()
+            rare = int((p - 0.02).abs().argmin())
+            counts[rare] += round(errors * float((n * p[rare] * (1 - p[rare])).sqrt()))
+            counts[p.argmax()] -= counts.sum() - n
+            prepared.append(torch.arange(len(p)).repeat_interleave(counts))
+        taken, prepared[0] = prepared[0][: len(log_probs)], prepared[0][len(log_probs) :]
+        return taken
+
+    monkeypatch.setattr(doctor_model, "draw", drawn)
+    assert lm.vocab_size == 4096
+    assert statuses(lm)["sampled distribution equals scored"] == status
 
 
 def test_a_cache_that_forgets_is_found(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ def test_as_many_partings_as_are_shown_leave_none_unsaid(
         code, out = said(capsys, "replay", run)
         assert code == 7
         assert out.count("parted: ") == shown
-        assert out.splitlines()[-1].endswith(f"part by more than 1e-06{further}")
+        assert out.splitlines()[-1].endswith(f"part by more than 0.0001{further}")
 
 
 def test_a_decision_that_cannot_be_executed_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

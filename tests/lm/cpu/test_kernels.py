@@ -30,6 +30,14 @@ def test_another_source_is_another_library(tmp_path: Path, monkeypatch: pytest.M
     assert len(list((tmp_path / "kernels").glob("*.so"))) == 2
 
 
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="no Linux")
+def test_what_the_processor_can_do_is_part_of_a_librarys_name() -> None:
+    """A home directory may be shared by machines with different ones, and the library is built for one of them."""
+    told = kernels._processor().splitlines()
+    assert told
+    assert all(line.startswith(("model name", "flags", "Features")) for line in told)
+
+
 SOURCES = {"number.c": "int number(void) { return 7; }"}
 
 
