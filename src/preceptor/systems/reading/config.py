@@ -380,6 +380,8 @@ class ReadingConfig(Options):
                 f"`episode.budget` must lie in 1..{candidates} (the pool) where `episode.pool` is mixed, got "
                 f"{self.episode.budget}"
             )
+        if self.model.sharding == "full":
+            yield "`model.sharding` full is not available in a study, whose reader is frozen; leave it none"
         if bool(self.data.train_articles) != bool(self.data.eval_articles):
             yield (
                 "a study needs articles to learn from and articles to be judged on; give both `data.train_articles` "

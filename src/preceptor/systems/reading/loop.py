@@ -67,7 +67,6 @@ def train(config: ReadingConfig, run: Run, services: Services, *, setup: Setup |
         # Imported here: the two tasks share the command and nothing of the loop.
         from preceptor.systems.reading.study.loop import train as train_study
 
-        run.world.refuse("`episode.pool` mixed")
         return train_study(config, run, services)
     setup = setup or prepare(config, run, services)
     state = State(setup.policy, setup.initial_policy.lm, config.update)

@@ -55,7 +55,7 @@ class Corpus:
         """The statistics of ``pairs``; the states of at most ``max_states`` of them, evenly spread, are looked at."""
         rows = [scorer.value(text) for pair in pairs for text in (pair.key, pair.value)]
         some = pairs[:: max(1, len(pairs) // max_states)]
-        states = token_states(scorer.lm, embedding, [scorer.value(pair.key) for pair in some])
+        states = token_states(scorer.lm, embedding, [scorer.value(pair.key) for pair in some], world=scorer.world)
         means = torch.stack([each.mean(0) for each in states])
         return cls(
             lexicon=Lexicon([text for pair in pairs for text in (pair.key, pair.value)]),
@@ -149,7 +149,7 @@ def _similarities(
     """Every channel between all ``texts``, flat, and then their vectors; the first ``num_queries`` are queries."""
     rows = [scorer.value(text) for text in texts]
     num_keys = (len(texts) - num_queries) // 2
-    states = token_states(scorer.lm, embedding, rows)
+    states = token_states(scorer.lm, embedding, rows, world=scorer.world)
     vectors = (torch.stack([each.mean(0) for each in states]) - corpus.mean) / (corpus.deviation + 1e-6)
     unit = torch.nn.functional.normalize(vectors, dim=-1)
 

@@ -92,7 +92,8 @@ def train(config: ReadingConfig, run: Run, services: Services, *, setup: Setup |
     state = State(setup)
     for number in run.loop(config.update.steps, state, columns=PROGRESS_COLUMNS):
         run.log(number, step(setup, state, number))
-    save_policies(setup, state)
+    if run.writes:
+        save_policies(setup, state)
     records = evaluate(setup, state.policies, first_episode=state.num_episodes)
     return result(records, config=to_dict(config), seeds=[config.seed])
 
@@ -142,9 +143,14 @@ def _update(setup: Setup, state: State, mode: Mode, number: int) -> dict[str, fl
 
     # 4, 5. Advantages over the readings of a case, and one step.
     advantages = group_normalised(earned, dim=1)[..., None].expand_as(readings.log_probs)  # case reading step
-    log_probs = readings.log_probs.flatten(0, 1)
-    loss = reinforce_loss(log_probs, advantages.flatten(0, 1), mask=torch.ones_like(log_probs, dtype=torch.bool))
+    # A process takes the gradient of its own cases, so that policies stay the same in all of them.
+    own = run.world.shard(count)
+    mask = torch.zeros_like(readings.log_probs, dtype=torch.bool)  # case reading step
+    mask[own] = True
+    loss = reinforce_loss(readings.log_probs.flatten(0, 1), advantages.flatten(0, 1), mask=mask.flatten(0, 1))
+    loss = loss * ((own.stop - own.start) / count)
     loss.backward()
+    run.world.sum_gradients(policy.parameters())
     norm = guarded_step(
         state.guard,
         state.optimizers[mode],
@@ -164,7 +170,7 @@ def _update(setup: Setup, state: State, mode: Mode, number: int) -> dict[str, fl
         "gap_closed_train": float((rewards.mean(1) - chance).sum() / (best - chance).sum()),
         "on_target": float(cases.on_target[:, None].expand(-1, rewards.shape[1], -1).gather(2, readings.picks)
                            .double().mean()),
-        "policy_loss": float(loss.detach()),
+        "policy_loss": float(run.world.sum(loss.detach())),
         "gradient_norm": norm,
         "selection_entropy": float(readings.entropy.mean()),
         "temperature": float(policy.temperature.detach()),

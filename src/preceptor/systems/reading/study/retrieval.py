@@ -14,6 +14,7 @@ from torch import Tensor
 from preceptor.lm.embedding import ModelEmbedding
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.score import batches_by_length, pad_rows
+from preceptor.runs.world import ALONE, World
 
 K1, B = 1.2, 0.75
 """Saturation of term counts and strength of length normalisation in BM25, at their usual values."""
@@ -100,18 +101,31 @@ class Lexicon:
 
 @torch.no_grad()
 def token_states(
-    lm: LanguageModel, embedding: ModelEmbedding, rows: Sequence[Sequence[int]], *, max_tokens: int = 8_192
+    lm: LanguageModel,
+    embedding: ModelEmbedding,
+    rows: Sequence[Sequence[int]],
+    *,
+    max_tokens: int = 8_192,
+    world: World = ALONE,
 ) -> list[Float[Tensor, "token dimension"]]:
-    """State of every token of each row, the row alone after the begin token; float32 on the CPU, no gradient."""
-    lengths = [len(row) + 1 for row in rows]
-    states: dict[int, Tensor] = {}
-    for batch in batches_by_length(lengths, max_tokens=max_tokens):
-        tokens = pad_rows([[lm.begin_token, *rows[index]] for index in batch], filler=lm.begin_token, device=lm.device)
-        captured = lm.forward(tokens, keep=torch.zeros_like(tokens, dtype=torch.bool), capture=embedding.key_module)
-        assert captured.captured is not None, "the key module is no part of the model"
-        vectors = embedding.keys(captured.captured).cpu()
-        states.update({index: vectors[row, 1 : lengths[index]].clone() for row, index in enumerate(batch)})
-    return [states[index] for index in range(len(rows))]
+    """State of every token of each row, the row alone after the begin token; float32 on the CPU, no gradient.
+
+    Each process of ``world`` computes some rows and has all.
+    """
+    lengths = [len(row) for row in rows]
+
+    def compute(mine: slice) -> list[Tensor]:
+        own = [[lm.begin_token, *row] for row in rows[mine]]
+        states: dict[int, Tensor] = {}
+        for batch in batches_by_length([len(row) for row in own], max_tokens=max_tokens):
+            tokens = pad_rows([own[index] for index in batch], filler=lm.begin_token, device=lm.device)
+            captured = lm.forward(tokens, keep=torch.zeros_like(tokens, dtype=torch.bool), capture=embedding.key_module)
+            assert captured.captured is not None, "the key module is no part of the model"
+            vectors = embedding.keys(captured.captured).cpu()
+            states.update({index: vectors[row, 1 : len(own[index])].clone() for row, index in enumerate(batch)})
+        return [states[index] for index in range(len(own))]
+
+    return world.gathered_lists(lengths, compute)
 
 
 def late_interaction(

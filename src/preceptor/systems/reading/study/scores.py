@@ -14,6 +14,7 @@ from torch import Tensor
 from preceptor.errors import ModelError, ShapeError
 from preceptor.lm.model import LanguageModel
 from preceptor.lm.score import batches_by_length
+from preceptor.runs.world import ALONE, World
 from preceptor.systems.reading.study.pool import Case
 
 Target = tuple[Sequence[int], Sequence[int]]
@@ -94,13 +95,16 @@ class Scorer:
     Args:
         lm: the frozen reader.
         store: database of scores; None remembers nothing.
+        world: processes that share the passes of the reader; the first one alone has the database.
     """
 
-    def __init__(self, lm: LanguageModel, store: Path | None = None) -> None:
+    def __init__(self, lm: LanguageModel, store: Path | None = None, *, world: World = ALONE) -> None:
         self.lm = lm
+        self.world = world
+        self._remembers = store is not None
         self.num_readings = 0  # rows of the reader that were really computed
         self._database: sqlite3.Connection | None = None
-        if store is not None:
+        if store is not None and world.is_first:
             store.parent.mkdir(parents=True, exist_ok=True)
             # Several runs may fill the store at once; each waits for the others' short transactions.
             self._database = sqlite3.connect(store, timeout=60, isolation_level=None)
@@ -150,26 +154,25 @@ class Scorer:
         """:func:`target_log_probs`, remembered as one entry of the store."""
 
         def compute() -> Tensor:
-            self.num_readings += len(prefixes)
-            return target_log_probs(self.lm, prefixes, targets)
+            return self._computed(prefixes, targets)
 
         return self.remembered(self._key(prefixes, targets), compute).view(len(prefixes), len(targets))
 
     def remembered(self, key: bytes, compute: Callable[[], Tensor]) -> Float[Tensor, " number"]:
         """What ``compute`` gives, flat, in float32; from the store if it is there under ``key`` and this model."""
         key = hashlib.sha256(self._identity + key).digest()
-        if (found := self._load(key)) is None:
+        (found,) = self._load([key])
+        if found is None:
             found = compute().flatten().float()
             self._save(key, found)
         return found
 
     def _rows(self, prefixes: Sequence[Sequence[int]], targets: Sequence[Target]) -> list[Tensor]:
         keys = [hashlib.sha256(self._identity + self._key([prefix], targets)).digest() for prefix in prefixes]
-        rows = [self._load(key) for key in keys]
+        rows = self._load(keys)
         missing = [index for index, row in enumerate(rows) if row is None]
         if missing:
-            computed = target_log_probs(self.lm, [prefixes[index] for index in missing], targets)
-            self.num_readings += len(missing)
+            computed = self._computed([prefixes[index] for index in missing], targets)
             for index, row in zip(missing, computed, strict=True):
                 rows[index] = row
                 self._save(keys[index], row)
@@ -179,11 +182,24 @@ class Scorer:
         content = repr(([tuple(p) for p in prefixes], [(tuple(k), tuple(v)) for k, v in targets]))
         return content.encode()
 
-    def _load(self, key: bytes) -> Tensor | None:
-        if self._database is None:
-            return None
-        row = self._database.execute("SELECT value FROM scores WHERE key = ?", (key,)).fetchone()
-        return None if row is None else torch.frombuffer(bytearray(row[0]), dtype=torch.float32)
+    def _computed(self, prefixes: Sequence[Sequence[int]], targets: Sequence[Target]) -> Tensor:
+        """:func:`target_log_probs`, of which each process computes some prefixes."""
+        self.num_readings += len(prefixes)
+        (scores,) = self.world.gathered(
+            len(prefixes), lambda rows: (target_log_probs(self.lm, prefixes[rows], targets),)
+        )
+        return scores
+
+    def _load(self, keys: Sequence[bytes]) -> list[Tensor | None]:
+        """What the store holds, the same in all processes: another run may fill it meanwhile."""
+
+        def look() -> list[Tensor | None]:
+            assert self._database is not None, "the first process has the database"
+            query = "SELECT value FROM scores WHERE key = ?"
+            rows = [self._database.execute(query, (key,)).fetchone() for key in keys]
+            return [None if row is None else torch.frombuffer(bytearray(row[0]), dtype=torch.float32) for row in rows]
+
+        return self.world.of_first(look) if self._remembers else [None] * len(keys)
 
     def _save(self, key: bytes, scores: Tensor) -> None:
         if self._database is not None:

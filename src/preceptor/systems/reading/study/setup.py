@@ -14,6 +14,7 @@ from preceptor.lm.model import LanguageModel
 from preceptor.runs.device import parse_dtype
 from preceptor.runs.files import replace_file
 from preceptor.runs.metrics import row_json
+from preceptor.runs.world import ALONE, World
 from preceptor.systems.reading.config import ReadingConfig
 from preceptor.systems.reading.study.features import (
     CaseBatch,
@@ -134,6 +135,7 @@ def load_study(
     splits: Sequence[str] = ("train", "judge"),
     notice: Callable[[str], None] = lambda message: None,
     pause: Callable[[], None] = lambda: None,
+    world: World = ALONE,
 ) -> StudyData:
     """The pools and cases that ``config`` describes, with every candidate scored.
 
@@ -144,9 +146,11 @@ def load_study(
         splits: whose cases are drawn and scored; the statistics are of the training articles in any case.
         notice: told what is being scored.
         pause: called after each case; may raise to stop.
+        world: processes that share the passes of the reader.
     """
-    lm, embedding = frozen_reader(config, device)
-    scorer = Scorer(lm, store)
+    with world.first_then_others():
+        lm, embedding = frozen_reader(config, device)
+    scorer = Scorer(lm, store, world=world)
     data, study = config.data, config.study
 
     def load(folder: str, split: str) -> list[StudyArticle]:
@@ -206,8 +210,10 @@ def prepare(config: ReadingConfig, run: Run, services: Services) -> Setup:
         store=services.cache_dir / STORE_NAME,
         notice=run.notice,
         pause=run.stop_if_requested,
+        world=run.world,
     )
-    replace_file(run.path / "pools.json", row_json(pools_json(data.pools)) + "\n")
+    if run.writes:
+        replace_file(run.path / "pools.json", row_json(pools_json(data.pools)) + "\n")
     return Setup(
         config=config,
         run=run,
