@@ -291,6 +291,14 @@ def test_ids_without_a_token_are_known_and_never_drawn(make_lm: MakeLM, tokenize
     assert 3 <= int(drawn.min()) <= int(drawn.max()) < len(tokenizer)
 
 
+def test_a_token_chosen_greedily_is_certain(make_lm: MakeLM) -> None:
+    lm = make_lm()
+    keep = torch.ones_like(TOKENS, dtype=torch.bool)
+    best = logits_of(lm, TOKENS).argmax(-1).flatten()
+    greedy = Sampling(temperature=0)
+    assert lm.chosen_log_probs(TOKENS, keep=keep, chosen=best, sampling=greedy).tolist() == [0.0] * len(best)
+
+
 @pytest.mark.parametrize("name", ["lm/stories260k", "lm/stories3m", "tokenizers/gpt2"])
 def test_text_round_trips(name: str, test_data: Path, with_tokenizer: Any) -> None:
     lm = with_tokenizer(AutoTokenizer.from_pretrained(test_data / name, local_files_only=True))

@@ -177,3 +177,9 @@ def test_values_out_of_range_are_all_named() -> None:
     for settings in ({"temperature": math.nan}, {"temperature": math.inf}, {"top_p": 1.01}, {"top_p": math.nan}):
         with pytest.raises(ConfigError, match=f"`{next(iter(settings))}`"):
             Sampling(**settings)
+
+
+def test_top_k_alone_keeps_tokens_that_are_nearly_impossible() -> None:
+    """In float32 the first token has all the probability; a top-p of 1 must not look."""
+    log_probs = Sampling(top_k=2).log_probs(torch.tensor([0.0, -40.0, -50.0]))
+    assert log_probs.tolist() == [0.0, -40.0, -math.inf]

@@ -246,6 +246,10 @@ def test_learning_progress_follows_its_sums():
     np.testing.assert_allclose(follow(rule, difficulties), expected, atol=1e-12)
 
 
+def test_second_order_starts_from_shares_of_the_mixture():
+    assert SecondOrder().initial_state(4)["position"].tolist() == [0.25] * 4
+
+
 def test_learning_progress_says_that_nothing_is_learnt():
     mixture = Mixture(LearningProgress(), num_datasets=2)
     for _ in range(3):

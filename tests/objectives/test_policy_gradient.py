@@ -139,6 +139,8 @@ def test_ppo_by_hand():
     np.testing.assert_allclose(gradient * 6, [[0, 1.5, -0.5, 0, -1.25, 0]], rtol=1e-14)
     fraction = clip_fraction(log_probs, old, advantages, mask=mask, clip_epsilon_low=0.2, clip_epsilon_high=0.3)
     assert fraction.item() == pytest.approx(2 / 6)
+    # Without an advantage there is no gradient to cut off, however far the ratio has moved.
+    assert clip_fraction(log_probs, old, torch.zeros_like(ratios), mask=mask).item() == 0
 
 
 @given(SEEDS, st.sampled_from([None, 1.3]))

@@ -14,6 +14,7 @@ from preceptor import cli
 from preceptor.config import load_config
 from preceptor.data.articles.pairs import split_sentences
 from preceptor.errors import ConfigError, DataError
+from preceptor.pretraining import evaluate
 from preceptor.pretraining.config import Data, Optimisation, PretrainConfig, Source
 from preceptor.pretraining.evaluate import bits_per_byte, previous_sentence_preference
 from preceptor.pretraining.train import _training_documents, build_optimizers, draw_windows, learning_rate_scale
@@ -39,10 +40,16 @@ def pretrain(corpus: Path, out: Path, *words: str) -> int:
 
 
 def test_a_tiny_model_learns_and_loads(corpus: Path, tmp_path: Path) -> None:
-    assert pretrain(corpus, tmp_path / "run", "data.held_out_names=[held.txt]", "optimisation.steps=30") == 0
+    assert (
+        pretrain(
+            corpus, tmp_path / "run", "data.held_out_names=[held.txt]", "optimisation.steps=30", "evaluate_every=20"
+        )
+        == 0
+    )
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["loss"] == pytest.approx(math.log(512), abs=0.4)  # random weights know nothing of 512 entries
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+    assert [row["step"] for row in rows if "bits_per_byte" in row] == [20, 30]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     folder = tmp_path / "run" / "model"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -133,3 +140,14 @@ def test_the_starter_prefers_the_true_previous_sentence(test_data: Path) -> None
     sentences = [[s for s in split_sentences(text) if 15 <= len(s) <= 400][:20] for text in texts]
     mean, standard_error = previous_sentence_preference(model, tokenizer, sentences)
     assert mean - 2 * standard_error > 0.10
+
+
+def test_the_preference_is_a_mean_with_the_standard_error_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gains of 1, 2 and 6: mean 3, variance (4 + 1 + 9) / 2 = 7."""
+    told = {("a", "b"): 1.0, ("b", "c"): 2.0, ("x", "y"): 6.0}
+    monkeypatch.setattr(
+        evaluate, "_sentence_log_prob", lambda m, t, before, sentence: told.get((before, sentence), 0.0)
+    )
+    mean, error = evaluate.previous_sentence_preference(None, None, [["a", "b", "c"], ["x", "y"]])  # type: ignore[arg-type]
+    assert mean == 3
+    assert error == pytest.approx(math.sqrt(7 / 3))

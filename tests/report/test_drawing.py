@@ -8,7 +8,21 @@ from hypothesis import strategies as st
 
 from preceptor.report.arms import Arms
 from preceptor.report.curves import Panel, curve
-from preceptor.report.drawing import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, arm_chart, clipped, line_chart, ticks
+from preceptor.report.drawing import (
+    BOTTOM,
+    CHARACTER,
+    HEIGHT,
+    LEAST_LABEL,
+    LEFT,
+    MOST_LABEL,
+    RIGHT,
+    TOP,
+    WIDTH,
+    arm_chart,
+    clipped,
+    line_chart,
+    ticks,
+)
 
 
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
@@ -62,3 +76,14 @@ def test_arms_are_ordered_and_placed() -> None:
 def test_clipped_says_that_it_clipped() -> None:
     assert clipped("abcdef", 4) == "abc\N{HORIZONTAL ELLIPSIS}"
     assert clipped("abcd", 4) == "abcd"
+
+
+def test_room_for_names_grows_with_the_longest_within_limits() -> None:
+    def label(*names: str) -> float:
+        estimate = {"mean": 1.0, "low": None, "high": None, "unit": "nats", "n": 5}
+        return arm_chart(Arms({name: {"gain": estimate} for name in ("random", *names)}), "gain").label
+
+    assert label() == LEAST_LABEL
+    assert label("x" * 12) == 12 + CHARACTER * 12
+    assert label("x" * 12, "y" * 15) == 12 + CHARACTER * 15
+    assert label("x" * 24) == label("x" * 60) <= MOST_LABEL  # longer names are broken

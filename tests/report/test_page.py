@@ -162,6 +162,29 @@ def test_a_run_with_only_metrics_says_what_it_lacks(tmp_path: Path) -> None:
     assert "Gradient norm" in text.split("no such column:")[1]
 
 
+def test_only_the_curves_of_a_comparison_are_said_to_be_of_several_runs(tmp_path: Path) -> None:
+    said = "Lines are means over the runs"
+    chart = {
+        "kind": "series",
+        "title": "Reward",
+        "unit": "points",
+        "x_label": "step",
+        "x": [1, 2],
+        "lines": {"reward": [0.0, 1.0]},
+    }
+    result = {"system": "toy", "arms": {}, "charts": [chart]}
+    for name, several in (("one", False), ("many", True)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+        (folder / "result.json").write_text(json.dumps(result))
+        if several:
+            (folder / "comparison.json").write_text(json.dumps({"comparisons": [], "runs": [], "groups": []}))
+        page = write_page(folder).read_text(encoding="utf-8")
+        assert (said in page) == several
+        assert ("Over the seeds" in page) == several
+
+
 def test_a_long_run_stays_small(build_run: BuildRun, tmp_path: Path) -> None:
     """3,000 steps, 600 episodes, and an article with a line of a megabyte."""
     run = build_run(tmp_path / "run", num_steps=3_000, num_episodes=600)

@@ -69,3 +69,12 @@ def test_words_stay_whole_in_eighty_columns_and_the_rest_goes_to_another_table()
     assert max(map(len, text.splitlines())) <= 80
     assert sum(line.split()[:1] == ["arm"] for line in text.splitlines()) == 3
     assert [f"{k}.000" in text for k in range(7)] == [True] * 7
+
+
+def test_what_was_taught_is_the_learned_arm_in_each_of_its_forms_or_else_the_compared_one() -> None:
+    estimate = {"loss": {"mean": 1.0, "low": None, "high": None, "unit": "nats", "n": 1}}
+    arms = dict.fromkeys(("random", "learned", "learned (a=1)", "learned_greedy"), estimate)
+    assert Arms.of({"arms": arms}).taught == {"learned", "learned (a=1)"}
+    others = dict.fromkeys(("uniform", "alignment", "fixed"), estimate)
+    comparisons = [{"arm": "alignment", "baseline": "uniform"}]
+    assert Arms.of({"arms": others, "comparisons": comparisons}).taught == {"alignment"}

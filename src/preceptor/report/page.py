@@ -366,8 +366,8 @@ def as_lines(value: Mapping[str, Any], indent: str = "") -> str:
 def breadth(text: str) -> str:
     """The class of a table's cell: ``long`` must break inside a word, ``wide`` wants room for its words.
 
-    >>> breadth("learning_progress+ppo"), breadth("x" * 40), breadth("word " * 20)
-    ('', 'long', 'wide')
+    >>> breadth("learning_progress+ppo"), breadth("x" * 24), breadth("x" * 25), breadth("word " * 20)
+    ('', '', 'long', 'wide')
     """
     return "long" if any(len(word) > 24 for word in text.split()) else "wide" if len(text) > 40 else ""
 
