@@ -209,6 +209,11 @@ class Result:
 
 
 def _cell(value: object) -> str:
+    """What a table shows.
+
+    >>> _cell(None), _cell(0.123456), _cell("nats")
+    ('', '0.1235', 'nats')
+    """
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

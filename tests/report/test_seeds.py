@@ -50,6 +50,16 @@ def test_groups_stay_apart_and_matrices_are_averaged(tmp_path: Path) -> None:
     assert chart["lines"] == {"reward (lr=1)": [1.0], "reward (lr=2)": [3.0]}
 
 
+def test_series_that_results_declare_are_averaged_too(tmp_path: Path) -> None:
+    chart = {"kind": "series", "title": "Regret", "unit": "reward", "x_label": "round", "x": [1, 2]}
+    paths = [
+        run(tmp_path / name, [1.0], charts=({**chart, "lines": {"learned": values}},))
+        for name, values in (("a", [0.0, 2.0]), ("b", [1.0, 4.0]))
+    ]
+    _, regret = sorted(merged_charts([("", path) for path in paths]), key=lambda merged: merged["title"] == "Regret")
+    assert (regret["title"], regret["x"], regret["lines"]) == ("Regret", [1, 2], {"learned": [0.5, 3.0]})
+
+
 def test_a_curve_is_linear_between_its_points_and_nothing_outside() -> None:
     curve = Curve("x", [2, 4, 10], [0.0, 1.0, -2.0], [], [], 0)
     assert [interpolated(curve, step) for step in (1, 2, 3, 7, 10, 11)] == [None, 0.0, 0.5, -0.5, -2.0, None]

@@ -12,7 +12,7 @@ from xml.etree.ElementTree import Element
 import pytest
 
 from preceptor.errors import DataError, StorageError
-from preceptor.report.svg import NAMESPACE, drawings, write_figures
+from preceptor.report.svg import HEAD, NAMESPACE, drawings, write_figures
 from preceptor.result import write_page
 from tests.report.systems import write_system_run
 
@@ -38,7 +38,9 @@ def test_every_chart_of_the_page_is_a_file(figures: dict[str, Element], tmp_path
     assert {"order-gain", "reward", "query-entropy", "reward-by-position"} <= figures.keys()
     for root in figures.values():
         assert root.tag == f"{{{NAMESPACE}}}svg"
-        assert root.get("width") == root.get("viewBox", "").split()[2]
+        assert [root.get("width"), root.get("height")] == root.get("viewBox", "").split()[2:]
+        placed = [float(text.get("y", "0")) for text in root.iterfind("svg:g//svg:text", SVG)]
+        assert float(root.get("height", "")) > max(placed, default=0) + HEAD
 
 
 def test_a_curve_has_its_title_unit_axis_and_legend(figures: dict[str, Element]) -> None:

@@ -9,7 +9,6 @@ checkpoint or the new one.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -84,9 +83,7 @@ class CheckpointStore:
             self._clear_leftovers()
             # Asked in advance, since a full disk in the middle of a save is slow to find and slow to clear.
             self._require_space(num_needed, step)
-            with contextlib.ExitStack() as on_failure:
-                # Gives the space back, whatever failed; on success the folder has its final name by then.
-                on_failure.callback(shutil.rmtree, temporary, ignore_errors=True)
+            try:
                 os.mkdir(temporary)
                 files: dict[str, Digest] = {}
                 for key, (tensors, _) in parts.items():
@@ -102,7 +99,9 @@ class CheckpointStore:
                 # The one moment at which the new checkpoint appears; a rename is atomic.
                 os.rename(temporary, final)
                 sync_folder(self.root)
-                on_failure.pop_all()
+            finally:
+                # Gives the space back, whatever failed; on success the folder has its final name by now.
+                shutil.rmtree(temporary, ignore_errors=True)
         self._damaged.discard(step)
         with storage_errors(f"remove old checkpoints in {self.root}", safe=f"checkpoint {_name(step)} is saved"):
             self._clear_leftovers()

@@ -64,6 +64,7 @@ def test_of_many_edits_the_committed_ones_are_drawn(tmp_path: Path) -> None:
     assert isinstance(diagram, Squares)
     drawn = square_chart(diagram)
     assert len(drawn.columns) == MAXIMUM_ACTIONS
+    assert drawn.width > drawn.columns[-1].x + CELL  # nothing is cut off
     assert sum(column.marked for column in drawn.columns) == 10
     assert diagram.title == "a: 10 of 1000 committed"
     assert drawn.note == f"{MAXIMUM_ACTIONS} are drawn, evenly spaced, marked ones by preference"
