@@ -68,6 +68,9 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change, messag
 def test_bad_seeds_and_names() -> None:
     with pytest.raises(ConfigError, match=r"seed must lie in \[0, 2\^63\), got -1"):
         RandomStreams(-1, ["a"])
+    with pytest.raises(ConfigError, match=r"seed must lie in \[0, 2\^63\), got 9223372036854775808"):
+        RandomStreams(2**63, ["a"])
+    assert len(draws(RandomStreams(2**63 - 1, ["a"]), "a")) == 8
     with pytest.raises(ConfigError, match="must differ, got a, a"):
         RandomStreams(1, ["a", "a"])
     with pytest.raises(KeyError, match="did you mean 'sampling'"):

@@ -32,6 +32,12 @@ def test_every_fault_is_told_at_once() -> None:
     assert any("`model.dropout` must lie in [0, 1)" in text for text in told)
 
 
+def test_windows_fit_the_context_of_a_model_from_random_weights() -> None:
+    told = "`pretraining.window` must be at most `model.context_length` 16, got 24"
+    assert faults("model.context_length=16") == [told]
+    load_config(BanditConfig, overrides=["model.context_length=16", "model.name=starter"])  # which has its own
+
+
 @pytest.mark.parametrize(
     ("bandits", "told"),
     [

@@ -85,6 +85,24 @@ def test_a_run_leaves_everything(whole: Path) -> None:
     assert (whole / "pretrained" / "config.json").is_file()
 
 
+def test_the_share_of_the_best_words_pulls_is_that_of_the_decisions(whole: Path) -> None:
+    decisions = rows(whole, "decisions.jsonl")
+    for record in result(whole)["records"]:
+        if record["arm"] == "learned" and "optimal_share" in record:
+            own = [row["word"] for row in decisions if row["bandit"] == record["item"]]
+            best = record["item"].split("/")[0]  # bean and lentil pay more
+            assert record["optimal_share"] == pytest.approx(own.count(best) / len(own))
+
+
+def test_whether_the_model_is_balanced_before_the_first_reward_is_said_of_each_bandits_own_best_word(
+    whole: Path,
+) -> None:
+    (said,) = [line for line in (whole / "notices.log").read_text().splitlines() if "before the first reward: " in line]
+    for best, bandit in (("bean", "bean/chickpea"), ("lentil", "lentil/rice")):
+        assert f"{bandit} (training templates): P({best}) " in said
+        assert f"{bandit} (held-out templates): P({best}) " in said
+
+
 def test_every_epoch_plays_every_prompt_once(whole: Path) -> None:
     decisions = rows(whole, "decisions.jsonl")
     for bandit in ("bean/chickpea", "lentil/rice"):
