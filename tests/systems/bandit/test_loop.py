@@ -103,6 +103,22 @@ def test_whether_the_model_is_balanced_before_the_first_reward_is_said_of_each_b
         assert f"{bandit} (held-out templates): P({best}) " in said
 
 
+def test_the_loss_of_held_out_lines_is_measured_now_and_then_and_at_the_end(whole: Path, tmp_path: Path) -> None:
+    assert [row["step"] for row in rows(whole) if "validation_loss" in row] == [3, 6]
+    assert run(tmp_path / "other", "pretraining.validate_every=4", "update.epochs=1") == 0
+    assert [row["step"] for row in rows(tmp_path / "other") if "validation_loss" in row] == [4, 6]
+
+
+def test_history_is_played_by_the_model_before_and_after_beside_every_baseline(tmp_path: Path) -> None:
+    assert run(tmp_path / "run", *HISTORY) == 0
+    calls = {
+        (r["arm"], r["split"]): r["model_calls"] for r in result(tmp_path / "run")["records"] if "model_calls" in r
+    }
+    for arm in ("learned", "pretrained"):
+        assert calls[arm, "train"] == calls[arm, "held_out"] == 3  # rounds
+    assert calls["thompson", "train"] == calls["uniform", "train"] == 0
+
+
 def test_every_epoch_plays_every_prompt_once(whole: Path) -> None:
     decisions = rows(whole, "decisions.jsonl")
     for bandit in ("bean/chickpea", "lentil/rice"):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from preceptor.report.matrix import shaded_table
-from preceptor.systems.bandit.report import NUM_PARTS, prompt_matrices
+from preceptor.systems.bandit.report import NUM_PARTS, _payments, prompt_matrices
 
 
 def written(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -35,6 +35,19 @@ def test_three_words_have_three_tables_and_a_prompt_that_was_not_drawn_has_a_gap
     tables = [shaded_table(matrix) for matrix in prompt_matrices(written(tmp_path, rows))]
     assert len(tables) == 3
     assert [cell.text for cell in tables[2].rows[0][1]] == ["0.500"] * 4 + ["\N{EN DASH}"] * 4
+
+
+def test_what_each_word_pays_is_told() -> None:
+    beans = {"words": ["bean", "chickpea"], "kind": "bernoulli", "base_reward": 10.0, "success": [0.75, 0.25]}
+    colours = {"words": ["red"], "kind": "gaussian", "base_reward": 2.0, "mean": [1.5], "deviation": 0.5}
+    table = _payments({"bandits": [beans, colours]})
+    assert table is not None
+    assert table.rows == [
+        ["bean / chickpea", "bean", "7.5", "10 with probability 0.75, else 0"],
+        ["bean / chickpea", "chickpea", "2.5", "10 with probability 0.25, else 0"],
+        ["red", "red", "3", "normal, standard deviation 1"],
+    ]
+    assert _payments({}) is None
 
 
 def test_rows_without_probabilities_have_no_table(tmp_path: Path) -> None:

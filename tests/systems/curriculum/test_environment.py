@@ -135,6 +135,8 @@ def test_what_has_no_loss_is_refused(starter, samples):
     for bad in ([], [[starter.begin_token]]):
         with pytest.raises(DataError, match="sample of dataset 1 must hold rows of two tokens or more"):
             document_losses(starter, [samples[0], bad])
+    (shortest,) = document_losses(starter, [[samples[0][0][:2]]])
+    assert shortest.shape == (1,)  # two tokens are enough
     with pytest.raises(ModelError, match="does not fit the context"):
         document_losses(starter, [[[5] * (starter.context_length + 1)]])
 

@@ -13,7 +13,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from preceptor.cli import main
-from preceptor.config import from_dict
+from preceptor.config import from_dict, load_config
+from preceptor.errors import ConfigError
 from preceptor.lm.cpu import engine as cpu_engine
 from preceptor.lm.model import LanguageModel
 from preceptor.runs.export import load_model
@@ -22,6 +23,7 @@ from preceptor.systems.curriculum.config import CurriculumConfig, DataOptions, D
 from preceptor.systems.curriculum.environment import Corpus, read_corpora
 from preceptor.systems.curriculum.evaluate import validation_losses
 from preceptor.systems.curriculum.loop import draw_documents, measure_difficulty
+from preceptor.systems.curriculum.setup import check_lengths
 from preceptor.systems.curriculum.verify import verify
 from tests.systems.curriculum.made import CONFIG, setup_and_state
 from tests.systems.curriculum.small import METHODS, SERVICES, STEPS, arguments, result_of, rows
@@ -108,6 +110,14 @@ def test_rows_longer_than_the_context_are_refused_before_training(
     assert "`data.block_tokens` must be at most the 256 tokens" in said
     assert "`ppo.prompt_tokens` and `ppo.continuation_tokens` together" in said
     assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_rows_as_long_as_the_context_are_allowed(tiny: LanguageModel) -> None:
+    assert tiny.context_length == 256
+    fits = ["data.block_tokens=256", "ppo.prompt_tokens=56", "ppo.continuation_tokens=200"]
+    check_lengths(load_config(CurriculumConfig, overrides=fits), tiny)
+    with pytest.raises(ConfigError, match=r"at most the 256 tokens .*, got 257"):
+        check_lengths(load_config(CurriculumConfig, overrides=[*fits, "data.block_tokens=257"]), tiny)
 
 
 # --- the parts of a step ----------------------------------------------------------------------------------------------

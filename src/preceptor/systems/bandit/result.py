@@ -258,7 +258,11 @@ def _side(word: str, pair: str) -> int:
 
 
 def _log_odds(probability: float) -> float:
-    """In nats; a probability is kept at least 1e-12 away from 0 and 1."""
+    """In nats; a probability is kept at least 1e-12 away from 0 and 1.
+
+    >>> [round(_log_odds(probability), 1) for probability in (0.0, 0.5, 1.0)]
+    [-27.6, 0.0, 27.6]
+    """
     clipped = min(max(probability, 1e-12), 1 - 1e-12)
     return math.log(clipped / (1 - clipped))
 
