@@ -20,10 +20,13 @@ from preceptor.lm.load import load_language_model
 from preceptor.lm.model import LanguageModel
 from preceptor.runs.export import load_model
 from preceptor.runs.folder import open_run
+from preceptor.runs.metrics import read_jsonl
+from preceptor.systems.reading import loop
 from preceptor.systems.reading.articles import bundled_article, select_pairs, tokenize_article
 from preceptor.systems.reading.config import DataOptions
 from preceptor.systems.reading.environment import run_episodes
 from preceptor.systems.reading.policy import load_policy
+from preceptor.systems.reading.setup import Setup
 
 QUICK = (
     "data.num_pairs=3", "data.num_probes=1", "episode.batch_size=4", "episode.query_tokens=2", "update.steps=2",
@@ -130,6 +133,23 @@ def test_a_bad_input_is_one_line_with_its_exit_code_and_leaves_nothing(
     options, exit_code, text = FAULTS[kind]
     assert text in refusal(capsys, command(*options), exit_code=exit_code)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_gap_is_measured_now_and_then_and_at_the_end(command: Command) -> None:
+    assert main(command(settings=("update.steps=5", "evaluation.every=2"))) == 0
+    measured = [row["step"] for row in read_jsonl(Path("run/metrics.jsonl")) if "gap_closed_train" in row]
+    assert measured == [2, 4, 5]
+
+
+def test_a_policy_may_write_no_control_token(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[Setup] = []
+    real = loop.prepare
+    monkeypatch.setattr(loop, "prepare", lambda *given: (prepared.append(real(*given)), prepared[0])[1])
+    assert main(command(settings=("update.steps=1",))) == 0
+    (setup,) = prepared
+    lm = setup.policy.lm
+    assert {*lm.special_tokens} <= {*lm.never_drawn} == {*setup.policy.sampling.suppressed}
+    assert setup.initial_policy.sampling == setup.policy.sampling
 
 
 def test_a_budget_over_all_pairs_of_an_article_is_refused_before_the_first_step(

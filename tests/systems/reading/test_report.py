@@ -139,3 +139,16 @@ def test_reward_by_position_compares_first_and_last_tenth() -> None:
     assert series is not None
     assert series.lines == {"last tenth of the steps": [18.5, 185.0], "first tenth": [0.5, 10.0]}
     assert reward_by_position([{"step": 1}]) is None
+
+
+def test_the_likeliest_order_of_an_article_is_shown_as_passages(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", num_steps=2)
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps({**result, "order": {"lighthouse": [2, 0, 99]}}))
+    (shown,) = report._orders(read_run(folder))
+    article = json.loads((folder / "articles.json").read_text())["lighthouse"]
+    pairs = [(pair["key"], pair["value"]) for pair in article["pairs"]]
+    assert shown.title == article["title"]
+    assert [tuple(row) for row in shown.rows] == [(2, *pairs[2]), (0, *pairs[0])]
+    (folder / "result.json").write_text(json.dumps({**result, "order": None}))
+    assert report._orders(read_run(folder)) == []

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from preceptor.systems.reading.state import CollapseWatch
+from preceptor.systems.reading.state import CollapseWatch, State
+from tests.systems.reading.planted import planted_config, planted_run, planted_setup
 
 HEALTHY: dict[str, Any] = {
     "query_entropy": 3.0,
@@ -56,3 +58,12 @@ def test_the_counts_are_state() -> None:
         watch.warnings(step, row)
     other.load_state_dict(json.loads(json.dumps(watch.state_dict())))
     assert [bool(other.warnings(step, row)) for step in range(3, 6)] == [False, True, False]
+
+
+@pytest.mark.parametrize(("value", "query"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.1), (0.1, 0.1)])
+def test_there_is_a_reference_model_where_either_kl_counts(tmp_path: Path, value: float, query: float) -> None:
+    config = planted_config(f"update.value_kl_coefficient={value}", f"update.query_kl_coefficient={query}")
+    with planted_run(tmp_path / "run", config) as run:
+        setup = planted_setup(config, run)
+        state = State(setup.policy, setup.initial_policy.lm, config.update)
+    assert (state.reference_model is not None) == bool(value or query)
