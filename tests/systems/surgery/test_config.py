@@ -88,3 +88,8 @@ def test_the_presets_load(preset: str) -> None:
     with resources.as_file(resources.files("preceptor") / "presets" / "surgery" / f"{preset}.yaml") as path:
         assert path.read_text(encoding="utf-8").startswith("# ")
         load_config(SurgeryConfig, preset=path)
+
+
+@pytest.mark.parametrize(("width", "architecture"), [(20, "gpt2"), (16, "llama"), (64, "llama")])
+def test_rotary_heads_alone_must_be_even(width: int, architecture: str) -> None:
+    load_config(SurgeryConfig, overrides=[f"student.width={width}", f"student.architecture={architecture}"])
