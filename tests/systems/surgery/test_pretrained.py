@@ -20,14 +20,16 @@ from tests.systems.surgery.test_repair import write_surgeon
 
 def test_it_edits_and_learns_beside_the_other_and_is_replayed(tmp_path: Path) -> None:
     surgeon = write_surgeon(tmp_path / "surgeon", -1.0, feature="gradient_share")
-    arms = "controls.arms=[no_edit, learned, joint, training]"
+    arms = (
+        "controls.arms=[no_edit, learned, joint, shuffled, random, training]"  # the next agents see other states again
+    )
     config = small_config(
         write_text(tmp_path), f"surgeon=pretrained:{surgeon}", arms, "controls.objectives=[]", "save_every=100"
     )
     with start(config, tmp_path / "run") as run:
         result = train(config, run, SERVICES)
         run.write_result(result)
-    assert {"pretrained", "joint_pretrained"} <= set(result["arms"])
+    assert {"pretrained", "joint_pretrained", "shuffled", "random"} <= set(result["arms"])
     assert "Learning with the pretrained surgeon" in result["verdict"]
     pairs = {(c["arm"], c["baseline"]) for c in result["comparisons"]}
     assert {("pretrained", "no_edit"), ("pretrained", "learned"), ("joint_pretrained", "training")} <= pairs

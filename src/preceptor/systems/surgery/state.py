@@ -86,8 +86,8 @@ class State:
             self.student.load_state_dict(self.bootstrapped)
         self.equip(phase)
         if not phase.continues:
+            self.features = self._new_features()  # before the surgeon, whose networks are as large as they are many
             self.surgeon = self.new_surgeon(phase)
-            self.features = self._new_features()
         self.phase = phase
         self.num_edits = self.num_committed = 0
 
