@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from campaigns.settings import SECONDS, run_small
 from campaigns.tally import Class
 from preceptor.cli import main
 from preceptor.data.articles.article import read_file
@@ -215,4 +216,5 @@ CLASSES = {
     "corpora": Class(10_000, "documents, or one line", corpus, seconds=10),
     "models": Class(10_000, "a model, or one line", model, seconds=30),
     "pages": Class(10_000, "no foreign element", page, seconds=20),
+    "settings": Class(1_000, "a finished run, or one line", run_small, seconds=2 * SECONDS),
 }

@@ -65,6 +65,10 @@ def test_trials_are_ranked_by_the_mean_of_the_last_rows(tmp_path: Path) -> None:
 
 
 def test_less_can_be_better(tmp_path: Path) -> None:
+    for maximise, direction in ((False, "MINIMIZE"), (True, "MAXIMIZE")):
+        search = Search(PLAN._replace(maximise=maximise), tmp_path / direction, cell_of)
+        assert search._study.direction.name == direction  # which decides what is proposed and what is stopped
+        search.close()
     seeds = [outcome.values["seed"] for outcome in searched(tmp_path, 3, plan=PLAN._replace(maximise=False))]
     assert seeds == sorted(seeds)
 

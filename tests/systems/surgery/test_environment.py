@@ -133,6 +133,16 @@ def test_numbers_that_are_not_finite_skip_the_step() -> None:
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, weights(student), strict=True))
 
 
+def test_skipped_steps_are_part_of_a_snapshot() -> None:
+    student = small_student()
+    student.guard.skip(1, "planted")
+    snapshot = student.snapshot()
+    student.guard.skip(2, "planted")
+    assert student.guard.num_skipped == 2
+    student.load_state_dict(snapshot)
+    assert student.guard.num_skipped == 1
+
+
 def test_an_open_surgery_is_not_copied() -> None:
     student = small_student()
     with (

@@ -79,6 +79,7 @@ def test_the_score_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch
     targets = text[201:]
     nats = -probabilities[:-1].gather(1, targets[:, None]).double().log().mean()
     assert whole[0] == pytest.approx(nats.item(), rel=1e-12)
+    assert whole[1] == (probabilities[:-1].argmax(-1) == targets).double().mean().item()
 
 
 def test_faults_are_named() -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from preceptor.report.matrix import shaded_table
+from preceptor.report.run_folder import read_run
 from preceptor.report.sections import Matrix, Squares
 from preceptor.report.squares import CELL, LEFT, MAXIMUM_ACTIONS, TOP, square_chart
-from preceptor.systems.surgery.report import action_names, edit_figures
+from preceptor.systems.surgery.report import action_names, edit_figures, sections
 
 CONFIG: dict[str, Any] = {
     "edit": {"kind": "head_scale", "roles": ["output", "query"], "layers": [3]},
@@ -100,3 +101,18 @@ def test_the_names_are_those_of_the_surgeons_own_targets() -> None:
         _, layer, role = name.split()
         assert f".h.{layer}." in target.name
         assert role == target.role
+
+
+@pytest.mark.parametrize("where", ["result", "manifest"])
+def test_a_surgeon_of_many_models_has_a_page_of_its_own_finished_or_not(where: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+    config = {"training": "amortised"}
+    result = {"system": "surgery", "arms": {}, "config": config if where == "result" else {}}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    (tmp_path / "manifest.json").write_text(json.dumps({"system": "surgery", "config": config}))
+    if where == "result":
+        (tmp_path / "manifest.json").write_text(json.dumps({"system": "surgery"}))
+    titles = [section.title for section in sections(read_run(tmp_path))]
+    (tmp_path / "result.json").write_text(json.dumps({**result, "config": {"training": "one"}}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"system": "surgery"}))
+    assert titles != [section.title for section in sections(read_run(tmp_path))]
