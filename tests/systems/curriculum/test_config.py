@@ -54,6 +54,8 @@ def test_the_rules_are_those_of_the_objectives() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("model.width=5", "`model.width` must be even, since rotary positions turn pairs of dimensions, got 5"),
+        ("value.width=33", "`value.width` must be even"),
         ("update.steps=0", "`update.steps` must be at least 1, got 0"),
         ("update.learning_rate=.inf", "must be at least 0 and finite, got inf"),
         ("ppo.temperature=0", "`ppo.temperature` must be above 0, got 0"),

@@ -285,6 +285,9 @@ class CurriculumConfig(Options):
 
     def conflicts(self) -> Iterator[str]:
         """Values that do not go together."""
+        for key, width in (("model.width", self.model.width), ("value.width", self.value.width)):
+            if width % 2:
+                yield f"`{key}` must be even, since rotary positions turn pairs of dimensions, got {width}"
         if self.tasks.tasks:
             yield from _task_conflicts(self)
             yield from _ppo_conflicts(self)
@@ -294,6 +297,15 @@ class CurriculumConfig(Options):
 
 
 Config = CurriculumConfig
+
+
+def num_heads(width: int, *, dimensions: int) -> int:
+    """How many heads a model of an even ``width`` gets: each of ``dimensions`` or more, all of the same even number.
+
+    >>> [num_heads(width, dimensions=16) for width in (8, 64, 70, 1000)]
+    [1, 4, 1, 50]
+    """
+    return next(number for number in range(max(width // dimensions, 1), 0, -1) if width % (2 * number) == 0)
 
 
 def _task_conflicts(config: CurriculumConfig) -> Iterator[str]:

@@ -22,7 +22,7 @@ from preceptor.lm.model import LanguageModel
 from preceptor.lm.sampling import Sampling, Stream
 from preceptor.lm.score import pad_rows
 from preceptor.lm.tokenizer import train_bpe_tokenizer
-from preceptor.systems.curriculum.config import ModelOptions
+from preceptor.systems.curriculum.config import ModelOptions, num_heads
 
 BYTES = "bytes"
 """Name of the small model over bytes."""
@@ -62,7 +62,7 @@ def build_policy(options: ModelOptions, *, device: torch.device, seed: int) -> L
     if options.width:
         shape.intermediate_size = shape.intermediate_size * options.width // shape.hidden_size
         shape.hidden_size = options.width
-        shape.num_attention_heads = shape.num_key_value_heads = max(options.width // 64, 1)
+        shape.num_attention_heads = shape.num_key_value_heads = num_heads(options.width, dimensions=64)
         shape.head_dim = options.width // shape.num_attention_heads
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # drawn on the CPU, so that every device starts alike
@@ -79,7 +79,7 @@ def _bytes_model(options: ModelOptions, *, device: torch.device, seed: int) -> L
     shared: dict[str, Any] = {
         "vocab_size": BYTE_TOKENS,
         "num_hidden_layers": options.num_layers or 2,
-        "num_attention_heads": max(width // 16, 1),
+        "num_attention_heads": num_heads(width, dimensions=16),
         "hidden_size": width,
         "max_position_embeddings": BYTES_CONTEXT,
         "initializer_range": 0.1,  # for matrices of width 64; the libraries' 0.02 is for wide ones

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from preceptor.lm.cpu.attention import CpuAttention
 from preceptor.lm.model import LanguageModel
+from preceptor.systems.curriculum.config import num_heads
 from preceptor.systems.curriculum.policy import Rollouts
 
 
@@ -51,16 +52,15 @@ class SmallTrunk(Trunk):
     def __init__(self, *, vocab_size: int, width: int, num_layers: int, context_length: int) -> None:
         super().__init__()
         self.width = width
-        # Heads of width 64, as in the policy's usual sizes; a narrower trunk has one head.
-        num_heads = max(width // 64, 1)
+        heads = num_heads(width, dimensions=64)  # as in the policy's usual sizes
         self.model = LlamaModel(
             LlamaConfig(
                 vocab_size=vocab_size,
                 hidden_size=width,
                 intermediate_size=2 * width,
                 num_hidden_layers=num_layers,
-                num_attention_heads=num_heads,
-                num_key_value_heads=num_heads,
+                num_attention_heads=heads,
+                num_key_value_heads=heads,
                 max_position_embeddings=context_length,
             )
         )
