@@ -33,6 +33,9 @@ ROOT = Path(__file__).resolve().parents[2]
 FAULTS = Path(__file__).with_name("faults.yaml")
 COPIED = ("src", "tests", "benchmarks", "examples", "docs", "tools", "pyproject.toml", "README.md", "CHANGELOG.md")
 FORKS = multiprocessing.get_context("forkserver")
+USAGE_ERROR = 4
+"""Exit code of pytest where a test file is not there, or a ``conftest.py`` cannot be imported."""
+
 OUTCOMES = {0: "survived", 1: "caught", 2: "caught"}
 """By the exit code of pytest; 2 is an error while tests were collected, as of a module that cannot be imported."""
 
@@ -83,6 +86,8 @@ def try_fault(fault: Fault, copy: Path, *, timeout: float) -> tuple[str, str]:
         trial.join()
         target.write_text(source, encoding="utf-8")
     by = failed.read_text(encoding="utf-8") if failed.is_file() else ""
+    if trial.exitcode == USAGE_ERROR and all((copy / test).exists() for test in fault.tests):
+        return "caught", "a conftest that cannot be imported"
     outcome = OUTCOMES.get(trial.exitcode)
     if outcome is None or bool(by) != (outcome == "caught"):  # a trial that broke down by itself has caught nothing
         outcome = f"pytest ended with {trial.exitcode}"

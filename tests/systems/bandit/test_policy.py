@@ -74,11 +74,17 @@ def test_the_gradient_flows_through_every_token_of_a_word(lm: LanguageModel) -> 
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
 
 
-def test_words_that_share_their_tokens_are_refused_together(lm: LanguageModel) -> None:
+def test_words_that_share_their_tokens_are_refused_together(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError) as caught:
         Vocabulary(lm, ["red", "reddish", "blue", "bluest"])
     assert len(caught.value.args) == 2 or str(caught.value).count("cannot be told apart") == 2
     assert "'red' and 'reddish'" in str(caught.value)
+    with pytest.raises(ConfigError, match="tokens of 'red' begin those of 'reddish'"):
+        Vocabulary(lm, ["reddish", "red"])  # whichever comes first
+    monkeypatch.setattr(lm, "encode", lambda text: [5])
+    with pytest.raises(ConfigError) as caught:
+        Vocabulary(lm, ["b", "a"])
+    assert str(caught.value).count("cannot be told apart") == 1  # the same tokens: one fault and not two
 
 
 def test_the_reference_is_not_blind_to_the_order_of_tokens(lm: LanguageModel) -> None:
