@@ -88,6 +88,8 @@ def try_fault(fault: Fault, copy: Path, *, timeout: float) -> tuple[str, str]:
     by = failed.read_text(encoding="utf-8") if failed.is_file() else ""
     if trial.exitcode == USAGE_ERROR and all((copy / test).exists() for test in fault.tests):
         return "caught", "a conftest that cannot be imported"
+    if trial.exitcode in (-signal.SIGTERM, -signal.SIGINT):
+        return "caught", "a signal that a test sends to itself"
     outcome = OUTCOMES.get(trial.exitcode)
     if outcome is None or bool(by) != (outcome == "caught"):  # a trial that broke down by itself has caught nothing
         outcome = f"pytest ended with {trial.exitcode}"

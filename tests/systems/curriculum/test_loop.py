@@ -223,6 +223,7 @@ def test_policy_gradient_alone_raises_a_reward_of_the_users(
     assert arms["frozen_policy"]["reward_gain"]["mean"] == 0
     assert arms["learning_progress"]["reward_gain"]["mean"] > 0.15
     first = rows(tmp_path / "run" / "metrics.jsonl")[0]
+    assert "cross_entropy" not in first  # a weight of 0 costs no pass over the documents
     assert first["kl"] == pytest.approx(0, abs=1e-6) or "update.bf16=true" in choice
 
 
