@@ -24,7 +24,7 @@ test: $(VENV)/installed-test ## All tests but the slow ones, with the examples o
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
 	rm -rf build/slice
 	$(BIN)/python -m campaigns soak --seconds 60 --out build/slice crash-points full-disk write-errors flips races
-	$(BIN)/python -m campaigns fuzz --seconds 60 --out build/slice
+	$(BIN)/python -m campaigns fuzz --seconds 60 --out build/slice configurations arguments articles corpora models pages
 
 quick: $(VENV)/installed-test ## The mathematics and one system, in under a minute
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow" src/preceptor/objectives tests/objectives tests/systems/bandit

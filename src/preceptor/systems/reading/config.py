@@ -183,7 +183,7 @@ class RewardOptions(Options):
 class UpdateOptions(Options):
     """How the policy learns."""
 
-    steps: int = Field(30, ge=0, description="Number of updates; each uses one batch of episodes.")
+    steps: int = Field(45, ge=0, description="Number of updates; each uses one batch of episodes.")
     optimizer: Literal["adamw", "adam"] = Field("adamw", description="Adam with or without decoupled weight decay.")
     learning_rate: float = Field(1e-4, ge=0, description="Learning rate of the language model.")
     projection_learning_rate: float = Field(1e-3, ge=0, description="Learning rate of the query projection.")
