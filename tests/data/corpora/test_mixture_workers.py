@@ -28,6 +28,11 @@ SIZE = 4
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # more workers than cores
+    # A worker that was forked beside the threads of other tests' libraries may abort as it ends, its rows long given.
+    pytest.mark.filterwarnings(
+        "ignore:Exception ignored in. <function _MultiProcessingDataLoaderIter.__del__:"
+        "pytest.PytestUnraisableExceptionWarning"
+    ),
 ]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from preceptor.data.articles.pairs import Pair
+from preceptor.runs.world import ALONE
 from preceptor.systems.reading.config import ReadingConfig
 from preceptor.systems.reading.study.features import CaseBatch
 from preceptor.systems.reading.study.policy import PoolPolicy, calibrate
@@ -98,7 +99,7 @@ def planted_setup(batch: CaseBatch, *, seed: int, **changes: Any) -> Any:
 
     return SimpleNamespace(
         config=config,
-        run=SimpleNamespace(streams=streams, notice=print, record=lambda rows: None),
+        run=SimpleNamespace(streams=streams, notice=print, record=lambda rows: None, world=ALONE),
         train={"asked": SimpleNamespace(cases=cases, batch=batch)},
         modes=("asked",),
         policy=policy,
