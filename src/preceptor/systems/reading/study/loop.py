@@ -143,13 +143,10 @@ def _update(setup: Setup, state: State, mode: Mode, number: int) -> dict[str, fl
 
     # 4, 5. Advantages over the readings of a case, and one step.
     advantages = group_normalised(earned, dim=1)[..., None].expand_as(readings.log_probs)  # case reading step
-    # A process takes the gradient of its own cases, so that policies stay the same in all of them.
-    own = run.world.shard(count)
-    mask = torch.zeros_like(readings.log_probs, dtype=torch.bool)  # case reading step
-    mask[own] = True
-    loss = reinforce_loss(readings.log_probs.flatten(0, 1), advantages.flatten(0, 1), mask=mask.flatten(0, 1))
-    loss = loss * ((own.stop - own.start) / count)
-    loss.backward()
+    log_probs = readings.log_probs.flatten(0, 1)
+    loss = reinforce_loss(log_probs, advantages.flatten(0, 1), mask=torch.ones_like(log_probs, dtype=torch.bool))
+    # Every process has all cases; the mean of their gradients keeps a last bit from letting the policies drift apart.
+    (loss / run.world.size).backward()
     run.world.sum_gradients(policy.parameters())
     norm = guarded_step(
         state.guard,
@@ -170,7 +167,7 @@ def _update(setup: Setup, state: State, mode: Mode, number: int) -> dict[str, fl
         "gap_closed_train": float((rewards.mean(1) - chance).sum() / (best - chance).sum()),
         "on_target": float(cases.on_target[:, None].expand(-1, rewards.shape[1], -1).gather(2, readings.picks)
                            .double().mean()),
-        "policy_loss": float(run.world.sum(loss.detach())),
+        "policy_loss": float(loss.detach()),
         "gradient_norm": norm,
         "selection_entropy": float(readings.entropy.mean()),
         "temperature": float(policy.temperature.detach()),
