@@ -211,6 +211,13 @@ class InContextOptions(Options):
     )
     warm_steps: int = Field(0, ge=0, description="Number of updates of the warm start.")
     warm_learning_rate: float = Field(3e-3, ge=0, description="Learning rate of the warm start.")
+    warm_pace: float = Field(
+        0.005,
+        gt=0,
+        le=1,
+        description="How much harder the warm start may get in one update, as a share of the way from nearly certain "
+        "rewards and 4 rounds to the prior and all rounds.",
+    )
     algorithm: Literal["ppo", "reinforce"] = Field("ppo", description="How rewards move the model.")
     steps: int = Field(60, ge=0, description="Number of batches of episodes that the model plays and learns from.")
     batch_size: int = Field(192, ge=4, description="Number of episodes of a batch; more while they are short.")

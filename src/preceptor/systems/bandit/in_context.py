@@ -47,9 +47,6 @@ FIRST_SHARPNESS = 30.0
 AGREEMENT = 0.8
 """The warm start becomes harder while the model's favorite is the better one by the rewards so far this often."""
 
-HARDER = 0.02
-"""By how much of the whole way, in one update."""
-
 WORD_SHARE = 0.25
 """Share of a model's dimensions that tells words apart (`in_context.fresh_words`)."""
 
@@ -173,7 +170,7 @@ def warm_step(setup: InContextSetup, state: InContextState, n: int) -> dict[str,
     agreement = float(agrees[differ].double().mean()) if bool(differ.any()) else 0.0
     state.agreement = 0.8 * state.agreement + 0.2 * agreement
     if state.agreement > AGREEMENT:
-        state.difficulty = min(1.0, state.difficulty + HARDER)
+        state.difficulty = min(1.0, state.difficulty + options.warm_pace)
     parts = world.sums({"loss": cross_entropy.item()} | ({} if reward_loss is None else {"reward": reward_loss.item()}))
     return {
         "phase": "warm start",
