@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from preceptor.errors import CheckpointError, ConfigError
+from preceptor.objectives.learned_rule import SourcePolicy
 from preceptor.objectives.task_mixture import TASK_RULES, TaskMixture, make_task_mixture
 from preceptor.objectives.task_rules import (
     FrontierRange,
@@ -83,7 +84,7 @@ def test_neighbours_are_of_the_same_task():
 
 
 def test_frontier_moves_up_one_level_and_stays_at_the_last():
-    rule, tasks = FrontierRange(window=2, answers=16), [0, 0, 0]
+    rule, tasks = FrontierRange(window=2, threshold=0.9, answers=16), [0, 0, 0]
     state, history = rule.initial_state(tasks), []
     for success in (1.0, 0.9, 0.8, 1.0, 1.0, 1.0, 1.0, 1.0):
         state = rule.observe(state, groups(*((level, success) for level in range(3))), tasks)
@@ -129,7 +130,8 @@ def test_oracle_prefers_what_is_half_mastered():
 
 @pytest.mark.parametrize("name", TASK_RULES)
 def test_weights_are_shares_and_resume_through_json(name):
-    whole, second = (make_task_mixture(name, num_levels=[4, 2]) for _ in range(2))
+    policy = SourcePolicy(4) if name == "learned" else None
+    whole, second = (make_task_mixture(name, num_levels=[4, 2], policy=policy) for _ in range(2))
     learner = Learner(6, seed=1)
     learner.train(whole, 25)
     second.load_state_dict(json.loads(json.dumps(whole.state_dict())))
@@ -150,6 +152,10 @@ def test_arguments_are_checked():
         make_task_mixture("uniform", num_levels=[2, 0])
     with pytest.raises(ConfigError, match="threshold must lie in"):
         FrontierRange(threshold=1.0)
+    with pytest.raises(ConfigError, match="'learned' needs the policy"):
+        make_task_mixture("learned", num_levels=[2])
+    with pytest.raises(ConfigError, match="no other rule takes one"):
+        make_task_mixture("uniform", num_levels=[2], policy=SourcePolicy(4))
     mixture = make_task_mixture("success_variance", num_levels=[2])
     with pytest.raises(CheckpointError, match="another rule or of other tasks"):
         mixture.load_state_dict(make_task_mixture("success_variance", num_levels=[3]).state_dict())

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from preceptor.errors import CheckpointError, ConfigError, did_you_mean
+from preceptor.objectives.learned_rule import LearnedRule, SourcePolicy
 from preceptor.objectives.task_rules import (
     HISTORY,
     DynamicSampling,
@@ -22,6 +23,7 @@ from preceptor.objectives.task_rules import (
     MeanAdvantage,
     Oracle,
     Staged,
+    State,
     SuccessVariance,
     TaskRule,
     UpperConfidence,
@@ -39,6 +41,7 @@ TASK_RULES: dict[str, Callable[..., TaskRule]] = {
     "easy_to_hard": Staged,
     "hard_to_easy": lambda **settings: Staged(**{"hardest_first": 1.0, **settings}),
     "oracle": Oracle,
+    "learned": LearnedRule,
 }
 """What :func:`make_task_mixture` makes."""
 
@@ -72,6 +75,11 @@ class TaskMixture:
     def weights(self) -> Vector:
         """The share of each source in the tokens that are drawn next; a copy, which sums to 1."""
         return self._weights.clone()
+
+    @property
+    def state(self) -> State:
+        """What the rule remembers; not to be changed."""
+        return self._state
 
     def update(self, groups: Groups, *, progress: float) -> Vector:
         """The weights after a batch; ``progress`` is the fraction of the steps taken."""
@@ -119,19 +127,24 @@ class TaskMixture:
         self._state = {name: torch.tensor(values, dtype=torch.float64) for name, values in state["rule"].items()}
 
 
-def make_task_mixture(name: str, *, num_levels: Sequence[int], **settings: float | int) -> TaskMixture:
-    """The mixture whose rule is called ``name`` in :data:`TASK_RULES`.
+def make_task_mixture(
+    name: str, *, num_levels: Sequence[int], policy: SourcePolicy | None = None, **settings: float | int
+) -> TaskMixture:
+    """The mixture whose rule is called ``name`` in :data:`TASK_RULES`; the rule ``learned`` needs its ``policy``.
 
     Raises:
-        ConfigError: an unknown name or setting, or a value out of its range.
+        ConfigError: an unknown name or setting, a value out of its range, or a policy missing or too many.
 
     >>> make_task_mixture("frontier_range", num_levels=[3]).weights
     tensor([1., 0., 0.], dtype=torch.float64)
     """
     if name not in TASK_RULES:
         raise ConfigError(f"unknown task rule '{name}'{did_you_mean(name, TASK_RULES)}; use {', '.join(TASK_RULES)}")
-    allowed = [field.name for field in fields(TASK_RULES[name]())]
+    allowed = [field.name for field in fields(TASK_RULES[name]()) if field.name != "policy"]
     if unknown := sorted(set(settings) - set(allowed)):
         hint = did_you_mean(unknown[0], allowed)
         raise ConfigError(f"the task rule '{name}' has no option '{unknown[0]}'{hint}; it has {', '.join(allowed)}")
-    return TaskMixture(TASK_RULES[name](**settings), num_levels=num_levels)
+    if (name == "learned") != (policy is not None):
+        raise ConfigError("the task rule 'learned' needs the policy of a trained teacher, and no other rule takes one")
+    given = {} if policy is None else {"policy": policy}
+    return TaskMixture(TASK_RULES[name](**settings, **given), num_levels=num_levels)

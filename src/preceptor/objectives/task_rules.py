@@ -121,8 +121,8 @@ class SuccessVariance(TaskRule):
 
     def observe(self, state: State, groups: Groups, tasks: Sequence[int]) -> State:
         """The old counts fade; the batch's are added."""
-        right = _sum_by_source(groups, groups.size * groups.success, len(tasks))
-        wrong = _sum_by_source(groups, groups.size * (1 - groups.success), len(tasks))
+        right = sum_by_source(groups, groups.size * groups.success, len(tasks))
+        wrong = sum_by_source(groups, groups.size * (1 - groups.success), len(tasks))
         return {"right": self.decay * state["right"] + right, "wrong": self.decay * state["wrong"] + wrong}
 
     def preferences(self, state: State, tasks: Sequence[int], *, progress: float) -> Vector:
@@ -140,7 +140,8 @@ class SuccessVariance(TaskRule):
 class FrontierRange(TaskRule):
     """The highest levels reached of each task, evenly: a window that moves up as its top level is mastered.
 
-    Source: RLVE, arXiv 2511.07317, whose window has four levels.
+    Source: RLVE, arXiv 2511.07317, whose window has four levels and moves at nine in ten. Where one level helps the
+    next, waiting for so much costs more than it gives: with 0.9 a model takes longer to learn to reverse digits.
 
     Args:
         window: number of levels.
@@ -156,7 +157,7 @@ class FrontierRange(TaskRule):
 
     exploration: float | int = 0.0
     window: float | int = 2.0
-    threshold: float | int = 0.9
+    threshold: float | int = 0.5
     answers: float | int = 64.0
 
     def __post_init__(self) -> None:
@@ -175,8 +176,8 @@ class FrontierRange(TaskRule):
     def observe(self, state: State, groups: Groups, tasks: Sequence[int]) -> State:
         """Counts the answers at each task's top level, and moves the window where there are enough."""
         frontier, right, seen = (state[name].clone() for name in ("frontier", "right", "seen"))
-        successes = _sum_by_source(groups, groups.size * groups.success, len(tasks))
-        answers = _sum_by_source(groups, torch.full_like(groups.success, groups.size), len(tasks))
+        successes = sum_by_source(groups, groups.size * groups.success, len(tasks))
+        answers = sum_by_source(groups, torch.full_like(groups.success, groups.size), len(tasks))
         for task in range(len(frontier)):
             levels = [source for source, of in enumerate(tasks) if of == task]
             top = levels[int(frontier[task])]
@@ -191,7 +192,7 @@ class FrontierRange(TaskRule):
 
     def preferences(self, state: State, tasks: Sequence[int], *, progress: float) -> Vector:
         """One in the window, zero outside."""
-        levels = _levels(tasks)
+        levels = levels_of(tasks)
         tops = [int(state["frontier"][task]) for task in tasks]
         # Evenly inside: the level below keeps what was learned, the top one brings what is new.
         inside = [top - self.window < level <= top for level, top in zip(levels, tops, strict=True)]
@@ -227,8 +228,8 @@ class MeanAdvantage(TaskRule):
     def observe(self, state: State, groups: Groups, tasks: Sequence[int]) -> State:
         """The running mean moves where the batch has groups."""
         # Sources without a group in this batch keep their mean; 0 would say that they teach nothing.
-        count = _sum_by_source(groups, torch.ones_like(groups.success), len(tasks))
-        mean = _sum_by_source(groups, groups.advantage, len(tasks)) / count.clamp(min=1)
+        count = sum_by_source(groups, torch.ones_like(groups.success), len(tasks))
+        mean = sum_by_source(groups, groups.advantage, len(tasks)) / count.clamp(min=1)
         return {"mean": torch.where(count > 0, state["mean"] + self.rate * (mean - state["mean"]), state["mean"])}
 
     def preferences(self, state: State, tasks: Sequence[int], *, progress: float) -> Vector:
@@ -304,7 +305,7 @@ class Staged(TaskRule):
 
     def preferences(self, state: State, tasks: Sequence[int], *, progress: float) -> Vector:
         """One for every open level."""
-        levels = _levels(tasks)
+        levels = levels_of(tasks)
         nums = [tasks.count(task) for task in tasks]
         # At least one level is open from the start, and all of them from the horizon on.
         done = min(1.0, progress / self.horizon)
@@ -349,20 +350,30 @@ def is_stalled(history: Sequence[float]) -> bool:
     return bool(0.05 < after.mean() < 0.95 and (after.mean() - before.mean()).abs() < 2 * error)
 
 
-def _levels(tasks: Sequence[int]) -> list[int]:
+def levels_of(tasks: Sequence[int]) -> list[int]:
     """The level of each source within its task, from 0."""
     return [source - tasks.index(task) for source, task in enumerate(tasks)]
 
 
-def _sum_by_source(groups: Groups, values: Tensor, num_sources: int) -> Vector:
+def sum_by_source(groups: Groups, values: Tensor, num_sources: int) -> Vector:
+    """The sum of the values of each source's groups."""
     return torch.zeros(num_sources, dtype=torch.float64).index_add_(0, groups.sources, values.double())
+
+
+def neighbour(values: Vector, tasks: Sequence[int], *, offset: int, missing: float) -> Vector:
+    """Of each source, the value of the level ``offset`` above it in its own task; ``missing`` where there is none.
+
+    >>> neighbour(torch.tensor([1.0, 2.0, 3.0]), [0, 0, 1], offset=1, missing=0.0)
+    tensor([2., 0., 0.])
+    """
+    shifted = torch.full_like(values, missing)
+    for source, task in enumerate(tasks):
+        other = source + offset
+        if 0 <= other < len(tasks) and tasks[other] == task:
+            shifted[source] = values[other]
+    return shifted
 
 
 def _of_neighbours(values: Vector, tasks: Sequence[int]) -> Vector:
     """Of each source, the sum over the levels next to it in its own task."""
-    sums = torch.zeros_like(values)
-    for source, task in enumerate(tasks):
-        for other in (source - 1, source + 1):
-            if 0 <= other < len(tasks) and tasks[other] == task:
-                sums[source] += values[other]
-    return sums
+    return neighbour(values, tasks, offset=-1, missing=0.0) + neighbour(values, tasks, offset=1, missing=0.0)

@@ -11,7 +11,7 @@ from preceptor.config import Options
 from preceptor.data.corpora.datasets import Source, source_faults
 from preceptor.systems.curriculum.ppo_config import PPOOptions as PPOOptions
 from preceptor.systems.curriculum.ppo_config import RewardOptions as RewardOptions
-from preceptor.systems.curriculum.tasks.config import BUILTIN_TASKS, TASK_RULES, TasksOptions
+from preceptor.systems.curriculum.tasks.config import BUILTIN_TASKS, TASK_RULES, AmortisedOptions, TasksOptions
 
 RULES = {
     "second_order": "weights move along the smoothed fall over time of mean + variance of the losses",
@@ -273,6 +273,7 @@ class CurriculumConfig(Options):
     model: ModelOptions = ModelOptions()
     data: DataOptions = DataOptions()
     tasks: TasksOptions = TasksOptions()
+    amortised: AmortisedOptions = AmortisedOptions()
     difficulty: DifficultyOptions = DifficultyOptions()
     mixture: MixtureOptions = MixtureOptions()
     ppo: PPOOptions = PPOOptions()
@@ -310,12 +311,26 @@ def num_heads(width: int, *, dimensions: int) -> int:
 
 def _task_conflicts(config: CurriculumConfig) -> Iterator[str]:
     yield from config.tasks.conflicts()
+    yield from _amortised_conflicts(config)
     if config.ppo.advantage == "gae":
         yield "`ppo.advantage` gae needs a value network, which RL on tasks does not have; use grpo, dr_grpo or rloo"
     if config.ppo.kl_place != "none":
         yield f"`ppo.kl_place` must be none in RL on tasks, got {config.ppo.kl_place}"
     if not config.ppo.weight:
         yield "`ppo.weight` is 0; RL on tasks learns from nothing else"
+
+
+def _amortised_conflicts(config: CurriculumConfig) -> Iterator[str]:
+    options, tasks = config.amortised, config.tasks
+    if not options.steps:
+        return
+    yield from options.conflicts()
+    if len(tasks.tasks) < options.tasks_per_set:
+        yield f"`tasks.tasks` must hold at least `amortised.tasks_per_set` {options.tasks_per_set}"
+    if both := sorted({task.name for task in tasks.tasks} & {task.name for task in options.unseen}):
+        yield f"`amortised.unseen` must hold other tasks than `tasks.tasks`, got '{both[0]}' in both"
+    if config.ppo.generator != "own":
+        yield f"`ppo.generator` must be own while a teacher is trained, got {config.ppo.generator}"
 
 
 def _mixture_conflicts(config: CurriculumConfig) -> Iterator[str]:

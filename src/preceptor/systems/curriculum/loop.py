@@ -53,6 +53,7 @@ from preceptor.systems.curriculum.rewards import Rewards, token_advantages
 from preceptor.systems.curriculum.scored import scored_rollouts
 from preceptor.systems.curriculum.setup import Setup, prepare
 from preceptor.systems.curriculum.state import State, learning_rate_scale
+from preceptor.systems.curriculum.tasks.amortised import train_teacher
 from preceptor.systems.curriculum.tasks.loop import train_on_tasks
 from preceptor.systems.curriculum.update import UpdateResult, kl_reference_model, update
 from preceptor.systems.curriculum.verify import mixture_row, rollout_rows
@@ -77,6 +78,8 @@ def train(config: CurriculumConfig, run: Run, services: Services) -> dict[str, A
     The best policy of the first method (by validation loss) and its last one are saved as the model folders
     ``best_model`` and ``model``.
     """
+    if config.tasks.tasks and config.amortised.steps:
+        return train_teacher(config, run)
     if config.tasks.tasks:
         return train_on_tasks(config, run, services)
     setup = prepare(config, run, services)

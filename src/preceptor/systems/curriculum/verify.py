@@ -31,6 +31,7 @@ from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.environment import Corpus, read_corpora
 from preceptor.systems.curriculum.policy import Prompt, Rollouts, build_policy
 from preceptor.systems.curriculum.rewards import Rewards, reward_terms, score_rollouts
+from preceptor.systems.curriculum.tasks.amortised import verify_teacher
 from preceptor.systems.curriculum.tasks.verify import verify_tasks
 
 MEASURES = ("mean", "variance", "mean_error", "variance_error")
@@ -119,6 +120,9 @@ def verify(config: CurriculumConfig, folder: Path, services: Services) -> Iterat
     Raises:
         DataError: a decision is of a method that the configuration does not have.
     """
+    if config.tasks.tasks and config.amortised.steps:
+        yield from verify_teacher(config, folder)
+        return
     if config.tasks.tasks:
         yield from verify_tasks(config, folder)
         return

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import relu
@@ -181,7 +182,7 @@ class TrainedSurgeon:
         try:
             settings = json.loads((folder / "surgeon.json").read_text(encoding="utf-8"))
             weights = load_file(folder / "surgeon.safetensors")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ConfigError(
                 f"{run} has no trained surgeon; give the folder of a finished run of: "
                 "preceptor run surgery --preset planted"

@@ -19,6 +19,10 @@ SOLVE = {
     "reverse": lambda prompt: prompt[::-1],
     "copy": lambda prompt: prompt,
     "sort": lambda prompt: "".join(sorted(prompt)),
+    "rotate": lambda prompt: prompt[::-1][1:] + prompt[-1],
+    "complement": lambda prompt: "".join(str(9 - int(digit)) for digit in prompt[::-1]),
+    "successor": lambda prompt: "".join("1234567890"[int(digit)] for digit in prompt[::-1]),
+    "largest": lambda prompt: max(prompt) + str(prompt.count(max(prompt))),
     "count": lambda prompt: str(prompt.count("a")),
     "add": lambda prompt: str(sum(int(part) for part in prompt.split("+"))).zfill(len(prompt.split("+")[0]) + 1)[::-1],
 }

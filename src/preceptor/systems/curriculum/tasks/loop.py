@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,11 +39,12 @@ from preceptor.systems.curriculum.sums import Sums
 from preceptor.systems.curriculum.tasks.result import mean_success, records_of, task_charts, task_result
 from preceptor.systems.curriculum.tasks.rollouts import Answers, draw_sources, longest_answer, sample_answers
 from preceptor.systems.curriculum.tasks.sources import Source, build_sources
-from preceptor.systems.curriculum.tasks.state import TaskSetup, TaskState
+from preceptor.systems.curriculum.tasks.state import TaskSetup, TaskState, mixture_of
 
 if TYPE_CHECKING:
     from preceptor.lm.generators.base import Generator
     from preceptor.lm.model import LanguageModel
+    from preceptor.objectives.task_mixture import TaskMixture
     from preceptor.runs.folder import Run
     from preceptor.systems.base import Services
 
@@ -75,7 +76,9 @@ def train_on_tasks(config: CurriculumConfig, run: Run, services: Services) -> di
             raise CheckpointError(f"step {run.step} belongs to {rule} and the checkpoint to {state.rule}")
         for n in run.loop(last_step, state):
             if not state.finished:
-                run.log(n, task_step(setup, state, n, last=n == last_step))
+                row, decisions = task_step(setup, state, n, last=n == last_step)
+                run.record(decisions)
+                run.log(n, {"arm_number": number, **row})
             if number == 1 and n == last_step and run.writes:
                 save_model(setup.lm.model, setup.lm.tokenizer, run.path / "model")
     records = records_of(state.outcomes, counted=setup.counted, seed=config.seed)
@@ -87,37 +90,57 @@ def train_on_tasks(config: CurriculumConfig, run: Run, services: Services) -> di
 def prepare_tasks(config: CurriculumConfig, run: Run, services: Services) -> TaskSetup:
     """Builds the policy and the sources, and warms the policy up."""
     lm = build_policy(config.model, device=run.device, seed=derived_seed(config.seed, "weights"))
-    sources = build_sources(config.tasks.tasks)
-    chooser = random.Random(derived_seed(config.seed, "costs"))
-    costs = [float(config.ppo.group_size * longest_answer(lm, source, source.draw(chooser))) for source in sources]
-    warm_up(lm, sources, config)
-    tasks = config.tasks
-    return TaskSetup(
-        config=config,
-        run=run,
-        rules=list(dict.fromkeys((tasks.rule, *tasks.controls))),
-        sources=sources,
-        costs=costs,
-        lm=lm,
-        initial_weights={name: parameter.detach().clone() for name, parameter in lm.trainable_parameters().items()},
+    return task_setup(
+        config,
+        run,
+        lm,
+        rules=list(dict.fromkeys((config.tasks.rule, *config.tasks.controls))),
+        make_mixture=partial(mixture_of, config),
         engine=build_engine(config.ppo, lm, run, services),
     )
 
 
+def task_setup(
+    config: CurriculumConfig,
+    run: Run,
+    lm: LanguageModel,
+    *,
+    rules: Sequence[str],
+    make_mixture: Callable[[str], TaskMixture],
+    engine: Generator | None = None,
+) -> TaskSetup:
+    """The sources of ``config.tasks``, and ``lm`` warmed up on them."""
+    sources = build_sources(config.tasks.tasks)
+    chooser = random.Random(derived_seed(config.seed, "costs"))
+    costs = [float(config.ppo.group_size * longest_answer(lm, source, source.draw(chooser))) for source in sources]
+    warm_up(lm, sources, config)
+    return TaskSetup(
+        config=config,
+        run=run,
+        rules=rules,
+        sources=sources,
+        costs=costs,
+        lm=lm,
+        initial_weights={name: parameter.detach().clone() for name, parameter in lm.trainable_parameters().items()},
+        make_mixture=make_mixture,
+        engine=engine,
+    )
+
+
 def warm_up(lm: LanguageModel, sources: list[Source], config: CurriculumConfig) -> None:
-    """Cross-entropy on level 1 with right answers, and on all levels with the answer to *another* item of the level.
+    """Cross-entropy on the first levels with right answers, on all levels with answers to *another* item of the level.
 
     The second half teaches the form of every level's answers (how long they are, that they end) and nothing of the
     skill. Without it the answers to level 2 are never right, and no rule learns anything.
     """
     options = config.tasks
     chooser = random.Random(derived_seed(config.seed, "warm-up"))
-    first_level = [source for source in sources if source.level == 1]
+    shown = [source for source in sources if source.level <= options.warm_up_levels]
     optimizer = torch.optim.AdamW(lm.trainable_parameters().values(), lr=options.warm_up_learning_rate, weight_decay=0)
     for _ in range(options.warm_up_steps):
         texts = []
         for row in range(options.warm_up_rows):
-            source = chooser.choice(first_level if row % 2 else sources)
+            source = chooser.choice(shown if row % 2 else sources)
             item = source.draw(chooser)
             answer = item.answer if row % 2 else source.draw(chooser).answer
             texts.append((lm.encode(item.prompt), lm.encode(answer)))
@@ -139,14 +162,23 @@ def loss_on_answers(lm: LanguageModel, texts: list[tuple[list[int], list[int]]])
     return -lm.chosen_log_probs(tokens, keep=mask.roll(-1, dims=1), chosen=tokens[mask]).mean()
 
 
-def task_step(setup: TaskSetup, state: TaskState, n: int, *, last: bool) -> dict[str, Any]:
-    """Trains on one batch of groups in the run's step ``n``; gives its metrics."""
+def task_step(
+    setup: TaskSetup, state: TaskState, n: int, *, last: bool, held: torch.Tensor | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Trains on one batch of groups in the run's step ``n``; gives its metrics and decisions.
+
+    Args:
+        setup: of the run.
+        state: of the rule in training.
+        n: number of the step.
+        last: whether it is the rule's last, before which success is measured in any case.
+        held: weights that take the place of the rule's.
+    """
     config, options, outcome = setup.config, setup.config.tasks, state.outcome
     started = time.perf_counter()
     counts = outcome.counts
     row: dict[str, Any] = {
         "arm": state.rule,
-        "arm_number": setup.rules.index(state.rule) + 1,
         "arm_step": counts["steps"] + 1,
     }
 
@@ -161,7 +193,8 @@ def task_step(setup: TaskSetup, state: TaskState, n: int, *, last: bool) -> dict
         state.mixture.tell_success(torch.tensor(rates, dtype=torch.float64))
 
     # 2. and 3. Levels, items, answers; dynamic sampling draws until groups that teach fill the budget.
-    weights, batches, useful, spent = state.mixture.weights, [], 0.0, 0.0
+    weights = state.mixture.weights if held is None else held
+    batches, useful, spent = [], 0.0, 0.0
     sums = Sums()
     if setup.engine is not None:
         setup.engine.refresh()
@@ -211,7 +244,7 @@ def task_step(setup: TaskSetup, state: TaskState, n: int, *, last: bool) -> dict
         row["micro_batch_size"] = state.micro_batch.found
     for text in state.micro_batch.take_notices():
         setup.run.notice(f"step {n}: {text}")
-    sums = given.sums
+    sums, decisions = given.sums, []
     for answers, advantages in zip(batches, given.advantages, strict=True):
         size = config.ppo.group_size
         groups = Groups(
@@ -221,7 +254,7 @@ def task_step(setup: TaskSetup, state: TaskState, n: int, *, last: bool) -> dict
             size=size,
         )
         state.mixture.update(groups, progress=progress)
-        setup.run.record([group_row(groups, state, step=n, progress=progress)])
+        decisions.append(group_row(groups, state, step=n, progress=progress))
     named = [(name, parameter) for name, parameter in setup.lm.trainable_parameters().items()]
     setup.run.world.sum_gradients(parameter for _, parameter in named)
     if (reason := first_nonfinite((f"gradient of {name}", p.grad) for name, p in named)) is None:
@@ -235,7 +268,7 @@ def task_step(setup: TaskSetup, state: TaskState, n: int, *, last: bool) -> dict
     counts["steps"] += 1
     right = torch.cat([answers.right for answers in batches]).double()
     names = [source.name for source in setup.sources]
-    return row | {
+    metrics = row | {
         "reward": float(right.mean()),
         "rollout_tokens": counts["rollout_tokens"],
         "groups_that_teach": counts["groups_that_teach"] / counts["groups"],
@@ -243,6 +276,7 @@ def task_step(setup: TaskSetup, state: TaskState, n: int, *, last: bool) -> dict
         **sums.shared(setup.run.world).means(),
         "seconds": time.perf_counter() - started,
     }
+    return metrics, decisions
 
 
 def audited(setup: TaskSetup, engine: Generator, answers: Answers, sums: Sums) -> Answers:

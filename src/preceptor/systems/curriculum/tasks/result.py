@@ -87,7 +87,11 @@ def records_of(outcomes: Mapping[str, TaskOutcome], *, counted: Sequence[bool], 
 
 
 def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
-    """``result.json`` of curriculum runs: on tasks where ``config`` has any, else on datasets."""
+    """``result.json`` of curriculum runs: of a teacher, on tasks, or else on datasets, as ``config`` says."""
+    if config["tasks"]["tasks"] and config.get("amortised", {}).get("steps"):  # runs before amortised have none
+        from preceptor.systems.curriculum.tasks.judged import judged_result
+
+        return judged_result(records, config=config, seeds=seeds)
     of = task_result if config["tasks"]["tasks"] else datasets_result.result
     return of(records, config=config, seeds=seeds)
 
@@ -181,7 +185,7 @@ def task_charts(
             "unit": "share of answers",
             "x_label": "answer tokens",
             "x": ticks,
-            "lines": {rule: _at(success_curve(outcome, counted), ticks) for rule, outcome in outcomes.items()},
+            "lines": {rule: curve_at(success_curve(outcome, counted), ticks) for rule, outcome in outcomes.items()},
         }
     ]
     for rule, outcome in outcomes.items():
@@ -202,7 +206,7 @@ def task_charts(
     return charts
 
 
-def _at(curve: Sequence[tuple[int, float]], ticks: Sequence[int]) -> list[float | None]:
+def curve_at(curve: Sequence[tuple[int, float]], ticks: Sequence[int]) -> list[float | None]:
     """The curve's last value at or before each tick; None past its end."""
     values: list[float | None] = []
     for tick in ticks:

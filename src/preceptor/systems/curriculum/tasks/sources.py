@@ -11,7 +11,7 @@ from pathlib import Path
 
 from preceptor.errors import DataError, MissingExtraError
 from preceptor.systems.curriculum.rewards import load_function
-from preceptor.systems.curriculum.tasks.config import BUILTIN_TASKS, GYM, TaskOptions
+from preceptor.systems.curriculum.tasks.config import BUILTIN_TASKS, COIN, GYM, TaskOptions
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _builtin(task: TaskOptions, level: int) -> Source:
         prompt, answer = make(chooser, level, task.levels)
         return Item(prompt + sign, answer, answer.__eq__)
 
-    return Source(task.name, level, draw, random_reward=task.source == "coin")
+    return Source(task.name, level, draw, random_reward=task.source == COIN)
 
 
 def _digits(chooser: random.Random, num: int) -> str:
@@ -114,6 +114,26 @@ def _add(chooser: random.Random, level: int, levels: int) -> tuple[str, str]:
     return "+".join(numbers), str(first + second).zfill(level + 1)[::-1]
 
 
+def _rotate(chooser: random.Random, level: int, levels: int) -> tuple[str, str]:
+    digits = _digits(chooser, level)
+    return digits.rjust(levels), digits[-2::-1] * (level > 1) + digits[-1]
+
+
+def _complement(chooser: random.Random, level: int, levels: int) -> tuple[str, str]:
+    digits = _digits(chooser, level)
+    return digits.rjust(levels), "".join(str(9 - int(digit)) for digit in reversed(digits))
+
+
+def _successor(chooser: random.Random, level: int, levels: int) -> tuple[str, str]:
+    digits = _digits(chooser, level)
+    return digits.rjust(levels), "".join(str((int(digit) + 1) % 10) for digit in reversed(digits))
+
+
+def _largest(chooser: random.Random, level: int, levels: int) -> tuple[str, str]:
+    digits = _digits(chooser, level)
+    return digits.rjust(levels), max(digits) + str(digits.count(max(digits)))
+
+
 def _coin(chooser: random.Random, level: int, levels: int) -> tuple[str, str]:
     return _digits(chooser, 4).rjust(levels), "0000"
 
@@ -124,7 +144,11 @@ _BUILTIN: dict[str, tuple[Callable[[random.Random, int, int], tuple[str, str]], 
     "sort": (_sort, "<"),
     "count": (_count, "#"),
     "add": (_add, "="),
-    "coin": (_coin, "?"),
+    "rotate": (_rotate, "@"),
+    "complement": (_complement, "~"),
+    "successor": (_successor, "^"),
+    "largest": (_largest, "%"),
+    COIN: (_coin, "?"),
 }
 """How to make an item, and the sign that ends its prompt."""
 

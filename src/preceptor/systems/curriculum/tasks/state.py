@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -12,7 +13,8 @@ from torch import Tensor
 from preceptor.errors import CheckpointError
 from preceptor.lm.generators.base import Generator
 from preceptor.lm.model import LanguageModel
-from preceptor.objectives.task_mixture import make_task_mixture
+from preceptor.objectives.learned_rule import SourcePolicy
+from preceptor.objectives.task_mixture import TaskMixture, make_task_mixture
 from preceptor.runs.checkpoint import copy_tensors, load_optimizer, optimizer_state
 from preceptor.runs.guard import MicroBatch, NonFiniteGuard
 from preceptor.runs.random import derived_seed
@@ -37,6 +39,7 @@ class TaskSetup:
         costs: nominal tokens of a group of each source.
         lm: the policy, trained in place.
         initial_weights: the policy's weights after the warm-up, by name.
+        make_mixture: the mixture that a rule begins with, given its name.
         engine: writes the answers that are learned from; None is the policy's own decoder.
     """
 
@@ -47,17 +50,25 @@ class TaskSetup:
     costs: Sequence[float]
     lm: LanguageModel
     initial_weights: Mapping[str, Tensor]
+    make_mixture: Callable[[str], TaskMixture]
     engine: Generator | None = None
-
-    @property
-    def num_levels(self) -> list[int]:
-        """Of each task."""
-        return [task.levels for task in self.config.tasks.tasks]
 
     @property
     def counted(self) -> list[bool]:
         """Of each source, whether its success counts in the mean: not where a coin decides."""
         return [not source.random_reward for source in self.sources]
+
+
+def mixture_of(config: CurriculumConfig, rule: str) -> TaskMixture:
+    """The mixture that ``rule`` begins with under ``config``.
+
+    Raises:
+        ConfigError: an unknown rule or setting, or no trained teacher where it should be.
+    """
+    tasks = config.tasks
+    settings = tasks.settings if rule == tasks.rule else {}
+    policy = SourcePolicy.load(Path(tasks.policy)) if rule == "learned" else None
+    return make_task_mixture(rule, num_levels=[task.levels for task in tasks.tasks], policy=policy, **settings)
 
 
 class TaskState:
@@ -76,8 +87,7 @@ class TaskState:
         self.rule = rule
         copy_tensors(setup.initial_weights, self.lm.trainable_parameters())
         self.optimizer = build_optimizer(self.lm, None, config.update, value_learning_rate=0.0, learns=True)
-        settings = config.tasks.settings if rule == config.tasks.rule else {}
-        self.mixture = make_task_mixture(rule, num_levels=setup.num_levels, **settings)
+        self.mixture = setup.make_mixture(rule)
         self.guard = NonFiniteGuard()
         # Items are drawn with Python's generator, of the seed alone: all rules see the same random numbers.
         self.chooser = random.Random(derived_seed(config.seed, "items"))

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from preceptor.errors import DataError
-from preceptor.objectives.task_mixture import make_task_mixture
 from preceptor.objectives.task_rules import Groups
 from preceptor.runs.metrics import read_jsonl
 from preceptor.systems.base import Replayed
 from preceptor.systems.curriculum.config import CurriculumConfig
+from preceptor.systems.curriculum.tasks.state import mixture_of
 
 
 def verify_tasks(config: CurriculumConfig, folder: Path) -> Iterator[Replayed]:
@@ -29,8 +29,7 @@ def verify_tasks(config: CurriculumConfig, folder: Path) -> Iterator[Replayed]:
     for rule, rule_rows in groupby(rows, key=lambda row: row["arm"]):
         if rule not in (tasks.rule, *tasks.controls):
             raise DataError(f"{folder / 'decisions.jsonl'} has the rule {rule}, which is not in the configuration")
-        settings = tasks.settings if rule == tasks.rule else {}
-        mixture = make_task_mixture(rule, num_levels=[task.levels for task in tasks.tasks], **settings)
+        mixture = mixture_of(config, rule)
         if mixture.rule.asks_for_success:
             continue
         for row in rule_rows:

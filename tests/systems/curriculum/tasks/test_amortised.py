@@ -1,0 +1,158 @@
+"""A teacher trained in seconds: what its run writes, that it resumes bit for bit, and that it can be used."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from preceptor.cli import main
+from preceptor.config import load_config
+from preceptor.systems.curriculum.config import CurriculumConfig
+from preceptor.systems.curriculum.tasks import amortised
+from preceptor.systems.curriculum.tasks.amortised import CANDIDATES
+from preceptor.systems.curriculum.tasks.judged import judged_result
+from preceptor.systems.curriculum.verify import verify
+from tests.systems.curriculum.small import SERVICES
+
+SMALL = (
+    "tasks.tokens_per_step=48",
+    "tasks.warm_up_steps=2",
+    "tasks.warm_up_rows=4",
+    "tasks.validate_every=60",
+    "tasks.validation_prompts=2",
+    "model.width=16",
+    "ppo.group_size=2",
+)
+SETTINGS = (
+    *SMALL,
+    "tasks.tasks=[{name: reverse, source: reverse, levels: 2}, {name: coin, source: coin, levels: 1}]",
+    "tasks.controls=[uniform, oracle]",
+    "amortised.steps=2",
+    "amortised.num_sets=2",
+    "amortised.tasks_per_set=1",
+    "amortised.decision_batches=2",
+    "amortised.students_per_set=2",
+    "amortised.student_tokens=150",
+    "amortised.judged_tokens=100",
+    "amortised.judged_prompts=2",
+    "amortised.unseen=[{name: sort, source: sort, levels: 2}, {name: largest, source: largest, levels: 2}]",
+)
+NUM_RULES = 6  # learned, shuffled, searched, frontier_range, uniform, oracle
+
+
+def command(*settings: str, preset: str, out: Path) -> list[str]:
+    sets = [part for setting in settings for part in ("--set", setting)]
+    return ["run", "curriculum", "--preset", preset, "--threads", "1", "--no-report", "--out", str(out), *sets]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    assert main(command(*SETTINGS, preset="teacher", out=folder)) == 0
+    return folder
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_rule_is_judged_on_every_unseen_set(finished: Path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    assert list(result["arms"]) == ["learned", "shuffled", "searched", "frontier_range", "uniform", "oracle"]
+    assert list(result["taught"]) == ["sort", "largest"]
+    assert set(result["taught"]["sort"]["learned"]) == {"mean", "low", "high"}
+    assert {c["baseline"] for c in result["comparisons"]} == set(result["arms"]) - {"learned"}
+    assert result["searched"] in CANDIDATES
+    assert "Weights of the levels, learned: sort" in [chart["title"] for chart in result["charts"]]
+    assert "one seed proves nothing yet" in result["verdict"]
+    rows = metrics(finished)
+    assert [row["kind"] for row in rows] == ["training"] * 2 + ["search"] * len(CANDIDATES) + [
+        "judging"
+    ] * 2 * NUM_RULES
+    assert rows[0]["learned"]["entropy"] == pytest.approx(1.0, abs=0.02)  # of its maximum: it begins as uniform
+
+
+@pytest.mark.parametrize(("name", "calls"), [("step", 1), ("search_step", 3), ("judge", 4)])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(
+    name: str, calls: int, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, done = getattr(amortised, name), []
+
+    def breaks(*arguments: Any) -> Any:
+        if len(done) == calls:
+            raise OSError("the machine went away")
+        done.append(1)
+        return whole(*arguments)
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(amortised, name, breaks)
+        assert main(command(*SETTINGS, preset="teacher", out=folder)) != 0
+    assert 0 < len(metrics(folder)) < len(metrics(finished))
+    assert main(["resume", str(folder), "--no-report"]) == 0
+    assert metrics(folder) == metrics(finished)
+    assert (folder / "decisions.jsonl").read_bytes() == (finished / "decisions.jsonl").read_bytes()
+
+
+def test_rewards_are_recomputed(finished: Path) -> None:
+    config = load_config(CurriculumConfig, file=finished / "config.yaml")
+    replayed = list(verify(config, finished, SERVICES))
+    assert len(replayed) >= 2 * 2 * 2 * 2  # learners, steps, sets, students, one measurement at least
+    assert all(entry.recorded == pytest.approx(entry.recomputed) for entry in replayed)
+
+
+def test_a_trained_teacher_is_a_rule_like_others(finished: Path, tmp_path: Path) -> None:
+    settings = (
+        *SMALL,
+        "tasks.tasks=[{name: add, source: add, levels: 2}]",
+        "tasks.rule=learned",
+        f"tasks.policy={finished}",
+        "update.steps=2",
+    )
+    folder = tmp_path / "run"
+    assert main(command(*settings, preset="tasks", out=folder)) == 0
+    assert list(json.loads((folder / "result.json").read_text())["arms"]) == ["learned", "uniform"]
+    config = load_config(CurriculumConfig, file=folder / "config.yaml")
+    assert all(entry.recorded == entry.recomputed for entry in verify(config, folder, SERVICES))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("tasks.tasks=[{name: c, source: coin, levels: 1}]",), "must hold a task that can be learned, got coin alone"),
+        (("tasks.rule=learned",), "`tasks.policy` and the rule learned need each other"),
+        (("amortised.steps=1", "amortised.unseen=[]"), "`amortised.unseen` needs at least"),
+        (("amortised.steps=1", "ppo.generator=transformers"), "`ppo.generator` must be own"),
+        (
+            ("amortised.steps=1", "amortised.unseen=[{name: reverse, source: copy}, {name: sort, source: sort}]"),
+            "`amortised.unseen` must hold other tasks than `tasks.tasks`, got 'reverse' in both",
+        ),
+    ],
+)
+def test_what_does_not_go_together(
+    settings: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(*settings, preset="teacher", out=tmp_path / "run")) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_sweep_claims_over_seeds_in_one_family() -> None:
+    def record(rule: str, seed: int, item: str, success: float) -> dict[str, Any]:
+        zeros = {"last_success": 0.5, "groups_that_teach": 0.2, "rollout_tokens": 100}
+        return {"arm": rule, "item": item, "split": "held_out", "seed": seed, "mean_success": success, **zeros}
+
+    noise = random.Random(0)
+    records = [
+        record(rule, seed, item, 0.3 + gain + noise.gauss(0, 0.01))
+        for rule, gain in (("learned", 0.2), ("uniform", 0.0), ("frontier_range", 0.2))
+        for seed in range(8)
+        for item in ("a", "bb", "ccc")
+    ]
+    verdict = judged_result(records, config={}, seeds=range(8))["verdict"]
+    assert verdict.startswith("The learned teacher beats uniform by 0.")
+    assert "frontier range" in verdict
+    assert "not to be told from chance" in verdict.split("frontier range")[1]
