@@ -12,7 +12,7 @@ A :class:`MixtureDataset` draws rows of several datasets by the weights of a :cl
         ...                                             # one training step on the batch
 
 For RL on tasks with a verifier, :func:`make_task_mixture` mixes tasks and their levels by what the groups of answers
-earned. In a Trainer of Transformers or of TRL, :class:`MixtureCallback` does the same. Complete examples of both are in
+earned; a trained teacher is one of its rules (``policy=SourcePolicy.load("runs/teacher")``). In a Trainer of Transformers or of TRL, :class:`MixtureCallback` does the same. Complete examples of both are in
 ``examples/`` of the repository (``mixture_torch.py``, ``mixture_trainer.py``, ``mixture_trl.py``).
 """
 
@@ -34,6 +34,7 @@ from preceptor.errors import CheckpointError, ConfigError
 from preceptor.lm.load import load_language_model
 from preceptor.lm.model import LanguageModel
 from preceptor.objectives import MIXTURE_RULES, Alignment, Mixture, document_difficulty, make_mixture
+from preceptor.objectives.learned_rule import SourcePolicy
 from preceptor.objectives.task_mixture import TASK_RULES, TaskMixture, make_task_mixture
 from preceptor.objectives.task_rules import Groups
 from preceptor.runs.world import ALONE, World
@@ -47,6 +48,7 @@ __all__ = [
     "MixtureCallback",
     "MixtureDataset",
     "MixtureSampler",
+    "SourcePolicy",
     "TASK_RULES",
     "TaskMixture",
     "TokenBlocks",

@@ -22,9 +22,9 @@ from preceptor.systems.curriculum.baselines import Method
 from preceptor.systems.curriculum.config import CurriculumConfig, DataOptions, DatasetOptions, DifficultyOptions
 from preceptor.systems.curriculum.environment import Corpus, read_corpora
 from preceptor.systems.curriculum.evaluate import validation_losses
+from preceptor.systems.curriculum.kinds import verify
 from preceptor.systems.curriculum.loop import draw_documents, measure_difficulty
 from preceptor.systems.curriculum.setup import check_lengths
-from preceptor.systems.curriculum.verify import verify
 from tests.systems.curriculum.made import CONFIG, setup_and_state
 from tests.systems.curriculum.small import METHODS, SERVICES, STEPS, arguments, result_of, rows
 

@@ -10,7 +10,7 @@ import pytest
 from preceptor.config import from_dict
 from preceptor.errors import DataError
 from preceptor.systems.curriculum.config import CurriculumConfig
-from preceptor.systems.curriculum.verify import verify
+from preceptor.systems.curriculum.kinds import verify
 from tests.systems.curriculum.small import SERVICES, result_of
 
 

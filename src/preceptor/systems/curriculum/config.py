@@ -9,6 +9,7 @@ from pydantic import Field
 
 from preceptor.config import Options
 from preceptor.data.corpora.datasets import Source, source_faults
+from preceptor.errors import did_you_mean
 from preceptor.systems.curriculum.ppo_config import PPOOptions as PPOOptions
 from preceptor.systems.curriculum.ppo_config import RewardOptions as RewardOptions
 from preceptor.systems.curriculum.tasks.config import BUILTIN_TASKS, TASK_RULES, AmortisedOptions, TasksOptions
@@ -66,6 +67,15 @@ BUILTIN = {
     "salad": "words of the manual in random order",
 }
 
+WORLDS = {
+    "chain": "each dataset can be learned as far as the one before it is mastered",
+    "noise": "four datasets and four noises that look learnable at first",
+    "copies": "four copies of one dataset and three others",
+    "far": "a target that no dataset holds, which some of them help",
+    "forgetting": "what is not practised fades",
+    "parity": "nothing moves until all of it does: losses and gradients say nothing",
+}
+
 FLAGS = {"model": "model.name", "seed": "seed", "rule": "mixture.rule"}
 """Command-line flags that stand for configuration keys."""
 
@@ -78,6 +88,7 @@ CHOICES: dict[str, dict[str, str]] = {
     "built-in datasets": BUILTIN,
     "task rules": TASK_RULES,
     "built-in tasks": BUILTIN_TASKS,
+    "planted worlds": WORLDS,
 }
 """What ``preceptor list`` shows."""
 
@@ -266,6 +277,12 @@ class ControlOptions(Options):
     frozen_policy: bool = Field(True, description="Add the configured method at learning rate 0, if it has rollouts.")
 
 
+class PlantedOptions(Options):
+    """Worlds whose best schedule is known, in place of a model and datasets; without any this section has no effect."""
+
+    worlds: tuple[str, ...] = Field((), description="Worlds to play in; see preceptor list.")
+
+
 class CurriculumConfig(Options):
     """Configuration of ``preceptor run curriculum``."""
 
@@ -274,6 +291,7 @@ class CurriculumConfig(Options):
     data: DataOptions = DataOptions()
     tasks: TasksOptions = TasksOptions()
     amortised: AmortisedOptions = AmortisedOptions()
+    planted: PlantedOptions = PlantedOptions()
     difficulty: DifficultyOptions = DifficultyOptions()
     mixture: MixtureOptions = MixtureOptions()
     ppo: PPOOptions = PPOOptions()
@@ -289,6 +307,9 @@ class CurriculumConfig(Options):
         for key, width in (("model.width", self.model.width), ("value.width", self.value.width)):
             if width % 2:
                 yield f"`{key}` must be even, since rotary positions turn pairs of dimensions, got {width}"
+        if self.planted.worlds:
+            yield from _planted_conflicts(self)
+            return
         if self.tasks.tasks:
             yield from _task_conflicts(self)
             yield from _ppo_conflicts(self)
@@ -307,6 +328,19 @@ def num_heads(width: int, *, dimensions: int) -> int:
     [1, 4, 1, 50]
     """
     return next(number for number in range(max(width // dimensions, 1), 0, -1) if width % (2 * number) == 0)
+
+
+def _planted_conflicts(config: CurriculumConfig) -> Iterator[str]:
+    for world in config.planted.worlds:
+        if world not in WORLDS:
+            hint = did_you_mean(world, WORLDS)
+            yield f"`planted.worlds` must be some of {', '.join(WORLDS)}, got '{world}'{hint}"
+    for key, rules in (("mixture.rule", (config.mixture.rule,)), ("controls.rules", config.controls.rules)):
+        for rule in rules:
+            if rule in ("static", "proportional"):
+                yield f"`{key}` {rule} needs datasets of its own; in a planted world use another rule"
+    if config.tasks.tasks:
+        yield "`planted.worlds` and `tasks.tasks` are two kinds of run; give one of them"
 
 
 def _task_conflicts(config: CurriculumConfig) -> Iterator[str]:

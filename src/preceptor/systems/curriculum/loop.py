@@ -53,8 +53,6 @@ from preceptor.systems.curriculum.rewards import Rewards, token_advantages
 from preceptor.systems.curriculum.scored import scored_rollouts
 from preceptor.systems.curriculum.setup import Setup, prepare
 from preceptor.systems.curriculum.state import State, learning_rate_scale
-from preceptor.systems.curriculum.tasks.amortised import train_teacher
-from preceptor.systems.curriculum.tasks.loop import train_on_tasks
 from preceptor.systems.curriculum.update import UpdateResult, kl_reference_model, update
 from preceptor.systems.curriculum.verify import mixture_row, rollout_rows
 
@@ -72,16 +70,12 @@ PROGRESS_COLUMNS = {
 }
 
 
-def train(config: CurriculumConfig, run: Run, services: Services) -> dict[str, Any]:
+def train_on_datasets(config: CurriculumConfig, run: Run, services: Services) -> dict[str, Any]:
     """Trains every method of ``config`` inside ``run`` and compares them; gives ``result.json``.
 
     The best policy of the first method (by validation loss) and its last one are saved as the model folders
     ``best_model`` and ``model``.
     """
-    if config.tasks.tasks and config.amortised.steps:
-        return train_teacher(config, run)
-    if config.tasks.tasks:
-        return train_on_tasks(config, run, services)
     setup = prepare(config, run, services)
     state = State(setup)
     run.restore(state)

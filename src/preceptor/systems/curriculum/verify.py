@@ -25,14 +25,12 @@ from preceptor.objectives.mixture import Mixture, make_mixture
 from preceptor.objectives.mixture_rules import Difficulty
 from preceptor.runs.metrics import read_jsonl
 from preceptor.runs.random import derived_seed
-from preceptor.systems.base import Replayed, Services
+from preceptor.systems.base import Replayed
 from preceptor.systems.curriculum.baselines import Method, plan_methods
 from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.environment import Corpus, read_corpora
 from preceptor.systems.curriculum.policy import Prompt, Rollouts, build_policy
 from preceptor.systems.curriculum.rewards import Rewards, reward_terms, score_rollouts
-from preceptor.systems.curriculum.tasks.amortised import verify_teacher
-from preceptor.systems.curriculum.tasks.verify import verify_tasks
 
 MEASURES = ("mean", "variance", "mean_error", "variance_error")
 
@@ -109,23 +107,12 @@ def sample_rows(prompts: Sequence[str], texts: Sequence[str], *, step: int, meth
 # ---- computed again -------------------------------------------------------------------------------------------------
 
 
-def verify(config: CurriculumConfig, folder: Path, services: Services) -> Iterator[Replayed]:
+def verify_datasets(config: CurriculumConfig, folder: Path) -> Iterator[Replayed]:
     """Each recorded weight and reward beside the same number computed again, on the CPU.
-
-    Args:
-        config: of the run.
-        folder: of the run.
-        services: not used.
 
     Raises:
         DataError: a decision is of a method that the configuration does not have.
     """
-    if config.tasks.tasks and config.amortised.steps:
-        yield from verify_teacher(config, folder)
-        return
-    if config.tasks.tasks:
-        yield from verify_tasks(config, folder)
-        return
     lm = build_policy(config.model, device=torch.device("cpu"), seed=derived_seed(config.seed, "weights"))
     plan = plan_methods(config)
     begins = accumulate((method.num_steps for method in plan), initial=0)

@@ -12,10 +12,10 @@ import pytest
 from preceptor.cli import main
 from preceptor.config import load_config
 from preceptor.systems.curriculum.config import CurriculumConfig
+from preceptor.systems.curriculum.kinds import verify
 from preceptor.systems.curriculum.tasks import amortised
 from preceptor.systems.curriculum.tasks.amortised import CANDIDATES
 from preceptor.systems.curriculum.tasks.judged import judged_result
-from preceptor.systems.curriculum.verify import verify
 from tests.systems.curriculum.small import SERVICES
 
 SMALL = (

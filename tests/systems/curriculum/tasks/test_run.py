@@ -13,8 +13,8 @@ import pytest
 from preceptor.cli import main
 from preceptor.config import load_config
 from preceptor.systems.curriculum.config import CurriculumConfig
+from preceptor.systems.curriculum.kinds import verify
 from preceptor.systems.curriculum.tasks.result import TaskOutcome, records_of, task_result
-from preceptor.systems.curriculum.verify import verify
 from tests.systems.curriculum.small import SERVICES
 
 SETTINGS = (

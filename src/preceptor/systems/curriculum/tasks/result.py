@@ -9,7 +9,6 @@ from typing import Any
 
 from preceptor.evaluation.summary import Comparison, compare, summarise
 from preceptor.evaluation.verdict import MINIMUM_SEEDS, claims, opening
-from preceptor.systems.curriculum import result as datasets_result
 from preceptor.systems.curriculum.result import first_reached
 
 LEVELS = (0.5, 0.8)
@@ -84,16 +83,6 @@ def records_of(outcomes: Mapping[str, TaskOutcome], *, counted: Sequence[bool], 
         record |= {"rollout_tokens": counts["rollout_tokens"], "steps": counts["steps"]}
         records.append(record)
     return records
-
-
-def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
-    """``result.json`` of curriculum runs: of a teacher, on tasks, or else on datasets, as ``config`` says."""
-    if config["tasks"]["tasks"] and config.get("amortised", {}).get("steps"):  # runs before amortised have none
-        from preceptor.systems.curriculum.tasks.judged import judged_result
-
-        return judged_result(records, config=config, seeds=seeds)
-    of = task_result if config["tasks"]["tasks"] else datasets_result.result
-    return of(records, config=config, seeds=seeds)
 
 
 def task_result(
