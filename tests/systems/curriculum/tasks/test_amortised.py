@@ -32,6 +32,7 @@ SETTINGS = (
     "tasks.tasks=[{name: reverse, source: reverse, levels: 2}, {name: coin, source: coin, levels: 1}]",
     "tasks.controls=[uniform, oracle]",
     "amortised.steps=2",
+    "save_every=1",
     "amortised.num_sets=2",
     "amortised.tasks_per_set=1",
     "amortised.decision_batches=2",
