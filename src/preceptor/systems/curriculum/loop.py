@@ -54,7 +54,7 @@ from preceptor.systems.curriculum.scored import scored_rollouts
 from preceptor.systems.curriculum.setup import Setup, prepare
 from preceptor.systems.curriculum.state import State, learning_rate_scale
 from preceptor.systems.curriculum.update import UpdateResult, kl_reference_model, update
-from preceptor.systems.curriculum.verify import mixture_row, rollout_rows
+from preceptor.systems.curriculum.verify import groups_of_prompts, mixture_row, prompt_row, rollout_rows
 
 if TYPE_CHECKING:
     from preceptor.runs.folder import Run
@@ -154,6 +154,10 @@ def step(setup: Setup, state: State, n: int) -> dict[str, Any]:
         row |= batch.metrics
         if batch.num_excluded:
             run.notice(f"step {n}: {batch.num_excluded} rewards are NaN or infinite and are left out of the update")
+        if state.prompt_mixture is not None:
+            decision = follow_rewards(setup, state, n, batch.experience)
+            run.record([decision])
+            row["prompt_weights"] = dict(zip(setup.dataset_names, decision["weights"], strict=True))
         if method_step % config.record_every == 0:
             run.record(rollout_rows(batch.rollouts, batch.rewards, lm=setup.lm, step=n, method=method.name))
 
@@ -321,7 +325,7 @@ def sample_rollouts(setup: Setup, state: State) -> RolloutBatch:
     config, ppo, lm, streams = setup.config, setup.config.ppo, setup.lm, setup.run.streams
     prompts = draw_prompts(
         setup.corpora,
-        state.mixture.weights,
+        (state.prompt_mixture or state.mixture).weights,
         num_prompts=ppo.prompts,
         prompt_tokens=ppo.prompt_tokens,
         continuation_tokens=ppo.continuation_tokens,
@@ -385,6 +389,25 @@ def sample_rollouts(setup: Setup, state: State) -> RolloutBatch:
         metrics["explained_variance"] = float(explained_variance(values, returns, mask))
     experience = Experience(usable, advantages, returns, values, reference_log_probs)
     return RolloutBatch(rollouts, rewards, experience, metrics, num_excluded=int((~finite).sum()))
+
+
+def follow_rewards(setup: Setup, state: State, n: int, experience: Experience) -> dict[str, Any]:
+    """Moves the weights of the prompts' datasets by what their continuations could teach; gives the decision's row.
+
+    Every continuation stands for itself, with the mean absolute advantage of its tokens; those that are left out, whose
+    reward is not finite, have none.
+    """
+    assert state.prompt_mixture is not None, "asked for by `ppo.prompt_rule`"
+    mask = experience.rollouts.mask
+    means = (experience.advantages.abs() * mask).sum(1) / mask.sum(1).clamp(min=1)  # [batch]
+    rows = [
+        (setup.dataset_names.index(prompt.dataset), mean)
+        for prompt, mean, counted in zip(experience.rollouts.prompts, means.tolist(), mask.any(1).tolist(), strict=True)
+        if counted
+    ]
+    groups = groups_of_prompts([dataset for dataset, _ in rows], [mean for _, mean in rows])
+    state.prompt_mixture.update(groups, progress=(n - state.steps_before) / state.method.num_steps)
+    return prompt_row(groups, state.prompt_mixture, step=n, method=state.method.name, names=setup.dataset_names)
 
 
 def _mean(values: Tensor) -> float:

@@ -31,6 +31,11 @@ class PPOOptions(Options):
     prompt_tokens: int = Field(
         16, ge=1, description="Number of a document's first tokens that make a prompt, at most half of it."
     )
+    prompt_rule: Literal["mixture", "uniform", "mean_advantage", "upper_confidence"] = Field(
+        "mixture",
+        description="What prompts' datasets are drawn by: the mixture's weights, even ones, or a rule of their own "
+        "that follows the mean absolute advantage of each dataset's continuations.",
+    )
     continuation_tokens: int = Field(24, ge=1, description="Maximum length of a continuation in tokens.")
     temperature: float = Field(0.7, gt=0, description="Sampling temperature of the rollouts.")
     rewards: tuple[RewardOptions, ...] = Field(

@@ -14,6 +14,7 @@ from preceptor.errors import CheckpointError
 from preceptor.lm.model import LanguageModel
 from preceptor.objectives.kl import AdaptiveKLController
 from preceptor.objectives.mixture import make_mixture
+from preceptor.objectives.task_mixture import TaskMixture, make_task_mixture
 from preceptor.runs.checkpoint import copy_tensors, load_optimizer, optimizer_state
 from preceptor.runs.guard import MicroBatch, NonFiniteGuard
 from preceptor.runs.random import derived_seed
@@ -37,6 +38,7 @@ class State:
         value_network: of ``gae``, else None.
         optimizer: over the policy's weights and the value network's.
         mixture: weights of the datasets, and the rule that moves them.
+        prompt_mixture: of the datasets that prompts come from; None where they follow ``mixture``.
         sampler: draws rows of documents by those weights.
         kl: moves the KL coefficient; None where it is fixed.
         guard: counts optimizer steps that were skipped because a gradient was not finite.
@@ -93,6 +95,9 @@ class State:
             target_share=config.mixture.target_share,
             **method.settings,
         )
+        self.prompt_mixture: TaskMixture | None = None
+        if method.policy_gradient and config.ppo.prompt_rule != "mixture":
+            self.prompt_mixture = make_task_mixture(config.ppo.prompt_rule, num_levels=[1] * len(setup.corpora))
         # The sampler's seed does not depend on the method: under equal weights all methods see the same rows.
         self.sampler = MixtureSampler(
             {corpus.name: len(corpus.train) for corpus in setup.corpora},
@@ -138,6 +143,7 @@ class State:
             "engine": self.lm.engine_state(),
             "optimizer": optimizer_state(self.optimizer),
             "mixture": self.mixture.state_dict(),
+            "prompt_mixture": None if self.prompt_mixture is None else self.prompt_mixture.state_dict(),
             "sampler": self.sampler.state_dict(),
             "kl": None if self.kl is None else self.kl.state_dict(),
             "guard": self.guard.state_dict(),
@@ -169,6 +175,8 @@ class State:
         self.lm.load_engine_state(state["engine"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.mixture.load_state_dict(state["mixture"])
+        if self.prompt_mixture is not None:
+            self.prompt_mixture.load_state_dict(state["prompt_mixture"])
         self.sampler.load_state_dict(state["sampler"])
         if self.kl is not None:
             self.kl.load_state_dict(state["kl"])

@@ -1,10 +1,11 @@
 """Recorded decisions: the rows of ``decisions.jsonl``, and the same numbers computed again without the policy.
 
-Three kinds of rows: ``mixture`` (the difficulty of each dataset and the weights that the rule made of it), ``rollout``
-(a continuation, token by token, with every term of its reward) and ``sample`` (the continuation of a test prompt).
+Four kinds of rows: ``mixture`` (the difficulty of each dataset and the weights that the rule made of it), ``prompts``
+(what the continuations of each dataset could teach, and the weights that prompts are drawn by), ``rollout`` (a
+continuation, token by token, with every term of its reward) and ``sample`` (the continuation of a test prompt).
 
-``verify`` recomputes the weights of every mixture from the recorded difficulties, and the terms of every reward from
-the recorded tokens. ``log_likelihood`` is that of the rolling frozen model, which is known only until its first
+The weights of every mixture are recomputed from the recorded difficulties and advantages, and the terms of every reward
+from the recorded tokens. ``log_likelihood`` is that of the rolling frozen model, which is known only until its first
 refresh, so later rollouts are left out for that term.
 """
 
@@ -23,6 +24,8 @@ from preceptor.errors import DataError
 from preceptor.lm.model import LanguageModel
 from preceptor.objectives.mixture import Mixture, make_mixture
 from preceptor.objectives.mixture_rules import Difficulty
+from preceptor.objectives.task_mixture import TaskMixture, make_task_mixture
+from preceptor.objectives.task_rules import Groups
 from preceptor.runs.metrics import read_jsonl
 from preceptor.runs.random import derived_seed
 from preceptor.systems.base import Replayed
@@ -50,6 +53,29 @@ def mixture_row(
         "weights": mixture.weights.tolist(),
         "fell_back": mixture.fell_back,
     }
+
+
+def prompt_row(groups: Groups, mixture: TaskMixture, *, step: int, method: str, names: Sequence[str]) -> dict[str, Any]:
+    """The mean absolute advantage of each continuation, and the weights that the next prompts are drawn by."""
+    return {
+        "step": step,
+        "arm": method,
+        "kind": "prompts",
+        "datasets": list(names),
+        "sources": groups.sources.tolist(),
+        "advantage": groups.advantage.tolist(),
+        "weights": mixture.weights.tolist(),
+    }
+
+
+def groups_of_prompts(sources: Sequence[int], advantage: Sequence[float]) -> Groups:
+    """Groups of one continuation each, for rules that follow advantages alone."""
+    return Groups(
+        torch.tensor(sources, dtype=torch.long),
+        torch.zeros(len(sources), dtype=torch.float64),
+        torch.tensor(advantage, dtype=torch.float64),
+        size=1,
+    )
 
 
 def difficulty_of(row: dict[str, Any]) -> Difficulty:
@@ -147,6 +173,8 @@ def _verify_method(
         target_share=config.mixture.target_share,
         **method.settings,
     )
+    rule = "uniform" if config.ppo.prompt_rule == "mixture" else config.ppo.prompt_rule  # without rows of its own
+    prompt_mixture = make_task_mixture(rule, num_levels=[1] * len(corpora))
     terms = reward_terms(config.ppo.rewards, lm, likelihood=lm) if method.policy_gradient else []
     for (step, kind), group in groupby(rows, key=lambda row: (row["step"], row["kind"])):
         if kind == "mixture":
@@ -155,6 +183,13 @@ def _verify_method(
                 # The weights after each measurement, one number a dataset.
                 for dataset, recorded, weight in zip(row["datasets"], row["weights"], mixture.weights, strict=True):
                     yield Replayed(f"{method.name}, step {step}, weight of {dataset}", recorded, float(weight))
+        elif kind == "prompts":
+            for row in group:
+                prompt_mixture.update(groups_of_prompts(row["sources"], row["advantage"]), progress=0.0)
+                for dataset, recorded, weight in zip(
+                    row["datasets"], row["weights"], prompt_mixture.weights, strict=True
+                ):
+                    yield Replayed(f"{method.name}, step {step}, prompts of {dataset}", recorded, float(weight))
         elif kind == "rollout":
             rollout_group = list(group)
             # Steps count from 1: the refresh comes at the beginning of step K + 1 of the method.
