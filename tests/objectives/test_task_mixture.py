@@ -93,6 +93,13 @@ def test_frontier_moves_up_one_level_and_stays_at_the_last():
     assert history == [[1, 0, 0]] + [[1, 1, 0]] * 2 + [[0, 1, 1]] * 5
 
 
+def test_frontier_moves_at_half_right_unless_told_otherwise():
+    tasks, batch = [0, 0], groups((0, 0.5), (0, 0.5))
+    for rule, expected in ((FrontierRange(answers=16), [1, 1]), (FrontierRange(answers=16, threshold=0.6), [1, 0])):
+        state = rule.observe(rule.initial_state(tasks), batch, tasks)
+        assert rule.preferences(state, tasks, progress=0.0).tolist() == expected
+
+
 def test_mean_advantage_by_hand():
     # α = 0.5, τ = 1: advantages 1 and 0 give (0.5, 0); level 3 is not drawn. Softmax e^0.5 : 1 : 1.
     rule, tasks = MeanAdvantage(rate=0.5, temperature=1.0), [0, 0, 0]

@@ -104,6 +104,15 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
         assert result(folder)["records"] == result(trained)["records"]
 
 
+def test_the_warm_start_gets_harder_at_its_pace_and_not_beyond_the_prior(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_context, "AGREEMENT", -1.0)  # the model is always good enough
+    assert run(tmp_path / "run", *WORDS, "in_context.warm_pace=0.4", "in_context.steps=0") == 0
+    difficulties = [row["difficulty"] for row in rows(tmp_path / "run", "metrics.jsonl") if "difficulty" in row]
+    assert difficulties == pytest.approx([0.0, 0.4, 0.8, 1.0, 1.0])
+
+
 @pytest.mark.parametrize("learning_rate", [0.0, 0.01])
 def test_at_learning_rate_0_nothing_moves_and_words_are_never_learned(tmp_path: Path, learning_rate: float) -> None:
     config = from_dict(

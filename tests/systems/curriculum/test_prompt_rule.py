@@ -38,12 +38,25 @@ def test_prompts_have_weights_of_their_own(finished: Path) -> None:
     assert len(prompts) == 2 * STEPS
     # The weights after a step by hand: SEC's running mean at rate ½, softmax at 0.1, from the recorded advantages.
     first = prompts[0]
+    assert min(first["advantage"]) > 0  # of absolute advantages
     means = []
     for source in range(2):
         of = [a for s, a in zip(first["sources"], first["advantage"], strict=True) if s == source]
         means.append(0.5 * sum(of) / len(of) if of else 0.0)
     expected = torch.softmax(torch.tensor(means, dtype=torch.float64) / 0.1, 0)
     assert first["weights"] == pytest.approx(expected.tolist())
+
+
+def test_prompts_come_from_where_their_own_weights_say(tiny_folder: Path, tmp_path: Path) -> None:
+    fixed = ("mixture.rule=static", "mixture.weights=[1.0, 0.0]", "mixture.exploration=0.0", "mixture.settings={}")
+    drawn = {}
+    for rule in ("mixture", "uniform"):
+        folder = tmp_path / rule
+        changes = [*fixed, f"ppo.prompt_rule={rule}", "controls.frozen_policy=false", "update.steps=2"]
+        assert main(arguments(tiny_folder, folder, changes)) == 0
+        rollouts = [json.loads(line) for line in (folder / "decisions.jsonl").read_text().splitlines()]
+        drawn[rule] = {row["dataset"] for row in rollouts if row["kind"] == "rollout"}
+    assert drawn == {"mixture": {"dialogue"}, "uniform": {"dialogue", "noise"}}
 
 
 def test_the_weights_are_recomputed_and_survive_a_stop(finished: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -14,8 +15,9 @@ from preceptor.config import load_config
 from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.kinds import verify
 from preceptor.systems.curriculum.tasks import amortised
-from preceptor.systems.curriculum.tasks.amortised import CANDIDATES
+from preceptor.systems.curriculum.tasks.amortised import CANDIDATES, State
 from preceptor.systems.curriculum.tasks.judged import judged_result
+from preceptor.systems.curriculum.tasks.teacher import Teacher
 from tests.systems.curriculum.small import SERVICES
 
 SMALL = (
@@ -97,6 +99,49 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     assert main(["resume", str(folder), "--no-report"]) == 0
     assert metrics(folder) == metrics(finished)
     assert (folder / "decisions.jsonl").read_bytes() == (finished / "decisions.jsonl").read_bytes()
+
+
+def test_a_decision_lasts_for_several_batches(tmp_path: Path) -> None:
+    """As long as the lesson, here: one decision of two draws, however many batches and measurements follow it."""
+    settings = ("amortised.decision_batches=100", "amortised.student_tokens=400", "amortised.search=false")
+    assert main(command(*SETTINGS, *settings, preset="teacher", out=tmp_path / "run")) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/decisions.jsonl").read_text().splitlines()]
+    lessons = [row for row in rows if row["kind"] == "lesson"]
+    assert [[len(draws) for draws in row["drawn"]] for row in lessons] == [[2]] * len(lessons)
+    assert min(len(row["success"]) for row in lessons) >= 3
+
+
+def test_the_shuffled_teacher_is_told_the_rewards_of_the_step_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[list[list[float]]] = []
+    learn = Teacher.learn
+
+    def listening(teacher: Teacher, lessons: Any, rewards: Any) -> dict[str, float]:
+        told.append([list(row) for row in rewards])
+        return learn(teacher, lessons, rewards)
+
+    numbers = itertools.count(1)  # so small a student is never right, and all rewards would be 0
+    monkeypatch.setattr(
+        amortised, "lesson_rewards", lambda lessons: [[float(next(numbers)) for _ in row.measured] for row in lessons]
+    )
+    monkeypatch.setattr(Teacher, "learn", listening)
+    assert main(command(*SETTINGS, "amortised.search=false", preset="teacher", out=tmp_path / "run")) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/decisions.jsonl").read_text().splitlines()]
+    earned = [
+        [row["rewards"] for row in rows if (row["kind"], row.get("arm"), row["step"]) == ("lesson", arm, step)]
+        for step in (1, 2)
+        for arm in ("learned", "shuffled")
+    ]
+    assert told == [earned[0], [[0.0]] * len(earned[1]), earned[2], earned[1]]
+
+
+def test_the_search_takes_the_best() -> None:
+    state = State(CurriculumConfig())
+    state.found = [0.1] * len(CANDIDATES)
+    state.found[5] = 0.2
+    assert state.best_settings == CANDIDATES[5]
+    assert state.mixture("searched", num_levels=[3]).rule == state.mixture("searched5", num_levels=[3]).rule
 
 
 def test_rewards_are_recomputed(finished: Path) -> None:

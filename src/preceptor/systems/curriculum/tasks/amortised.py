@@ -226,6 +226,7 @@ def step(config: CurriculumConfig, school: School, state: State, n: int) -> tupl
                     "kind": "lesson",
                     "set": set_name(setup),
                     "set_number": number,
+                    "drawn": lesson.drawn,
                     "success": [success for _, success in lesson.measured],
                     "rewards": own,
                 }
