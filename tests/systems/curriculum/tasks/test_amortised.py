@@ -12,6 +12,7 @@ import pytest
 
 from preceptor.cli import main
 from preceptor.config import load_config
+from preceptor.objectives.learned_rule import source_features
 from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.kinds import verify
 from preceptor.systems.curriculum.tasks import amortised
@@ -101,14 +102,19 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     assert (folder / "decisions.jsonl").read_bytes() == (finished / "decisions.jsonl").read_bytes()
 
 
-def test_a_decision_lasts_for_several_batches(tmp_path: Path) -> None:
+def test_a_decision_lasts_for_several_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as the lesson, here: one decision of two draws, however many batches and measurements follow it."""
+    seen = []
+    monkeypatch.setattr(
+        amortised, "source_features", lambda state, tasks: seen.append(tasks) or source_features(state, tasks)
+    )
     settings = ("amortised.decision_batches=100", "amortised.student_tokens=400", "amortised.search=false")
     assert main(command(*SETTINGS, *settings, preset="teacher", out=tmp_path / "run")) == 0
     rows = [json.loads(line) for line in (tmp_path / "run/decisions.jsonl").read_text().splitlines()]
     lessons = [row for row in rows if row["kind"] == "lesson"]
     assert [[len(draws) for draws in row["drawn"]] for row in lessons] == [[2]] * len(lessons)
     assert min(len(row["success"]) for row in lessons) >= 3
+    assert len(seen) == len(lessons)
 
 
 def test_the_shuffled_teacher_is_told_the_rewards_of_the_step_before(
