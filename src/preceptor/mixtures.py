@@ -13,8 +13,8 @@ A :class:`MixtureDataset` draws rows of several datasets by the weights of a :cl
 
 For RL on tasks with a verifier, :func:`make_task_mixture` mixes tasks and their levels by what the groups of answers
 earned; a trained teacher is one of its rules (``policy=SourcePolicy.load("runs/teacher")``). In a Trainer of
-Transformers or of TRL, :class:`MixtureCallback` does the same. Complete examples are in ``examples/`` of the repository
-(``mixture_torch.py``, ``mixture_trainer.py``, ``mixture_trl.py``, ``task_mixture.py``).
+Transformers or of TRL, :class:`MixtureCallback` mixes datasets. Complete examples are in ``examples/`` of the
+repository (``mixture_torch.py``, ``mixture_trainer.py``, ``mixture_trl.py``, ``task_mixture.py``).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 
 from preceptor.errors import ConfigError
 from preceptor.objectives.learned_rule import FEATURES, TEACHER, LearnedRule, SourcePolicy, source_features
-from preceptor.objectives.task_mixture import TaskMixture
+from preceptor.objectives.task_mixture import TaskMixture, make_task_mixture
 from preceptor.objectives.task_rules import Groups
 
 
@@ -85,6 +85,13 @@ def test_a_saved_policy_is_the_same(tmp_path: Path) -> None:
             assert torch.equal(ours, theirs)
 
 
+def test_a_policy_keeps_the_exploration_that_it_was_trained_with(tmp_path: Path) -> None:
+    SourcePolicy(4, exploration=0.3).save(tmp_path)
+    loaded = SourcePolicy.load(tmp_path)
+    assert make_task_mixture("learned", num_levels=[2], policy=loaded).rule.exploration == 0.3
+    assert make_task_mixture("learned", num_levels=[2], policy=loaded, exploration=0.1).rule.exploration == 0.1
+
+
 def test_what_is_no_teacher_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no trained teacher; give the folder of a finished run"):
         SourcePolicy.load(tmp_path)
@@ -92,6 +99,12 @@ def test_what_is_no_teacher_is_refused(tmp_path: Path) -> None:
     settings = json.loads((tmp_path / "teacher.json").read_text())
     (tmp_path / "teacher.json").write_text(json.dumps(settings | {"features": ["level"]}))
     with pytest.raises(ConfigError, match="was trained on other features"):
+        SourcePolicy.load(tmp_path)
+    (tmp_path / "teacher.json").write_text(json.dumps({"hidden_dim": 6}))
+    with pytest.raises(ConfigError, match="has no trained teacher"):
+        SourcePolicy.load(tmp_path)
+    (tmp_path / "teacher.json").write_text(json.dumps(settings | {"hidden_dim": 7}))
+    with pytest.raises(ConfigError, match="has other weights than it says"):
         SourcePolicy.load(tmp_path)
     (tmp_path / "teacher.safetensors").write_bytes(b"damaged")
     with pytest.raises(ConfigError, match="has no trained teacher"):

@@ -45,12 +45,14 @@ class SourcePolicy(nn.Module):
 
     Args:
         hidden_dim: width of both hidden layers.
+        exploration: fraction of the weights that stays even, with which it is trained and used.
         generator: draws the weights; the outputs' are 0.
     """
 
-    def __init__(self, hidden_dim: int, *, generator: torch.Generator | None = None) -> None:
+    def __init__(self, hidden_dim: int, *, exploration: float = 0.05, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.hidden_dim = hidden_dim
+        self.exploration = exploration
         self.encoder = nn.Linear(len(FEATURES), hidden_dim)
         self.inner = nn.Linear(2 * hidden_dim, hidden_dim)
         self.score = nn.Linear(hidden_dim, 1)
@@ -86,7 +88,11 @@ class SourcePolicy(nn.Module):
         save_file(
             {name: value.contiguous() for name, value in self.state_dict().items()}, folder / "teacher.safetensors"
         )
-        settings = {"features": list(FEATURES), "hidden_dim": self.hidden_dim}
+        settings = {
+            "features": list(FEATURES),
+            "hidden_dim": self.hidden_dim,
+            "exploration": self.exploration,
+        }
         (folder / "teacher.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -99,16 +105,20 @@ class SourcePolicy(nn.Module):
         inner = folder / TEACHER if (folder / TEACHER).is_dir() else folder
         try:
             settings = json.loads((inner / "teacher.json").read_text(encoding="utf-8"))
+            features, exploration = settings["features"], float(settings["exploration"])
+            policy = cls(int(settings["hidden_dim"]), exploration=exploration)
             weights = load_file(inner / "teacher.safetensors")
-            policy = cls(int(settings["hidden_dim"]))
-            policy.load_state_dict(weights)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ConfigError(
                 f"{folder} has no trained teacher; give the folder of a finished run of: "
                 "preceptor run curriculum --preset teacher"
             ) from error
-        if settings["features"] != list(FEATURES):
+        if features != list(FEATURES):
             raise ConfigError(f"the teacher in {folder} was trained on other features; train it with this version")
+        try:
+            policy.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ConfigError(f"the teacher in {folder} has other weights than it says; train it again") from error
         return policy
 
 
@@ -121,7 +131,7 @@ class LearnedRule(TaskRule):
     """Softmax of the scores of a :class:`SourcePolicy`.
 
     Args:
-        exploration: see :class:`TaskRule`; part of the policy, which was trained with it.
+        exploration: see :class:`TaskRule`; ``make_task_mixture`` takes the policy's own.
         stall: 1 by default, since the policy sees for itself whether success moves.
         policy: of the scores; it has to be given.
 

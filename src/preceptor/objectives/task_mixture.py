@@ -146,5 +146,5 @@ def make_task_mixture(
         raise ConfigError(f"the task rule '{name}' has no option '{unknown[0]}'{hint}; it has {', '.join(allowed)}")
     if (name == "learned") != (policy is not None):
         raise ConfigError("the task rule 'learned' needs the policy of a trained teacher, and no other rule takes one")
-    given = {} if policy is None else {"policy": policy}
-    return TaskMixture(TASK_RULES[name](**settings, **given), num_levels=num_levels)
+    given = {} if policy is None else {"policy": policy, "exploration": policy.exploration}
+    return TaskMixture(TASK_RULES[name](**{**given, **settings}), num_levels=num_levels)

@@ -71,6 +71,8 @@ def export_model(folder: Path, destination: Path, *, merge: bool = False) -> Pat
     """
     source = folder / MODEL
     if not (source / "config.json").is_file() and not (source / ADAPTER_CONFIG).is_file():
+        if (folder / "result.json").is_file():
+            raise ConfigError(f"{folder} has no {MODEL}/ to export: a run of this kind trains no model that is kept")
         raise ConfigError(f"{folder} has no {MODEL}/ to export; a run writes it at its end: preceptor resume {folder}")
     require_unchanged(folder, models=True)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):

@@ -154,8 +154,8 @@ SEAL_NAME = "seal.json"
 _LEFT_OUT = {SEAL_NAME, LOCK_NAME, "report.html"}
 """Files that change after the end: the page is made from the others, as often as wanted."""
 
-_MODEL_FILES = ("config.json", "adapter_config.json")
-"""By these a folder inside a run is known to hold a model; checkpoints have hashes of their own."""
+_MODEL_FILES = ("config.json", "adapter_config.json", "teacher.json", "surgeon.json")
+"""By these a folder inside a run is known to hold what was learned; checkpoints have hashes of their own."""
 
 
 def seal(folder: Path) -> None:

@@ -144,6 +144,9 @@ def test_every_world_is_described() -> None:
     ("setting", "message"),
     [
         ("planted.worlds=[chains]", "did you mean 'chain'"),
+        ("planted.worlds=[chain, chain]", "must be all different"),
+        ("mixture.rule=aligment", "did you mean 'alignment'"),
+        ("controls.rules=[exp3]", "must hold uniform"),
         ("mixture.rule=proportional", "needs datasets of its own"),
         ("tasks.tasks=[{name: a, source: add}]", "two kinds of run"),
     ],

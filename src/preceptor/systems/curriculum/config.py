@@ -335,8 +335,14 @@ def _planted_conflicts(config: CurriculumConfig) -> Iterator[str]:
         if world not in WORLDS:
             hint = did_you_mean(world, WORLDS)
             yield f"`planted.worlds` must be some of {', '.join(WORLDS)}, got '{world}'{hint}"
+    if len(set(config.planted.worlds)) < len(config.planted.worlds):
+        yield f"`planted.worlds` must be all different, got {', '.join(config.planted.worlds)}"
+    if "uniform" not in (config.mixture.rule, *config.controls.rules):
+        yield "`controls.rules` must hold uniform, from which the share of the gap is counted"
     for key, rules in (("mixture.rule", (config.mixture.rule,)), ("controls.rules", config.controls.rules)):
         for rule in rules:
+            if rule not in RULES:
+                yield f"`{key}` must be one of {', '.join(RULES)}, got '{rule}'{did_you_mean(rule, RULES)}"
             if rule in ("static", "proportional"):
                 yield f"`{key}` {rule} needs datasets of its own; in a planted world use another rule"
     if config.tasks.tasks:
@@ -363,6 +369,8 @@ def _amortised_conflicts(config: CurriculumConfig) -> Iterator[str]:
         yield f"`tasks.tasks` must hold at least `amortised.tasks_per_set` {options.tasks_per_set}"
     if both := sorted({task.name for task in tasks.tasks} & {task.name for task in options.unseen}):
         yield f"`amortised.unseen` must hold other tasks than `tasks.tasks`, got '{both[0]}' in both"
+    if "learned" in (tasks.rule, *tasks.controls):
+        yield "`tasks.rule` and `tasks.controls` cannot hold learned while a teacher is trained, which is judged anyway"
     if config.ppo.generator != "own":
         yield f"`ppo.generator` must be own while a teacher is trained, got {config.ppo.generator}"
 

@@ -5,34 +5,40 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from preceptor.cli import main
 from preceptor.config import load_config
-from preceptor.objectives.learned_rule import source_features
+from preceptor.objectives.learned_rule import SourcePolicy, source_features
+from preceptor.runs.random import derived_seed
+from preceptor.runs.record import seal_faults
 from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.kinds import verify
 from preceptor.systems.curriculum.tasks import amortised
 from preceptor.systems.curriculum.tasks.amortised import CANDIDATES, State
+from preceptor.systems.curriculum.tasks.config import AmortisedOptions
 from preceptor.systems.curriculum.tasks.judged import judged_result
 from preceptor.systems.curriculum.tasks.teacher import Teacher
 from tests.systems.curriculum.small import SERVICES
 
 SMALL = (
     "tasks.tokens_per_step=48",
-    "tasks.warm_up_steps=2",
-    "tasks.warm_up_rows=4",
+    "tasks.warm_up_steps=40",  # until a student is right sometimes: a teacher whose rewards are all 0 learns nothing
+    "tasks.warm_up_learning_rate=0.02",
+    "tasks.warm_up_rows=8",
     "tasks.validate_every=60",
-    "tasks.validation_prompts=2",
+    "tasks.validation_prompts=4",
     "model.width=16",
     "ppo.group_size=2",
 )
 SETTINGS = (
     *SMALL,
-    "tasks.tasks=[{name: reverse, source: reverse, levels: 2}, {name: coin, source: coin, levels: 1}]",
+    "tasks.tasks=[{name: count, source: count, levels: 2}, {name: coin, source: coin, levels: 1}]",
     "tasks.controls=[uniform, oracle]",
     "amortised.steps=2",
     "save_every=1",
@@ -74,10 +80,13 @@ def test_every_rule_is_judged_on_every_unseen_set(finished: Path) -> None:
     assert "Weights of the levels, learned: sort" in [chart["title"] for chart in result["charts"]]
     assert "one seed proves nothing yet" in result["verdict"]
     rows = metrics(finished)
+    assert all(row["learned"]["gradient_norm"] > 0 for row in rows[:2])  # it does learn
+    first = Teacher(AmortisedOptions(), generator=torch.Generator().manual_seed(derived_seed(0, "teacher weights")))
+    assert not torch.equal(SourcePolicy.load(finished).score.weight, first.policy.score.weight)
     assert [row["kind"] for row in rows] == ["training"] * 2 + ["search"] * len(CANDIDATES) + [
         "judging"
     ] * 2 * NUM_RULES
-    assert rows[0]["learned"]["entropy"] == pytest.approx(1.0, abs=0.02)  # of its maximum: it begins as uniform
+    assert rows[0]["learned"]["entropy"] > 0.9  # of its maximum: it begins as uniform
 
 
 @pytest.mark.parametrize(("name", "calls"), [("step", 1), ("search_step", 3), ("judge", 4)])
@@ -99,7 +108,10 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     assert 0 < len(metrics(folder)) < len(metrics(finished))
     assert main(["resume", str(folder), "--no-report"]) == 0
     assert metrics(folder) == metrics(finished)
-    assert (folder / "decisions.jsonl").read_bytes() == (finished / "decisions.jsonl").read_bytes()
+    for file in ("decisions.jsonl", "teacher/teacher.safetensors"):
+        assert (folder / file).read_bytes() == (finished / file).read_bytes()
+    ours, whole_result = (json.loads((run / "result.json").read_text()) for run in (folder, finished))
+    assert ours["records"] == whole_result["records"]
 
 
 def test_a_decision_lasts_for_several_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,22 +166,30 @@ def test_rewards_are_recomputed(finished: Path) -> None:
     config = load_config(CurriculumConfig, file=finished / "config.yaml")
     replayed = list(verify(config, finished, SERVICES))
     assert len(replayed) >= 2 * 2 * 2 * 2  # learners, steps, sets, students, one measurement at least
+    assert any(entry.recorded for entry in replayed)
     assert all(entry.recorded == pytest.approx(entry.recomputed) for entry in replayed)
 
 
 def test_a_trained_teacher_is_a_rule_like_others(finished: Path, tmp_path: Path) -> None:
     settings = (
         *SMALL,
-        "tasks.tasks=[{name: add, source: add, levels: 2}]",
+        "tasks.tasks=[{name: count, source: count, levels: 2}]",
         "tasks.rule=learned",
-        f"tasks.policy={finished}",
+        f"tasks.policy={tmp_path / 'taught'}",
         "update.steps=2",
     )
+    shutil.copytree(finished / "teacher", tmp_path / "taught")
     folder = tmp_path / "run"
     assert main(command(*settings, preset="tasks", out=folder)) == 0
     assert list(json.loads((folder / "result.json").read_text())["arms"]) == ["learned", "uniform"]
+    shutil.rmtree(tmp_path / "taught")  # the run has a copy of its own, which is sealed
     config = load_config(CurriculumConfig, file=folder / "config.yaml")
-    assert all(entry.recorded == entry.recomputed for entry in verify(config, folder, SERVICES))
+    replayed = list(verify(config, folder, SERVICES))
+    assert any(abs(entry.recorded - 0.5) > 1e-6 for entry in replayed if entry.where.startswith("learned"))
+    assert all(entry.recorded == entry.recomputed for entry in replayed)
+    assert seal_faults(folder) == []
+    (folder / "teacher/teacher.json").write_text("{}")
+    assert any("teacher.json" in fault for fault in seal_faults(folder))
 
 
 @pytest.mark.parametrize(
@@ -177,6 +197,8 @@ def test_a_trained_teacher_is_a_rule_like_others(finished: Path, tmp_path: Path)
     [
         (("tasks.tasks=[{name: c, source: coin, levels: 1}]",), "must hold a task that can be learned, got coin alone"),
         (("tasks.rule=learned",), "`tasks.policy` and the rule learned need each other"),
+        (("tasks.settings={treshold: 0.5}",), "has no option 'treshold' (did you mean 'threshold'?)"),
+        (("tasks.controls=[uniform, learned]", "tasks.policy=x"), "cannot hold learned while a teacher is trained"),
         (("amortised.steps=1", "amortised.unseen=[]"), "`amortised.unseen` needs at least"),
         (("amortised.steps=1", "ppo.generator=transformers"), "`ppo.generator` must be own"),
         (
@@ -204,7 +226,12 @@ def test_a_sweep_claims_over_seeds_in_one_family() -> None:
         for seed in range(8)
         for item in ("a", "bb", "ccc")
     ]
-    verdict = judged_result(records, config={}, seeds=range(8))["verdict"]
+    judged = judged_result(records, config={}, seeds=range(8))
+    assert judged["comparisons"][0]["baseline"] == "uniform"
+    # Sets share tasks: they are one item, so that what is claimed is of these sets, over seeds.
+    assert {c["num_items"] for c in judged["comparisons"]} == {1}
+    assert {record["item"] for record in judged["paired_records"]} == {"all unseen sets"}
+    verdict = judged["verdict"]
     assert verdict.startswith("The learned teacher beats uniform by 0.")
     assert "frontier range" in verdict
     assert "not to be told from chance" in verdict.split("frontier range")[1]

@@ -32,7 +32,7 @@ from preceptor.systems.base import Replayed
 from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.policy import build_policy
 from preceptor.systems.curriculum.tasks.config import COIN, TaskOptions
-from preceptor.systems.curriculum.tasks.judged import judged_records, judged_result
+from preceptor.systems.curriculum.tasks.judged import judged_records, judged_result, success_area
 from preceptor.systems.curriculum.tasks.loop import task_setup, task_step
 from preceptor.systems.curriculum.tasks.result import TaskOutcome, success_curve
 from preceptor.systems.curriculum.tasks.state import TaskSetup, TaskState
@@ -82,6 +82,8 @@ class State:
         }
         self.last_rewards: list[list[float]] = []
         self.found: list[float] = []
+        self.lm: LanguageModel | None = None
+        self.engine: dict[str, int] = {}
         self.outcomes: list[dict[str, Any]] = []
 
     def mixture(self, rule: str, *, num_levels: Sequence[int]) -> TaskMixture:
@@ -107,6 +109,7 @@ class State:
             **{name: teacher.state_dict() for name, teacher in self.teachers.items()},
             "last_rewards": self.last_rewards,
             "found": self.found,
+            "engine": self.engine if self.lm is None else self.lm.engine_state(),
             "outcomes": self.outcomes,
         }
 
@@ -115,13 +118,18 @@ class State:
         for name, teacher in self.teachers.items():
             teacher.load_state_dict(state[name])
         self.last_rewards = [list(rewards) for rewards in state["last_rewards"]]
+        self.engine = dict(state["engine"])
         self.found, self.outcomes = list(state["found"]), list(state["outcomes"])
 
 
 def train_teacher(config: CurriculumConfig, run: Run) -> dict[str, Any]:
     """Trains the teacher inside ``run`` and judges it on every unseen set; gives ``result.json``."""
     options, state = config.amortised, State(config)
+    run.restore(state)  # before the warm-ups, so that a stop in them names the step that the run is at
     school = found_school(config, run, state)
+    state.lm = school.sets[0].lm
+    if state.engine:  # whether the fast path is still taken is what a resumed run must know
+        state.lm.load_engine_state(state.engine)
     num_searched = options.steps + (len(CANDIDATES) if options.search else 0)
     items = list(product(range(len(school.unseen)), school.rules))
     for n in run.loop(num_searched + len(items), state, columns=COLUMNS):
@@ -144,6 +152,9 @@ def train_teacher(config: CurriculumConfig, run: Run) -> dict[str, Any]:
 def found_school(config: CurriculumConfig, run: Run, state: State) -> School:
     """Draws the sets of tasks and warms a student up on each."""
     options = config.amortised
+    by_hand = list(dict.fromkeys((config.tasks.rule, *config.tasks.controls)))
+    for rule in by_hand:
+        state.mixture(rule, num_levels=[1])  # faults in settings are said before anything is trained
     lm = build_policy(config.model, device=run.device, seed=derived_seed(config.seed, "weights"))
     fresh = {name: parameter.detach().clone() for name, parameter in lm.trainable_parameters().items()}
     pool = sets_of(config.tasks.tasks, options.tasks_per_set)
@@ -166,7 +177,6 @@ def found_school(config: CurriculumConfig, run: Run, state: State) -> School:
         )
         for number, tasks in enumerate(sets_of(options.unseen, options.tasks_per_set))
     ]  # fmt: skip
-    by_hand = dict.fromkeys((config.tasks.rule, *config.tasks.controls))
     rules = [*LEARNERS, *([SEARCHED] if options.search else []), *by_hand]
     return School(sets, unseen, rules, options.steps * options.sets_per_step * options.students_per_set)
 
@@ -189,7 +199,10 @@ def of_set(
     """The set of ``tasks``, with ``lm`` warmed up on it."""
     # A student learns until its tokens are spent, whatever it has reached.
     of_tasks = config.tasks.model_copy(update={"tasks": tuple(tasks), "stop_at": math.inf, **changed})
-    own = config.model_copy(update={"seed": seed, "tasks": of_tasks})
+    # Rules on a schedule follow the share of the steps taken; these are as many as the tokens suffice for.
+    steps = math.ceil(of_tasks.max_tokens / of_tasks.tokens_per_step)
+    update = config.update.model_copy(update={"steps": steps})
+    own = config.model_copy(update={"seed": seed, "tasks": of_tasks, "update": update})
     make = partial(state.mixture, num_levels=[task.levels for task in tasks])
     return task_setup(own, run, lm, rules=("uniform",), make_mixture=make)
 
@@ -214,9 +227,8 @@ def step(config: CurriculumConfig, school: School, state: State, n: int) -> tupl
             number = ((n - 1) * options.sets_per_step + place) % len(school.sets)
             setup = school.sets[number]
             # The same students for both learners: their items and answers are functions of these numbers alone.
-            group = [
-                watched(reseeded(setup, f"student {n} {student}"), name) for student in range(options.students_per_set)
-            ]
+            names = [f"student {n} {place} {student}" for student in range(options.students_per_set)]
+            group = [watched(reseeded(setup, own), name) for own in names]
             earned = lesson_rewards(group)
             lessons += group
             rewards += earned
@@ -273,7 +285,7 @@ def taught(setup: TaskSetup, rule: str, lesson: Lesson | None = None) -> tuple[T
             )
             held = drawn.bincount(minlength=len(weights)).double() / len(drawn)
             lesson.features.append(source_features(state.mixture.state, state.mixture.tasks))
-            lesson.left.append(1 - counts["rollout_tokens"] / max_tokens)
+            lesson.left.append(max(0.0, 1 - counts["rollout_tokens"] / max_tokens))
             lesson.drawn.append(drawn.tolist())
         metrics, decisions = task_step(setup, state, number + 1, last=False, held=held)
         rows += decisions
@@ -302,7 +314,7 @@ def search_step(school: School, state: State, number: int) -> tuple[dict[str, An
         outcome = taught(setup, f"{SEARCHED}{number}")[0].outcome
         successes.append(mean_height(outcome, setup))
     state.found.append(sum(successes) / len(successes))
-    return {"kind": "search", "success": state.found[-1], **CANDIDATES[number]}, []
+    return {"kind": "search", "searched": {"success": state.found[-1], **CANDIDATES[number]}}, []
 
 
 def judge(setup: TaskSetup, state: State, rule: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -318,16 +330,16 @@ def judge(setup: TaskSetup, state: State, rule: str) -> tuple[dict[str, Any], li
             "counted": setup.counted,
             "names": [source.name for source in setup.sources],
             "counts": outcome.counts,
+            "max_tokens": setup.config.tasks.max_tokens,
         }
     )
-    metrics = {"kind": "judging", "set": set_name(setup), "arm": rule, "success": mean_height(outcome, setup)}
+    metrics = {"kind": "judging", "set": set_name(setup), "judged": {rule: mean_height(outcome, setup)}}
     return metrics, [{**row, "set": set_name(setup), "batch": row["step"]} for row in rows]
 
 
 def mean_height(outcome: TaskOutcome, setup: TaskSetup) -> float:
-    """Mean success over the measurements but the first, which no rule had anything to do with."""
-    heights = [success for _, success in success_curve(outcome, setup.counted)][1:]
-    return sum(heights) / max(len(heights), 1)
+    """Mean success on the way, over the student's tokens; see :func:`success_area`."""
+    return success_area(success_curve(outcome, setup.counted), max_tokens=setup.config.tasks.max_tokens)
 
 
 # ---- computed again -------------------------------------------------------------------------------------------------

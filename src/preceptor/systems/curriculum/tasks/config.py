@@ -77,7 +77,9 @@ class TasksOptions(Options):
     controls: tuple[str, ...] = Field(("uniform",), description="Further rules, each from the same weights.")
     tokens_per_step: int = Field(512, ge=1, description="Nominal number of answer tokens per step, of every rule.")
     warm_up_steps: int = Field(
-        200, ge=0, description="Number of steps that teach the form of answers: level 1, and all levels mislabelled."
+        200,
+        ge=0,
+        description="Number of steps that teach the form of answers: the first levels, and all levels mislabelled.",
     )
     warm_up_levels: int = Field(1, ge=1, description="Number of levels, from the first, whose right answers it shows.")
     warm_up_rows: int = Field(64, ge=1, description="Number of rows per warm-up step.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from preceptor.evaluation.summary import Comparison, compare, summarise
@@ -17,18 +18,19 @@ UNITS = {
     "rollout_tokens": "tokens",
 }
 TABLE = (METRIC, "last_success", "groups_that_teach", "rollout_tokens")
+SUBJECT = "the learned teacher"
 _SPLIT = "held_out"
 
 
 def judged_records(outcomes: Sequence[Mapping[str, Any]], *, seed: int) -> list[dict[str, Any]]:
     """One record per unseen set and rule.
 
-    - ``mean_success``: mean over the measurements on the way (after the first), each a mean over the levels that count;
-    - ``last_success``: at the last of them.
+    - ``mean_success``: on the way, over the student's tokens, each a mean over the levels that count;
+    - ``last_success``: at the last measurement.
     """
     records = []
     for outcome in outcomes:
-        curve = [mean_success(rates, outcome["counted"]) for _, rates in outcome["curve"]]
+        curve = [(tokens, mean_success(rates, outcome["counted"])) for tokens, rates in outcome["curve"]]
         counts = outcome["counts"]
         records.append(
             {
@@ -36,13 +38,50 @@ def judged_records(outcomes: Sequence[Mapping[str, Any]], *, seed: int) -> list[
                 "item": outcome["set"],
                 "split": _SPLIT,
                 "seed": seed,
-                METRIC: sum(curve[1:]) / max(len(curve) - 1, 1),
-                "last_success": curve[-1],
+                METRIC: success_area(curve, max_tokens=outcome["max_tokens"]),
+                "last_success": curve[-1][1],
                 "groups_that_teach": counts["groups_that_teach"] / max(counts["groups"], 1),
                 "rollout_tokens": counts["rollout_tokens"],
             }
         )
     return records
+
+
+def success_area(curve: Sequence[tuple[int, float]], *, max_tokens: int) -> float:
+    """Mean height of (tokens, success) up to ``max_tokens``, by trapezoids; a batch may go a little beyond it.
+
+    >>> success_area([(0, 0.0), (50, 0.5), (150, 1.0)], max_tokens=100)  # 12.5 to 50, then 31.25 from 0.5 to 0.75
+    0.4375
+    """
+    area = 0.0
+    for (begin, low), (end, high) in pairwise(curve):
+        if begin >= max_tokens:
+            break
+        until = min(end, max_tokens)
+        at_end = low + (high - low) * (until - begin) / max(end - begin, 1)
+        area += (until - begin) * (low + at_end) / 2
+    return area / max(min(curve[-1][0], max_tokens), 1)
+
+
+def over_sets(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One record a rule and seed, the mean over the unseen sets.
+
+    Sets share tasks, so they are no independent sample of anything; what is claimed is about these sets alone, over
+    seeds.
+    """
+    cells: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for record in records:
+        cells.setdefault((record["arm"], record["seed"]), []).append(record)
+    return [
+        {
+            "arm": arm,
+            "item": "all unseen sets",
+            "split": _SPLIT,
+            "seed": seed,
+            **{metric: sum(record[metric] for record in of_cell) / len(of_cell) for metric in UNITS},
+        }
+        for (arm, seed), of_cell in cells.items()
+    ]
 
 
 def judged_result(
@@ -62,10 +101,12 @@ def judged_result(
         seeds: of the runs.
         outcomes: of one run, for the charts.
     """
-    rules = summarise(records, units=UNITS, split=_SPLIT)
+    averaged = over_sets(records)
+    rules = summarise(averaged, units=UNITS, split=_SPLIT)
+    # Uniform first, which the verdict opens with: it is the teacher before training.
     comparisons = [
-        compare(records, metric=METRIC, arm="learned", baseline=rule, unit=UNITS[METRIC], split=_SPLIT)
-        for rule in rules
+        compare(averaged, metric=METRIC, arm="learned", baseline=rule, unit=UNITS[METRIC], split=_SPLIT)
+        for rule in sorted(rules, key=lambda rule: rule != "uniform")
         if rule != "learned"
     ]
     taught = {}
@@ -85,9 +126,11 @@ def judged_result(
         "lower_is_better": [],
         "comparisons": comparisons,
         "taught": taught,
+        "subject": SUBJECT,
         "verdict": judged_verdict(comparisons, rules),
         "charts": judged_charts(outcomes),
         "records": list(records),
+        "paired_records": averaged,
     }
 
 
@@ -96,11 +139,10 @@ def judged_verdict(comparisons: Sequence[Comparison], rules: Mapping[str, Any]) 
     if not comparisons:
         return "Nothing was compared with the learned rule, so no difference can be claimed."
     claimed = claims(comparisons)
-    first = next((number for number, c in enumerate(comparisons) if c["baseline"] == "uniform"), 0)
     happened = opening(
-        comparisons[first],
-        subject="the learned teacher",
-        claimed=claimed[first],
+        comparisons[0],
+        subject=SUBJECT,
+        claimed=claimed[0],
         lower_is_better=False,
         place="on tasks it never saw",
     )

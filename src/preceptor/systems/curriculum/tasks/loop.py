@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from torch import nn
 
 from preceptor.config import to_dict
 from preceptor.errors import CheckpointError
+from preceptor.objectives.learned_rule import TEACHER, SourcePolicy
 from preceptor.objectives.task_rules import Groups
 from preceptor.runs.export import save_model
 from preceptor.runs.guard import first_nonfinite
@@ -89,13 +91,20 @@ def train_on_tasks(config: CurriculumConfig, run: Run, services: Services) -> di
 
 def prepare_tasks(config: CurriculumConfig, run: Run, services: Services) -> TaskSetup:
     """Builds the policy and the sources, and warms the policy up."""
+    rules = list(dict.fromkeys((config.tasks.rule, *config.tasks.controls)))
+    if "learned" in rules and run.writes and not (run.path / TEACHER).is_dir():
+        # A copy of its own: the run is resumed and replayed with this teacher, whatever becomes of the other folder.
+        SourcePolicy.load(Path(config.tasks.policy)).save(run.path / TEACHER)
+    run.world.barrier()
+    for rule in rules:
+        mixture_of(config, rule, folder=run.path)  # faults in settings are said before anything is trained
     lm = build_policy(config.model, device=run.device, seed=derived_seed(config.seed, "weights"))
     return task_setup(
         config,
         run,
         lm,
-        rules=list(dict.fromkeys((config.tasks.rule, *config.tasks.controls))),
-        make_mixture=partial(mixture_of, config),
+        rules=rules,
+        make_mixture=partial(mixture_of, config, folder=run.path),
         engine=build_engine(config.ppo, lm, run, services),
     )
 
@@ -183,7 +192,7 @@ def task_step(
     }
 
     # 1. Success by level.
-    if counts["rollout_tokens"] >= state.next_validation or last:
+    if counts["rollout_tokens"] >= min(state.next_validation, options.max_tokens) or last:
         row |= validate(setup, state)
         state.finished = row["success"] >= options.stop_at or counts["rollout_tokens"] >= options.max_tokens
     if state.mixture.rule.asks_for_success and counts["rollout_tokens"] >= state.next_oracle:
@@ -242,7 +251,7 @@ def task_step(
     state.micro_batch.agree(world)
     if state.micro_batch.found:
         row["micro_batch_size"] = state.micro_batch.found
-    for text in state.micro_batch.take_notices():
+    for text in (*setup.lm.take_notices(), *state.micro_batch.take_notices()):
         setup.run.notice(f"step {n}: {text}")
     sums, decisions = given.sums, []
     for answers, advantages in zip(batches, given.advantages, strict=True):

@@ -59,15 +59,15 @@ class TaskSetup:
         return [not source.random_reward for source in self.sources]
 
 
-def mixture_of(config: CurriculumConfig, rule: str) -> TaskMixture:
-    """The mixture that ``rule`` begins with under ``config``.
+def mixture_of(config: CurriculumConfig, rule: str, *, folder: Path) -> TaskMixture:
+    """The mixture that ``rule`` begins with under ``config``; a teacher is the one in the run's own ``folder``.
 
     Raises:
         ConfigError: an unknown rule or setting, or no trained teacher where it should be.
     """
     tasks = config.tasks
     settings = tasks.settings if rule == tasks.rule else {}
-    policy = SourcePolicy.load(Path(tasks.policy)) if rule == "learned" else None
+    policy = SourcePolicy.load(folder) if rule == "learned" else None
     return make_task_mixture(rule, num_levels=[task.levels for task in tasks.tasks], policy=policy, **settings)
 
 
@@ -106,6 +106,7 @@ class TaskState:
         return {
             "rule": self.rule,
             "policy": {name: parameter.detach() for name, parameter in self.lm.trainable_parameters().items()},
+            "engine": self.lm.engine_state(),
             "optimizer": optimizer_state(self.optimizer),
             "mixture": self.mixture.state_dict(),
             "guard": self.guard.state_dict(),
@@ -130,6 +131,8 @@ class TaskState:
             )
         self.begin(state["rule"])
         copy_tensors(state["policy"], self.lm.trainable_parameters())
+        if "engine" in state:  # runs before it was kept have none
+            self.lm.load_engine_state(state["engine"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.mixture.load_state_dict(state["mixture"])
         self.guard.load_state_dict(state["guard"])

@@ -33,13 +33,13 @@ REWARD_SCALE = 10.0
 
 @dataclass
 class Lesson:
-    """What a teacher saw and chose for one student.
+    """What a teacher saw and decided for one student; a decision lasts for some batches.
 
     Attributes:
-        features: of the sources, as the teacher saw them before each batch; each [sources, features].
-        drawn: the source of each group of each batch.
-        left: share of the student's tokens that was left before each batch.
-        measured: (number of the last batch before it, mean success) of each measurement but the first.
+        features: of the sources, as the teacher saw them at each decision; each [sources, features].
+        drawn: the sources that each decision drew.
+        left: share of the student's tokens that was left at each decision.
+        measured: (number of the last decision before it, mean success) of each measurement but the first.
     """
 
     features: list[Tensor] = field(default_factory=list)
@@ -79,7 +79,7 @@ class Teacher:
 
     def __init__(self, options: AmortisedOptions, *, generator: torch.Generator) -> None:
         self._options = options
-        self.policy = SourcePolicy(options.hidden_dim, generator=generator)
+        self.policy = SourcePolicy(options.hidden_dim, exploration=options.exploration, generator=generator)
         self._optimizer = torch.optim.Adam(self.policy.parameters(), lr=options.learning_rate)
 
     @property
@@ -92,7 +92,7 @@ class Teacher:
         options = self._options
         paid = pad_sequence(
             [spread(lesson, own) for lesson, own in zip(lessons, rewards, strict=True)], batch_first=True
-        )  # [lesson, batch]
+        )  # [lesson, decision]
         mask = pad_sequence([torch.ones(len(lesson.drawn), dtype=torch.bool) for lesson in lessons], batch_first=True)
         with torch.no_grad():
             old_log_probs, _, old_values = self._scored(lessons)
@@ -100,19 +100,19 @@ class Teacher:
             advantages = gae(REWARD_SCALE * paid, values, mask=mask, discount=1.0, gae_lambda=options.gae_lambda)
             returns = advantages + values
             whitened = whiten(advantages, mask)
-        # Every group that was drawn is an action, and has the advantage of its batch: one row, [1, groups].
-        of_batch = [
-            (number, batch) for number, lesson in enumerate(lessons) for batch, drawn in enumerate(lesson.drawn)
+        # Every draw is an action, and has the advantage of its decision: one row, [1, draws].
+        of_decision = [
+            (number, decision) for number, lesson in enumerate(lessons) for decision, drawn in enumerate(lesson.drawn)
             for _ in drawn
         ]  # fmt: skip
-        rows, columns = (torch.tensor(index) for index in zip(*of_batch, strict=True))
-        of_groups = whitened[rows, columns][None]
-        counted = torch.ones_like(of_groups, dtype=torch.bool)
+        rows, columns = (torch.tensor(index) for index in zip(*of_decision, strict=True))
+        of_draws = whitened[rows, columns][None]
+        counted = torch.ones_like(of_draws, dtype=torch.bool)
         metrics: dict[str, float] = {}
         for _ in range(options.epochs):
             log_probs, entropies, now = self._scored(lessons)
             policy_loss = ppo_clip_loss(
-                log_probs, old_log_probs, of_groups, mask=counted,
+                log_probs, old_log_probs, of_draws, mask=counted,
                 clip_epsilon_low=options.clip_epsilon, clip_epsilon_high=options.clip_epsilon,
             )  # fmt: skip
             value = value_loss(pad_sequence(now, batch_first=True), returns, mask=mask)
@@ -130,7 +130,7 @@ class Teacher:
         with torch.no_grad():
             log_probs, _, _ = self._scored(lessons)
             clipped = clip_fraction(
-                log_probs, old_log_probs, of_groups, mask=counted,
+                log_probs, old_log_probs, of_draws, mask=counted,
                 clip_epsilon_low=options.clip_epsilon, clip_epsilon_high=options.clip_epsilon,
             )  # fmt: skip
             return metrics | {
@@ -141,12 +141,12 @@ class Teacher:
 
     def _scored(
         self, lessons: Sequence[Lesson]
-    ) -> tuple[Float[Tensor, "one groups"], Float[Tensor, " batches"], list[Float[Tensor, " batches"]]]:
-        """Log-probabilities of what was drawn; of every batch the weights' entropy over its maximum; values."""
+    ) -> tuple[Float[Tensor, "one draws"], Float[Tensor, " decisions"], list[Float[Tensor, " decisions"]]]:
+        """Log-probabilities of what was drawn; of every decision the weights' entropy over its maximum; values."""
         log_probs, entropies, values = [], [], []
         for lesson in lessons:  # sets differ in their number of sources
             scores, value = self.policy(torch.stack(lesson.features), torch.tensor(lesson.left, dtype=torch.float64))
-            log_weights = log_mixed(scores, self._options.exploration)  # [batch, source]
+            log_weights = log_mixed(scores, self._options.exploration)  # [decision, source]
             for row, drawn in zip(log_weights, lesson.drawn, strict=True):
                 log_probs.append(row[torch.tensor(drawn)])
             entropies.append(-(log_weights.exp() * log_weights).sum(-1) / math.log(max(scores.shape[-1], 2)))
@@ -163,11 +163,11 @@ class Teacher:
         load_optimizer(self._optimizer, state["optimizer"])
 
 
-def spread(lesson: Lesson, rewards: Sequence[float]) -> Float[Tensor, " batches"]:
-    """``rewards`` at the batches that the measurements followed, 0 at the others."""
+def spread(lesson: Lesson, rewards: Sequence[float]) -> Float[Tensor, " decisions"]:
+    """``rewards`` at the decisions that the measurements followed, 0 at the others."""
     paid = torch.zeros(len(lesson.drawn), dtype=torch.float64)
-    for (batch, _), reward in zip(lesson.measured, rewards, strict=False):  # of another lesson as a control
-        paid[batch] += reward
+    for (decision, _), reward in zip(lesson.measured, rewards, strict=False):  # of another lesson as a control
+        paid[decision] += reward
     return paid
 
 

@@ -29,7 +29,7 @@ def verify_tasks(config: CurriculumConfig, folder: Path) -> Iterator[Replayed]:
     for rule, rule_rows in groupby(rows, key=lambda row: row["arm"]):
         if rule not in (tasks.rule, *tasks.controls):
             raise DataError(f"{folder / 'decisions.jsonl'} has the rule {rule}, which is not in the configuration")
-        mixture = mixture_of(config, rule)
+        mixture = mixture_of(config, rule, folder=folder)
         if mixture.rule.asks_for_success:
             continue
         for row in rule_rows:
