@@ -132,10 +132,10 @@ def _before(name: str, config: Any, *, device: str, threads: int | None, forecas
     from preceptor.doctor.forecast import forecast
 
     yield Check("ok", "configuration", f"{name}, no faults")
-    if (gpu_bytes := _device_bytes(device)) is not None:
-        yield from _gpu_memory(name, config, gpu_bytes=gpu_bytes)
     model = getattr(config, "model", None)
-    if getattr(model, "name", ""):
+    if (gpu_bytes := _device_bytes(device)) is not None and getattr(model, "name", "") != "bytes":
+        yield from _gpu_memory(name, config, gpu_bytes=gpu_bytes)
+    if getattr(model, "name", "") not in ("", "bytes"):  # a model over bytes has no files to check
         yield from _model(model, getattr(config, "episode", None), device=device, threads=threads)
     else:
         yield Check("warn", "model", "made from random weights by the run itself", "only the first steps are checked")
