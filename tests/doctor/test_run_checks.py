@@ -321,13 +321,13 @@ def test_memory_is_forecast_within_15_per_cent_and_linear_in_the_episodes(
     assert peaks[1] == pytest.approx(peaks[0] + slope * (sizes[1] - sizes[0]), rel=0.05)
 
 
-@pytest.mark.slow
 def test_a_model_over_bytes_is_no_name_on_the_hub(capsys: pytest.CaptureFixture[str]) -> None:
     code, out = said(capsys, "doctor", "curriculum", "--preset", "teacher", "--no-forecast")
     assert code == 0
     assert "made from random weights by the run itself" in out
 
 
+@pytest.mark.slow
 def test_before_a_run_the_first_steps_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
     code, out = said(capsys, "doctor", "reading", "--preset", "smoke", "--threads", "1")
     assert code == 0
