@@ -24,8 +24,8 @@ SEEDED = ("learned", "learned_greedy")
 """Methods that differ between seeds; all others are the same, and their records have no seed."""
 
 BEST_OF = (4, 8, 16)
-COMPARED = ("untrained", "bm25", "cosine_bm25", "late_interaction")
-"""Methods that the learned policy is compared with, as one family; sampled and greedy alike."""
+COMPARED = ("untrained", "bm25", "cosine_bm25", "late_interaction", "query_likelihood")
+"""Methods that the learned policy is compared with, as one family, where the run has them; sampled and greedy alike."""
 
 
 def fixed_readings(
