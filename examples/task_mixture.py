@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from preceptor.mixtures import Groups, SourcePolicy, TaskMixture, make_task_mixture
+from preceptor.mixtures import Groups, TaskMixture, load_teacher, make_task_mixture
 
 LEVELS, GROUPS, GROUP_SIZE = 6, 8, 8
 
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--rule", default="frontier_range")
     parser.add_argument("--policy", type=Path, help="run folder of a trained teacher")
     chosen = parser.parse_args()
-    policy = SourcePolicy.load(chosen.policy) if chosen.policy else None
+    policy = load_teacher(chosen.policy) if chosen.policy else None
     rule = "learned" if policy else chosen.rule
     for name, own in (("uniform", None), (rule, policy)):
         mixture = make_task_mixture(name, num_levels=[LEVELS], policy=own)

@@ -12,7 +12,7 @@ A :class:`MixtureDataset` draws rows of several datasets by the weights of a :cl
         ...                                             # one training step on the batch
 
 For RL on tasks with a verifier, :func:`make_task_mixture` mixes tasks and their levels by what the groups of answers
-earned; a trained teacher is one of its rules (``policy=SourcePolicy.load("runs/teacher")``). In a Trainer of
+earned; a trained teacher is one of its rules (``policy=load_teacher("runs/teacher")``). In a Trainer of
 Transformers or of TRL, :class:`MixtureCallback` mixes datasets. Complete examples are in ``examples/`` of the
 repository (``mixture_torch.py``, ``mixture_trainer.py``, ``mixture_trl.py``, ``task_mixture.py``).
 """
@@ -40,6 +40,7 @@ from preceptor.objectives.task_mixture import TASK_RULES, TaskMixture, make_task
 from preceptor.objectives.task_rules import Groups
 from preceptor.runs.world import ALONE, World
 from preceptor.systems.curriculum.environment import document_losses, gradient_alignment
+from preceptor.systems.curriculum.tasks.saved import load_teacher
 
 __all__ = [
     "Groups",
@@ -58,6 +59,7 @@ __all__ = [
     "document_losses",
     "gradient_alignment",
     "load_language_model",
+    "load_teacher",
     "make_mixture",
     "make_task_mixture",
     "pack_blocks",

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
-from preceptor.errors import ConfigError
-from preceptor.objectives.learned_rule import FEATURES, TEACHER, LearnedRule, SourcePolicy, source_features
-from preceptor.objectives.task_mixture import TaskMixture, make_task_mixture
+from preceptor.objectives.learned_rule import FEATURES, LearnedRule, SourcePolicy, source_features
+from preceptor.objectives.task_mixture import TaskMixture
 from preceptor.objectives.task_rules import Groups
 
 
@@ -73,39 +69,3 @@ def test_weights_before_training_are_even_and_exploration_is_a_floor() -> None:
         policy.score.weight.mul_(1000)
     sharp = TaskMixture(LearnedRule(policy=policy, exploration=0.2), num_levels=[4])
     assert sharp.update(batch([0], [1.0]), progress=0.0).min().item() == pytest.approx(0.05)
-
-
-def test_a_saved_policy_is_the_same(tmp_path: Path) -> None:
-    policy = trained()
-    policy.save(tmp_path / TEACHER)
-    seen = torch.rand(5, len(FEATURES), dtype=torch.float64)
-    for folder in (tmp_path, tmp_path / TEACHER):  # a run, or the folder itself
-        loaded = SourcePolicy.load(folder)
-        for ours, theirs in zip(policy(seen), loaded(seen), strict=True):
-            assert torch.equal(ours, theirs)
-
-
-def test_a_policy_keeps_the_exploration_that_it_was_trained_with(tmp_path: Path) -> None:
-    SourcePolicy(4, exploration=0.3).save(tmp_path)
-    loaded = SourcePolicy.load(tmp_path)
-    assert make_task_mixture("learned", num_levels=[2], policy=loaded).rule.exploration == 0.3
-    assert make_task_mixture("learned", num_levels=[2], policy=loaded, exploration=0.1).rule.exploration == 0.1
-
-
-def test_what_is_no_teacher_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="has no trained teacher; give the folder of a finished run"):
-        SourcePolicy.load(tmp_path)
-    trained().save(tmp_path)
-    settings = json.loads((tmp_path / "teacher.json").read_text())
-    (tmp_path / "teacher.json").write_text(json.dumps(settings | {"features": ["level"]}))
-    with pytest.raises(ConfigError, match="was trained on other features"):
-        SourcePolicy.load(tmp_path)
-    (tmp_path / "teacher.json").write_text(json.dumps({"hidden_dim": 6}))
-    with pytest.raises(ConfigError, match="has no trained teacher"):
-        SourcePolicy.load(tmp_path)
-    (tmp_path / "teacher.json").write_text(json.dumps(settings | {"hidden_dim": 7}))
-    with pytest.raises(ConfigError, match="has other weights than it says"):
-        SourcePolicy.load(tmp_path)
-    (tmp_path / "teacher.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ConfigError, match="has no trained teacher"):
-        SourcePolicy.load(tmp_path)

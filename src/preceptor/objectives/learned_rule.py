@@ -7,18 +7,13 @@ beyond those that are learned from. Its output starts at 0 everywhere: before tr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from preceptor.errors import ConfigError
 from preceptor.objectives.task_rules import Groups, State, TaskRule, Vector, levels_of, neighbour, sum_by_source
 
 FEATURES = (
@@ -81,49 +76,6 @@ class SourcePolicy(nn.Module):
         pooled = hidden.mean(-2)  # [*batch, hidden]
         left = pooled.new_zeros(pooled.shape[:-1]) if left is None else left
         return self.score(hidden)[..., 0], self.value(torch.cat([pooled, left[..., None]], dim=-1))[..., 0]
-
-    def save(self, folder: Path) -> None:
-        """Writes ``teacher.safetensors`` and ``teacher.json`` into ``folder``, which is made."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: value.contiguous() for name, value in self.state_dict().items()}, folder / "teacher.safetensors"
-        )
-        settings = {
-            "features": list(FEATURES),
-            "hidden_dim": self.hidden_dim,
-            "exploration": self.exploration,
-        }
-        (folder / "teacher.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: Path) -> SourcePolicy:
-        """The policy in ``folder``, or in the ``teacher`` of a run in ``folder``.
-
-        Raises:
-            ConfigError: there is none, or it was trained on other features.
-        """
-        inner = folder / TEACHER if (folder / TEACHER).is_dir() else folder
-        try:
-            settings = json.loads((inner / "teacher.json").read_text(encoding="utf-8"))
-            features, exploration = settings["features"], float(settings["exploration"])
-            policy = cls(int(settings["hidden_dim"]), exploration=exploration)
-            weights = load_file(inner / "teacher.safetensors")
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ConfigError(
-                f"{folder} has no trained teacher; give the folder of a finished run of: "
-                "preceptor run curriculum --preset teacher"
-            ) from error
-        if features != list(FEATURES):
-            raise ConfigError(f"the teacher in {folder} was trained on other features; train it with this version")
-        try:
-            policy.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ConfigError(f"the teacher in {folder} has other weights than it says; train it again") from error
-        return policy
-
-
-TEACHER = "teacher"
-"""Folder of a run with the trained policy."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 
 from preceptor.cli import main
 from preceptor.config import load_config
-from preceptor.objectives.learned_rule import SourcePolicy, source_features
+from preceptor.objectives.learned_rule import source_features
 from preceptor.runs.random import derived_seed
 from preceptor.runs.record import seal_faults
 from preceptor.systems.curriculum.config import CurriculumConfig
@@ -23,6 +23,7 @@ from preceptor.systems.curriculum.tasks import amortised
 from preceptor.systems.curriculum.tasks.amortised import CANDIDATES, State
 from preceptor.systems.curriculum.tasks.config import AmortisedOptions
 from preceptor.systems.curriculum.tasks.judged import judged_result
+from preceptor.systems.curriculum.tasks.saved import load_teacher
 from preceptor.systems.curriculum.tasks.teacher import Teacher
 from tests.systems.curriculum.small import SERVICES
 
@@ -82,7 +83,7 @@ def test_every_rule_is_judged_on_every_unseen_set(finished: Path) -> None:
     rows = metrics(finished)
     assert all(row["learned"]["gradient_norm"] > 0 for row in rows[:2])  # it does learn
     first = Teacher(AmortisedOptions(), generator=torch.Generator().manual_seed(derived_seed(0, "teacher weights")))
-    assert not torch.equal(SourcePolicy.load(finished).score.weight, first.policy.score.weight)
+    assert not torch.equal(load_teacher(finished).score.weight, first.policy.score.weight)
     assert [row["kind"] for row in rows] == ["training"] * 2 + ["search"] * len(CANDIDATES) + [
         "judging"
     ] * 2 * NUM_RULES

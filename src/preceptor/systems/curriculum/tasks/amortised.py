@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from preceptor.config import to_dict
-from preceptor.objectives.learned_rule import TEACHER, source_features
+from preceptor.objectives.learned_rule import source_features
 from preceptor.objectives.task_mixture import TaskMixture, make_task_mixture
 from preceptor.runs.checkpoint import copy_tensors
 from preceptor.runs.metrics import read_jsonl
@@ -35,6 +35,7 @@ from preceptor.systems.curriculum.tasks.config import COIN, TaskOptions
 from preceptor.systems.curriculum.tasks.judged import judged_records, judged_result, success_area
 from preceptor.systems.curriculum.tasks.loop import task_setup, task_step
 from preceptor.systems.curriculum.tasks.result import TaskOutcome, success_curve
+from preceptor.systems.curriculum.tasks.saved import TEACHER, save_teacher
 from preceptor.systems.curriculum.tasks.state import TaskSetup, TaskState
 from preceptor.systems.curriculum.tasks.teacher import Lesson, Teacher, lesson_rewards
 
@@ -143,7 +144,7 @@ def train_teacher(config: CurriculumConfig, run: Run) -> dict[str, Any]:
         run.record({**decision, "step": n} for decision in decisions)
         run.log(n, metrics)
         if n == options.steps and run.writes:
-            state.teachers["learned"].policy.save(run.path / TEACHER)
+            save_teacher(state.teachers["learned"].policy, run.path / TEACHER)
     records = judged_records(state.outcomes, seed=config.seed)
     result = judged_result(records, config=to_dict(config), seeds=[config.seed], outcomes=state.outcomes)
     return result | ({"searched": state.best_settings} if options.search else {})

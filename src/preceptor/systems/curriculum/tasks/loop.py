@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,7 +26,6 @@ from torch import nn
 
 from preceptor.config import to_dict
 from preceptor.errors import CheckpointError
-from preceptor.objectives.learned_rule import TEACHER, SourcePolicy
 from preceptor.objectives.task_rules import Groups
 from preceptor.runs.export import save_model
 from preceptor.runs.guard import first_nonfinite
@@ -40,6 +38,7 @@ from preceptor.systems.curriculum.rewards import token_advantages
 from preceptor.systems.curriculum.sums import Sums
 from preceptor.systems.curriculum.tasks.result import mean_success, records_of, task_charts, task_result
 from preceptor.systems.curriculum.tasks.rollouts import Answers, draw_sources, longest_answer, sample_answers
+from preceptor.systems.curriculum.tasks.saved import TEACHER, load_teacher, save_teacher
 from preceptor.systems.curriculum.tasks.sources import Source, build_sources
 from preceptor.systems.curriculum.tasks.state import TaskSetup, TaskState, mixture_of
 
@@ -94,7 +93,7 @@ def prepare_tasks(config: CurriculumConfig, run: Run, services: Services) -> Tas
     rules = list(dict.fromkeys((config.tasks.rule, *config.tasks.controls)))
     if "learned" in rules and run.writes and not (run.path / TEACHER).is_dir():
         # A copy of its own: the run is resumed and replayed with this teacher, whatever becomes of the other folder.
-        SourcePolicy.load(Path(config.tasks.policy)).save(run.path / TEACHER)
+        save_teacher(load_teacher(config.tasks.policy), run.path / TEACHER)
     run.world.barrier()
     for rule in rules:
         mixture_of(config, rule, folder=run.path)  # faults in settings are said before anything is trained

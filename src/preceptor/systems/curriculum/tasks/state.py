@@ -13,7 +13,6 @@ from torch import Tensor
 from preceptor.errors import CheckpointError
 from preceptor.lm.generators.base import Generator
 from preceptor.lm.model import LanguageModel
-from preceptor.objectives.learned_rule import SourcePolicy
 from preceptor.objectives.task_mixture import TaskMixture, make_task_mixture
 from preceptor.runs.checkpoint import copy_tensors, load_optimizer, optimizer_state
 from preceptor.runs.guard import MicroBatch, NonFiniteGuard
@@ -21,6 +20,7 @@ from preceptor.runs.random import derived_seed
 from preceptor.systems.curriculum.config import CurriculumConfig
 from preceptor.systems.curriculum.state import build_optimizer
 from preceptor.systems.curriculum.tasks.result import TaskOutcome
+from preceptor.systems.curriculum.tasks.saved import load_teacher
 from preceptor.systems.curriculum.tasks.sources import Source
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def mixture_of(config: CurriculumConfig, rule: str, *, folder: Path) -> TaskMixt
     """
     tasks = config.tasks
     settings = tasks.settings if rule == tasks.rule else {}
-    policy = SourcePolicy.load(folder) if rule == "learned" else None
+    policy = load_teacher(folder) if rule == "learned" else None
     return make_task_mixture(rule, num_levels=[task.levels for task in tasks.tasks], policy=policy, **settings)
 
 
