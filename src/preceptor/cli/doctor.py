@@ -133,9 +133,10 @@ def _before(name: str, config: Any, *, device: str, threads: int | None, forecas
 
     yield Check("ok", "configuration", f"{name}, no faults")
     model = getattr(config, "model", None)
-    if (gpu_bytes := _device_bytes(device)) is not None and getattr(model, "name", "") != "bytes":
+    made_by_run = getattr(model, "made_by_run", False)
+    if (gpu_bytes := _device_bytes(device)) is not None and not made_by_run:
         yield from _gpu_memory(name, config, gpu_bytes=gpu_bytes)
-    if getattr(model, "name", "") not in ("", "bytes"):  # a model over bytes has no files to check
+    if getattr(model, "name", "") and not made_by_run:
         yield from _model(model, getattr(config, "episode", None), device=device, threads=threads)
     else:
         yield Check("warn", "model", "made from random weights by the run itself", "only the first steps are checked")

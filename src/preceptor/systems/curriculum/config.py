@@ -115,6 +115,11 @@ class ModelOptions(Options):
         0, ge=0, description="Number of layers of a model from scratch; 0 keeps that of the named model."
     )
 
+    @property
+    def made_by_run(self) -> bool:
+        """Whether the run makes the model itself, so that there is no folder or hub name to look at before."""
+        return self.name == "bytes"
+
 
 class DatasetOptions(Options):
     """One dataset of the mixture."""

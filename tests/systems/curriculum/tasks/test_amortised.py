@@ -78,8 +78,11 @@ def test_every_rule_is_judged_on_every_unseen_set(finished: Path) -> None:
     assert set(result["taught"]["sort"]["learned"]) == {"mean", "low", "high"}
     assert {c["baseline"] for c in result["comparisons"]} == set(result["arms"]) - {"learned"}
     assert result["searched"] in CANDIDATES
-    assert "Weights of the levels, learned: sort" in [chart["title"] for chart in result["charts"]]
+    assert "Weights of the levels: learned, sort" in [chart["title"] for chart in result["charts"]]
     assert "one seed proves nothing yet" in result["verdict"]
+    # Rules on a schedule go through it: the steps of a judged student are as many as its tokens suffice for.
+    decisions = [json.loads(line) for line in (finished / "decisions.jsonl").read_text().splitlines()]
+    assert max(row["progress"] for row in decisions if row["kind"] == "groups") > 0.5
     rows = metrics(finished)
     assert all(row["learned"]["gradient_norm"] > 0 for row in rows[:2])  # it does learn
     first = Teacher(AmortisedOptions(), generator=torch.Generator().manual_seed(derived_seed(0, "teacher weights")))
@@ -153,6 +156,18 @@ def test_the_shuffled_teacher_is_told_the_rewards_of_the_step_before(
         for arm in ("learned", "shuffled")
     ]
     assert told == [earned[0], [[0.0]] * len(earned[1]), earned[2], earned[1]]
+
+
+def test_a_student_is_measured_when_its_tokens_are_spent_and_no_two_are_the_same(tmp_path: Path) -> None:
+    settings = ("tasks.validate_every=10000", "amortised.num_sets=1", "amortised.search=false", "amortised.steps=1")
+    assert main(command(*SETTINGS, *settings, preset="teacher", out=tmp_path / "run")) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/decisions.jsonl").read_text().splitlines()]
+    lessons = [row for row in rows if (row["kind"], row["arm"]) == ("lesson", "learned")]
+    assert [len(row["success"]) for row in lessons] == [1] * 4  # 150 tokens, long before 10,000
+    # One set twice in a step: four students all the same, each with draws of its own.
+    assert len({json.dumps(row["drawn"]) for row in lessons}) > 2
+    for outcome in json.loads((tmp_path / "run/result.json").read_text())["records"]:
+        assert 100 <= outcome["rollout_tokens"] < 100 + 2 * 60
 
 
 def test_the_search_takes_the_best() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from preceptor.evaluation.summary import Comparison, compare, summarise
 from preceptor.evaluation.verdict import MINIMUM_SEEDS, claims, opening
-from preceptor.systems.curriculum.tasks.result import curve_at, mean_success
+from preceptor.systems.curriculum.tasks.result import curve_at, level_charts, mean_success
 
 METRIC = "mean_success"
 UNITS = {
@@ -175,22 +175,6 @@ def judged_charts(outcomes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
                 "lines": {rule: curve_at(curve, ticks) for rule, curve in curves.items()},
             }
         )
-        if (learned := of_item.get("learned")) is None:
-            continue
-        for title, unit, rows in (
-            ("Success by level", "share of answers", learned["curve"]),
-            ("Weights of the levels", "share of draws", learned["weights"]),
-        ):
-            charts.append(
-                {
-                    "kind": "series",
-                    "title": f"{title}, learned: {item}",
-                    "unit": unit,
-                    "x_label": "answer tokens",
-                    "x": [tokens for tokens, _ in rows],
-                    "lines": {
-                        name: [values[index] for _, values in rows] for index, name in enumerate(learned["names"])
-                    },
-                }
-            )
+        if (learned := of_item.get("learned")) is not None:
+            charts += level_charts(f"learned, {item}", learned["curve"], learned["weights"], names=learned["names"])
     return charts

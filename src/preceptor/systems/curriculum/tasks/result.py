@@ -178,21 +178,32 @@ def task_charts(
         }
     ]
     for rule, outcome in outcomes.items():
-        for title, unit, rows in (
-            ("Success by level", "share of answers", outcome.curve),
-            ("Weights of the levels", "share of draws", outcome.weights),
-        ):
-            charts.append(
-                {
-                    "kind": "series",
-                    "title": f"{title}: {rule.replace('_', ' ')}",
-                    "unit": unit,
-                    "x_label": "answer tokens",
-                    "x": [tokens for tokens, _ in rows],
-                    "lines": {name: [values[index] for _, values in rows] for index, name in enumerate(names)},
-                }
-            )
+        charts += level_charts(rule.replace("_", " "), outcome.curve, outcome.weights, names=names)
     return charts
+
+
+def level_charts(
+    of: str,
+    curve: Sequence[tuple[int, Sequence[float]]],
+    weights: Sequence[tuple[int, Sequence[float]]],
+    *,
+    names: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Two charts: success of every level, and what was drawn, over tokens; ``of`` says under which rule, and where."""
+    return [
+        {
+            "kind": "series",
+            "title": f"{title}: {of}",
+            "unit": unit,
+            "x_label": "answer tokens",
+            "x": [tokens for tokens, _ in rows],
+            "lines": {name: [values[index] for _, values in rows] for index, name in enumerate(names)},
+        }
+        for title, unit, rows in (
+            ("Success by level", "share of answers", curve),
+            ("Weights of the levels", "share of draws", weights),
+        )
+    ]
 
 
 def curve_at(curve: Sequence[tuple[int, float]], ticks: Sequence[int]) -> list[float | None]:
