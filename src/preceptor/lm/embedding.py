@@ -133,16 +133,23 @@ def key_vectors(
         )
     vectors: dict[int, Tensor] = {}
     for batch in batches_by_length([len(row) for row in rows], max_tokens=max_tokens):
-        tokens = pad_rows([rows[index] for index in batch], filler=lm.begin_token, device=lm.device)
-        counts = span_mask([[(1, len(rows[index]))] for index in batch], width=tokens.shape[1], device=lm.device)
-        # No logits are wanted anywhere: the pass is made for the captured module alone.
-        captured = lm.forward(tokens, keep=torch.zeros_like(counts), capture=embedding.key_module).captured
-        assert captured is not None, "the key module is no part of the model"
-        # [batch, time, dimension], without begin token and padding, summed to [batch, dimension].
-        sums = (embedding.keys(captured) * counts[..., None]).sum(1)
-        vectors.update(zip(batch, sums / counts.sum(1, keepdim=True), strict=True))
+        found = mean_vectors(lm, embedding, [rows[index] for index in batch])
+        vectors.update(zip(batch, found, strict=True))
     # Batches come sorted by length, so put the vectors back into the order of `keys`.
     return torch.stack([vectors[index] for index in range(len(rows))])
+
+
+def mean_vectors(
+    lm: LanguageModel, embedding: ModelEmbedding, rows: Sequence[Sequence[int]]
+) -> Float[Tensor, "row dimension"]:
+    """Mean of the embedding over the tokens of each row but its first, all rows in one pass; with gradient."""
+    tokens = pad_rows(rows, filler=lm.begin_token, device=lm.device)
+    counts = span_mask([[(1, len(row))] for row in rows], width=tokens.shape[1], device=lm.device)
+    # No logits are wanted anywhere: the pass is made for the captured module alone.
+    captured = lm.forward(tokens, keep=torch.zeros_like(counts), capture=embedding.key_module).captured
+    assert captured is not None, "the key module is no part of the model"
+    # [row, time, dimension], without begin token and padding, summed to [row, dimension].
+    return (embedding.keys(captured) * counts[..., None]).sum(1) / counts.sum(1, keepdim=True)
 
 
 def _layer(lm: LanguageModel, layer: int) -> nn.Module:

@@ -276,8 +276,10 @@ class StudyOptions(Options):
     num_train_pools: int = Field(64, ge=1, description="Number of pools to learn from; each article leads in turn.")
     num_eval_pools: int = Field(24, ge=1, description="Number of pools of held-out articles.")
     pool_seed: int = Field(0, ge=0, description="Seed of the pools and of the random baselines.")
-    channels: tuple[Literal["late_interaction", "bm25", "tfidf", "query_likelihood"], ...] = Field(
-        ("late_interaction", "bm25", "tfidf"), description="Similarities that the policy weighs beside the cosine."
+    channels: tuple[Literal["late_interaction", "bm25", "tfidf", "query_likelihood", "written_query"], ...] = Field(
+        ("late_interaction", "bm25", "tfidf"),
+        description="Similarities that the policy weighs beside the cosine. written_query compares keys with "
+        "`episode.query_tokens` tokens that the model writes after the context.",
     )
     num_rounds: int = Field(3, ge=0, description="Rounds of message passing between candidates; 0 is none.")
     num_readings: int = Field(8, ge=2, description="Number of readings of each case in an update.")
@@ -290,6 +292,12 @@ class StudyOptions(Options):
         ge=0,
         description="Number of last updates whose readings are really read; before, a reading is worth the "
         "mean of its candidates read alone.",
+    )
+    model_steps: int = Field(
+        0,
+        ge=0,
+        description="Number of last updates in which the weights of the policy's model learn too, by "
+        "`update.learning_rate`; the reader stays as it is.",
     )
     judged_by: Literal["reading", "table"] = Field(
         "reading",
@@ -389,6 +397,15 @@ class ReadingConfig(Options):
             )
         if study.real_steps > self.update.steps:
             yield f"`study.real_steps` must be at most `update.steps`, got {study.real_steps} of {self.update.steps}"
+        if study.model_steps > self.update.steps:
+            yield f"`study.model_steps` must be at most `update.steps`, got {study.model_steps} of {self.update.steps}"
+        if self.model.adapter_rank and not study.model_steps:
+            yield (
+                "`model.adapter_rank` gives a study's model an adapter, which learns in the last `study.model_steps` "
+                "updates alone; set that to 1 or more, or `model.adapter_rank` to 0"
+            )
+        if self.model.quantization == "4bit":
+            yield "`model.quantization` 4bit is not available in a study, whose model reads and embeds; leave it none"
 
 
 Config = ReadingConfig

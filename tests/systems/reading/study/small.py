@@ -103,4 +103,5 @@ def planted_setup(batch: CaseBatch, *, seed: int, **changes: Any) -> Any:
         train={"asked": SimpleNamespace(cases=cases, batch=batch)},
         modes=("asked",),
         policy=policy,
+        encoder=lambda: None,
     )

@@ -10,7 +10,7 @@ import pytest
 
 from preceptor.cli import main
 from preceptor.data.articles.pairs import Pair
-from preceptor.errors import DataError
+from preceptor.errors import DataError, PreceptorError
 from preceptor.result import write_page
 from preceptor.runs.folder import Run
 from preceptor.systems import find_system
@@ -133,7 +133,14 @@ def test_a_policy_is_used_on_a_folder(
     assert "cannot be loaded" in capsys.readouterr().err
 
 
-def test_a_stopped_study_goes_on_exactly(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+WEIGHTS = ("study.model_steps=3", "study.channels=[bm25,written_query]")
+
+
+@pytest.mark.parametrize("further", [(), WEIGHTS, (*WEIGHTS, "model.adapter_rank=2")])
+def test_a_stopped_study_goes_on_exactly(
+    further: tuple[str, ...], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*words, *(word for setting in further for word in ("--set", setting))]
     assert main([*words, "--out", str(tmp_path / "whole")]) == 0
     save = Run.save
 
@@ -153,6 +160,33 @@ def test_a_stopped_study_goes_on_exactly(words: list[str], tmp_path: Path, monke
         ]
     records = [json.loads((tmp_path / each / "result.json").read_text())["records"] for each in ("whole", "stopped")]
     assert records[0] == records[1]
+    models = [sorted((tmp_path / each / "model").glob("*.safetensors")) for each in ("whole", "stopped")]
+    assert len(models[0]) == len(models[1]) == bool(further)
+    assert [path.read_bytes() for path in models[0]] == [path.read_bytes() for path in models[1]]
+
+
+@pytest.mark.parametrize("adapter", [0, 2])
+def test_a_model_that_learned_is_used(
+    adapter: int, words: list[str], folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    settings = [*WEIGHTS, f"model.adapter_rank={adapter}", "update.learning_rate=0.01"]
+    words = [*words, *(word for setting in settings for word in ("--set", setting))]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    rows_ = rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row.get("model_gradient_norm", 0) > 0 for row in rows_] == [False, True, True, True]
+    pairs, _ = folder_pairs(folders[1])
+    question = "Which salt of place 3 is old?"
+    chosen = Reader(tmp_path / "run").choose(question, pairs, budget=2)
+    # Without its weights the policy chooses with other probabilities.
+    reader = Reader(tmp_path / "run")
+    reader._encoder = None
+    other = reader.choose(question, pairs, budget=2)
+    assert abs(chosen[0].probability - other[0].probability) > 1e-6
+
+    # Without the model's folder the policy is not complete.
+    (tmp_path / "run" / "model").rename(tmp_path / "elsewhere")
+    with pytest.raises(PreceptorError, match="model"):
+        Reader(tmp_path / "run")
 
 
 def test_a_learning_rate_of_zero_is_the_untrained_policy(words: list[str], tmp_path: Path) -> None:
@@ -180,6 +214,9 @@ def test_a_learning_rate_of_zero_is_the_untrained_policy(words: list[str], tmp_p
         ("episode.budget=7", "`episode.budget` must lie in 1..6"),
         ("data.num_pairs=1", "at least 2, got 1"),
         ("study.real_steps=9", "at most `update.steps`"),
+        ("study.model_steps=9", "at most `update.steps`"),
+        ("model.adapter_rank=2", "set that to 1 or more"),
+        ("model.quantization=4bit", "4bit is not available in a study"),
         ("data.eval_articles=''", "give both"),
         ("reward.reader=policy", "`reward.reader` policy is not available in a study"),
         ("selection.embedder=sentence_transformers", "must be one of hidden_states, attention"),

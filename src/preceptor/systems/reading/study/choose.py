@@ -17,8 +17,10 @@ from preceptor.data.articles.article import article_folder, read_file
 from preceptor.data.articles.pairs import Pair, sentence_pairs
 from preceptor.errors import ConfigError, DataError, ModelError, PreceptorError
 from preceptor.lm.embedding import ModelEmbedding
+from preceptor.runs.export import MODEL, load_model
 from preceptor.runs.record import read_config
 from preceptor.systems.reading.config import ReadingConfig
+from preceptor.systems.reading.study.encoder import Encoder, trained_encoder
 from preceptor.systems.reading.study.features import Corpus, case_batch, channel_names, pool_features
 from preceptor.systems.reading.study.policy import PoolPolicy, read
 from preceptor.systems.reading.study.pool import MIN_CHARACTERS, NUM_HELD_OUT, Case, Mode, Pool
@@ -73,7 +75,8 @@ class Reader:
             lexicon.num_texts, lexicon.mean_length = description["num_texts"], description["mean_length"]
             lexicon.frequency = Counter(description["frequency"])
             named = {name: tensors[name] for name in ("idf", "mean", "deviation", "token_mean")}
-            self._corpus, self._scales = Corpus(lexicon=lexicon, **named), tensors["scales"]
+            self._corpus = Corpus(lexicon=lexicon, **named, written_mean=tensors.get("written_mean"))
+            self._scales = tensors["scales"]
             self._policy: PoolPolicy = new_policy(config, self._scales, dimension=len(self._corpus.mean))
             prefix = f"{mode}."
             own = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
@@ -86,7 +89,10 @@ class Reader:
             ) from error
         lm, embedding = frozen_reader(config, "cpu")
         self._scorer, self._embedding = Scorer(lm), embedding
-        self._channels = channel_names(config.study.channels)
+        self._channels, self._query_tokens = channel_names(config.study.channels), config.episode.query_tokens
+        self._encoder: Encoder | None = None
+        if config.study.model_steps:
+            self._encoder = trained_encoder(*load_model(folder / MODEL), config, self._corpus)
 
     @property
     def embedding(self) -> ModelEmbedding:
@@ -116,11 +122,19 @@ class Reader:
         # The context stands where a pool has its held-out pairs; nothing is scored, so their values do not matter.
         asked = (Pair(0, context, context),) * NUM_HELD_OUT
         pool = Pool("asked", ("context",), (0,) * len(places), tuple(pairs[place] for place in places), (asked,))
-        features = pool_features(pool, self._corpus, self._scorer, self._embedding, channels=self._channels)
-        cases = case_batch(
-            [Case(pool, "asked", 0, (0,))], {pool.name: features}, self._scales, [torch.zeros(len(places), 1)]
+        features = pool_features(
+            pool,
+            self._corpus,
+            self._scorer,
+            self._embedding,
+            channels=self._channels,
+            query_tokens=self._query_tokens,
         )
-        readings = read(self._policy, cases, budget=budget, num_readings=1, generator=None)
+        cases = [Case(pool, "asked", 0, (0,))]
+        batch = case_batch(cases, {pool.name: features}, self._scales, [torch.zeros(len(places), 1)])
+        if self._encoder is not None:
+            batch, _ = self._encoder.encode(cases, batch)
+        readings = read(self._policy, batch, budget=budget, num_readings=1, generator=None)
         steps = zip(readings.picks[0, 0].tolist(), readings.log_probs[0, 0].exp().tolist(), strict=True)
         return [
             Chosen(places[pick], pairs[places[pick]].key, pairs[places[pick]].value, probability)

@@ -16,6 +16,7 @@ from preceptor.systems.reading.study.policy import PoolPolicy, read, topk_readin
 from preceptor.systems.reading.study.pool import Mode
 
 if TYPE_CHECKING:
+    from preceptor.systems.reading.study.encoder import Encoder
     from preceptor.systems.reading.study.setup import Setup
 
 UNIT = "nats/value token"
@@ -82,13 +83,16 @@ def nearest_chain(
     return torch.stack(picks, 1)
 
 
-def evaluate(setup: Setup, policies: Mapping[Mode, PoolPolicy], *, first_episode: int) -> list[dict[str, Any]]:
+def evaluate(
+    setup: Setup, policies: Mapping[Mode, PoolPolicy], *, encoder: Encoder | None, first_episode: int
+) -> list[dict[str, Any]]:
     """Records of every method on every held-out article: its mean gain over that article's cases in each mode.
 
     With ``study.judged_by`` table a reading is worth the mean of its candidates read alone, as in training.
 
     ``nothing`` is 0 by definition: gains are over reading nothing. ``best_of_N`` reads N random readings and keeps the
-    one after which the reader does best, which costs N scorings a case and looks at the answers.
+    one after which the reader does best, which costs N scorings a case and looks at the answers. ``encoder`` gives the
+    learned policy's vectors; None is the reader's own.
     """
     config, run, study = setup.config, setup.run, setup.config.study
     gains: dict[tuple[str, str], dict[str, list[float]]] = {}  # (method, article) → metric → gain of each case
@@ -106,11 +110,12 @@ def evaluate(setup: Setup, policies: Mapping[Mode, PoolPolicy], *, first_episode
             generator=generator,
         )
         with torch.no_grad():
+            learned = split.batch if encoder is None else encoder.encode(split.cases, split.batch)[0]
             for name, own, count in (
                 ("learned", run.streams["evaluation_selection"], study.num_samples),
                 ("learned_greedy", None, 1),
             ):
-                methods[name] = read(policy, split.batch, budget=budget, num_readings=count, generator=own).picks
+                methods[name] = read(policy, learned, budget=budget, num_readings=count, generator=own).picks
         for number, case in enumerate(split.cases):
             if number % 50 == 0:
                 run.notice(f"judge, {mode}: reading case {number + 1} of {len(split.cases)} by every method")

@@ -12,12 +12,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from preceptor.data.articles.pairs import Pair
+from preceptor.lm.decode import Decoder
 from preceptor.lm.embedding import ModelEmbedding
+from preceptor.lm.sampling import Sampling
 from preceptor.systems.reading.study.pool import NUM_HELD_OUT, Case, Pool
 from preceptor.systems.reading.study.retrieval import Lexicon, late_interaction, token_idf, token_states
 from preceptor.systems.reading.study.scores import Scorer
 
-CHANNELS = ("cosine", "late_interaction", "bm25", "tfidf", "query_likelihood")
+CHANNELS = ("cosine", "late_interaction", "bm25", "tfidf", "query_likelihood", "written_query")
 """Similarities that a policy may weigh; the first is always there, and its vectors are projected by the policy."""
 
 
@@ -35,6 +37,7 @@ class Corpus:
         idf: of each token.
         mean, deviation: of the mean states of training keys.
         token_mean: mean state of a token.
+        written_mean: mean state of what the model writes after a training key; None without that channel.
     """
 
     lexicon: Lexicon
@@ -42,27 +45,48 @@ class Corpus:
     mean: Float[Tensor, " dimension"]
     deviation: Float[Tensor, " dimension"]
     token_mean: Float[Tensor, " dimension"]
+    written_mean: Float[Tensor, " dimension"] | None = None
 
     @cached_property
     def digest(self) -> str:
         """Of everything above."""
-        numbers = torch.cat([self.idf, self.mean, self.deviation, self.token_mean]).numpy().tobytes()
+        tensors = [self.idf, self.mean, self.deviation, self.token_mean]
+        if self.written_mean is not None:
+            tensors.append(self.written_mean)
+        numbers = torch.cat(tensors).numpy().tobytes()
         words = repr((self.lexicon.num_texts, self.lexicon.mean_length, sorted(self.lexicon.frequency.items())))
         return hashlib.sha256(numbers + words.encode()).hexdigest()
 
     @classmethod
-    def of(cls, pairs: Sequence[Pair], scorer: Scorer, embedding: ModelEmbedding, *, max_states: int = 1_000) -> Corpus:
-        """The statistics of ``pairs``; the states of at most ``max_states`` of them, evenly spread, are looked at."""
+    def of(
+        cls,
+        pairs: Sequence[Pair],
+        scorer: Scorer,
+        embedding: ModelEmbedding,
+        *,
+        query_tokens: int = 0,
+        max_states: int = 1_000,
+        max_written: int = 200,
+    ) -> Corpus:
+        """The statistics of ``pairs``; the states of at most ``max_states`` of them, evenly spread, are looked at.
+
+        With ``query_tokens`` the model writes as many tokens after at most ``max_written`` keys.
+        """
         rows = [scorer.value(text) for pair in pairs for text in (pair.key, pair.value)]
         some = pairs[:: max(1, len(pairs) // max_states)]
         states = token_states(scorer.lm, embedding, [scorer.value(pair.key) for pair in some], world=scorer.world)
         means = torch.stack([each.mean(0) for each in states])
+        written_mean = None
+        if query_tokens:
+            keys = [scorer.value(pair.key) for pair in pairs[:: max(1, len(pairs) // max_written)]]
+            written_mean = written_queries(scorer, embedding, keys, num_tokens=query_tokens).mean(0)
         return cls(
             lexicon=Lexicon([text for pair in pairs for text in (pair.key, pair.value)]),
             idf=token_idf(rows, scorer.lm.vocab_size),
             mean=means.mean(0),
             deviation=means.std(0),
             token_mean=torch.cat(states).mean(0),
+            written_mean=written_mean,
         )
 
 
@@ -118,19 +142,31 @@ class PoolFeatures:
 
 
 def pool_features(
-    pool: Pool, corpus: Corpus, scorer: Scorer, embedding: ModelEmbedding, *, channels: Sequence[str]
+    pool: Pool,
+    corpus: Corpus,
+    scorer: Scorer,
+    embedding: ModelEmbedding,
+    *,
+    channels: Sequence[str],
+    query_tokens: int,
 ) -> PoolFeatures:
-    """Every channel between all texts of ``pool``, not yet standardised; 0 where a channel is not defined."""
+    """Every channel between all texts of ``pool``, not yet standardised; 0 where a channel is not defined.
+
+    ``query_tokens`` is the length of what the model writes after a context, for the channel ``written_query``.
+    """
     texts = [pair.key for pairs in pool.held_out for pair in pairs]
     texts += [pairs[0].value for pairs in pool.held_out]
     num_queries = len(texts)
     texts += [pair.key for pair in pool.candidates] + [pair.value for pair in pool.candidates]
     size = len(channels) * len(texts) ** 2
-    key = hashlib.sha256(
-        repr((corpus.digest, embedding.version, tuple(channels), num_queries, texts)).encode()
-    ).digest()
+    content: list[object] = [corpus.digest, embedding.version, tuple(channels), num_queries, texts]
+    if "written_query" in channels:
+        content.append(query_tokens)
     found = scorer.remembered(
-        key, lambda: _similarities(texts, num_queries, corpus, scorer, embedding, channels=channels)
+        hashlib.sha256(repr(tuple(content)).encode()).digest(),
+        lambda: _similarities(
+            texts, num_queries, corpus, scorer, embedding, channels=channels, query_tokens=query_tokens
+        ),
     )
     return PoolFeatures(
         vectors=found[size:].view(len(texts), -1), channels=found[:size].view(len(channels), len(texts), len(texts))
@@ -145,6 +181,7 @@ def _similarities(
     embedding: ModelEmbedding,
     *,
     channels: Sequence[str],
+    query_tokens: int,
 ) -> Float[Tensor, " number"]:
     """Every channel between all ``texts``, flat, and then their vectors; the first ``num_queries`` are queries."""
     rows = [scorer.value(text) for text in texts]
@@ -162,8 +199,15 @@ def _similarities(
             similarities.append(corpus.lexicon.bm25(texts, texts))
         elif channel == "tfidf":
             similarities.append(corpus.lexicon.tfidf(texts))
-        else:
+        elif channel == "query_likelihood":
             similarities.append(_query_likelihood(rows, num_queries, num_keys, scorer))
+        else:
+            assert corpus.written_mean is not None, "a corpus for this channel knows what the model writes"
+            written = written_queries(scorer, embedding, rows[:num_queries], num_tokens=query_tokens)
+            # What a model writes has a mean of its own, which says nothing about the question.
+            written = (written - corpus.written_mean) / (corpus.deviation + 1e-6)
+            similarities.append(torch.zeros(len(rows), len(rows)))
+            similarities[-1][:num_queries] = torch.nn.functional.normalize(written, dim=-1) @ unit.T
     return torch.cat([torch.stack(similarities).flatten(), vectors.flatten()])
 
 
@@ -177,6 +221,25 @@ def _query_likelihood(rows: Sequence[Sequence[int]], num_queries: int, num_keys:
     found = torch.zeros(len(rows), len(rows))
     found[:num_queries, num_queries : num_queries + num_keys] = (scores[1:] - scores[0]).T
     return found
+
+
+def written_queries(
+    scorer: Scorer, embedding: ModelEmbedding, rows: Sequence[Sequence[int]], *, num_tokens: int
+) -> Float[Tensor, "row dimension"]:
+    """Mean state of the ``num_tokens`` likeliest tokens that the model writes after each of ``rows``."""
+    lm = scorer.lm
+    sampling = Sampling(temperature=0.0, suppressed=lm.never_drawn)
+
+    def compute(mine: slice) -> tuple[Tensor]:
+        own = [[lm.begin_token, *row] for row in rows[mine]]
+        decoder = Decoder(lm, batch_size=len(own), capture=embedding.query_module)
+        decoder.append(own)
+        # Greedy: the generator is asked and decides nothing.
+        written = decoder.generate(num_tokens, sampling=sampling, generator=torch.Generator(lm.device).manual_seed(0))
+        assert written.captured is not None, "the query module is no part of the model"
+        return (embedding.queries(written.captured).mean(1).cpu(),)
+
+    return scorer.world.gathered(len(rows), compute)[0]
 
 
 def channel_scales(features: Mapping[str, PoolFeatures], pools: Sequence[Pool]) -> Float[Tensor, "channel 2"]:

@@ -9,6 +9,8 @@ Each update (numbers as in :func:`step`), for each mode:
    what the reader says after really reading all of it (``scores.py``).
 4. Advantages are normalised over the readings of a case, which all faced the same choice.
 5. REINFORCE on projections, channel weights and temperature; one optimizer step.
+6. In the last ``study.model_steps`` updates the vectors are those of a copy of the reader, whose weights take a step
+   down the losses of all modes together (``encoder.py``).
 
 At the end every method reads the held-out cases, really, beside the policy (``evaluate.py``).
 """
@@ -23,15 +25,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from preceptor.config import to_dict
 from preceptor.objectives.advantages import group_normalised
 from preceptor.objectives.policy_gradient import reinforce_loss
 from preceptor.runs.checkpoint import copy_tensors, load_optimizer, optimizer_state
+from preceptor.runs.export import MODEL, save_model
 from preceptor.runs.files import replace_file
 from preceptor.runs.guard import NonFiniteGuard, guarded_step
-from preceptor.systems.reading.config import ReadingConfig
+from preceptor.systems.reading.config import ReadingConfig, UpdateOptions
+from preceptor.systems.reading.study.encoder import Encoder
 from preceptor.systems.reading.study.evaluate import evaluate, result
 from preceptor.systems.reading.study.policy import PoolPolicy, Readings, read
 from preceptor.systems.reading.study.pool import Mode
@@ -46,25 +50,43 @@ PROJECTIONS = ("query_projection", "key_projection")
 
 
 class State:
-    """What learning changes: a policy for each mode with its optimizer, and the counts of the run."""
+    """What learning changes: a policy for each mode, the model of their vectors, optimizers, and counts of the run.
+
+    ``encoder`` is None where ``study.model_steps`` is 0: the vectors then stay the reader's.
+    """
 
     def __init__(self, setup: Setup) -> None:
         self.policies: dict[Mode, PoolPolicy] = {mode: setup.policy(mode) for mode in setup.modes}
         self.optimizers = {mode: build_optimizer(policy, setup.config) for mode, policy in self.policies.items()}
+        self.encoder = setup.encoder()
+        if self.encoder is not None:
+            self.encoder_weights = self.encoder.lm.trainable_parameters()
+            self.encoder_optimizer = encoder_optimizer(self.encoder_weights, setup.config.update)
         self.guard = NonFiniteGuard()
         self.num_episodes = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Everything above, as nested mappings of tensors and plain values."""
+        encoder = {}
+        if self.encoder is not None:
+            encoder = {
+                "encoder": dict(self.encoder_weights),
+                "encoder_optimizer": optimizer_state(self.encoder_optimizer),
+            }
         return {
+            **encoder,
             "policies": {mode: dict(policy.state_dict()) for mode, policy in self.policies.items()},
             "optimizers": {mode: optimizer_state(optimizer) for mode, optimizer in self.optimizers.items()},
             "guard": self.guard.state_dict(),
             "num_episodes": self.num_episodes,
         }
 
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`, in place."""
+        if self.encoder is not None:
+            copy_tensors(state["encoder"], self.encoder_weights)
+            load_optimizer(self.encoder_optimizer, state["encoder_optimizer"])
         for mode, policy in self.policies.items():
             copy_tensors(state["policies"][mode], policy.state_dict())
             load_optimizer(self.optimizers[mode], state["optimizers"][mode])
@@ -86,6 +108,13 @@ def build_optimizer(policy: PoolPolicy, config: ReadingConfig) -> torch.optim.Op
     )
 
 
+def encoder_optimizer(weights: Mapping[str, nn.Parameter], update: UpdateOptions) -> torch.optim.Optimizer:
+    """Adam over the model's weights, as in reading one article."""
+    if update.optimizer == "adamw":
+        return torch.optim.AdamW(weights.values(), lr=update.learning_rate, weight_decay=update.weight_decay)
+    return torch.optim.Adam(weights.values(), lr=update.learning_rate)
+
+
 def train(config: ReadingConfig, run: Run, services: Services, *, setup: Setup | None = None) -> dict[str, Any]:
     """Train a policy for each mode of ``config`` inside ``run`` and judge it; gives ``result.json``."""
     setup = setup or prepare(config, run, services)
@@ -94,15 +123,28 @@ def train(config: ReadingConfig, run: Run, services: Services, *, setup: Setup |
         run.log(number, step(setup, state, number))
     if run.writes:
         save_policies(setup, state)
-    records = evaluate(setup, state.policies, first_episode=state.num_episodes)
+        if state.encoder is not None:
+            save_model(state.encoder.lm.model, state.encoder.lm.tokenizer, run.path / MODEL)
+    records = evaluate(setup, state.policies, encoder=state.encoder, first_episode=state.num_episodes)
     return result(records, config=to_dict(config), seeds=[config.seed])
 
 
 def step(setup: Setup, state: State, number: int) -> dict[str, Any]:
     """Update ``number`` of every mode's policy; gives its metrics, the mean over modes and each mode's own."""
-    began = time.perf_counter()
-    rows = {mode: _update(setup, state, mode, number) for mode in setup.modes}
+    began, config, run = time.perf_counter(), setup.config, setup.run
+    encoder = state.encoder if number > config.update.steps - config.study.model_steps else None
+    rows = {mode: _update(setup, state, mode, number, encoder=encoder) for mode in setup.modes}
     means = {name: sum(row[name] for row in rows.values()) / len(rows) for name in next(iter(rows.values()))}
+    if encoder is not None:
+        run.world.sum_gradients(state.encoder_weights.values())
+        means["model_gradient_norm"] = guarded_step(
+            state.guard,
+            state.encoder_optimizer,
+            state.encoder_weights,
+            step=number,
+            clip_norm=config.update.clip_norm,
+            notice=run.notice,
+        )
     return {
         **means,
         "modes": rows,
@@ -112,14 +154,16 @@ def step(setup: Setup, state: State, number: int) -> dict[str, Any]:
     }
 
 
-def _update(setup: Setup, state: State, mode: Mode, number: int) -> dict[str, float]:
+def _update(setup: Setup, state: State, mode: Mode, number: int, *, encoder: Encoder | None) -> dict[str, float]:
     config, run, study = setup.config, setup.run, setup.config.study
     policy, split, budget = state.policies[mode], setup.train[mode], config.episode.budget
 
     # 1. Cases.
     count = min(study.cases_per_update, len(split.cases))
     chosen = torch.randperm(len(split.cases), generator=run.streams["article"])[:count]
-    cases = split.batch.at(chosen)
+    cases, encoded = split.batch.at(chosen), None
+    if encoder is not None:
+        cases, encoded = encoder.encode([split.cases[case] for case in chosen.tolist()], cases)
 
     # 2. Readings.
     readings = read(policy, cases, budget=budget, num_readings=study.num_readings, generator=run.streams["selection"])
@@ -147,6 +191,8 @@ def _update(setup: Setup, state: State, mode: Mode, number: int) -> dict[str, fl
     loss = reinforce_loss(log_probs, advantages.flatten(0, 1), mask=torch.ones_like(log_probs, dtype=torch.bool))
     # Every process has all cases; the mean of their gradients keeps a last bit from letting the policies drift apart.
     (loss / run.world.size).backward()
+    if encoder is not None and encoded is not None:
+        encoder.backward(encoded)
     run.world.sum_gradients(policy.parameters())
     norm = guarded_step(
         state.guard,
@@ -214,6 +260,8 @@ def save_policies(setup: Setup, state: State) -> None:
         "scales": setup.scales, "idf": corpus.idf, "mean": corpus.mean, "deviation": corpus.deviation,
         "token_mean": corpus.token_mean,
     }  # fmt: skip
+    if corpus.written_mean is not None:
+        tensors["written_mean"] = corpus.written_mean
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, setup.run.path / "study.safetensors")
     lexicon = corpus.lexicon
     description = {

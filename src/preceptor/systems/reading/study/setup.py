@@ -16,6 +16,7 @@ from preceptor.runs.files import replace_file
 from preceptor.runs.metrics import row_json
 from preceptor.runs.world import ALONE, World
 from preceptor.systems.reading.config import ReadingConfig
+from preceptor.systems.reading.study.encoder import Encoder, load_encoder
 from preceptor.systems.reading.study.features import (
     CaseBatch,
     Corpus,
@@ -84,6 +85,12 @@ class Setup:
         policy = new_policy(self.config, self.scales, dimension=self.train[mode].batch.queries.shape[-1])
         calibrate(policy, self.train[mode].batch, entropy_fraction=self.config.selection.entropy_fraction)
         return policy
+
+    def encoder(self) -> Encoder | None:
+        """A model for the vectors, as it is before training; None where no update trains one."""
+        if not self.config.study.model_steps:
+            return None
+        return load_encoder(self.config, self.corpus, device=str(self.run.device), world=self.run.world)
 
 
 def new_policy(config: ReadingConfig, scales: Tensor, *, dimension: int) -> PoolPolicy:
@@ -173,10 +180,18 @@ def load_study(
             name=split,
         )
     # Of the training articles alone: what is standardised by held-out texts has seen them.
-    corpus = Corpus.of([pair for article in learn for pair in article.pairs], scorer, embedding)
-    channels = channel_names(study.channels)
+    channels, query_tokens = channel_names(study.channels), config.episode.query_tokens
+    corpus = Corpus.of(
+        [pair for article in learn for pair in article.pairs],
+        scorer,
+        embedding,
+        query_tokens=query_tokens if "written_query" in channels else 0,
+    )
     features: dict[str, dict[str, PoolFeatures]] = {
-        split: {pool.name: pool_features(pool, corpus, scorer, embedding, channels=channels) for pool in each}
+        split: {
+            pool.name: pool_features(pool, corpus, scorer, embedding, channels=channels, query_tokens=query_tokens)
+            for pool in each
+        }
         for split, each in pools.items()
         if split == "train" or split in splits
     }
