@@ -13,7 +13,7 @@ from preceptor.data.articles.pairs import Pair
 from preceptor.lm.embedding import HiddenStates, mean_vectors
 from preceptor.lm.model import LanguageModel
 from preceptor.runs.guard import NonFiniteGuard
-from preceptor.runs.world import ALONE
+from preceptor.runs.world import ALONE, World
 from preceptor.systems.reading.config import ReadingConfig
 from preceptor.systems.reading.study import encoder as encoder_module
 from preceptor.systems.reading.study.encoder import Encoder, context_texts
@@ -100,6 +100,30 @@ def test_the_gradient_is_that_of_one_graph(max_tokens: int, monkeypatch: pytest.
     assert max(float(each.abs().max()) for each in expected.values()) > 1e-3
     for name, each in expected.items():
         torch.testing.assert_close(found[name], each, atol=2e-4, rtol=2e-3, msg=name)
+
+
+def test_processes_that_share_the_texts_have_the_gradient_of_one() -> None:
+    _, _, _, corpus, batch = world()
+    total: dict[str, torch.Tensor] = {}
+    for rank in (0, 1):
+        encoder = fresh_encoder(corpus)
+        two = SimpleNamespace(
+            size=2, shard=World(rank=rank, size=2).shard, gathered=lambda n, compute: compute(slice(0, n))
+        )
+        encoder._world = two  # type: ignore[assignment]
+        cases, encoded = encoder.encode(CASES, batch)
+        (reading_loss(cases) / 2).backward()
+        encoder.backward(encoded)
+        for name, weight in encoder.lm.trainable_parameters().items():
+            if weight.grad is not None:
+                total[name] = total.get(name, torch.zeros(())) + weight.grad
+    encoder = fresh_encoder(corpus)
+    cases, encoded = encoder.encode(CASES, batch)
+    reading_loss(cases).backward()
+    encoder.backward(encoded)
+    for name, weight in encoder.lm.trainable_parameters().items():
+        if weight.grad is not None:
+            torch.testing.assert_close(total[name], weight.grad, atol=2e-4, rtol=2e-3, msg=name)
 
 
 def small_setup(
