@@ -111,6 +111,23 @@ def test_what_was_read_changes_what_is_read_next() -> None:
     assert read(each, batch, budget=3, num_readings=1, generator=None).picks.tolist() == [[[0, 2, 1]]]
 
 
+def test_what_was_read_counts_by_its_mean() -> None:
+    """After candidates 0 and 1: candidate 2 gains (1 + 3) / 2, candidate 3 gains (0 + 2) / 2."""
+    batch = planted_cases(1, seed=0, num_candidates=4)
+    read_channels = torch.zeros(1, 4, 4, 2)
+    read_channels[0, 2, :2, 1] = torch.tensor([1.0, 3.0])
+    read_channels[0, 3, :2, 1] = torch.tensor([0.0, 2.0])
+    batch = replace(batch, query_channels=torch.zeros(1, 4, 2), read_channels=read_channels)
+    each = policy(batch, num_rounds=0)
+    with torch.no_grad():
+        each.weights.zero_()
+        each.read_weights.copy_(torch.tensor([0.0, 1.0]))
+    imposed = torch.tensor([[[0, 1, 2]]])
+    found = read(each, batch, budget=3, num_readings=1, generator=None, imposed=imposed).log_probs[0, 0]
+    assert found[0].item() == pytest.approx(math.log(1 / 4), abs=1e-5)
+    assert found[2].item() == pytest.approx(2 - math.log(math.exp(2) + math.exp(1)), abs=1e-5)
+
+
 def test_calibration_reaches_the_entropy() -> None:
     batch = planted_cases(20, seed=4)
     each = policy(batch)

@@ -84,8 +84,13 @@ def test_a_study_from_end_to_end(words: list[str], tmp_path: Path) -> None:
     for each in replayed:
         assert each.recomputed == pytest.approx(each.recorded, abs=1e-5), each.where
 
-    # A decision that names what is not there is refused.
+    # The last update alone was really read; the held-out cases all were.
     decisions = rows(folder / "decisions.jsonl")
+    assert {row["step"] for row in decisions if row["arm"] == "learned" and row["really_read"]} == {4}
+    assert {row["step"] for row in decisions if row["arm"] == "learned"} == {1, 2, 3, 4}
+    assert all(row["really_read"] for row in decisions if row["arm"] == "oracle")
+
+    # A decision that names what is not there is refused.
     recorded = (folder / "decisions.jsonl").read_bytes()
     (folder / "decisions.jsonl").write_text(json.dumps({**decisions[0], "order": [99]}) + "\n")
     with pytest.raises(DataError, match="not all in the pool"):
