@@ -255,3 +255,26 @@ def test_what_cannot_be_told_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_activations_and_cache_are_never_held_together() -> None:
     one, other = (Memory(1000, 0, 0, 0, *rest) for rest in ((700, 300, 10), (10, 0, 1000)))
     assert one.peak == other.peak == 600 * 2**20 + 2200
+
+
+def test_a_study_holds_a_reader_and_a_copy_where_that_learns(tmp_path: Path) -> None:
+    llama = folder_of(FAMILIES["llama, tied"], tmp_path)
+
+    def held(*settings: str) -> Memory:
+        overrides = ["episode.pool=mixed", "episode.budget=4", "data.num_pairs=4", f"model.name={llama}", *settings]
+        config = configuration(find_system("reading"), overrides=overrides)
+        return forecast_memory(WORKLOADS["reading"](config))
+
+    frozen, learns = held(), held("study.model_steps=5")
+    # A frozen reader has no gradients, and one copy of its weights.
+    assert (frozen.gradients, frozen.optimiser, frozen.reference, frozen.kv_cache) == (0, 0, 0, 0)
+    assert learns.reference == learns.weights == frozen.weights
+    assert 0 < learns.gradients <= learns.weights  # all but buffers
+    assert learns.activations > frozen.activations
+    # With an adapter the frozen weights are held once.
+    adapter = held("study.model_steps=5", "model.adapter_rank=4")
+    assert adapter.reference == 0
+    assert 0 < adapter.gradients < learns.gradients / 2
+    # Fewer texts in a pass hold less, and what the model writes needs a cache.
+    assert held("study.model_steps=5", "update.micro_batch_size=2").activations < learns.activations / 10
+    assert held("study.channels=[written_query]").kv_cache > 0

@@ -79,6 +79,17 @@ def test_the_model_card_says_what_may_be_claimed(tmp_path: Path) -> None:
     assert "It helped." in card
     assert "| learned | 0.125 [0.1, 0.15] |" in card
     assert "preceptor run reading --config config.yaml --seed 3" in card
+    assert "pipeline_tag: text-generation" in card
+
+
+def test_the_card_of_a_study_says_what_its_weights_are_for(tmp_path: Path) -> None:
+    finished_run(tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    (tmp_path / "result.json").write_text(json.dumps({**result, "study": {}}))
+    write_model_card(tmp_path)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "pipeline_tag: feature-extraction" in card
+    assert "text that this model writes was not measured" in card
 
 
 def test_an_adapter_is_exported_as_it_is_or_merged(tmp_path: Path) -> None:

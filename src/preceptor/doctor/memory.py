@@ -61,6 +61,7 @@ class Workload:
         by_trial: ``rows`` are halved while memory runs out (``update.micro_batch_size`` 0).
         recomputed: layers keep their inputs alone (gradient checkpointing).
         in_4bit: the frozen weights of linear layers, but the head's, are in 4 bits.
+        learns: False = nothing of the model is trained, and no pass keeps activations of more than a layer.
     """
 
     model: str
@@ -77,6 +78,7 @@ class Workload:
     by_trial: bool = False
     recomputed: bool = False
     in_4bit: bool = False
+    learns: bool = True
 
 
 class Memory(NamedTuple):
@@ -99,6 +101,8 @@ class Memory(NamedTuple):
 
 def reading_workload(config: Any) -> Workload:
     """A step of ``reading``; rows count as long as the configuration lets them become."""
+    if config.episode.pool == "mixed":
+        return study_workload(config)
     pairs = config.episode.budget or config.data.num_pairs or 16
     # The prompt, and in a chat the marks of a turn around each query and value.
     row = 32 + pairs * (config.episode.query_tokens + config.data.max_value_tokens + 8)
@@ -120,6 +124,37 @@ def reading_workload(config: Any) -> Workload:
         by_trial=not update.micro_batch_size,
         recomputed=update.gradient_checkpointing,
         in_4bit=config.model.quantization == "4bit",
+    )
+
+
+def study_workload(config: Any) -> Workload:
+    """A study: passes of a fixed number of tokens by the reader and, in the last updates, by a model that learns."""
+    # Imported here, as every part of a system is: the forecast of another one needs none of it.
+    from preceptor.systems.reading.study.features import MAX_WRITTEN_ROWS
+    from preceptor.systems.reading.study.scores import MAX_TOKENS
+
+    study, update = config.study, config.update
+    text = 1 + config.data.max_value_tokens
+    # Of what is read, and then of questions with their answers.
+    read = text * (config.episode.budget + 2 * max(study.num_questions, 2))
+    row = text if study.model_steps else read
+    rows = max(1, MAX_TOKENS // row)
+    written = "written_query" in study.channels
+    return Workload(
+        model=config.model.name,
+        dtype=parse_dtype(config.model.dtype),
+        rank=config.model.adapter_rank,
+        mixed=False,
+        rows=min(rows, update.micro_batch_size or rows) if study.model_steps else rows,
+        row_tokens=row,
+        scored_tokens=0 if study.model_steps else config.data.max_value_tokens,
+        logit_copies=1,
+        cache_rows=MAX_WRITTEN_ROWS if written else 0,
+        cache_tokens=text + config.episode.query_tokens,
+        copies=1 if study.model_steps else 0,
+        by_trial=bool(study.model_steps) and not update.micro_batch_size,
+        recomputed=update.gradient_checkpointing and bool(study.model_steps),
+        learns=bool(study.model_steps),
     )
 
 
@@ -240,13 +275,15 @@ def forecast_memory(work: Workload) -> Memory:
     weights = sum(_bytes(tensor) for tensor in [*parameters, *model.buffers()])
     if work.in_4bit:
         weights -= sum(_bytes(weight) - int(weight.numel() * NF4_BYTES) for weight in _rounded(model))
-    learning = sum(_bytes(parameter) for parameter in parameters if id(parameter) in trained)
+    learning = sum(_bytes(parameter) for parameter in parameters if id(parameter) in trained) if work.learns else 0
     # A frozen copy holds what is trained; a model with an adapter is its own reference, with the adapter off.
     copied = learning * max(0, work.copies - 1) if work.rank else weights * work.copies
     # Two measurements tell what each row adds from what is kept once, such as copies of the weights in bfloat16.
     one, two = (_kept_bytes(work.model, work.dtype, work.rank, work.mixed, rows, work.row_tokens) for rows in (1, 2))
     activations = one + (two - one) * (work.rows - 1)
-    if work.recomputed:  # the inputs of all layers, and all of one layer while its backward pass runs
+    if not work.learns:  # of one layer at a time
+        activations //= int(model.config.get_text_config().num_hidden_layers)
+    elif work.recomputed:  # the inputs of all layers, and all of one layer while its backward pass runs
         text = model.config.get_text_config()
         inputs = work.rows * work.row_tokens * int(text.hidden_size) * work.dtype.itemsize
         activations = int(text.num_hidden_layers) * inputs + activations // int(text.num_hidden_layers)

@@ -78,14 +78,10 @@ class StudyTask:
     def episode(self, index: int) -> Reading:
         """A new reading for case ``index``; its prompt is the question, or the sentence that was read."""
         case, world = self.cases[index], self._data
-        texts = [pair.key for pair in case.pairs(case.targets)]
-        if case.seed is not None:
-            texts = [case.pairs([case.seed])[0].value]
+        texts = case.context
 
         def nearest(text: str, available: list[bool]) -> int:
-            vector = (text_vector(world.scorer.lm, world.embedding, text).cpu() - world.corpus.mean) / (
-                world.corpus.deviation + 1e-6
-            )
+            vector = world.corpus.standardised(text_vector(world.scorer.lm, world.embedding, text).cpu())
             keys = torch.nn.functional.normalize(self._split.batch.keys[index], dim=-1)
             return nearest_key(keys, vector, available)  # the cosine, but for the text's own length
 

@@ -25,6 +25,12 @@ from preceptor.runs.record import require_unchanged
 MODEL = "model"
 """Folder of a run with what it learned."""
 
+STUDY_NOTE = (
+    "These weights make the vectors by which a study's policy compares questions and passages. The policy itself is "
+    "`study.safetensors` in the run's folder (`preceptor study --policy RUN`); text that this model writes was not "
+    "measured."
+)
+
 ADAPTER_CONFIG = "adapter_config.json"
 """The file by which PEFT, and Transformers where PEFT is installed, know an adapter's folder."""
 
@@ -92,8 +98,10 @@ def export_model(folder: Path, destination: Path, *, merge: bool = False) -> Pat
     return destination
 
 
-def load_model(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
+def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model and tokenizer that a run wrote to ``folder``, as Transformers loads them; with an adapter on its base.
+
+    ``dtype`` is that of a whole model or of an adapter's base; None is that of the file, or of the adapter's own.
 
     Raises:
         ModelError: the folder or the adapter's base model cannot be loaded.
@@ -112,7 +120,9 @@ def load_model(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
         with _without_progress_bar(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft uses what Transformers deprecates
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
-            if base is not None:
+            if dtype is not None:
+                options["dtype"] = dtype
+            elif base is not None:
                 options["dtype"] = _adapter_dtype(folder)
             model = AutoModelForCausalLM.from_pretrained(base or folder, use_safetensors=True, **options)
             return (model if base is None else PeftModel.from_pretrained(model, folder)), tokenizer
@@ -187,7 +197,8 @@ def model_card(result: Mapping[str, Any], manifest: Mapping[str, Any], base_mode
     system = str(manifest.get("system", ""))
     metadata: dict[str, Any] = {
         "library_name": "transformers" if base_model is None else "peft",
-        "pipeline_tag": "text-generation",
+        # A study trains its model for the vectors of texts alone.
+        "pipeline_tag": "feature-extraction" if "study" in result else "text-generation",
         "tags": ["preceptor", f"preceptor-{system}"],
     }
     if base_model is not None and not Path(base_model).is_dir():  # a folder of this machine names nothing elsewhere
@@ -202,6 +213,7 @@ def model_card(result: Mapping[str, Any], manifest: Mapping[str, Any], base_mode
             "",
             str(result.get("verdict", "")),
             "",
+            *([STUDY_NOTE, ""] if "study" in result else []),
             *_table(result),
             "## How it was made",
             "",

@@ -17,6 +17,7 @@ from preceptor.data.articles.article import article_folder, read_file
 from preceptor.data.articles.pairs import Pair, sentence_pairs
 from preceptor.errors import ConfigError, DataError, ModelError, PreceptorError
 from preceptor.lm.embedding import ModelEmbedding
+from preceptor.runs.device import parse_dtype
 from preceptor.runs.export import MODEL, load_model
 from preceptor.runs.record import read_config
 from preceptor.systems.reading.config import ReadingConfig
@@ -92,7 +93,9 @@ class Reader:
         self._channels, self._query_tokens = channel_names(config.study.channels), config.episode.query_tokens
         self._encoder: Encoder | None = None
         if config.study.model_steps:
-            self._encoder = trained_encoder(*load_model(folder / MODEL), config, self._corpus)
+            self._encoder = trained_encoder(
+                *load_model(folder / MODEL, dtype=parse_dtype(config.model.dtype)), config, self._corpus
+            )
 
     @property
     def embedding(self) -> ModelEmbedding:

@@ -22,6 +22,9 @@ from preceptor.systems.reading.study.scores import Scorer
 CHANNELS = ("cosine", "late_interaction", "bm25", "tfidf", "query_likelihood", "written_query")
 """Similarities that a policy may weigh; the first is always there, and its vectors are projected by the policy."""
 
+MAX_WRITTEN_ROWS = 64
+"""Rows that the model writes after at once, each with a KV cache of its own."""
+
 
 def channel_names(further: Sequence[str]) -> tuple[str, ...]:
     """The cosine and the ``further`` channels, in the order of ``CHANNELS``."""
@@ -57,6 +60,10 @@ class Corpus:
         words = repr((self.lexicon.num_texts, self.lexicon.mean_length, sorted(self.lexicon.frequency.items())))
         return hashlib.sha256(numbers + words.encode()).hexdigest()
 
+    def standardised(self, vectors: Float[Tensor, "text dimension"]) -> Float[Tensor, "text dimension"]:
+        """Mean states of texts, each component by its mean and deviation over training keys; with gradient."""
+        return (vectors - self.mean) / (self.deviation + 1e-6)
+
     @classmethod
     def of(
         cls,
@@ -68,7 +75,7 @@ class Corpus:
         max_states: int = 1_000,
         max_written: int = 200,
     ) -> Corpus:
-        """The statistics of ``pairs``; the states of at most ``max_states`` of them, evenly spread, are looked at.
+        """The statistics of ``pairs``; the states of about ``max_states`` of them, evenly spread, are looked at.
 
         With ``query_tokens`` the model writes as many tokens after at most ``max_written`` keys.
         """
@@ -78,7 +85,7 @@ class Corpus:
         means = torch.stack([each.mean(0) for each in states])
         written_mean = None
         if query_tokens:
-            keys = [scorer.value(pair.key) for pair in pairs[:: max(1, len(pairs) // max_written)]]
+            keys = [scorer.value(pair.key) for pair in pairs[:: -(-len(pairs) // max_written)]]
             written_mean = written_queries(scorer, embedding, keys, num_tokens=query_tokens).mean(0)
         return cls(
             lexicon=Lexicon([text for pair in pairs for text in (pair.key, pair.value)]),
@@ -187,7 +194,7 @@ def _similarities(
     rows = [scorer.value(text) for text in texts]
     num_keys = (len(texts) - num_queries) // 2
     states = token_states(scorer.lm, embedding, rows, world=scorer.world)
-    vectors = (torch.stack([each.mean(0) for each in states]) - corpus.mean) / (corpus.deviation + 1e-6)
+    vectors = corpus.standardised(torch.stack([each.mean(0) for each in states]))
     unit = torch.nn.functional.normalize(vectors, dim=-1)
 
     similarities = [unit @ unit.T]
@@ -226,18 +233,25 @@ def _query_likelihood(rows: Sequence[Sequence[int]], num_queries: int, num_keys:
 def written_queries(
     scorer: Scorer, embedding: ModelEmbedding, rows: Sequence[Sequence[int]], *, num_tokens: int
 ) -> Float[Tensor, "row dimension"]:
-    """Mean state of the ``num_tokens`` likeliest tokens that the model writes after each of ``rows``."""
+    """Mean state of the ``num_tokens`` likeliest tokens that the model writes after each of ``rows``; no gradient.
+
+    The states are those that keys have, since keys are what they are compared with. Where two tokens are all but
+    equally likely, the size of a batch and the device decide between them.
+    """
     lm = scorer.lm
     sampling = Sampling(temperature=0.0, suppressed=lm.never_drawn)
 
     def compute(mine: slice) -> tuple[Tensor]:
-        own = [[lm.begin_token, *row] for row in rows[mine]]
-        decoder = Decoder(lm, batch_size=len(own), capture=embedding.query_module)
-        decoder.append(own)
-        # Greedy: the generator is asked and decides nothing.
-        written = decoder.generate(num_tokens, sampling=sampling, generator=torch.Generator(lm.device).manual_seed(0))
-        assert written.captured is not None, "the query module is no part of the model"
-        return (embedding.queries(written.captured).mean(1).cpu(),)
+        own, found = [[lm.begin_token, *row] for row in rows[mine]], []
+        for start in range(0, len(own), MAX_WRITTEN_ROWS):
+            some = own[start : start + MAX_WRITTEN_ROWS]
+            decoder = Decoder(lm, batch_size=len(some), capture=embedding.key_module)
+            decoder.append(some)
+            # Greedy: the generator is asked and decides nothing.
+            written = decoder.generate(num_tokens, sampling=sampling, generator=torch.Generator().manual_seed(0))
+            assert written.captured is not None, "the key module is no part of the model"
+            found.append(embedding.keys(written.captured).mean(1).cpu())  # [row, dimension]
+        return (torch.cat(found),)
 
     return scorer.world.gathered(len(rows), compute)[0]
 

@@ -1,7 +1,7 @@
 """A study: a policy learns which passages of a mixed pool to read, and is judged on articles that it never saw.
 
 Before: every candidate of every case is read alone by the frozen reader, which gives a table of gains (``setup.py``).
-Each update (numbers as in :func:`step`), for each mode:
+Each update (numbers as in :func:`step`), 1 to 5 for each mode:
 
 1. A batch of cases of the training articles is drawn.
 2. The policy reads each several times: candidates without replacement, from a softmax over its scores (``policy.py``).
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from preceptor.config import to_dict
 from preceptor.objectives.advantages import group_normalised
@@ -34,8 +34,8 @@ from preceptor.runs.checkpoint import copy_tensors, load_optimizer, optimizer_st
 from preceptor.runs.export import MODEL, save_model
 from preceptor.runs.files import replace_file
 from preceptor.runs.guard import NonFiniteGuard, guarded_step
-from preceptor.systems.reading.config import ReadingConfig, UpdateOptions
-from preceptor.systems.reading.study.encoder import Encoder
+from preceptor.systems.reading.config import ReadingConfig
+from preceptor.systems.reading.study.encoder import Encoded, Encoder, Learner
 from preceptor.systems.reading.study.evaluate import evaluate, result
 from preceptor.systems.reading.study.policy import PoolPolicy, Readings, read
 from preceptor.systems.reading.study.pool import Mode
@@ -50,47 +50,39 @@ PROJECTIONS = ("query_projection", "key_projection")
 
 
 class State:
-    """What learning changes: a policy for each mode, the model of their vectors, optimizers, and counts of the run.
+    """What learning changes: a policy for each mode with its optimizer, the model of their vectors, and counts.
 
-    ``encoder`` is None where ``study.model_steps`` is 0: the vectors then stay the reader's.
+    ``learner`` is None where ``study.model_steps`` is 0: the vectors then stay the reader's.
     """
 
     def __init__(self, setup: Setup) -> None:
         self.policies: dict[Mode, PoolPolicy] = {mode: setup.policy(mode) for mode in setup.modes}
         self.optimizers = {mode: build_optimizer(policy, setup.config) for mode, policy in self.policies.items()}
-        self.encoder = setup.encoder()
-        if self.encoder is not None:
-            self.encoder_weights = self.encoder.lm.trainable_parameters()
-            self.encoder_optimizer = encoder_optimizer(self.encoder_weights, setup.config.update)
-        self.guard = NonFiniteGuard()
+        encoder = setup.encoder()
+        self.learner = None if encoder is None else Learner(encoder, setup.config.update)
+        # One for each mode, so that one whose gradient is never finite ends the run.
+        self.guards = {mode: NonFiniteGuard() for mode in setup.modes}
         self.num_episodes = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Everything above, as nested mappings of tensors and plain values."""
-        encoder = {}
-        if self.encoder is not None:
-            encoder = {
-                "encoder": dict(self.encoder_weights),
-                "encoder_optimizer": optimizer_state(self.encoder_optimizer),
-            }
         return {
-            **encoder,
+            **({} if self.learner is None else {"learner": self.learner.state_dict()}),
             "policies": {mode: dict(policy.state_dict()) for mode, policy in self.policies.items()},
             "optimizers": {mode: optimizer_state(optimizer) for mode, optimizer in self.optimizers.items()},
-            "guard": self.guard.state_dict(),
+            "guards": {mode: guard.state_dict() for mode, guard in self.guards.items()},
             "num_episodes": self.num_episodes,
         }
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`, in place."""
-        if self.encoder is not None:
-            copy_tensors(state["encoder"], self.encoder_weights)
-            load_optimizer(self.encoder_optimizer, state["encoder_optimizer"])
+        if self.learner is not None:
+            self.learner.load_state_dict(state["learner"])
         for mode, policy in self.policies.items():
             copy_tensors(state["policies"][mode], policy.state_dict())
             load_optimizer(self.optimizers[mode], state["optimizers"][mode])
-        self.guard.load_state_dict(state["guard"])
+        for mode, guard in self.guards.items():
+            guard.load_state_dict(state["guards"][mode])
         self.num_episodes = state["num_episodes"]
 
 
@@ -108,53 +100,48 @@ def build_optimizer(policy: PoolPolicy, config: ReadingConfig) -> torch.optim.Op
     )
 
 
-def encoder_optimizer(weights: Mapping[str, nn.Parameter], update: UpdateOptions) -> torch.optim.Optimizer:
-    """Adam over the model's weights, as in reading one article."""
-    if update.optimizer == "adamw":
-        return torch.optim.AdamW(weights.values(), lr=update.learning_rate, weight_decay=update.weight_decay)
-    return torch.optim.Adam(weights.values(), lr=update.learning_rate)
-
-
 def train(config: ReadingConfig, run: Run, services: Services, *, setup: Setup | None = None) -> dict[str, Any]:
     """Train a policy for each mode of ``config`` inside ``run`` and judge it; gives ``result.json``."""
     setup = setup or prepare(config, run, services)
     state = State(setup)
     for number in run.loop(config.update.steps, state, columns=PROGRESS_COLUMNS):
         run.log(number, step(setup, state, number))
+    encoder = None if state.learner is None else state.learner.encoder
     if run.writes:
         save_policies(setup, state)
-        if state.encoder is not None:
-            save_model(state.encoder.lm.model, state.encoder.lm.tokenizer, run.path / MODEL)
-    records = evaluate(setup, state.policies, encoder=state.encoder, first_episode=state.num_episodes)
+        if encoder is not None:
+            save_model(encoder.lm.model, encoder.lm.tokenizer, run.path / MODEL)
+    records = evaluate(setup, state.policies, encoder=encoder, first_episode=state.num_episodes)
     return result(records, config=to_dict(config), seeds=[config.seed])
 
 
 def step(setup: Setup, state: State, number: int) -> dict[str, Any]:
     """Update ``number`` of every mode's policy; gives its metrics, the mean over modes and each mode's own."""
-    began, config, run = time.perf_counter(), setup.config, setup.run
-    encoder = state.encoder if number > config.update.steps - config.study.model_steps else None
-    rows = {mode: _update(setup, state, mode, number, encoder=encoder) for mode in setup.modes}
+    began, learner = time.perf_counter(), state.learner
+    learns = number > setup.config.update.steps - setup.config.study.model_steps
+    # Once its weights have moved the policies know no other vectors, also where a run goes on past its planned end.
+    encoder = learner.encoder if learner is not None and (learns or learner.has_moved) else None
+    updates = {mode: _update(setup, state, mode, number, encoder=encoder) for mode in setup.modes}
+    rows = {mode: row for mode, (row, _) in updates.items()}
     means = {name: sum(row[name] for row in rows.values()) / len(rows) for name in next(iter(rows.values()))}
-    if encoder is not None:
-        run.world.sum_gradients(state.encoder_weights.values())
-        means["model_gradient_norm"] = guarded_step(
-            state.guard,
-            state.encoder_optimizer,
-            state.encoder_weights,
-            step=number,
-            clip_norm=config.update.clip_norm,
-            notice=run.notice,
-        )
+
+    # 6. The weights of the model, by the losses of all modes.
+    if learner is not None and learns:
+        batches = [encoded for _, encoded in updates.values() if encoded is not None]
+        means |= learner.step(batches, setup.run, number=number)
     return {
         **means,
         "modes": rows,
         "episodes": state.num_episodes,
-        "skipped_steps": state.guard.num_skipped,
+        "skipped_steps": sum(guard.num_skipped for guard in state.guards.values()),
         "seconds": time.perf_counter() - began,
     }
 
 
-def _update(setup: Setup, state: State, mode: Mode, number: int, *, encoder: Encoder | None) -> dict[str, float]:
+def _update(
+    setup: Setup, state: State, mode: Mode, number: int, *, encoder: Encoder | None
+) -> tuple[dict[str, float], Encoded | None]:
+    """One step of a mode's policy; gives its metrics, and the texts whose vectors have their gradient."""
     config, run, study = setup.config, setup.run, setup.config.study
     policy, split, budget = state.policies[mode], setup.train[mode], config.episode.budget
 
@@ -191,11 +178,9 @@ def _update(setup: Setup, state: State, mode: Mode, number: int, *, encoder: Enc
     loss = reinforce_loss(log_probs, advantages.flatten(0, 1), mask=torch.ones_like(log_probs, dtype=torch.bool))
     # Every process has all cases; the mean of their gradients keeps a last bit from letting the policies drift apart.
     (loss / run.world.size).backward()
-    if encoder is not None and encoded is not None:
-        encoder.backward(encoded)
     run.world.sum_gradients(policy.parameters())
     norm = guarded_step(
-        state.guard,
+        state.guards[mode],
         state.optimizers[mode],
         dict(policy.named_parameters()),
         step=number,
@@ -208,7 +193,7 @@ def _update(setup: Setup, state: State, mode: Mode, number: int, *, encoder: Enc
     state.num_episodes += rewards.numel()
     best = cases.gains.sort(dim=1, descending=True).values[:, :budget].mean(1)
     chance = cases.gains.mean(1)
-    return {
+    metrics = {
         "reward": float(rewards.mean()),
         "gap_closed_train": float((rewards.mean(1) - chance).sum() / (best - chance).sum()),
         "on_target": float(cases.on_target[:, None].expand(-1, rewards.shape[1], -1).gather(2, readings.picks)
@@ -218,6 +203,7 @@ def _update(setup: Setup, state: State, mode: Mode, number: int, *, encoder: Enc
         "selection_entropy": float(readings.entropy.mean()),
         "temperature": float(policy.temperature.detach()),
     }  # fmt: skip
+    return metrics, encoded
 
 
 def table_rewards(gains: Float[Tensor, "case candidate"], readings: Readings) -> Float[Tensor, "case reading"]:

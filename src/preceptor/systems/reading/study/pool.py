@@ -78,6 +78,13 @@ class Case:
         """Name of the target article, over which intervals are clustered."""
         return self.pool.articles[self.target]
 
+    @property
+    def context(self) -> list[str]:
+        """What the context says: the questions, or the sentence that was read."""
+        if self.seed is not None:
+            return [self.pairs([self.seed])[0].value]
+        return [pair.key for pair in self.pairs(self.targets)]
+
     def pairs(self, indices: Sequence[int]) -> list[Pair]:
         """Held-out pairs of the target article."""
         return [self.pool.held_out[self.target][index] for index in indices]

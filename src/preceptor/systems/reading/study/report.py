@@ -19,7 +19,7 @@ LINES = (
     Lines("On the target article", "share of what is read", {"on_target": "on target"}, limits=(0.0, 1.0)),
     Lines("Selection entropy", "share of ln(remaining)", {"selection_entropy": "entropy"}, limits=(0.0, 1.0)),
     Lines("Temperature", "standard deviations", {"temperature": "temperature"}),
-    Lines("Gradient norm", "dimensionless", {"gradient_norm": "norm"}),
+    Lines("Gradient norm", "dimensionless", {"gradient_norm": "policy", "model_gradient_norm": "model"}),
 )
 
 

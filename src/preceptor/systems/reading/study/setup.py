@@ -16,7 +16,7 @@ from preceptor.runs.files import replace_file
 from preceptor.runs.metrics import row_json
 from preceptor.runs.world import ALONE, World
 from preceptor.systems.reading.config import ReadingConfig
-from preceptor.systems.reading.study.encoder import Encoder, load_encoder
+from preceptor.systems.reading.study.encoder import Encoder, copy_of_reader
 from preceptor.systems.reading.study.features import (
     CaseBatch,
     Corpus,
@@ -90,7 +90,7 @@ class Setup:
         """A model for the vectors, as it is before training; None where no update trains one."""
         if not self.config.study.model_steps:
             return None
-        return load_encoder(self.config, self.corpus, device=str(self.run.device), world=self.run.world)
+        return copy_of_reader(self.scorer.lm, self.config, self.corpus, world=self.run.world)
 
 
 def new_policy(config: ReadingConfig, scales: Tensor, *, dimension: int) -> PoolPolicy:
