@@ -62,7 +62,7 @@ BUILTIN = {
     "code": "source files of Python's standard library, as installed",
     "manual": "Python's own reference manual, as installed (pydoc topics)",
     "dialogue": "short dialogues and sums from a small grammar",
-    "noise": "random letters, which nothing can be learned from",
+    "noise": "random letters and digits, which nothing can be learned from",
     "symbols": "random digits and punctuation",
     "salad": "words of the manual in random order",
 }
