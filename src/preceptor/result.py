@@ -128,7 +128,10 @@ class Result:
             ConfigError: the run is of another system, or of a version that did not write orders.
         """
         if "order" not in self.data:
-            raise ConfigError(f"{self.folder} has no reading order; runs of `reading` have one, this is {self.system}")
+            raise ConfigError(
+                f"{self.folder} has no reading order; runs of `reading` of one article have one, this is "
+                f"{'a study' if 'study' in self.data else self.system}"
+            )
         # articles.json holds the texts; the order in result.json is indices into them.
         articles = json.loads((self.folder / "articles.json").read_bytes())
         return Order(

@@ -87,6 +87,8 @@ def replay(
     if not count:
         raise DataError(f"{folder / 'decisions.jsonl'} holds no decision; there is nothing to replay")
     if partings:
+        if getattr(getattr(config, "model", None), "dtype", "float32") != "float32":
+            print(f"the run's model is in {config.model.dtype}, which rounds to three digits; see --tolerance")
         further = f" ({partings - SHOWN} further places are not shown)" if partings > SHOWN else ""
         print(f"{partings} of {count} numbers part by more than {tolerance:g}{further}")
         return CHECK_FAILED

@@ -331,8 +331,8 @@ def first_episode(viewed: Episodes) -> dict[str, Any]:
 def flattened(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Nested facts as (name, text) rows.
 
-    >>> list(flattened({"code": {"is_dirty": False}, "streams": ["a", "b"], "trackers": []}))
-    [('code: is dirty', 'no'), ('streams', 'a, b'), ('trackers', 'none')]
+    >>> list(flattened({"code": {"is_dirty": False}, "streams": ["a", "b"], "extensions": [{"step": 7}]}))
+    [('code: is dirty', 'no'), ('streams', 'a, b'), ('extensions', '[{"step": 7}]')]
     """
     for key, entry in value.items():
         name = f"{prefix}{key.replace('_', ' ')}"
@@ -340,10 +340,10 @@ def flattened(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from flattened(entry, f"{name}: ")
         elif isinstance(entry, list) and all(isinstance(part, str | int | float) for part in entry):
             yield name, clipped(", ".join(title_case(str(part)) for part in entry) or "none", 500)
+        elif entry is None or isinstance(entry, bool):
+            yield name, {None: "unknown", True: "yes", False: "no"}[entry]
         else:
-            # True and 1 are equal as keys, so the words are looked up for Booleans and None alone.
-            words = {None: "unknown", True: "yes", False: "no"} if entry is None or isinstance(entry, bool) else {}
-            text = words.get(entry) or (entry if isinstance(entry, str) else json.dumps(entry))
+            text = entry if isinstance(entry, str) else json.dumps(entry, ensure_ascii=False)
             yield name, clipped(text, 500)
 
 

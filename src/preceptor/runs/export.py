@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -76,11 +76,12 @@ def export_model(folder: Path, destination: Path, *, merge: bool = False) -> Pat
         StorageError: the run has changed since it ended, or the disk is full or refuses.
     """
     source = folder / MODEL
+    if (folder / "result.json").is_file():
+        require_unchanged(folder, models=True)  # a model that is gone is told from one that there never was
     if not (source / "config.json").is_file() and not (source / ADAPTER_CONFIG).is_file():
         if (folder / "result.json").is_file():
             raise ConfigError(f"{folder} has no {MODEL}/ to export: a run of this kind trains no model that is kept")
         raise ConfigError(f"{folder} has no {MODEL}/ to export; a run writes it at its end: preceptor resume {folder}")
-    require_unchanged(folder, models=True)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConfigError(f"{destination} is not empty; give a folder that does not exist yet")
     if merge and not (source / ADAPTER_CONFIG).is_file():
@@ -92,7 +93,10 @@ def export_model(folder: Path, destination: Path, *, merge: bool = False) -> Pat
     model, tokenizer = load_model(source)
     save_model(model.merge_and_unload(), tokenizer, destination)
     with storage_errors(f"copy to {destination}"):
-        for name in ("README.md", "selection.safetensors", "selection.json"):
+        # No adapter any more, so the card is that of a whole model.
+        result, manifest = _read(folder / "result.json"), _read(folder / "manifest.json")
+        replace_file(destination / "README.md", model_card(result, manifest, None))
+        for name in ("selection.safetensors", "selection.json"):
             if (source / name).is_file():
                 shutil.copy(source / name, destination / name)
     return destination
@@ -109,6 +113,9 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> tuple[Any, 
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # Transformers takes the name of a folder that is not there for that of a hub repository.
+    if not (folder / "config.json").is_file() and not (folder / ADAPTER_CONFIG).is_file():
+        raise ModelError(f"{folder} holds no model; either the run trained none, or restore the folder from a copy")
     base = _base_model(folder)
     if base is not None:
         try:
@@ -126,9 +133,9 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> tuple[Any, 
                 options["dtype"] = _adapter_dtype(folder)
             model = AutoModelForCausalLM.from_pretrained(base or folder, use_safetensors=True, **options)
             return (model if base is None else PeftModel.from_pretrained(model, folder)), tokenizer
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"the model in {folder} cannot be loaded: {reason}") from error
+        raise ModelError(f"the model in {folder} cannot be loaded ({reason}); restore it from a copy") from error
 
 
 def push_to_hub(folder: Path, name: str, *, private: bool = True) -> str:

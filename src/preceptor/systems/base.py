@@ -194,7 +194,10 @@ def extended_configuration(system: System, config: Any, overrides: Iterable[str]
     for key, value in changed.items():
         before = functools.reduce(operator.getitem, key.split("."), old)
         if value <= before:
-            raise ConfigError(f"`{key}` must be above {before}, which the run was planned with, got {value}")
+            raise ConfigError(
+                f"`{key}` must be above {before}, which the run is planned with, got {value}; to go on to {before}, "
+                "leave it out"
+            )
     return longer
 
 

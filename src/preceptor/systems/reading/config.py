@@ -404,6 +404,13 @@ class ReadingConfig(Options):
                 "`model.adapter_rank` gives a study's model an adapter, which learns in the last `study.model_steps` "
                 "updates alone; set that to 1 or more, or `model.adapter_rank` to 0"
             )
+        if self.data.article:
+            yield (
+                f"a study reads pools of several articles, `data.article` is one ({self.data.article}); give folders "
+                "as `data.train_articles` and `data.eval_articles`, or take a preset for one article"
+            )
+        if len(set(study.channels)) < len(study.channels):
+            yield f"`study.channels` must be different from each other, got {', '.join(study.channels)}"
         if self.model.quantization == "4bit":
             yield "`model.quantization` 4bit is not available in a study, whose model reads and embeds; leave it none"
 

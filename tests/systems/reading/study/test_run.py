@@ -10,8 +10,9 @@ import pytest
 
 from preceptor.cli import main
 from preceptor.data.articles.pairs import Pair
-from preceptor.errors import DataError, PreceptorError
+from preceptor.errors import ConfigError, DataError, ModelError, PreceptorError
 from preceptor.result import write_page
+from preceptor.runs.export import export_model
 from preceptor.runs.folder import Run
 from preceptor.systems import find_system
 from preceptor.systems.base import Services, configuration
@@ -188,9 +189,35 @@ def test_a_model_that_learned_is_used(
     other = reader.choose(question, pairs, budget=2)
     assert abs(chosen[0].probability - other[0].probability) > 1e-6
 
-    # Without the model's folder the policy is not complete.
+    # A damaged file, or none.
+    (weights,) = (tmp_path / "run" / "model").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="restore it from a copy"):
+        Reader(tmp_path / "run")
     (tmp_path / "run" / "model").rename(tmp_path / "elsewhere")
-    with pytest.raises(PreceptorError, match="model"):
+    with pytest.raises(ModelError, match="holds no model"):
+        Reader(tmp_path / "run")
+    with pytest.raises(PreceptorError, match="model/"):  # and not that a run of this kind trains none
+        export_model(tmp_path / "run", tmp_path / "exported")
+
+
+def test_an_extended_study_has_a_page(words: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main([*words, "--out", str(run)]) == 0
+    assert main(["resume", str(run), "--set", "update.steps=6"]) == 0
+    assert "extensions" in (run / "report.html").read_text()
+    assert main(["resume", str(run), "--set", "update.steps=6", "--no-report"]) == 2
+
+
+def test_a_study_that_was_stopped_has_no_policy_yet(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "save", stop)
+    assert main([*words, "--out", str(tmp_path / "run")]) == 130
+    with pytest.raises(ConfigError, match="has not ended; go on with it: preceptor resume"):
         Reader(tmp_path / "run")
 
 
@@ -220,6 +247,8 @@ def test_a_learning_rate_of_zero_is_the_untrained_policy(words: list[str], tmp_p
         ("data.num_pairs=1", "at least 2, got 1"),
         ("study.real_steps=9", "at most `update.steps`"),
         ("study.model_steps=9", "at most `update.steps`"),
+        ("study.channels=[bm25,bm25]", "`study.channels` must be different"),
+        ("data.article=mine.txt", "`data.article` is one (mine.txt)"),
         ("model.adapter_rank=2", "set that to 1 or more"),
         ("model.quantization=4bit", "4bit is not available in a study"),
         ("data.eval_articles=''", "give both"),

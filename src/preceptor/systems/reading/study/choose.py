@@ -63,6 +63,8 @@ class Reader:
     def __init__(self, run: str | Path, *, mode: Mode = "asked") -> None:
         folder = Path(run)
         if not (folder / "study.json").is_file():
+            if (folder / "pools.json").is_file():
+                raise ConfigError(f"the study in {folder} has not ended; go on with it: preceptor resume {folder}")
             raise ConfigError(
                 f"{folder} holds no policy of a study; make one with: preceptor run reading --preset study"
             )
@@ -114,10 +116,10 @@ class Reader:
         Raises:
             ConfigError: an empty context, or a budget that the pool cannot give.
         """
-        if not context.strip() or not 1 <= budget <= len(pairs):
-            raise ConfigError(
-                f"the question must not be empty and the budget must lie in 1..{len(pairs)} (the pool), got {budget}"
-            )
+        if not context.strip():
+            raise ConfigError("the question is empty; say what the passages should be chosen for")
+        if not 1 <= budget <= len(pairs):
+            raise ConfigError(f"the budget must lie in 1..{len(pairs)} (the pool), got {budget}")
         places = list(range(len(pairs)))
         if len(places) > max(MAX_CANDIDATES, budget):
             found = self._corpus.lexicon.bm25([context], [pair.key for pair in pairs])[0]

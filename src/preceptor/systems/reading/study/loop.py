@@ -254,6 +254,6 @@ def save_policies(setup: Setup, state: State) -> None:
         "modes": list(state.policies),
         "num_texts": lexicon.num_texts,
         "mean_length": lexicon.mean_length,
-        "frequency": dict(lexicon.frequency),
+        "frequency": dict(sorted(lexicon.frequency.items())),  # the same file in every process
     }
     replace_file(setup.run.path / "study.json", json.dumps(description, ensure_ascii=False) + "\n")

@@ -150,7 +150,8 @@ def draw_pools(
     if short := [article.name for article in (*articles, *others) if len(article.pairs) < needed]:
         raise DataError(
             f"'{short[0]}' is too short for a pool: it needs {needed} sentence pairs ({pairs_per_article} to choose "
-            f"from and {NUM_HELD_OUT} held out); remove it or lower data.num_pairs"
+            f"from and {NUM_HELD_OUT} held out) whose sentences have at most data.max_value_tokens tokens; remove it, "
+            "lower data.num_pairs or raise data.max_value_tokens"
         )
     # Half from elsewhere, so that a policy cannot learn that everything encyclopedic is on the subject.
     num_others = num_distractors // 2 if others else 0
