@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.nn.functional import normalize
 from preceptor.data.articles.pairs import Pair
 from preceptor.runs.world import ALONE
 from preceptor.systems.reading.config import ReadingConfig
+from preceptor.systems.reading.study.encoder import Encoder
 from preceptor.systems.reading.study.features import CaseBatch
 from preceptor.systems.reading.study.policy import PoolPolicy, calibrate
 from preceptor.systems.reading.study.pool import Case, Pool, StudyArticle
@@ -70,8 +72,10 @@ def planted_cases(count: int, *, seed: int, num_candidates: int = 12, dimension:
     )
 
 
-def planted_setup(batch: CaseBatch, *, seed: int, **changes: Any) -> Any:
-    """As much of a setup as an update needs, for the planted world."""
+def planted_setup(
+    batch: CaseBatch, *, seed: int, cases: Sequence[Case] | None = None, encoder: Encoder | None = None, **changes: Any
+) -> Any:
+    """As much of a setup as an update needs: for the planted world, or for ``cases``, whose tensors ``batch`` has."""
     study = {"learning_rate": 0.03, "cases_per_update": 8, "num_rounds": 1, **changes.pop("study", {})}
     config = ReadingConfig.model_validate(
         {
@@ -85,12 +89,12 @@ def planted_setup(batch: CaseBatch, *, seed: int, **changes: Any) -> Any:
     )
     names = ("article", "selection", "shuffle", "evaluation_selection")
     streams = {name: torch.Generator().manual_seed(1_000 * seed + i) for i, name in enumerate(names)}
-    cases = tuple(Case(pool(), "asked", 0, (0,)) for _ in range(len(batch)))
+    cases = cases or [Case(pool(), "asked", 0, (0,))] * len(batch)
 
     def policy(_: str) -> PoolPolicy:
         fresh = PoolPolicy(
             batch.queries.shape[-1],
-            num_channels=2,
+            num_channels=batch.query_channels.shape[-1],
             num_rounds=config.study.num_rounds,
             cosine_scale=torch.tensor([0.0, 0.3]),
         )
@@ -103,5 +107,5 @@ def planted_setup(batch: CaseBatch, *, seed: int, **changes: Any) -> Any:
         train={"asked": SimpleNamespace(cases=cases, batch=batch)},
         modes=("asked",),
         policy=policy,
-        encoder=lambda: None,
+        encoder=lambda: encoder,
     )

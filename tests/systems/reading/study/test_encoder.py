@@ -27,11 +27,11 @@ from preceptor.systems.reading.study.features import (
     written_queries,
 )
 from preceptor.systems.reading.study.loop import State, step
-from preceptor.systems.reading.study.policy import PoolPolicy, calibrate, read
+from preceptor.systems.reading.study.policy import PoolPolicy, read
 from preceptor.systems.reading.study.pool import Case
 from preceptor.systems.reading.study.scores import Scorer
 from tests.systems.reading.small import language_model
-from tests.systems.reading.study.small import article, pool
+from tests.systems.reading.study.small import article, planted_setup, pool
 
 CASES = (Case(pool(), "asked", 0, (0, 2)), Case(pool(), "asked", 1, (1,)), Case(pool(), "seed", 1, (1, 2), seed=0))
 
@@ -137,29 +137,15 @@ def small_setup(
     projection_learning_rate: float = 3e-4,
     **study: Any,
 ) -> Any:
-    config = ReadingConfig.model_validate(
-        {
-            "episode": {"pool": "mixed", "budget": budget},
-            "data": {"num_pairs": 2},
-            "study": {"num_distractors": 1, "cases_per_update": 3, "num_readings": 4, "num_rounds": 1, **study},
-            "update": {"steps": steps, "learning_rate": 1e-3, "projection_learning_rate": projection_learning_rate},
-            "record_every": 1_000,
-        }
-    )
-    streams = {name: torch.Generator().manual_seed(i) for i, name in enumerate(("article", "selection", "shuffle"))}
-
-    def policy(_: str) -> PoolPolicy:
-        fresh = PoolPolicy(batch.queries.shape[-1], num_channels=1, num_rounds=1, cosine_scale=torch.tensor([0.0, 0.3]))
-        calibrate(fresh, batch, entropy_fraction=0.9)
-        return fresh
-
-    return SimpleNamespace(
-        config=config,
-        run=SimpleNamespace(streams=streams, notice=print, record=lambda rows: None, world=ALONE),
-        train={"asked": SimpleNamespace(cases=CASES, batch=batch)},
-        modes=("asked",),
-        policy=policy,
-        encoder=lambda: encoder,
+    return planted_setup(
+        batch,
+        seed=0,
+        cases=CASES,
+        encoder=encoder,
+        episode={"pool": "mixed", "budget": budget},
+        data={"num_pairs": 2},
+        study={"num_distractors": 1, "cases_per_update": 3, "num_readings": 4, **study},
+        update={"steps": steps, "learning_rate": 1e-3, "projection_learning_rate": projection_learning_rate},
     )
 
 
@@ -197,6 +183,16 @@ def test_a_state_is_restored_with_the_weights() -> None:
     saved = first.learner.optimizer.state_dict()["state"]
     assert saved.keys() == second.learner.optimizer.state_dict()["state"].keys()
     assert saved
+
+
+def test_a_checkpoint_with_one_guard_for_all_modes_is_taken() -> None:
+    _, _, _, _, batch = world()
+    first, second = (State(small_setup(batch, None)) for _ in range(2))
+    first.guards["asked"].skip(1, "a gradient")
+    older = first.state_dict()
+    older["guard"] = older.pop("guards")["asked"]
+    second.load_state_dict(older)
+    assert second.guards["asked"].num_skipped == 1
 
 
 def test_past_the_planned_end_the_vectors_stay_those_that_were_learned() -> None:

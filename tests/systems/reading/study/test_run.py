@@ -209,6 +209,16 @@ def test_an_extended_study_has_a_page(words: list[str], tmp_path: Path) -> None:
     assert main(["resume", str(run), "--set", "update.steps=6", "--no-report"]) == 2
 
 
+def test_a_replay_in_bfloat16_says_why_numbers_part(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, "--set", "model.dtype=bfloat16", "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    # A row alone and in a batch differ in bfloat16, which tolerance 0 does not allow.
+    assert main(["replay", str(tmp_path / "run"), "--tolerance", "0"]) == 7
+    assert "the run's model is in bfloat16, which rounds to three digits; see --tolerance" in capsys.readouterr().out
+
+
 def test_a_study_that_was_stopped_has_no_policy_yet(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,8 +81,8 @@ class State:
         for mode, policy in self.policies.items():
             copy_tensors(state["policies"][mode], policy.state_dict())
             load_optimizer(self.optimizers[mode], state["optimizers"][mode])
-        for mode, guard in self.guards.items():
-            guard.load_state_dict(state["guards"][mode])
+        for mode, guard in self.guards.items():  # older checkpoints have one for all modes
+            guard.load_state_dict(state["guards"][mode] if "guards" in state else state["guard"])
         self.num_episodes = state["num_episodes"]
 
 
