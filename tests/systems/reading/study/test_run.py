@@ -73,6 +73,10 @@ def test_a_study_from_end_to_end(words: list[str], tmp_path: Path) -> None:
     assert {record["item"] for record in result["records"]} == set(SUBJECTS[3:])
     assert {record["seed"] for record in result["records"]} == {None, 0}
 
+    # What is said of one mode names it.
+    assert result["verdict"].startswith("Learned, asked about an article, ")
+    assert "The share of the gap that follows is that of mode asked. Share closed" in result["verdict"]
+
     # A share of the gap is 0 for random readings and 1 for the oracle (whose gap a random model need not have).
     shares = {name: methods["share"]["mean"] for name, methods in result["study"]["asked"].items()}
     assert (shares["random"], shares["oracle"]) == (0.0, pytest.approx(1.0))

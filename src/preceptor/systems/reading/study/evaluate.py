@@ -24,6 +24,9 @@ UNITS = {"asked_gain": UNIT, "seed_gain": UNIT, "scorings": "reader scorings"}
 SEEDED = ("learned", "learned_greedy")
 """Methods that differ between seeds; all others are the same, and their records have no seed."""
 
+SUBJECTS = {"asked": "learned, asked about an article,", "seed": "learned, given one sentence,"}
+"""Of a verdict's first sentence, which speaks of the first mode alone."""
+
 BEST_OF = (4, 8, 16)
 COMPARED = ("untrained", "bm25", "cosine_bm25", "late_interaction", "query_likelihood")
 """Methods that the learned policy is compared with, as one family, where the run has them; sampled and greedy alike."""
@@ -221,6 +224,12 @@ def result(records: Sequence[Mapping[str, Any]], *, config: Mapping[str, Any], s
             "train": {"mean": None, "low": None, "high": None, "n": 0, "reason": "judged on held-out articles alone"},
             "held_out": gaps["held_out"],
         },
-        "verdict": verdict(comparisons, lower_is_better=(), gaps=gaps, noun="article"),
+        "verdict": verdict(
+            comparisons,
+            subject=SUBJECTS[modes[0]] if modes else "",
+            measured=[f"The share of the gap that follows is that of mode {modes[0]}."] if len(modes) > 1 else (),
+            gaps=gaps,
+            noun="article",
+        ),
         "records": list(records),
     }
