@@ -19,7 +19,15 @@ import pytest
 import torch
 import yaml
 
-from preceptor.errors import CheckpointError, ConfigError, Interrupted, LockedError, MissingExtraError, StorageError
+from preceptor.errors import (
+    CheckpointError,
+    ConfigError,
+    Interrupted,
+    LockedError,
+    LostProcessError,
+    MissingExtraError,
+    StorageError,
+)
 from preceptor.runs import environment as env
 from preceptor.runs.checkpoint import load_optimizer, optimizer_state
 from preceptor.runs.files import FolderLock
@@ -271,6 +279,24 @@ def test_trackers_open_at_the_first_row_and_close_with_the_run(tmp_path: Path, m
         for step in run.loop(5, Counter()):
             run.log(step, {"reward": step})
     assert opened == [("tensorboard", 1), ("tensorboard", 5)]
+
+
+def test_a_run_that_lost_a_process_outlives_its_launchers_signal(tmp_path: Path) -> None:
+    """torchrun ends all that are left with SIGTERM, which here would end them before they have said why."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def lose(error: type[Exception]) -> None:
+        with create(tmp_path / error.__name__):
+            raise error("gone")
+
+    with pytest.raises(LostProcessError):
+        lose(LostProcessError)
+    assert signal.getsignal(signal.SIGTERM) != before
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+    with pytest.raises(ValueError, match="gone"):
+        lose(ValueError)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_leaving_closes_and_unlocks_even_when_something_fails(tmp_path: Path) -> None:

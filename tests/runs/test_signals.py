@@ -45,6 +45,20 @@ def test_the_second_stops_at_once_and_the_third_is_as_ever(second: signal.Signal
     assert isinstance(caught.value, PreceptorError)
 
 
+def test_a_launchers_signal_does_not_cut_short_what_is_to_be_said() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with StopSignals() as stop:
+        stop.let_launcher_pass()
+    os.kill(os.getpid(), signal.SIGTERM)  # would end the process, as it ends one that knows nothing of a launcher
+    assert [signal.getsignal(number) for number in SIGNALS] == before, "the next one does what it always does"
+
+    # The launcher's has come already: there is none to wait for.
+    with StopSignals(says_so=False) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.let_launcher_pass()
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
 def test_handlers_are_back_after_an_error() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
 

@@ -26,7 +26,7 @@ from typing import Any, Self
 
 import torch
 
-from preceptor.errors import CheckpointError, ConfigError, Interrupted
+from preceptor.errors import CheckpointError, ConfigError, Interrupted, LostProcessError
 from preceptor.runs import environment as env
 from preceptor.runs.checkpoint import CheckpointStore, Stateful
 from preceptor.runs.device import choose_world_device, device_of
@@ -112,7 +112,9 @@ class Run:
         self._signals.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, LostProcessError):
+            self._signals.let_launcher_pass()
         self.close()
 
     def close(self) -> None:

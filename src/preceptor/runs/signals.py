@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+from functools import partial
 from types import FrameType
 from typing import Any, Self
 
@@ -26,11 +27,19 @@ class StopSignals:
         self._says_so = says_so
         self.signal_number: int | None = None
         self._previous: dict[int, Any] = {}
+        self._lets_one_pass = False
 
     @property
     def requested(self) -> bool:
         """Whether a signal has asked the run to stop."""
         return self.signal_number is not None
+
+    def let_launcher_pass(self) -> None:
+        """After the block, the first SIGTERM does nothing, unless it has come already.
+
+        A launcher that sees a process die ends all others with SIGTERM, while they have still to say what happened.
+        """
+        self._lets_one_pass = self.signal_number != signal.SIGTERM
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -45,7 +54,11 @@ class StopSignals:
         while self._previous:
             number, handler = self._previous.popitem()
             # None: the handler was not installed from Python and cannot be put back from here.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            handler = signal.SIG_DFL if handler is None else handler
+            if number == signal.SIGTERM and self._lets_one_pass:
+                signal.signal(number, partial(_put_back, handler))
+            else:
+                signal.signal(number, handler)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         # The first signal only sets a number; the run looks at it between two steps.
@@ -60,3 +73,7 @@ class StopSignals:
         # Not print: the signal may have come while print held its lock. A closed stderr is no reason to die here.
         with contextlib.suppress(OSError):
             os.write(2, f"\n{name}: finishing this step and saving; once more stops at once\n".encode())
+
+
+def _put_back(handler: Any, number: int, _: FrameType | None) -> None:
+    signal.signal(number, handler)
